@@ -1,0 +1,18 @@
+"""Apply weights generated per instance, and train what generates them, without ever writing them out."""
+
+from . import nn, ops
+from ._version import __version__
+from .backends import set_backend, use_backend
+from .functional import hyper_linear
+from .planner import get_workspace_limit, set_workspace_limit
+
+__all__ = [
+    "__version__",
+    "get_workspace_limit",
+    "hyper_linear",
+    "nn",
+    "ops",
+    "set_backend",
+    "set_workspace_limit",
+    "use_backend",
+]

@@ -1,0 +1,93 @@
+"""Ways to run the op family, and which one a call takes.
+
+A backend is a module with ``apply`` and ``grads`` (signatures in `fasthyper.backends.aten`) and
+``unavailable() -> str | None``, which says why it cannot run here.
+"""
+
+from __future__ import annotations
+
+import threading
+from types import ModuleType
+from typing import NamedTuple
+
+from ..problem import AUTO, SCHEDULES
+from . import aten, materialised
+
+BACKENDS: dict[str, ModuleType] = {"aten": aten, "materialised": materialised}
+
+class Choice(NamedTuple):
+    """Backend and schedule of one call, each by name or ``"auto"``."""
+
+    backend: str = AUTO
+    schedule: str = AUTO
+
+
+_process = Choice()
+_thread = threading.local()
+
+
+def _checked(name: str, schedule: str | None) -> Choice:
+    if name != AUTO and name not in BACKENDS:
+        known = ", ".join([AUTO, *BACKENDS])
+        raise ValueError(f"backend must be one of {known}, got {name!r}")
+    if schedule is not None and schedule not in (AUTO, *SCHEDULES):
+        raise ValueError(f"schedule must be one of {', '.join((AUTO, *SCHEDULES))}, got {schedule!r}")
+    if name != AUTO and (why := BACKENDS[name].unavailable()):
+        raise ValueError(f"backend {name!r} cannot run here: {why}")
+    return Choice(name, schedule or AUTO)
+
+
+def current() -> Choice:
+    """Return what is in force: this thread's choice, else the process's."""
+    return getattr(_thread, "choice", None) or _process
+
+
+def set_backend(name: str, schedule: str | None = None) -> None:
+    """Force a backend for the whole process.
+
+    Args:
+        name: ``"aten"``, ``"materialised"`` or ``"auto"``, which lets the planner choose.
+        schedule: ``"fold"``, ``"generate"``, ``"project"``, or None to let the planner choose.
+
+    Raises:
+        ValueError: if the name or the schedule is unknown, or the backend cannot run here.
+    """
+    global _process
+    _process = _checked(name, schedule)
+
+
+class use_backend:
+    """Force a backend for the current thread, as a context manager.
+
+    It is resolved in forward and holds for that call's backward, on whatever thread that runs.
+
+    Args:
+        name: ``"aten"``, ``"materialised"`` (the usual way, W written out, to compare with) or ``"auto"``.
+        schedule: ``"fold"``, ``"generate"``, ``"project"``, or None to let the planner choose.
+
+    Raises:
+        ValueError: if the name or the schedule is unknown, or the backend cannot run here.
+
+    Example:
+        >>> import torch, fasthyper
+        >>> x, z, weight = torch.ones(4, 3), torch.ones(4, 2), torch.ones(5, 3, 2)
+        >>> with fasthyper.use_backend("aten", schedule="fold"):
+        ...     y = fasthyper.hyper_linear(x, z, weight)
+        >>> y.shape, y[0, 0].item()
+        (torch.Size([4, 5]), 6.0)
+    """
+
+    def __init__(self, name: str, schedule: str | None = None):
+        self._choice = _checked(name, schedule)
+
+    def __enter__(self) -> None:
+        self._before = getattr(_thread, "choice", None)
+        _thread.choice = self._choice
+
+    def __exit__(self, *exc: object) -> None:
+        _thread.choice = self._before
+
+
+def backend(name: str) -> ModuleType:
+    """Return the module that runs a call: the one named, or the best for the machine."""
+    return BACKENDS["aten" if name == AUTO else name]

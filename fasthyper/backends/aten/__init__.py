@@ -1,0 +1,124 @@
+"""The portable backend: the three schedules in torch's own operations, tile by tile, on any device and dtype.
+
+    y[b,n] = (H·z[b] + W0) x[b,n] + bias·z[b] + b0
+
+`apply` and `grads` allocate the outputs and hand them, with the planner's schedule and tile, to the module of
+that schedule. The family's pure ops are the calls without bias and base.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import planner
+from ...problem import Plan, Problem
+from . import fold, generate, project
+from .tiles import Affine, Tile, accumulate, blocks, boxes
+
+_SCHEDULES = {"fold": fold, "generate": generate, "project": project}
+
+
+def unavailable() -> str | None:
+    """Return why this backend cannot run here: it always can."""
+    return None
+
+
+def _tile(plan: Plan) -> Tile:
+    low = plan.work_dtype in (torch.bfloat16, torch.float16)
+    return Tile(plan.tile, plan.work_dtype, torch.float32 if low else plan.work_dtype)
+
+
+def _problem(op: str, x: Tensor, R: int, O: int, needs: tuple[bool, bool, bool] = (True, True, True)) -> Problem:
+    B, N, I = x.shape
+    return Problem(op, B, N, R, I, O, x.dtype, x.device.type, B > 1 and x.stride(0) == 0, needs)
+
+
+def apply(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    base_weight: Tensor | None = None,
+    base_bias: Tensor | None = None,
+    *,
+    schedule: str,
+) -> Tensor:
+    """y (B, N, O) from x (B, N, I), z (B, R), H (O, I, R); bias (O, R), W0 (O, I), b0 (O,) or None."""
+    O, _, R = weight.shape
+    plan = planner.plan(_problem("apply", x, R, O), schedule)
+    tile = _tile(plan)
+    y = x.new_empty(x.shape[0], x.shape[1], O)
+    affine = Affine(x, z, bias, base_weight, base_bias, tile)
+    _SCHEDULES[plan.schedule].apply(x, z, weight, y, affine, tile)
+    return y
+
+
+def grads(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_weight: Tensor | None,
+    g: Tensor,
+    mask: tuple[bool, ...],
+    *,
+    schedule: str,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, z, H, bias, W0, b0 as asked for by the mask; z is not read for dz alone, nor H for dH alone."""
+    B, N, I = x.shape
+    O = g.shape[2]
+    R = (z if weight is None else weight).shape[-1]
+    plan = planner.plan(_problem("grads", x, R, O, mask[:3]), schedule)
+    tile = _tile(plan)
+
+    def new(wanted: bool, *size: int) -> Tensor | None:
+        return x.new_empty(size) if wanted else None
+
+    dx, dz, dh = new(mask[0], B, N, I), new(mask[1], B, R), new(mask[2], O, I, R)
+    none = Affine(g, z, None, None, None, tile)
+    into_x = none._replace(base_weight=None if base_weight is None else base_weight.T)
+    into_z = none._replace(bias=bias)
+    if plan.schedule == "fold":
+        fold.grads(x, z, weight, g, dx, dz, dh, into_x, into_z, tile)
+    else:
+        if dx is not None:  # a forward with the head transposed; x is not in it, so nothing is shared
+            transposed = weight.transpose(0, 1)
+            generate.apply(g, z, transposed, dx, into_x, tile)
+        _SCHEDULES[plan.schedule].grads(x, z, weight, g, dz, dh, into_z, tile)
+    base = _base_grads(x, z, g, new(mask[3], O, R), new(mask[4], O, I), new(mask[5], O), tile)
+    return dx, dz, dh, *base
+
+
+def _base_grads(
+    x: Tensor,
+    z: Tensor | None,
+    g: Tensor,
+    dbias: Tensor | None,
+    dbase: Tensor | None,
+    db0: Tensor | None,
+    tile: Tile,
+) -> tuple[Tensor | None, ...]:
+    """dbias = Σ g ⊗ z, dW0 = Σ g ⊗ x, db0 = Σ g, over instances and points."""
+    outs = (dbias, dbase, db0)
+    if all(out is None for out in outs):
+        return outs
+    B, N, I = x.shape
+    wide = max([out.shape[1] for out in (dbias, dbase) if out is not None], default=1)
+    for o in blocks(g.shape[2], tile.elements // max(1, wide)):
+        sums = [None if t is None else torch.zeros_like(t[o], dtype=tile.sum_dtype) for t in outs]
+        for b, n in boxes(B, N, o.stop - o.start + I, tile):
+            gb = tile.work(g[b, n, o])
+            if sums[1] is not None:
+                accumulate(sums[1], gb.flatten(0, 1).T, tile.work(x[b, n]).flatten(0, 1))
+            if sums[0] is None and sums[2] is None:
+                continue
+            per_instance = gb.sum(1, dtype=tile.sum_dtype)
+            if sums[0] is not None:
+                accumulate(sums[0], per_instance.T, tile.work(z[b]))
+            if sums[2] is not None:
+                sums[2] += per_instance.sum(0)
+        for out, total in zip(outs, sums, strict=True):
+            if out is not None:
+                out[o] = total
+    return outs

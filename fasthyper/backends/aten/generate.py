@@ -1,0 +1,88 @@
+"""Contract z and H first: W[b] = Σ_r H[:,:,r] z[b,r], a tile at a time; dW[b] = g[b]ᵀ x[b] in the backward.
+
+    y[b]  = x[b] W[b]ᵀ          dx[b] = g[b] W[b]
+    dz[b] = Σ_{o,i} dW[b] H     dH    = Σ_b dW[b] ⊗ z[b]
+
+2·B·R·I·O + 2·B·N·I·O flops each: the points share what was generated, so this wins when N is large, or when
+O or I is so small that a folded product would be skinny.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .tiles import Affine, Sum, Tile, blocks, outer, put
+
+# Fewer instances than this in a product with H and reading H decides, not multiplying.
+_INSTANCES = 128
+
+
+def _shape(B: int, O: int, I: int, R: int, rewrites: bool, tile: Tile) -> tuple[int, int]:
+    """Instances and outputs of one tile of W."""
+    outputs = tile.elements // max(1, I * min(B, _INSTANCES))
+    if rewrites:  # the block of H is a tile, too
+        outputs = min(outputs, tile.elements // max(1, I * R))
+    outputs = max(1, min(O, outputs))
+    return max(1, min(B, tile.elements // max(1, outputs * I, R))), outputs
+
+
+def apply(x: Tensor, z: Tensor, weight: Tensor, y: Tensor, affine: Affine, tile: Tile) -> None:
+    """y = T(x, z, H) + affine."""
+    B, N, I = x.shape
+    O, _, R = weight.shape
+    instances, outputs = _shape(B, O, I, R, tile.rewrites(weight), tile)
+    points = tile.elements // max(1, instances * max(I, outputs))
+    for o in blocks(O, outputs):
+        head = tile.head(weight[o])
+        for b in blocks(B, instances):
+            w = tile.weights(tile.work(z[b]), head).mT
+            for n in blocks(N, points):
+                out = tile.target(y[b, n, o])
+                torch.bmm(tile.work(x[b, n]), w, out=out)
+                affine.add(out, b, n, o)
+                put(y[b, n, o], out)
+
+
+def grads(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    g: Tensor,
+    dz: Tensor | None,
+    dh: Tensor | None,
+    affine: Affine,
+    tile: Tile,
+) -> None:
+    """dz and dH as asked for, dW formed once for both where a whole instance of it fits a tile."""
+    shared = False
+    if dz is not None:
+        B, O, I, R = len(x), g.shape[2], x.shape[2], weight.shape[2]
+        instances, outputs = _shape(B, O, I, R, tile.rewrites(weight), tile)
+        shared = dh is not None and outputs >= O and (dh.dtype == tile.sum_dtype or dh.numel() <= tile.elements)
+        total = Sum(dh, tile) if shared else None
+        for b in blocks(B, instances):
+            dz_b = affine.start(g[b], R)
+            for o in blocks(O, outputs):
+                dw = outer(g[b, :, o], x[b], tile)
+                tile.contract_weights(dz_b, dw, tile.head(weight[o]))
+                if total is not None:
+                    total.add(dw.flatten(1).T, tile.work(z[b]))
+            dz[b] = dz_b
+        if total is not None:
+            total.store()
+    if dh is not None and not shared:
+        _weight_grad(x, z, g, dh, tile)
+
+
+def _weight_grad(x: Tensor, z: Tensor, g: Tensor, dh: Tensor, tile: Tile) -> None:
+    O, I, R = dh.shape
+    # Where sums cannot be kept in dH itself, the block of dH is a tile, too.
+    inputs = I if dh.dtype == tile.sum_dtype else max(1, min(I, tile.elements // max(1, R)))
+    _, outputs = _shape(len(x), O, inputs, R, dh.dtype != tile.sum_dtype, tile)
+    for o in blocks(O, outputs):
+        for i in blocks(I, inputs):
+            total = Sum(dh[o, i], tile)
+            for b in blocks(len(x), tile.elements // max(1, outputs * inputs, R)):
+                total.add(outer(g[b, :, o], x[b, :, i], tile).flatten(1).T, tile.work(z[b]))
+            total.store()

@@ -1,0 +1,140 @@
+"""Contract x and H first: A[o,bn,r] = Σ_i x[b,n,i] H[o,i,r], then z; in dH, z and g first.
+
+    y[b,n,o] = Σ_r A[o,bn,r] z[b,r]        dz[b,r] = Σ_{n,o} A[o,bn,r] g[b,n,o]
+    Q[o,n,r] = Σ_b g[b,n,o] z[b,r]         dH[o,i,r] = Σ_n x[n,i] Q[o,n,r]
+
+2·X·R·I·O flops for X distinct rows of x, and 2·B·N·R·O more: this wins when instances share x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .tiles import Affine, Tile, accumulate, blocks, put
+
+
+def _cut(x: Tensor, O: int, R: int, tile: Tile) -> tuple[bool, int, int, int]:
+    """Whether x is shared, and the instances, points and outputs of one tile of A."""
+    B, N, I = x.shape
+    shared = B > 1 and x.stride(0) == 0
+    room = tile.elements // max(1, R)
+    points = max(1, min(N, tile.elements // max(1, I), room))
+    if shared:
+        outputs = max(1, min(O, room // points))
+        return True, max(1, tile.elements // max(1, points * outputs, R)), points, outputs
+    instances = max(1, min(B, room // points))
+    return False, instances, points, max(1, min(O, room // (points * instances)))
+
+
+def _products(x: Tensor, weight: Tensor, tile: Tile) -> Tensor:
+    """A for rows x (K, I) and a block of H: (O, K, R), H going through the work dtype by pieces of a tile."""
+    O, I, R = weight.shape
+    if weight.dtype == tile.dtype and weight.stride(2) == 1:
+        return torch.bmm(x.expand(O, *x.shape), weight)
+    a = torch.empty(O, len(x), R, dtype=tile.dtype, device=x.device)
+    for o in range(O):
+        for k, i in enumerate(blocks(I, tile.elements // max(1, R))):
+            h, xi = tile.work(weight[o, i]), x[:, i]
+            torch.mm(xi, h, out=a[o]) if k == 0 else a[o].addmm_(xi, h)
+    return a if I else a.zero_()
+
+
+def _tiles(
+    x: Tensor, weight: Tensor, tile: Tile
+) -> Iterator[tuple[slice, slice, slice, bool, Tensor]]:
+    """Blocks (b, n, o), whether A is shared by the block's instances, and A as (o, b, n, r) or (o·n, r)."""
+    B, N, I = x.shape
+    O, _, R = weight.shape
+    shared, instances, points, outputs = _cut(x, O, R, tile)
+    if shared:
+        for n in blocks(N, points):
+            rows = tile.work(x[0, n])
+            for o in blocks(O, outputs):
+                a = _products(rows, weight[o], tile).flatten(0, 1)
+                for b in blocks(B, instances):
+                    yield b, n, o, True, a
+        return
+    for b in blocks(B, instances):
+        for n in blocks(N, points):
+            rows = tile.work(x[b, n]).flatten(0, 1)
+            for o in blocks(O, outputs):
+                a = _products(rows, weight[o], tile)
+                yield b, n, o, False, a.view(len(a), b.stop - b.start, n.stop - n.start, R)
+
+
+def apply(x: Tensor, z: Tensor, weight: Tensor, y: Tensor, affine: Affine, tile: Tile) -> None:
+    """y = T(x, z, H) + affine."""
+    for b, n, o, shared, a in _tiles(x, weight, tile):
+        zb = tile.work(z[b])
+        if shared:
+            out = torch.mm(zb, a.T).view(len(zb), o.stop - o.start, n.stop - n.start).mT
+        else:
+            out = (a * zb[:, None, :]).sum(3).permute(1, 2, 0)
+        affine.add(out, b, n, o)
+        put(y[b, n, o], out)
+
+
+def grads(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    g: Tensor,
+    dz: Tensor | None,
+    dh: Tensor | None,
+    affine: Affine,
+    tile: Tile,
+) -> None:
+    """dz and dH as asked for."""
+    if dz is not None:
+        _cond_grad(x, weight, g, dz, affine, tile)
+    if dh is not None:
+        _weight_grad(x, z, g, dh, tile)
+
+
+def _cond_grad(x: Tensor, weight: Tensor, g: Tensor, dz: Tensor, affine: Affine, tile: Tile) -> None:
+    R = weight.shape[2]
+    for outer in blocks(len(x), tile.elements // max(1, R)):  # so that a block of dz is a tile
+        gb = g[outer]
+        total = affine.start(gb, R)
+        for b, n, o, shared, a in _tiles(x[outer], weight, tile):
+            go = tile.work(gb[b, n, o])
+            if shared:
+                accumulate(total[b], go.mT.flatten(1), a)
+            else:
+                total[b] += (a * go.permute(2, 0, 1).unsqueeze(3)).sum((0, 2))
+        dz[outer] = total
+
+
+def _weight_grad(x: Tensor, z: Tensor, g: Tensor, dh: Tensor, tile: Tile) -> None:
+    B, N, I = x.shape
+    O, _, R = dh.shape
+    direct = dh.dtype == tile.sum_dtype
+    shared, instances, points, outputs = _cut(x, O, R, tile)
+    inputs = I if direct else max(1, min(I, tile.elements // max(1, R)))
+    outputs = outputs if direct else max(1, min(outputs, tile.elements // max(1, inputs * R)))
+    for i in blocks(I, inputs):
+        for o in blocks(O, outputs):
+            out = dh[o, i]
+            total = out if direct else torch.empty(out.shape, dtype=tile.sum_dtype, device=dh.device)
+            total.zero_()
+            for n in blocks(N, points):
+                for b in [slice(0, 1)] if shared else blocks(B, instances):
+                    rows = x[b, n, i].flatten(0, 1).to(total.dtype)
+                    q = _sum_over_instances(z, g[:, n, o], instances, tile) if shared else None
+                    if q is None:
+                        gz = tile.work(g[b, n, o]).permute(2, 0, 1).unsqueeze(3) * tile.work(z[b]).unsqueeze(1)
+                        q = gz.flatten(1, 2).to(total.dtype)
+                    total.baddbmm_(rows.T.expand(len(out), *rows.T.shape), q)
+            put(out, total)
+
+
+def _sum_over_instances(z: Tensor, g: Tensor, instances: int, tile: Tile) -> Tensor:
+    """Q[o,n,r] = Σ_b g[b,n,o] z[b,r]."""
+    B, points, outputs = g.shape
+    q = torch.zeros(outputs * points, z.shape[1], dtype=tile.sum_dtype, device=z.device)
+    for b in blocks(B, instances):
+        accumulate(q, tile.work(g[b]).mT.flatten(1).T, tile.work(z[b]))
+    return q.view(outputs, points, z.shape[1])

@@ -1,0 +1,183 @@
+"""What the schedules share: blocks, tiles in the work dtype, sums that do not lose digits, and the affine part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def blocks(size: int, step: int) -> Iterator[slice]:
+    """Cut range(size) into slices of at most `step` (at least 1)."""
+    step = max(1, step)
+    return (slice(i, min(i + step, size)) for i in range(0, size, step))
+
+
+def rows(weight: Tensor) -> Tensor | None:
+    """View (O, I, R) as (O·I, R), or None where that would copy or where a matrix product would."""
+    O, I, R = weight.shape
+    s, t, u = weight.stride()
+    merges = O <= 1 or I <= 1 or s == t * I
+    unit = u == 1 or R <= 1 or (t if I > 1 else s) == 1
+    return weight.flatten(0, 1) if merges and unit else None
+
+
+class Tile(NamedTuple):
+    """The elements that one tile may hold, its dtype, and the dtype in which tiles are summed."""
+
+    elements: int
+    dtype: torch.dtype
+    sum_dtype: torch.dtype
+
+    def work(self, t: Tensor) -> Tensor:
+        """Bring an operand, at most a tile of it, to the work dtype."""
+        return t.to(self.dtype)
+
+    def rewrites(self, weight: Tensor) -> bool:
+        """Whether blocks of the head have to be copied before a matrix product can read them."""
+        return weight.dtype != self.dtype or (rows(weight) is None and rows(weight.transpose(0, 1)) is None)
+
+    def head(self, weight: Tensor) -> Tensor:
+        """Bring a block of the head into a form that `weights` and `contract_weights` read without a copy.
+
+        A block larger than a tile is left as it is, for them to go through piece by piece.
+        """
+        if weight.numel() > self.elements or not self.rewrites(weight):
+            return weight
+        return weight.to(self.dtype).contiguous()
+
+    def pieces(self, weight: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
+        """Cut a head that has to be rewritten: (o, slice of i, rows in the work dtype), each at most a tile."""
+        O, I, R = weight.shape
+        for o in range(O):
+            for i in blocks(I, self.elements // max(R, 1)):
+                yield o, i, self.work(weight[o, i])
+
+    def weights(self, z: Tensor, weight: Tensor) -> Tensor:
+        """W[b,o,i] = Σ_r H[o,i,r] z[b,r] for a block of instances and of outputs."""
+        O, I, _ = weight.shape
+        B = len(z)
+        if weight.dtype == self.dtype:
+            if (h := rows(weight)) is not None:
+                return torch.mm(z, h.T).view(B, O, I)
+            if (h := rows(weight.transpose(0, 1))) is not None:
+                return torch.mm(z, h.T).view(B, I, O).mT
+        w = z.new_empty(B, O, I)
+        for o, i, h in self.pieces(weight):
+            w[:, o, i] = torch.mm(z, h.T)
+        return w
+
+    def contract_weights(self, total: Tensor, dw: Tensor, weight: Tensor) -> None:
+        """total[b,r] += Σ_{o,i} dW[b,o,i] H[o,i,r]."""
+        if weight.dtype == self.dtype:
+            if (h := rows(weight)) is not None:
+                return accumulate(total, dw.flatten(1), h)
+            if (h := rows(weight.transpose(0, 1))) is not None:
+                return accumulate(total, dw.mT.flatten(1), h)
+        for o, i, h in self.pieces(weight):
+            accumulate(total, dw[:, o, i], h)
+
+    def target(self, out: Tensor) -> Tensor:
+        """Return where to compute a tile of an output: in place where that can be, else a buffer; see `put`."""
+        if out.dtype == self.dtype and out.is_contiguous():
+            return out
+        return torch.empty(out.shape, dtype=self.dtype, device=out.device)
+
+
+def put(out: Tensor, tile: Tensor) -> None:
+    """Write a finished tile to the output, unless it was computed there."""
+    if tile.data_ptr() != out.data_ptr():
+        out.copy_(tile)
+
+
+def outer(g: Tensor, x: Tensor, tile: Tile) -> Tensor:
+    """dW[b,o,i] = Σ_n g[b,n,o] x[b,n,i] for a block of instances."""
+    B, N, O = g.shape
+    I = x.shape[2]
+    if N == 1:  # several times faster than a batched product with K = 1
+        out = torch.empty(B, O, I, dtype=tile.dtype, device=x.device)
+        return torch.mul(tile.work(g).mT, tile.work(x), out=out)
+    dw: Tensor | None = None
+    for n in blocks(N, tile.elements // max(1, B * max(O, I))):
+        a, b = tile.work(g[:, n]).mT, tile.work(x[:, n])
+        dw = torch.bmm(a, b) if dw is None else dw.baddbmm_(a, b)
+    return x.new_zeros(B, O, I, dtype=tile.dtype) if dw is None else dw
+
+
+def accumulate(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
+    """total = beta·total + a·b, summed in total's dtype even where a and b have fewer digits."""
+    if a.dtype == b.dtype == total.dtype:
+        total.addmm_(a, b, beta=beta)
+    elif total.is_cuda and a.dtype == b.dtype:
+        product = torch.mm(a, b, out_dtype=total.dtype)
+        total.add_(product) if beta else total.copy_(product)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
+
+
+class Sum:
+    """Sum of products a·b into a block (o, i, R) of dH, rounded once at the end."""
+
+    def __init__(self, out: Tensor, tile: Tile):
+        O, I, R = out.shape
+        direct = out.dtype == tile.sum_dtype
+        self._out = out
+        self._total = (
+            out.view(O * I, R) if direct else torch.empty(O * I, R, dtype=tile.sum_dtype, device=out.device)
+        )
+        self._empty = True
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        accumulate(self._total, a, b, beta=0 if self._empty else 1)
+        self._empty = False
+
+    def store(self) -> None:
+        if self._empty:
+            self._out.zero_()
+        elif self._out.dtype != self._total.dtype:
+            self._out.copy_(self._total.view(self._out.shape))
+
+
+class Affine(NamedTuple):
+    """What is added to T(x, z, H): W0 x + bias·z + b0, by tiles."""
+
+    x: Tensor
+    z: Tensor
+    bias: Tensor | None
+    base_weight: Tensor | None
+    base_bias: Tensor | None
+    tile: Tile
+
+    def add(self, y: Tensor, b: slice, n: slice, o: slice) -> None:
+        """Add the block [b, n, o] in place."""
+        work, room = self.tile.work, self.tile.elements // max(1, self.x.shape[2], self.z.shape[1])
+        for part in blocks(o.stop - o.start, room):
+            out, rows = y[:, :, part], slice(o.start + part.start, o.start + part.stop)
+            if self.base_weight is not None:
+                out += torch.matmul(work(self.x[b, n]), work(self.base_weight[rows]).T)
+            if self.bias is not None:
+                out += torch.mm(work(self.z[b]), work(self.bias[rows]).T).unsqueeze(1)
+            if self.base_bias is not None:
+                out += work(self.base_bias[rows])
+
+    def start(self, g: Tensor, R: int) -> Tensor:
+        """Return where to sum dz of a block of instances: the part of the generated bias, or zeros."""
+        B, N, O = g.shape
+        total = torch.zeros(B, R, dtype=self.tile.sum_dtype, device=g.device)
+        if self.bias is None:
+            return total
+        for o in blocks(O, self.tile.elements // max(1, R)):
+            bias = self.tile.work(self.bias[o])
+            for b, n in boxes(B, N, o.stop - o.start, self.tile):
+                accumulate(total[b], self.tile.work(g[b, n, o]).sum(1, dtype=total.dtype), bias)
+        return total
+
+
+def boxes(B: int, N: int, features: int, tile: Tile) -> Iterator[tuple[slice, slice]]:
+    """Cut instances and points into blocks of which `features` columns are at most a tile."""
+    room = max(1, tile.elements // max(1, features))
+    for b in blocks(B, max(1, room // max(1, N))):
+        for n in blocks(N, room):
+            yield b, n

@@ -1,0 +1,113 @@
+"""`hyper_linear`: what every layer calls. Checks, autocast, flattening; the op below does the rest."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .ops import affine as _affine  # noqa: F401  (registers the op)
+from .ops.checks import check_tensors
+
+
+def _check(x, z, weight, bias, base_weight, base_bias) -> None:
+    """Check every argument of `hyper_linear`; the messages name it, its shape and what was expected."""
+    check_tensors(x=x, z=z, weight=weight, bias=bias, base_weight=base_weight, base_bias=base_bias)
+    if weight.dim() != 3:
+        raise ValueError(f"weight must have shape (O, I, R), got {tuple(weight.shape)}")
+    O, I, R = weight.shape
+    if x.dim() < 2:
+        raise ValueError(f"x must have shape (B, I) or (B, *, I), got {tuple(x.shape)}")
+    if x.shape[-1] != I:
+        raise ValueError(
+            f"x must have I = {I} features last, as weight (O, I, R) has: x has shape {tuple(x.shape)}, "
+            f"weight has shape {tuple(weight.shape)}"
+        )
+    if z.dim() != 2 or z.shape[0] != x.shape[0]:
+        hint = ""
+        if z.dim() == 1 or (z.dim() == 2 and z.shape[0] == 1):
+            one = "z[None]" if z.dim() == 1 else "z"
+            hint = f"; for one z shared by the whole batch, pass x[None] and {one}: the batch becomes points"
+        raise ValueError(
+            f"z must have shape (B, R) with the batch of x: z has shape {tuple(z.shape)}, "
+            f"x has shape {tuple(x.shape)}{hint}"
+        )
+    if z.shape[1] != R:
+        raise ValueError(
+            f"z must have R = {R} features, as weight (O, I, R) has: z has shape {tuple(z.shape)}, "
+            f"weight has shape {tuple(weight.shape)}"
+        )
+    blocks = (("bias", bias, "(O, R)", (O, R)), ("base_weight", base_weight, "(O, I)", (O, I)))
+    for name, t, letters, shape in (*blocks, ("base_bias", base_bias, "(O,)", (O,))):
+        if t is not None and t.shape != shape:
+            raise ValueError(
+                f"{name} must have shape {letters} = {tuple(shape)}, got {tuple(t.shape)} "
+                f"beside weight (O, I, R) of shape {tuple(weight.shape)}"
+            )
+
+
+def hyper_linear(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    base_weight: Tensor | None = None,
+    base_bias: Tensor | None = None,
+) -> Tensor:
+    """Apply a linear layer whose weights are generated per instance, without writing them out.
+
+    ``y[b] = x[b] (weight·z[b] + base_weight)ᵀ + bias·z[b] + base_bias``
+
+    Under autocast, the arguments are cast to the region's dtype, float64 ones excepted. Differentiable to any
+    order, in reverse and forward mode, under `torch.func`, `torch.compile` and `torch.export`.
+
+    Args:
+        x: inputs, ``(B, I)`` or ``(B, *, I)``: instances, points that share an instance's weights, features.
+        z: features of the hypernetwork, ``(B, R)``.
+        weight: the head, ``(O, I, R)``: the weight of an ``nn.Linear(R, O * I)``, viewed.
+        bias: head of the generated bias, ``(O, R)``.
+        base_weight: weights that all instances share, ``(O, I)``.
+        base_bias: bias that all instances share, ``(O,)``.
+
+    Returns:
+        ``(B, O)`` or ``(B, *, O)``, contiguous.
+
+    Raises:
+        TypeError: if an argument is no floating point tensor, or the dtypes differ.
+        ValueError: if a rank or a size does not match, or the devices differ.
+
+    Example:
+        >>> import torch, fasthyper
+        >>> x, z = torch.randn(32, 10), torch.randn(32, 8)
+        >>> weight, bias = torch.randn(5, 10, 8), torch.randn(5, 8)
+        >>> y = fasthyper.hyper_linear(x, z, weight, bias)
+        >>> W = torch.einsum("oir,br->boi", weight, z)  # what is never formed
+        >>> torch.allclose(y, torch.einsum("boi,bi->bo", W, x) + z @ bias.T, atol=1e-4)
+        True
+    """
+    if isinstance(x, Tensor) and _autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, z, weight, bias, base_weight, base_bias = (
+            _autocast(t, dtype) for t in (x, z, weight, bias, base_weight, base_bias)
+        )
+    _check(x, z, weight, bias, base_weight, base_bias)
+    B, I = x.shape[0], x.shape[-1]
+    points = x.shape[1:-1]
+    rows = x.reshape(B, math.prod(points), I)
+    y = torch.ops.fasthyper.hyper_linear(rows, z, weight, bias, base_weight, base_bias, *backends.current())
+    return y.reshape(B, *points, weight.shape[0])
+
+
+def _autocast_enabled(device: str) -> bool:
+    """Whether the region is under autocast for this device type; asking for the meta device raises."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def _autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Cast as `nn.Linear` does under autocast: floating point, but not float64."""
+    if not isinstance(t, Tensor) or not t.is_floating_point() or t.dtype == torch.float64:
+        return t
+    return t.to(dtype)

@@ -1,0 +1,103 @@
+"""torch's private names, all of them, and how an op's derivative rule is hung on the Autograd key.
+
+``torch.library.register_autograd`` makes torch.func raise and forward mode silently wrong; a plain
+``autograd.Function`` makes compiled second order silently wrong. What is right everywhere is a kernel at the
+Autograd key around a single-level Function, redispatching below autograd. It leans on names that torch does
+not promise: where one is gone, `MISSING` says which and the ops run by their reference, which every transform
+understands, at the price of writing out the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+MISSING: str | None = None
+try:
+    from torch._C import (  # type: ignore[attr-defined]
+        _after_autograd_keyset,
+        _any_requires_grad,
+        _are_functorch_transforms_active,
+        _AutoDispatchBelowAutograd,
+    )
+    from torch._functorch.autograd_function import enable_single_level_autograd_function
+    from torch.autograd.function import _SingleLevelFunction
+
+    _ = forward_ad._current_level, torch.ops.aten.add.Tensor.redispatch
+except (ImportError, AttributeError) as error:
+    MISSING = str(error)
+
+LIBRARY = torch.library.Library("fasthyper", "DEF")
+Op = Callable[..., Any]
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform or a level of forward mode is in force."""
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def recording(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd has to record an op on these tensors."""
+    return torch.is_grad_enabled() and _any_requires_grad(*(t for t in tensors if t is not None))
+
+
+def below(op: Op, keys: Any, args: tuple[Any, ...]) -> Any:
+    """Run an op's kernel, with autograd done."""
+    with _AutoDispatchBelowAutograd():
+        return op.redispatch(keys & _after_autograd_keyset, *args)  # type: ignore[attr-defined]
+
+
+def rule(op: Op, backward: Op, jvp: Op | None = None) -> Op:
+    """Make the Autograd kernel of an op that returns one tensor.
+
+    Args:
+        op: the overload, such as ``torch.ops.fasthyper.apply.default``.
+        backward: ``(args, need, g)`` -> one gradient, or None, for each argument.
+        jvp: ``(args, tangents)`` -> tangent of the output; the tangents of some arguments are None.
+
+    Returns:
+        A function of the dispatch keys and the op's arguments, recording them when it has to.
+    """
+
+    class Rule(_SingleLevelFunction):  # type: ignore[misc, valid-type]
+        @staticmethod
+        def forward(keys, *args):
+            if not _are_functorch_transforms_active():
+                return below(op, keys, args)
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                return below(op, keys, args)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            args = inputs[1:]
+            tensors = [a for a in args if isinstance(a, torch.Tensor)]
+            ctx.save_for_backward(*tensors)
+            ctx.save_for_forward(*tensors)
+            ctx.args = tuple(None if isinstance(a, torch.Tensor) else a for a in args)
+            ctx.is_tensor = tuple(isinstance(a, torch.Tensor) for a in args)
+
+        @staticmethod
+        def backward(ctx, g):
+            return None, *backward(_args(ctx), ctx.needs_input_grad[1:], g)
+
+        @staticmethod
+        def jvp(ctx, _, *tangents):
+            return jvp(_args(ctx), tangents)
+
+    def _args(ctx):
+        saved = iter(ctx.saved_tensors)
+        return tuple(next(saved) if t else a for t, a in zip(ctx.is_tensor, ctx.args, strict=True))
+
+    def autograd(keys, *args):
+        if _are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                return Rule.apply(keys, *args)
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        if forward_ad._current_level >= 0 or recording(*tensors):
+            return Rule.apply(keys, *args)
+        return below(op, keys, args)
+
+    return autograd

@@ -1,0 +1,202 @@
+"""Problem -> Plan: predict the cost of every schedule and take the cheapest that fits the workspace.
+
+A pure function of sizes and rates: no tensor and no device is touched, so every decision can be tested
+and printed (``fasthyper plan``).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+
+from .problem import AUTO, SCHEDULES, Machine, Plan, Problem
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+# A tile, its operands in the work dtype, an accumulator, and what a matrix product packs: each at most one share.
+_SHARES = 8
+_MIN_LIMIT = 1 << 20
+_limit = 32 << 20
+
+
+def set_workspace_limit(limit: int) -> None:
+    """Bound the temporary memory of one call, for the whole process.
+
+    Args:
+        limit: bytes, at least 1 MiB. The default is 32 MiB. Outputs and returned gradients do not count.
+
+    Raises:
+        TypeError: if ``limit`` is not an integer.
+        ValueError: if it is under 1 MiB.
+
+    Example:
+        >>> import fasthyper
+        >>> fasthyper.set_workspace_limit(16 << 20)
+        >>> fasthyper.get_workspace_limit()
+        16777216
+        >>> fasthyper.set_workspace_limit(32 << 20)
+    """
+    global _limit
+    if isinstance(limit, bool) or not isinstance(limit, int):
+        raise TypeError(f"limit must be an integer number of bytes, got {limit!r}")
+    if limit < _MIN_LIMIT:
+        raise ValueError(f"limit must be at least {_MIN_LIMIT} bytes (1 MiB), got {limit}")
+    _limit = limit
+
+
+def get_workspace_limit() -> int:
+    """Return the bound on the temporary memory of one call, in bytes."""
+    return _limit
+
+
+@functools.cache
+def _cpu_has_fast(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of this 16-bit dtype natively; elsewhere float32 is tens of times faster."""
+    probe = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    try:
+        return bool(getattr(torch.ops.mkldnn, probe)())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+@functools.cache
+def machine(device: str, dtype: torch.dtype, threads: int = 1) -> Machine:
+    """Typical rates of a device type: only their ratios decide, so they need not be this machine's own."""
+    if device == "cpu":
+        native = dtype not in _LOW_PRECISION or _cpu_has_fast(dtype)
+        work = dtype if native else torch.float32
+        rate = 30e9 if work == torch.float64 else 60e9
+        return Machine(rate * threads, 12e9 * threads, 8e9, 3e-6, 2 << 20, work)
+    rate = {torch.float64: 30e12, torch.float32: 50e12}.get(dtype, 600e12)
+    return Machine(rate, 5e12, 3e12, 4e-6, 16 << 20, dtype)
+
+
+class _Cost(NamedTuple):
+    """Flops, tile bytes moved, seconds of the matrix products, and elements of one instance's tile."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    seconds: float = 0.0
+    calls: int = 0
+
+    def __add__(self, other: _Cost) -> _Cost:  # type: ignore[override]
+        return _Cost(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def _gemm(m: float, n: float, k: float, mach: Machine, times: float = 1.0) -> _Cost:
+    """2·m·n·k flops, slower where a side is too short to fill the registers of a matrix unit."""
+    flops = 2.0 * times * m * n * k
+    short = math.prod(side / (side + 8.0) for side in (m, n, k)) if flops else 1.0
+    return _Cost(flops, 0.0, flops / (mach.flops * short), 1)
+
+
+def _tile(elements: float, passes: float, mach: Machine) -> _Cost:
+    """Elements of a tile written or read `passes` times, in cache."""
+    moved = elements * passes * mach.work_dtype.itemsize
+    return _Cost(0.0, moved, moved / mach.cache_bandwidth, 1)
+
+
+def _apply_cost(p: Problem, schedule: str, mach: Machine) -> _Cost:
+    B, N, R, I, O = p.batch, p.points, p.cond_features, p.in_features, p.out_features
+    if schedule == "fold":  # x ⊗ z, then one product with K = I·R
+        return _tile(B * N * I * R, 2, mach) + _gemm(B * N, O, I * R, mach)
+    if schedule == "generate":  # W = z·H, then x·Wᵀ instance by instance
+        return _gemm(B, O * I, R, mach) + _tile(B * O * I, 2, mach) + _instances(B, N, I, O, mach)
+    products = _gemm(p.distinct, O * R, I, mach)
+    if p.shared_x:  # x·H once, then one product with z
+        return products + _gemm(B, N * O, R, mach) + _tile(B * N * O, 2, mach)
+    return products + _tile(B * N * O * R, 3, mach)
+
+
+def _instances(B: int, N: int, m: int, n: int, mach: Machine) -> _Cost:
+    """B small products of N rows; at N = 1 they are bound by reading the tile, which is counted with the tile."""
+    return _gemm(N, m, n, mach, B) if N > 1 else _Cost(2.0 * B * m * n, 0.0, 0.0, 1)
+
+
+def _grads_cost(p: Problem, schedule: str, mach: Machine) -> _Cost:
+    B, N, R, I, O = p.batch, p.points, p.cond_features, p.in_features, p.out_features
+    dx, dz, dh = p.needs
+    cost = _Cost()
+    if schedule == "fold":
+        if dx or dz:  # G = g·H, reduced with z and with x
+            cost += _gemm(B * N, I * R, O, mach) + _tile(B * N * I * R, 2 + dx + dz, mach)
+        if dh:
+            cost += _tile(B * N * I * R, 2, mach) + _gemm(O, I * R, B * N, mach)
+        return cost
+    if dx:  # a forward with H transposed
+        cost += _apply_cost(p._replace(in_features=O, out_features=I, shared_x=False), "generate", mach)
+    if schedule == "generate":
+        if dz or dh:  # dW = gᵀx
+            cost += _instances(B, N, O, I, mach) + _tile(B * O * I, 1 + dz + dh, mach)
+        if dz:
+            cost += _gemm(B, R, O * I, mach)
+        if dh:
+            cost += _gemm(O * I, R, B, mach)
+        return cost
+    if dz:
+        cost += _apply_cost(p, "project", mach)
+    if dh:  # z ⊗ g, then xᵀ
+        cost += _gemm(O * R, I, p.distinct, mach)
+        cost += _gemm(N * O, R, B, mach) if p.shared_x else _tile(B * N * O * R, 2, mach)
+    return cost
+
+
+def tile_elements(mach: Machine, limit: int) -> int:
+    """Elements that one tile may hold: a share of the workspace, and no more than stays in cache."""
+    return min(limit // _SHARES, mach.tile_bytes) // mach.work_dtype.itemsize
+
+
+def cost(problem: Problem, schedule: str, mach: Machine, limit: int) -> Plan:
+    """Predict one schedule."""
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    p = problem
+    c = (_apply_cost if p.op == "apply" else _grads_cost)(p, schedule, mach)
+    tile = tile_elements(mach, limit)
+    B, N, R, I, O = p.batch, p.points, p.cond_features, p.in_features, p.out_features
+    size = {
+        "fold": B * N * I * R,
+        "generate": B * O * I,
+        "project": (N if p.shared_x else B * N) * O * R,
+    }[schedule]
+    chunks = max(1.0, size / tile)
+    operands = (B * (N * (I + O) + R) + O * I * R * min(chunks, 4.0)) * p.dtype.itemsize
+    workspace = min(size, tile) * mach.work_dtype.itemsize * (_SHARES // 2)
+    seconds = c.seconds + operands / mach.memory_bandwidth + c.calls * chunks * mach.launch
+    return Plan(schedule, tile, mach.work_dtype, c.flops, c.bytes + operands, int(workspace), seconds)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(problem: Problem, schedule: str, limit: int, threads: int) -> Plan:
+    mach = machine(problem.device, problem.dtype, threads)
+    names = SCHEDULES if schedule == AUTO else (schedule,)
+    return min((cost(problem, name, mach, limit) for name in names), key=lambda plan: plan.seconds)
+
+
+def plan(problem: Problem, schedule: str = AUTO) -> Plan:
+    """Return the cheapest plan, or the plan of a given schedule.
+
+    Args:
+        problem: what is asked for.
+        schedule: one of ``"fold"``, ``"generate"``, ``"project"``, or ``"auto"`` for the cheapest.
+
+    Raises:
+        ValueError: if the schedule is unknown.
+
+    Example:
+        >>> from fasthyper.problem import Problem
+        >>> plan(Problem("apply", 100, 1024, 64, 64, 64)).schedule  # many points share the weights
+        'generate'
+        >>> plan(Problem("apply", 8192, 1, 8, 64, 128)).schedule  # few features
+        'fold'
+        >>> plan(Problem("apply", 8192, 4, 64, 64, 64, shared_x=True)).schedule
+        'project'
+    """
+    return _plan(problem, schedule, _limit, torch.get_num_threads())
+
+
+def plans(problem: Problem) -> list[Plan]:
+    """Return the plan of every schedule, cheapest first."""
+    return sorted((plan(problem, name) for name in SCHEDULES), key=lambda p: p.seconds)

@@ -1,0 +1,93 @@
+"""The vocabulary of planning: what is asked for (`Problem`), on what (`Machine`), and how it will be done (`Plan`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+SCHEDULES = ("fold", "generate", "project")
+"""The orders of contraction: x ⊗ z first, z · H first, x · H first."""
+
+AUTO = "auto"
+"""Let the planner choose: a choice as good as any other, where the empty string means that nobody chose yet."""
+
+
+class Problem(NamedTuple):
+    """One call of the op family: sizes, dtype, device type.
+
+    A tuple, because it is hashed on every call and tuples hash fastest.
+
+    Args:
+        op: ``"apply"`` or ``"grads"`` (of which ``cond_grad`` and ``weight_grad`` are parts).
+        batch: B, instances, each with its own z.
+        points: N, points per instance.
+        cond_features: R, features of z.
+        in_features: I, in features of the generated layer.
+        out_features: O, out features of the generated layer.
+        dtype: dtype of all tensors.
+        device: device type, such as ``"cpu"``.
+        shared_x: whether all instances have the same x (a batch stride of zero).
+        needs: for ``grads``, which of dx, dz, dH are asked for.
+    """
+
+    op: str
+    batch: int
+    points: int
+    cond_features: int
+    in_features: int
+    out_features: int
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    shared_x: bool = False
+    needs: tuple[bool, bool, bool] = (True, True, True)
+
+    @property
+    def distinct(self) -> int:
+        """Distinct rows of x."""
+        return self.points if self.shared_x else self.batch * self.points
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates that turn flops and bytes into seconds.
+
+    Args:
+        flops: peak rate of the work dtype, flop/s.
+        cache_bandwidth: rate at which a tile is written and read back, byte/s.
+        memory_bandwidth: rate of main memory, byte/s.
+        launch: cost of one torch call, s.
+        tile_bytes: largest tile that is worth having, so that it stays in cache.
+        work_dtype: dtype in which tiles are computed and summed.
+    """
+
+    flops: float
+    cache_bandwidth: float
+    memory_bandwidth: float
+    launch: float
+    tile_bytes: int
+    work_dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a problem will be computed, and what that is predicted to cost.
+
+    Args:
+        schedule: one of `SCHEDULES`.
+        tile: elements that one tile may hold.
+        work_dtype: dtype of the tiles.
+        flops: floating point operations.
+        bytes: bytes moved, tiles and operands.
+        workspace: peak temporary bytes.
+        seconds: predicted time.
+    """
+
+    schedule: str
+    tile: int
+    work_dtype: torch.dtype
+    flops: float
+    bytes: float
+    workspace: int
+    seconds: float
