@@ -12,31 +12,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .tiles import Affine, Sum, Tile, blocks, outer, put
+from .tiles import Affine, Head, Sum, Tile, blocks, outer, put, rows
 
 # Fewer instances than this in a product with H and reading H decides, not multiplying.
 _INSTANCES = 128
 
 
-def _shape(B: int, O: int, I: int, R: int, rewrites: bool, tile: Tile) -> tuple[int, int]:
-    """Instances and outputs of one tile of W."""
-    outputs = tile.elements // max(1, I * min(B, _INSTANCES))
-    if rewrites:  # the block of H is a tile, too
-        outputs = min(outputs, tile.elements // max(1, I * R))
-    outputs = max(1, min(O, outputs))
+def _shape(B: int, O: int, I: int, R: int, copied: bool | None, tile: Tile) -> tuple[int, int]:
+    """Instances and outputs of one tile of W; `copied`: whether its block of H is copied, None if only when cut."""
+    outputs = max(1, min(O, tile.elements // max(1, I * min(B, _INSTANCES))))
+    if copied or (copied is None and outputs < O):  # the block of H is a tile, too
+        outputs = max(1, min(outputs, tile.elements // max(1, I * R)))
     return max(1, min(B, tile.elements // max(1, outputs * I, R))), outputs
+
+
+def _copied(weight: Tensor, tile: Tile) -> bool | None:
+    if weight.dtype == tile.dtype:
+        if rows(weight) is not None:
+            return False
+        if rows(weight.transpose(0, 1)) is not None:
+            return None
+    return True
 
 
 def apply(x: Tensor, z: Tensor, weight: Tensor, y: Tensor, affine: Affine, tile: Tile) -> None:
     """y = T(x, z, H) + affine."""
     B, N, I = x.shape
     O, _, R = weight.shape
-    instances, outputs = _shape(B, O, I, R, tile.rewrites(weight), tile)
+    instances, outputs = _shape(B, O, I, R, _copied(weight, tile), tile)
     points = tile.elements // max(1, instances * max(I, outputs))
     for o in blocks(O, outputs):
-        head = tile.head(weight[o])
+        head = Head(weight[o], tile)
         for b in blocks(B, instances):
-            w = tile.weights(tile.work(z[b]), head).mT
+            w = head.weights(tile.work(z[b])).mT
             for n in blocks(N, points):
                 out = tile.target(y[b, n, o])
                 torch.bmm(tile.work(x[b, n]), w, out=out)
@@ -58,14 +66,14 @@ def grads(
     shared = False
     if dz is not None:
         B, O, I, R = len(x), g.shape[2], x.shape[2], weight.shape[2]
-        instances, outputs = _shape(B, O, I, R, tile.rewrites(weight), tile)
+        instances, outputs = _shape(B, O, I, R, _copied(weight, tile), tile)
         shared = dh is not None and outputs >= O and (dh.dtype == tile.sum_dtype or dh.numel() <= tile.elements)
         total = Sum(dh, tile) if shared else None
         for b in blocks(B, instances):
             dz_b = affine.start(g[b], R)
             for o in blocks(O, outputs):
                 dw = outer(g[b, :, o], x[b], tile)
-                tile.contract_weights(dz_b, dw, tile.head(weight[o]))
+                Head(weight[o], tile).contract(dz_b, dw)
                 if total is not None:
                     total.add(dw.flatten(1).T, tile.work(z[b]))
             dz[b] = dz_b

@@ -35,55 +35,55 @@ class Tile(NamedTuple):
         """Bring an operand, at most a tile of it, to the work dtype."""
         return t.to(self.dtype)
 
-    def rewrites(self, weight: Tensor) -> bool:
-        """Whether blocks of the head have to be copied before a matrix product can read them."""
-        return weight.dtype != self.dtype or (rows(weight) is None and rows(weight.transpose(0, 1)) is None)
-
-    def head(self, weight: Tensor) -> Tensor:
-        """Bring a block of the head into a form that `weights` and `contract_weights` read without a copy.
-
-        A block larger than a tile is left as it is, for them to go through piece by piece.
-        """
-        if weight.numel() > self.elements or not self.rewrites(weight):
-            return weight
-        return weight.to(self.dtype).contiguous()
-
-    def pieces(self, weight: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
-        """Cut a head that has to be rewritten: (o, slice of i, rows in the work dtype), each at most a tile."""
-        O, I, R = weight.shape
-        for o in range(O):
-            for i in blocks(I, self.elements // max(R, 1)):
-                yield o, i, self.work(weight[o, i])
-
-    def weights(self, z: Tensor, weight: Tensor) -> Tensor:
-        """W[b,o,i] = Σ_r H[o,i,r] z[b,r] for a block of instances and of outputs."""
-        O, I, _ = weight.shape
-        B = len(z)
-        if weight.dtype == self.dtype:
-            if (h := rows(weight)) is not None:
-                return torch.mm(z, h.T).view(B, O, I)
-            if (h := rows(weight.transpose(0, 1))) is not None:
-                return torch.mm(z, h.T).view(B, I, O).mT
-        w = z.new_empty(B, O, I)
-        for o, i, h in self.pieces(weight):
-            w[:, o, i] = torch.mm(z, h.T)
-        return w
-
-    def contract_weights(self, total: Tensor, dw: Tensor, weight: Tensor) -> None:
-        """total[b,r] += Σ_{o,i} dW[b,o,i] H[o,i,r]."""
-        if weight.dtype == self.dtype:
-            if (h := rows(weight)) is not None:
-                return accumulate(total, dw.flatten(1), h)
-            if (h := rows(weight.transpose(0, 1))) is not None:
-                return accumulate(total, dw.mT.flatten(1), h)
-        for o, i, h in self.pieces(weight):
-            accumulate(total, dw[:, o, i], h)
-
     def target(self, out: Tensor) -> Tensor:
         """Return where to compute a tile of an output: in place where that can be, else a buffer; see `put`."""
         if out.dtype == self.dtype and out.is_contiguous():
             return out
         return torch.empty(out.shape, dtype=self.dtype, device=out.device)
+
+
+class Head:
+    """A block (O, I, R) of the head, as a matrix that a product with z or with dW reads without a copy.
+
+    Rows are (o, i), or (i, o) where the block is the transposed view of a head. A block in another dtype or
+    with other strides is copied if it is at most a tile, and otherwise gone through piece by piece.
+    """
+
+    def __init__(self, weight: Tensor, tile: Tile):
+        self._weight, self._tile = weight, tile
+        self._swapped = False
+        self._rows = None
+        if weight.dtype == tile.dtype:
+            self._rows = rows(weight)
+            if self._rows is None:
+                self._rows = rows(weight.transpose(0, 1))
+                self._swapped = self._rows is not None
+        if self._rows is None and weight.numel() <= tile.elements:
+            self._rows = tile.work(weight).contiguous().flatten(0, 1)
+
+    def _pieces(self) -> Iterator[tuple[int, slice, Tensor]]:
+        O, I, R = self._weight.shape
+        for o in range(O):
+            for i in blocks(I, self._tile.elements // max(R, 1)):
+                yield o, i, self._tile.work(self._weight[o, i])
+
+    def weights(self, z: Tensor) -> Tensor:
+        """W[b,o,i] = Σ_r H[o,i,r] z[b,r] for a block of instances."""
+        O, I, _ = self._weight.shape
+        if self._rows is not None:
+            w = torch.mm(z, self._rows.T)
+            return w.view(len(z), I, O).mT if self._swapped else w.view(len(z), O, I)
+        w = z.new_empty(len(z), O, I)
+        for o, i, h in self._pieces():
+            w[:, o, i] = torch.mm(z, h.T)
+        return w
+
+    def contract(self, total: Tensor, dw: Tensor) -> None:
+        """total[b,r] += Σ_{o,i} dW[b,o,i] H[o,i,r]."""
+        if self._rows is not None:
+            return accumulate(total, (dw.mT if self._swapped else dw).flatten(1), self._rows)
+        for o, i, h in self._pieces():
+            accumulate(total, dw[:, o, i], h)
 
 
 def put(out: Tensor, tile: Tensor) -> None:
@@ -152,6 +152,8 @@ class Affine(NamedTuple):
 
     def add(self, y: Tensor, b: slice, n: slice, o: slice) -> None:
         """Add the block [b, n, o] in place."""
+        if self.base_weight is None and self.bias is None and self.base_bias is None:
+            return
         work, room = self.tile.work, self.tile.elements // max(1, self.x.shape[2], self.z.shape[1])
         for part in blocks(o.stop - o.start, room):
             out, rows = y[:, :, part], slice(o.start + part.start, o.start + part.stop)
