@@ -88,10 +88,11 @@ def hyper_linear(
         >>> torch.allclose(y, torch.einsum("boi,bi->bo", W, x) + z @ bias.T, atol=1e-4)
         True
     """
-    if isinstance(x, Tensor) and _autocast_enabled(x.device.type):
+    if isinstance(x, Tensor) and autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, z, weight, bias, base_weight, base_bias = (
-            _autocast(t, dtype) for t in (x, z, weight, bias, base_weight, base_bias)
+        x, z, weight = _autocast(x, dtype), _autocast(z, dtype), _autocast(weight, dtype)
+        bias, base_weight, base_bias = (
+            None if t is None else _autocast(t, dtype) for t in (bias, base_weight, base_bias)
         )
     _check(x, z, weight, bias, base_weight, base_bias)
     B, I = x.shape[0], x.shape[-1]
@@ -101,12 +102,12 @@ def hyper_linear(
     return y.reshape(B, *points, weight.shape[0])
 
 
-def _autocast_enabled(device: str) -> bool:
+def autocast_enabled(device: str) -> bool:
     """Whether the region is under autocast for this device type; asking for the meta device raises."""
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def _autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast as `nn.Linear` does under autocast: floating point, but not float64."""
     if not isinstance(t, Tensor) or not t.is_floating_point() or t.dtype == torch.float64:
         return t

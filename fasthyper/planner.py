@@ -53,7 +53,7 @@ def get_workspace_limit() -> int:
 
 @functools.cache
 def _cpu_has_fast(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies matrices of this 16-bit dtype natively; elsewhere float32 is tens of times faster."""
+    """Whether oneDNN has products of this 16-bit dtype; elsewhere float32 is tens of times faster."""
     probe = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     try:
         return bool(getattr(torch.ops.mkldnn, probe)())
@@ -74,7 +74,7 @@ def machine(device: str, dtype: torch.dtype, threads: int = 1) -> Machine:
 
 
 class _Cost(NamedTuple):
-    """Flops, tile bytes moved, seconds of the matrix products, and elements of one instance's tile."""
+    """Flops, bytes of tiles moved, seconds of both, and torch calls."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -82,7 +82,12 @@ class _Cost(NamedTuple):
     calls: int = 0
 
     def __add__(self, other: _Cost) -> _Cost:  # type: ignore[override]
-        return _Cost(*(a + b for a, b in zip(self, other, strict=True)))
+        return _Cost(
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.seconds + other.seconds,
+            self.calls + other.calls,
+        )
 
 
 def _gemm(m: float, n: float, k: float, mach: Machine, times: float = 1.0) -> _Cost:
@@ -111,7 +116,7 @@ def _apply_cost(p: Problem, schedule: str, mach: Machine) -> _Cost:
 
 
 def _instances(B: int, N: int, m: int, n: int, mach: Machine) -> _Cost:
-    """B small products of N rows; at N = 1 they are bound by reading the tile, which is counted with the tile."""
+    """B small products of N rows; at N = 1 reading the tile bounds them, which is counted with the tile."""
     return _gemm(N, m, n, mach, B) if N > 1 else _Cost(2.0 * B * m * n, 0.0, 0.0, 1)
 
 

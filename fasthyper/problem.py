@@ -1,4 +1,4 @@
-"""The vocabulary of planning: what is asked for (`Problem`), on what (`Machine`), and how it will be done (`Plan`)."""
+"""The vocabulary of planning: what is asked for (`Problem`), on what (`Machine`), how it is done (`Plan`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SCHEDULES = ("fold", "generate", "project")
 """The orders of contraction: x ⊗ z first, z · H first, x · H first."""
 
 AUTO = "auto"
-"""Let the planner choose: a choice as good as any other, where the empty string means that nobody chose yet."""
+"""Let the planner choose: a choice like any other; the empty string means that nobody chose yet."""
 
 
 class Problem(NamedTuple):

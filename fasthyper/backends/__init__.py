@@ -15,6 +15,7 @@ from . import aten, materialised
 
 BACKENDS: dict[str, ModuleType] = {"aten": aten, "materialised": materialised}
 
+
 class Choice(NamedTuple):
     """Backend and schedule of one call, each by name or ``"auto"``."""
 

@@ -5,6 +5,8 @@ Kept to compare with, forced by ``use_backend("materialised")``; no plan ever ch
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ def apply(
     *,
     schedule: str,
 ) -> Tensor:
-    """y = (H·z + W0) x + bias·z + b0, through W."""
+    """Y = (H·z + W0) x + bias·z + b0, through W."""
     w = _generate(z, weight)
     y = torch.bmm(x, (w if base_weight is None else w + base_weight).mT)
     if bias is not None:
@@ -50,6 +52,10 @@ def grads(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, z, H, bias, W0, b0, through W and dW."""
     dx, dz, dh, dbias, dbase, db0 = mask
+    z, weight = (
+        cast(Tensor, z),
+        cast(Tensor, weight),
+    )  # absent only where nothing that is asked for reads them
     out: list[Tensor | None] = [None] * 6
     if dx:
         w = _generate(z, weight)
@@ -58,9 +64,8 @@ def grads(
         dw = torch.bmm(g.mT, x)
         flat = dw.reshape(len(x), g.shape[2] * x.shape[2])
     if dz:
-        out[1] = flat @ weight.reshape(flat.shape[1], weight.shape[2])
-        if bias is not None:
-            out[1] += g.sum(1) @ bias
+        sums = flat @ weight.reshape(flat.shape[1], weight.shape[2])
+        out[1] = sums if bias is None else sums + g.sum(1) @ bias
     if dh:
         out[2] = (flat.T @ z).view(g.shape[2], x.shape[2], z.shape[1])
     if dbias:

@@ -49,7 +49,11 @@ def _check(x, z, weight, bias=None, base_weight=None, base_bias=None, g=None) ->
     check_factors(x=x, z=z, w=weight, **({} if g is None else {"g": g}))
     check_tensors(x=x, bias=bias, base_weight=base_weight, base_bias=base_bias)
     O, I, R = weight.shape
-    for name, t, shape in (("bias", bias, (O, R)), ("base_weight", base_weight, (O, I)), ("base_bias", base_bias, (O,))):
+    for name, t, shape in (
+        ("bias", bias, (O, R)),
+        ("base_weight", base_weight, (O, I)),
+        ("base_bias", base_bias, (O,)),
+    ):
         if t is not None and t.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
 

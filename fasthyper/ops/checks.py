@@ -53,8 +53,7 @@ def check_factors(**factors: Tensor) -> None:
             raise ValueError(f"{_NAMES[f]} must have shape ({expected}), got {tuple(t.shape)}")
         for axis, size in zip(AXES[f], t.shape, strict=True):
             other = seen.setdefault(axis, f)
-            expected = factors[other].shape[AXES[other].index(axis)]
-            if size != expected:
+            if size != factors[other].shape[AXES[other].index(axis)]:
                 raise ValueError(
                     f"{_NAMES[f]} and {_NAMES[other]} must agree on {axis.upper()}: {_NAMES[f]} "
                     f"({', '.join(AXES[f].upper())}) has shape {tuple(t.shape)}, {_NAMES[other]} "

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 MISSING: str | None = None
 try:
-    from torch._C import (  # type: ignore[attr-defined]
+    from torch._C import (
         _after_autograd_keyset,
         _any_requires_grad,
         _are_functorch_transforms_active,
@@ -62,7 +62,7 @@ def rule(op: Op, backward: Op, jvp: Op | None = None) -> Op:
         A function of the dispatch keys and the op's arguments, recording them when it has to.
     """
 
-    class Rule(_SingleLevelFunction):  # type: ignore[misc, valid-type]
+    class Rule(_SingleLevelFunction):
         @staticmethod
         def forward(keys, *args):
             if not _are_functorch_transforms_active():
@@ -85,6 +85,7 @@ def rule(op: Op, backward: Op, jvp: Op | None = None) -> Op:
 
         @staticmethod
         def jvp(ctx, _, *tangents):
+            assert jvp is not None  # an op without one is taken apart before it gets here
             return jvp(_args(ctx), tangents)
 
     def _args(ctx):
@@ -94,10 +95,10 @@ def rule(op: Op, backward: Op, jvp: Op | None = None) -> Op:
     def autograd(keys, *args):
         if _are_functorch_transforms_active():
             with enable_single_level_autograd_function():
-                return Rule.apply(keys, *args)
+                return Rule.apply(keys, *args)  # type: ignore[attr-defined]
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         if forward_ad._current_level >= 0 or recording(*tensors):
-            return Rule.apply(keys, *args)
+            return Rule.apply(keys, *args)  # type: ignore[attr-defined]
         return below(op, keys, args)
 
     return autograd

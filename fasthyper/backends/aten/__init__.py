@@ -8,6 +8,8 @@ that schedule. The family's pure ops are the calls without bias and base.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ def apply(
     *,
     schedule: str,
 ) -> Tensor:
-    """y (B, N, O) from x (B, N, I), z (B, R), H (O, I, R); bias (O, R), W0 (O, I), b0 (O,) or None."""
+    """Y (B, N, O) from x (B, N, I), z (B, R), H (O, I, R); bias (O, R), W0 (O, I), b0 (O,) or None."""
     O, _, R = weight.shape
     plan = planner.plan(_problem("apply", x, R, O), schedule)
     tile = _tile(plan)
@@ -68,8 +70,12 @@ def grads(
     """Gradients of x, z, H, bias, W0, b0 as asked for by the mask; z is not read for dz alone, nor H for dH alone."""
     B, N, I = x.shape
     O = g.shape[2]
+    z, weight = (
+        cast(Tensor, z),
+        cast(Tensor, weight),
+    )  # absent only where nothing that is asked for reads them
     R = (z if weight is None else weight).shape[-1]
-    plan = planner.plan(_problem("grads", x, R, O, mask[:3]), schedule)
+    plan = planner.plan(_problem("grads", x, R, O, (mask[0], mask[1], mask[2])), schedule)
     tile = _tile(plan)
 
     def new(wanted: bool, *size: int) -> Tensor | None:
@@ -92,14 +98,14 @@ def grads(
 
 def _base_grads(
     x: Tensor,
-    z: Tensor | None,
+    z: Tensor,
     g: Tensor,
     dbias: Tensor | None,
     dbase: Tensor | None,
     db0: Tensor | None,
     tile: Tile,
 ) -> tuple[Tensor | None, ...]:
-    """dbias = Σ g ⊗ z, dW0 = Σ g ⊗ x, db0 = Σ g, over instances and points."""
+    """Dbias = Σ g ⊗ z, dW0 = Σ g ⊗ x, db0 = Σ g, over instances and points."""
     outs = (dbias, dbase, db0)
     if all(out is None for out in outs):
         return outs
@@ -109,16 +115,13 @@ def _base_grads(
         sums = [None if t is None else torch.zeros_like(t[o], dtype=tile.sum_dtype) for t in outs]
         for b, n in boxes(B, N, o.stop - o.start + I, tile):
             gb = tile.work(g[b, n, o])
-            if sums[1] is not None:
-                accumulate(sums[1], gb.flatten(0, 1).T, tile.work(x[b, n]).flatten(0, 1))
-            if sums[0] is None and sums[2] is None:
-                continue
-            per_instance = gb.sum(1, dtype=tile.sum_dtype)
-            if sums[0] is not None:
-                accumulate(sums[0], per_instance.T, tile.work(z[b]))
-            if sums[2] is not None:
-                sums[2] += per_instance.sum(0)
+            if (of_base := sums[1]) is not None:
+                accumulate(of_base, gb.flatten(0, 1).T, tile.work(x[b, n]).flatten(0, 1))
+            if (of_bias := sums[0]) is not None:
+                accumulate(of_bias, gb.sum(1, dtype=tile.sum_dtype).T, tile.work(z[b]))
+            if (of_base_bias := sums[2]) is not None:
+                of_base_bias += gb.sum((0, 1), dtype=tile.sum_dtype)
         for out, total in zip(outs, sums, strict=True):
-            if out is not None:
+            if out is not None and total is not None:
                 out[o] = total
     return outs

@@ -56,7 +56,7 @@ def _folded(x: Tensor, z: Tensor, tile: Tile) -> Tensor:
 
 
 def apply(x: Tensor, z: Tensor, weight: Tensor, y: Tensor, affine: Affine, tile: Tile) -> None:
-    """y = T(x, z, H) + affine."""
+    """Y = T(x, z, H) + affine."""
     B, N, I = x.shape
     O, _, R = weight.shape
     cut = _Blocks(B, N, I, O, R, _copies(weight, tile), tile)
@@ -75,8 +75,8 @@ def apply(x: Tensor, z: Tensor, weight: Tensor, y: Tensor, affine: Affine, tile:
 
 def grads(
     x: Tensor,
-    z: Tensor | None,
-    weight: Tensor | None,
+    z: Tensor,
+    weight: Tensor,
     g: Tensor,
     dx: Tensor | None,
     dz: Tensor | None,
@@ -94,7 +94,7 @@ def grads(
 
 def _dx_dz(
     x: Tensor,
-    z: Tensor | None,
+    z: Tensor,
     weight: Tensor,
     g: Tensor,
     dx: Tensor | None,
@@ -107,7 +107,6 @@ def _dx_dz(
     O, _, R = weight.shape
     cut = _Blocks(B, N, I, O, R, _copies(weight, tile), tile)
     for b in blocks(B, cut.instances):
-        zb = None if dx is None else tile.work(z[b]).unsqueeze(2)
         dz_b = None if dz is None else affine_z.start(g[b], R)
         for n in blocks(N, cut.points):
             xb = x[b, n]
@@ -121,13 +120,13 @@ def _dx_dz(
                     accumulate(G, gb[:, o], h)
                 G = tile.work(G).view(count, points * size, R)
                 if dx_b is not None:
-                    dx_b[:, :, i] = torch.bmm(G, zb).view(count, points, size)
+                    dx_b[:, :, i] = torch.bmm(G, tile.work(z[b]).unsqueeze(2)).view(count, points, size)
                 if dz_b is not None:
                     dz_b += torch.bmm(tile.work(xb[:, :, i]).reshape(count, 1, points * size), G).squeeze(1)
-            if dx_b is not None:
+            if dx is not None and dx_b is not None:
                 affine_x.add(dx_b, b, n, slice(0, I))
                 put(dx[b, n], dx_b)
-        if dz_b is not None:
+        if dz is not None and dz_b is not None:
             dz[b] = dz_b
 
 

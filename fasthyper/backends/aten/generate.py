@@ -36,7 +36,7 @@ def _copied(weight: Tensor, tile: Tile) -> bool | None:
 
 
 def apply(x: Tensor, z: Tensor, weight: Tensor, y: Tensor, affine: Affine, tile: Tile) -> None:
-    """y = T(x, z, H) + affine."""
+    """Y = T(x, z, H) + affine."""
     B, N, I = x.shape
     O, _, R = weight.shape
     instances, outputs = _shape(B, O, I, R, _copied(weight, tile), tile)
@@ -54,21 +54,21 @@ def apply(x: Tensor, z: Tensor, weight: Tensor, y: Tensor, affine: Affine, tile:
 
 def grads(
     x: Tensor,
-    z: Tensor | None,
-    weight: Tensor | None,
+    z: Tensor,
+    weight: Tensor,
     g: Tensor,
     dz: Tensor | None,
     dh: Tensor | None,
     affine: Affine,
     tile: Tile,
 ) -> None:
-    """dz and dH as asked for, dW formed once for both where a whole instance of it fits a tile."""
-    shared = False
+    """Dz and dH as asked for, dW formed once for both where a whole instance of it fits a tile."""
+    total: Sum | None = None
     if dz is not None:
         B, O, I, R = len(x), g.shape[2], x.shape[2], weight.shape[2]
         instances, outputs = _shape(B, O, I, R, _copied(weight, tile), tile)
-        shared = dh is not None and outputs >= O and (dh.dtype == tile.sum_dtype or dh.numel() <= tile.elements)
-        total = Sum(dh, tile) if shared else None
+        if dh is not None and outputs >= O and (dh.dtype == tile.sum_dtype or dh.numel() <= tile.elements):
+            total = Sum(dh, tile)
         for b in blocks(B, instances):
             dz_b = affine.start(g[b], R)
             for o in blocks(O, outputs):
@@ -79,7 +79,7 @@ def grads(
             dz[b] = dz_b
         if total is not None:
             total.store()
-    if dh is not None and not shared:
+    if dh is not None and total is None:
         _weight_grad(x, z, g, dh, tile)
 
 

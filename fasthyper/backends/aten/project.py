@@ -42,11 +42,9 @@ def _products(x: Tensor, weight: Tensor, tile: Tile) -> Tensor:
     return a if I else a.zero_()
 
 
-def _tiles(
-    x: Tensor, weight: Tensor, tile: Tile
-) -> Iterator[tuple[slice, slice, slice, bool, Tensor]]:
+def _tiles(x: Tensor, weight: Tensor, tile: Tile) -> Iterator[tuple[slice, slice, slice, bool, Tensor]]:
     """Blocks (b, n, o), whether A is shared by the block's instances, and A as (o, b, n, r) or (o·n, r)."""
-    B, N, I = x.shape
+    B, N, _ = x.shape
     O, _, R = weight.shape
     shared, instances, points, outputs = _cut(x, O, R, tile)
     if shared:
@@ -66,7 +64,7 @@ def _tiles(
 
 
 def apply(x: Tensor, z: Tensor, weight: Tensor, y: Tensor, affine: Affine, tile: Tile) -> None:
-    """y = T(x, z, H) + affine."""
+    """Y = T(x, z, H) + affine."""
     for b, n, o, shared, a in _tiles(x, weight, tile):
         zb = tile.work(z[b])
         if shared:
@@ -79,15 +77,15 @@ def apply(x: Tensor, z: Tensor, weight: Tensor, y: Tensor, affine: Affine, tile:
 
 def grads(
     x: Tensor,
-    z: Tensor | None,
-    weight: Tensor | None,
+    z: Tensor,
+    weight: Tensor,
     g: Tensor,
     dz: Tensor | None,
     dh: Tensor | None,
     affine: Affine,
     tile: Tile,
 ) -> None:
-    """dz and dH as asked for."""
+    """Dz and dH as asked for."""
     if dz is not None:
         _cond_grad(x, weight, g, dz, affine, tile)
     if dh is not None:

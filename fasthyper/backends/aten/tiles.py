@@ -107,7 +107,7 @@ def outer(g: Tensor, x: Tensor, tile: Tile) -> Tensor:
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
-    """total = beta·total + a·b, summed in total's dtype even where a and b have fewer digits."""
+    """Total = beta·total + a·b, summed in total's dtype even where a and b have fewer digits."""
     if a.dtype == b.dtype == total.dtype:
         total.addmm_(a, b, beta=beta)
     elif total.is_cuda and a.dtype == b.dtype:
@@ -124,9 +124,7 @@ class Sum:
         O, I, R = out.shape
         direct = out.dtype == tile.sum_dtype
         self._out = out
-        self._total = (
-            out.view(O * I, R) if direct else torch.empty(O * I, R, dtype=tile.sum_dtype, device=out.device)
-        )
+        self._total = out.view(O * I, R) if direct else torch.empty(O * I, R, dtype=tile.sum_dtype, device=out.device)
         self._empty = True
 
     def add(self, a: Tensor, b: Tensor) -> None:

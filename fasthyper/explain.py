@@ -1,0 +1,96 @@
+"""The planner's decision in words and numbers: what ``fasthyper plan`` prints."""
+
+from __future__ import annotations
+
+import torch
+
+from . import planner
+from .problem import Plan, Problem
+
+DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
+_TITLES = {"apply": "forward", "grads": "backward, all three gradients"}
+_ORDERS = {
+    "fold": "x ⊗ z first, then one product with K = I·R",
+    "generate": "z · H first, a tile of W at a time, then x",
+    "project": "x · H first, then z",
+}
+
+
+def explain(
+    *,
+    batch: int,
+    points: int,
+    cond: int,
+    in_features: int,
+    out_features: int,
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> str:
+    """Say what every schedule is predicted to cost, which one is taken, and why.
+
+    Args:
+        batch: B, instances.
+        points: N, points per instance.
+        cond: R, features of z.
+        in_features: I.
+        out_features: O.
+        dtype: ``"float64"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        device: a device type, such as ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        ValueError: if a size is negative, or the dtype or the device type is unknown.
+
+    Example:
+        >>> print(explain(batch=4800, points=1, cond=128, in_features=64, out_features=64))
+        B = 4,800, N = 1, R = 128, I = 64, O = 64, float32 on cpu, workspace at most 32.0 MiB
+        written out, W would take 75.0 MiB
+        ...
+    """
+    sizes = {"batch": batch, "points": points, "cond": cond, "in": in_features, "out": out_features}
+    for name, size in sizes.items():
+        if size < 0:
+            raise ValueError(f"{name} must not be negative, got {size}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    try:
+        device = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device must be a device type such as cpu or cuda, got {device!r}") from error
+    written_out = batch * in_features * out_features * DTYPES[dtype].itemsize
+    lines = [
+        f"B = {batch:,}, N = {points:,}, R = {cond:,}, I = {in_features:,}, O = {out_features:,}, {dtype} on {device}, "
+        f"workspace at most {_mib(planner.get_workspace_limit())}",
+        f"written out, W would take {_mib(written_out)}",
+    ]
+    for op, title in _TITLES.items():
+        problem = Problem(op, batch, points, cond, in_features, out_features, DTYPES[dtype], device)
+        lines += ["", title, *_table(planner.plans(problem))]
+    return "\n".join(lines)
+
+
+def _table(plans: list[Plan]) -> list[str]:
+    rows = [f"  {'schedule':<10}{'Gflop':>10}{'MB moved':>11}{'workspace':>13}{'predicted':>13}"]
+    for plan in plans:
+        rows.append(
+            f"  {plan.schedule:<10}{plan.flops / 1e9:>10.3f}{plan.bytes / 1e6:>11.1f}{_mib(plan.workspace):>13}"
+            f"{plan.seconds * 1e3:>10.3f} ms"
+        )
+    first, second = plans[0], plans[1]
+    flops, moved = _ratio(second.flops, first.flops), _ratio(second.bytes, first.bytes)
+    ahead = _ratio(second.seconds, first.seconds)
+    rows.append(
+        f"  taken: {first.schedule} ({_ORDERS[first.schedule]}), predicted {ahead:.2f} times as fast as "
+        f"{second.schedule},"
+    )
+    rows.append(
+        f"  which does {flops:.2f} times the flops, in products of other shapes, and moves {moved:.2f} times the bytes"
+    )
+    return rows
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else 1.0
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:.1f} MiB"

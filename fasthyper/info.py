@@ -1,0 +1,72 @@
+"""What is here and what is ready: what ``fasthyper info`` prints."""
+
+from __future__ import annotations
+
+import platform
+from importlib.util import find_spec
+
+import torch
+
+from . import planner
+from ._version import __version__
+from .backends import AUTO, BACKENDS, backend, current
+from .ops import dispatch
+
+_EXTRAS = ("sklearn", "matplotlib", "rich", "typer", "pandas")
+
+
+def report() -> str:
+    """Return versions, devices, which backends are ready, and for the others why not.
+
+    Example:
+        >>> print(report())
+        fasthyper 0...
+    """
+    devices = [f"cpu ({platform.machine()}, {torch.get_num_threads()} threads, {_capability()})"]
+    devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    lines = [
+        ("fasthyper", __version__),
+        ("torch", torch.__version__),
+        ("python", platform.python_version()),
+        ("system", platform.platform()),
+        *(("device", device) for device in devices),
+        ("torch contract", _contract()),
+        *(("backend", f"{name}: {_readiness(name)}") for name in BACKENDS),
+        ("in force", _in_force()),
+        ("workspace", f"{planner.get_workspace_limit() / 2**20:.1f} MiB"),
+        *(("low precision", _precision(dtype)) for dtype in (torch.bfloat16, torch.float16)),
+        ("comparison", _extras()),
+    ]
+    return "\n".join(f"{name:<16}{value}" for name, value in lines)
+
+
+def _capability() -> str:
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def _contract() -> str:
+    if dispatch.MISSING is None:
+        return "all derivatives and transforms, without writing weights out"
+    return f"by the reference, which writes the weights out: this torch has no {dispatch.MISSING}"
+
+
+def _readiness(name: str) -> str:
+    why = BACKENDS[name].unavailable()
+    return "ready" if why is None else f"not ready: {why}"
+
+
+def _in_force() -> str:
+    choice = current()
+    if choice.backend == AUTO:
+        return f"auto, which takes {backend(AUTO).__name__.rpartition('.')[2]}; schedule {choice.schedule}"
+    return f"{choice.backend}; schedule {choice.schedule}"
+
+
+def _precision(dtype: torch.dtype) -> str:
+    work = planner.machine("cpu", dtype).work_dtype
+    return f"{str(dtype).removeprefix('torch.')} on the cpu is multiplied in {str(work).removeprefix('torch.')}"
+
+
+def _extras() -> str:
+    missing = [name for name in _EXTRAS if find_spec(name) is None]
+    return f"not ready: {', '.join(missing)} missing; pip install fasthyper[compare]" if missing else "ready"

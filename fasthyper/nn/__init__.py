@@ -1,0 +1,23 @@
+"""The layers: generated linear layers, hypernetworks built of them, and what they are compared with."""
+
+from fasthyper.nn.bilinear import Bilinear
+from fasthyper.nn.embedding import EmbeddingNetwork
+from fasthyper.nn.hyperize import hyperize, ungenerated
+from fasthyper.nn.hypernetwork import Hypernetwork
+from fasthyper.nn.init import bias_hyper_, hyperfan_in_, hyperfan_out_
+from fasthyper.nn.linear import HyperLinear
+from fasthyper.nn.report import ParameterReport, parameter_report
+
+__all__ = [
+    "Bilinear",
+    "EmbeddingNetwork",
+    "HyperLinear",
+    "Hypernetwork",
+    "ParameterReport",
+    "bias_hyper_",
+    "hyperfan_in_",
+    "hyperfan_out_",
+    "hyperize",
+    "parameter_report",
+    "ungenerated",
+]

@@ -1,0 +1,49 @@
+"""How z reaches the layers nested in a primary network: one value per thread, set by `Hypernetwork`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+
+class _Delivery(threading.local):
+    # Dynamo refuses contextvars, and attributes or buffers of the modules would mix up threads.
+    z: Tensor | dict[nn.Module, Tensor] | None = None
+
+
+_delivery = _Delivery()
+
+
+@contextmanager
+def deliver(z: Tensor | dict[nn.Module, Tensor]) -> Iterator[None]:
+    """Layers called inside, in this thread, find z; what was delivered before comes back at the end."""
+    outer = _delivery.z
+    _delivery.z = z
+    try:
+        yield
+    finally:
+        _delivery.z = outer
+
+
+def delivered(layer: nn.Module) -> Tensor:
+    """The `z` for `layer`.
+
+    Raises:
+        ValueError: nothing is delivered to it; the message says how that happens.
+    """
+    z = _delivery.z
+    if isinstance(z, dict):
+        z = z.get(layer)
+    if z is None:
+        raise ValueError(
+            f"{type(layer).__name__} was called with no z. Pass it, layer(x, z), or call the layer in the "
+            "primary of a Hypernetwork, whose forward delivers z. A layer of a primary meets no z when it is "
+            "called outside of that forward; when activation checkpointing inside the primary recomputes it "
+            "in the backward pass (checkpoint the whole Hypernetwork instead); when the primary runs it in "
+            "another thread (as DataParallel does); or when the trunk returns a dict and the layer is no "
+            "submodule of the primary."
+        )
+    return z

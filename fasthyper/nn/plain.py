@@ -1,0 +1,37 @@
+"""What keeps an `nn.Linear` from being taken over by a generated layer."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
+
+BYPASSED = "the layer that owns it (MultiheadAttention) reads its weights and never calls it"
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def obstacle(linear: nn.Linear) -> str | None:
+    """Why a layer generated from this Linear's parameters could differ from it, or None where it cannot."""
+    if is_lazy(linear.weight):
+        return "it is lazy and not initialised yet: call its network once before"
+    if isinstance(linear, NonDynamicallyQuantizableLinear):
+        return BYPASSED
+    if not isinstance(linear._parameters.get("weight"), nn.Parameter):
+        return "its weight is computed by a parametrization, a weight norm or a pruning: remove that before"
+    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
+        return f"it is a {type(linear).__name__} with a forward of its own"
+    if set(linear._parameters) != {"weight", "bias"} or linear._buffers or linear._modules:
+        return f"it is a {type(linear).__name__} with parameters, buffers or submodules beyond weight and bias"
+    if any(getattr(linear, hooks, None) for hooks in _HOOKS):
+        return "it has hooks, which would be lost: remove them before and register them after"
+    return None
