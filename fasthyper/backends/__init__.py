@@ -24,7 +24,20 @@ class Choice(NamedTuple):
 
 
 _process = Choice()
-_thread = threading.local()
+
+
+class _Thread(threading.local):
+    """Choice of one thread, None where it made none."""
+
+    choice: Choice | None
+
+    def __init__(
+        self,
+    ) -> None:  # in every thread; torch 2.11's Dynamo would prefer a default of the class to what is set
+        self.choice = None
+
+
+_thread = _Thread()
 
 
 def _checked(name: str, schedule: str | None) -> Choice:
@@ -40,7 +53,7 @@ def _checked(name: str, schedule: str | None) -> Choice:
 
 def current() -> Choice:
     """Return what is in force: this thread's choice, else the process's."""
-    return getattr(_thread, "choice", None) or _process
+    return _thread.choice or _process
 
 
 def set_backend(name: str, schedule: str | None = None) -> None:
@@ -82,7 +95,7 @@ class use_backend:
         self._choice = _checked(name, schedule)
 
     def __enter__(self) -> None:
-        self._before = getattr(_thread, "choice", None)
+        self._before = _thread.choice
         _thread.choice = self._choice
 
     def __exit__(self, *exc: object) -> None:

@@ -10,8 +10,14 @@ from torch import Tensor, nn
 
 
 class _Delivery(threading.local):
-    # Dynamo refuses contextvars, and attributes or buffers of the modules would mix up threads.
-    z: Tensor | dict[nn.Module, Tensor] | None = None
+    """One z per thread. Dynamo refuses contextvars, and attributes or buffers of the modules would mix up threads."""
+
+    z: Tensor | dict[nn.Module, Tensor] | None
+
+    def __init__(
+        self,
+    ) -> None:  # in every thread; torch 2.11's Dynamo would prefer a default of the class to what is set
+        self.z = None
 
 
 _delivery = _Delivery()
