@@ -1,0 +1,123 @@
+"""The images: digits, which come with scikit-learn, and MNIST and CIFAR10, which it fetches from OpenML."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fasthyper.experiments.files import missing_folders, remove_empty
+
+
+class DatasetUnavailable(RuntimeError):
+    """A data set is neither on this machine nor to be had from the network."""
+
+
+class Splits(NamedTuple):
+    """Training and test images, `(n, channels, height, width)`, uint8 as stored."""
+
+    train: Tensor
+    test: Tensor
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set of square images: its sizes, and where it comes from."""
+
+    channels: int
+    size: int
+    train: int
+    test: int
+    openml: tuple[str, int] | None = None
+    """OpenML's name and number; None for what comes with scikit-learn. Always version 1."""
+
+    @property
+    def pixels(self) -> int:
+        """Numbers in one image."""
+        return self.channels * self.size**2
+
+
+IMAGES: Mapping[str, Images] = {
+    "digits": Images(channels=1, size=8, train=1500, test=297),
+    "mnist": Images(channels=1, size=28, train=60_000, test=10_000, openml=("mnist_784", 554)),
+    "cifar10": Images(channels=3, size=32, train=50_000, test=10_000, openml=("CIFAR_10", 40927)),
+}
+
+
+def load_images(name: str, data_home: str | os.PathLike[str] | None = None) -> Splits:
+    """Load the images of a data set; the first `train` ones are for training, as their publishers split them.
+
+    Args:
+        name: `"digits"`, `"mnist"` or `"cifar10"`.
+        data_home: the folder in which scikit-learn keeps what it fetched; its own default when None.
+
+    Raises:
+        ValueError: an unknown name.
+        DatasetUnavailable: it is not in `data_home` and cannot be fetched; the message says what to do.
+
+    Example:
+        >>> train, test = load_images("digits")
+        >>> train.shape, test.shape, train.dtype
+        (torch.Size([1500, 1, 8, 8]), torch.Size([297, 1, 8, 8]), torch.uint8)
+    """
+    if name not in IMAGES:
+        raise ValueError(f"data: {name!r} is not a known data set; known are {', '.join(IMAGES)}")
+    images = IMAGES[name]
+    values = _digits() if images.openml is None else _fetch(name, images, data_home)
+    expected = (images.train + images.test, images.pixels)
+    if values.shape != expected:
+        raise DatasetUnavailable(f"data: {name} has shape {tuple(values.shape)} where {expected} was expected")
+    pixels = torch.as_tensor(values, dtype=torch.uint8).view(-1, images.channels, images.size, images.size)
+    return Splits(pixels[: images.train], pixels[images.train :])
+
+
+def _digits() -> Any:
+    from sklearn.datasets import load_digits
+
+    return load_digits().data.astype("uint8")
+
+
+def _fetch(name: str, images: Images, data_home: str | os.PathLike[str] | None) -> Any:
+    from sklearn.datasets import fetch_openml
+
+    assert images.openml is not None
+    openml, number = images.openml
+    home = Path("~/scikit_learn_data" if data_home is None else data_home).expanduser()
+    missing = missing_folders(home)
+    # Pixels come first, the class last. Left to itself, scikit-learn takes gigabytes, and newer pandas
+    # make it stumble over classes that are numbers.
+    dtypes = {**dict.fromkeys(range(images.pixels), "float32"), images.pixels: "str"}
+    options: dict[str, Any] = {"as_frame": False, "parser": "pandas", "read_csv_kwargs": {"dtype": dtypes}}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns at every attempt; the one error below says it all
+            return fetch_openml(openml, version=1, data_home=str(home), **options).data.astype("uint8")
+    except Exception as error:  # no network, no such server, a page for a file, a damaged cache: all sorts
+        # A fetch in vain leaves the folders of its cache, empty.
+        remove_empty(Path(folder) for folder, _, _ in os.walk(home / "openml", topdown=False))
+        remove_empty(missing)
+        raise DatasetUnavailable(_what_to_put_where(name, openml, number, home, error)) from error
+
+
+def _what_to_put_where(name: str, openml: str, number: int, home: Path, error: Exception) -> str:
+    cache = home / "openml" / "openml.org"
+    call = f"load_images({name!r}, 'DIR')"
+    return (
+        f"data: {name} is not in {home} and could not be fetched from OpenML"
+        f" ({type(error).__name__}: {error}).\n"
+        "Where there is a network, run\n"
+        f'  python -c "from fasthyper.experiments.data import load_images; {call}"\n'
+        f"and copy DIR/openml to {home / 'openml'}, so that these files are there:\n"
+        f"  {cache}/api/v1/json/data/list/data_name/{openml.lower()}/limit/2/data_version/1.gz\n"
+        f"  {cache}/api/v1/json/data/{number}.gz\n"
+        f"  {cache}/api/v1/json/data/features/{number}.gz\n"
+        f"  {cache}/api/v1/json/data/qualities/{number}.gz\n"
+        f"  {cache}/data/v1/download/.../*.arff.gz (the images)\n"
+        "Another folder that holds them is named with --data-home. --data digits needs no network."
+    )
