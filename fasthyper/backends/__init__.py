@@ -40,7 +40,12 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def _checked(name: str, schedule: str | None) -> Choice:
+def checked(name: str, schedule: str | None = None) -> Choice:
+    """Return the choice of these names.
+
+    Raises:
+        ValueError: if one is unknown, or the backend cannot run here.
+    """
     if name != AUTO and name not in BACKENDS:
         known = ", ".join([AUTO, *BACKENDS])
         raise ValueError(f"backend must be one of {known}, got {name!r}")
@@ -67,7 +72,7 @@ def set_backend(name: str, schedule: str | None = None) -> None:
         ValueError: if the name or the schedule is unknown, or the backend cannot run here.
     """
     global _process
-    _process = _checked(name, schedule)
+    _process = checked(name, schedule)
 
 
 class use_backend:
@@ -92,14 +97,15 @@ class use_backend:
     """
 
     def __init__(self, name: str, schedule: str | None = None):
-        self._choice = _checked(name, schedule)
+        self._choice = checked(name, schedule)
+        self._before: list[Choice | None] = []
 
     def __enter__(self) -> None:
-        self._before = _thread.choice
+        self._before.append(_thread.choice)
         _thread.choice = self._choice
 
     def __exit__(self, *exc: object) -> None:
-        _thread.choice = self._before
+        _thread.choice = self._before.pop()
 
 
 def backend(name: str) -> ModuleType:

@@ -31,7 +31,7 @@ def apply(
     *,
     schedule: str,
 ) -> Tensor:
-    """Y = (H·z + W0) x + bias·z + b0, through W."""
+    """y = (H·z + W0) x + bias·z + b0, through W."""
     w = _generate(z, weight)
     y = torch.bmm(x, (w if base_weight is None else w + base_weight).mT)
     if bias is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import reference
 from .checks import check_factors, check_tensors
 from .dispatch import LIBRARY, MISSING, below, recording, rule, transformed
-from .family import HOW, TAGS, ops, resolved, run_apply, run_grads
+from .family import HOW, TAGS, check_mask, ops, resolved, run_apply, run_grads
 
 _BLOCKS = "Tensor x, Tensor z, Tensor weight, Tensor? bias, Tensor? base_weight"
 
@@ -33,6 +33,7 @@ def _composite(x, z, weight, bias=None, base_weight=None, base_bias=None, *how: 
 
 
 def _composite_grads(x, z, weight, bias, base_weight, g, mask: list[bool], *how: str) -> tuple[Tensor, ...]:
+    check_mask(mask, 6)
     dx, dz, dh = ops.grads(x, z, weight, g, list(mask[:3]), *how)
     per_instance = g.sum(1) if any(mask[i] for i in (1, 3, 5)) else g
     if mask[0] and base_weight is not None:
@@ -72,7 +73,12 @@ def _define() -> None:
         tags=TAGS,
     )
     if MISSING:
-        LIBRARY.impl("hyper_linear", lambda *args: reference.hyper_linear(*args[:6]), "CompositeImplicitAutograd")
+
+        def written_out(*args):
+            _check(*args[:6])
+            return reference.hyper_linear(*args[:6])
+
+        LIBRARY.impl("hyper_linear", written_out, "CompositeImplicitAutograd")
         LIBRARY.impl("hyper_linear_grads", _composite_grads, "CompositeImplicitAutograd")
         return
 
@@ -84,7 +90,7 @@ def _define() -> None:
         _check(x, z, weight, bias, base_weight, base_bias)
         return x.new_empty(x.shape[0], x.shape[1], weight.shape[0])
 
-    recorded = rule(ops.hyper_linear.default, _backward)
+    recorded = rule(ops.hyper_linear.default, _backward, unread=(5,))
 
     def autograd(keys, x, z, weight, bias, base_weight, base_bias, *how):
         how = tuple(resolved(how))
@@ -94,11 +100,13 @@ def _define() -> None:
 
     def kernel_grads(x, z, weight, bias, base_weight, g, mask, *how):
         _check(x, z, weight, bias, base_weight, g=g)
+        check_mask(mask, 6)
         out = run_grads(how, x, z, weight, bias, base_weight, g, tuple(mask))
         return tuple(x.new_empty(0) if t is None else t for t in out)
 
     def fake_grads(x, z, weight, bias, base_weight, g, mask, *how):
         _check(x, z, weight, bias, base_weight, g=g)
+        check_mask(mask, 6)
         O, I, R = weight.shape
         shapes = (x.shape, z.shape, weight.shape, (O, R), (O, I), (O,))
         return tuple(x.new_empty(s if k else 0) for s, k in zip(shapes, mask, strict=True))
@@ -110,13 +118,13 @@ def _define() -> None:
         args = (x, z, weight, bias, base_weight, g, mask, *how)
         return below(ops.hyper_linear_grads.default, keys, args)
 
-    for name, real, made_up, derived, written_out in (
+    for name, real, made_up, derived, composite in (
         ("hyper_linear", kernel, fake, autograd, _composite),
         ("hyper_linear_grads", kernel_grads, fake_grads, autograd_grads, _composite_grads),
     ):
         LIBRARY.impl(name, real, "CompositeExplicitAutograd")
         LIBRARY.impl(name, derived, "Autograd", with_keyset=True)
-        LIBRARY.impl(name, written_out, "FuncTorchBatched")
+        LIBRARY.impl(name, composite, "FuncTorchBatched")
         torch.library.register_fake(f"fasthyper::{name}", made_up, lib=LIBRARY)
 
 

@@ -22,6 +22,7 @@ try:
         _any_requires_grad,
         _are_functorch_transforms_active,
         _AutoDispatchBelowAutograd,
+        _will_engine_execute_node,
     )
     from torch._functorch.autograd_function import enable_single_level_autograd_function
     from torch.autograd.function import _SingleLevelFunction
@@ -50,13 +51,30 @@ def below(op: Op, keys: Any, args: tuple[Any, ...]) -> Any:
         return op.redispatch(keys & _after_autograd_keyset, *args)  # type: ignore[attr-defined]
 
 
-def rule(op: Op, backward: Op, jvp: Op | None = None) -> Op:
+def _asked_for(ctx: Any) -> tuple[bool, ...]:
+    """Return which gradients this backward pass asks for: needs_input_grad says only which there could be."""
+    nodes = iter(ctx.next_functions)
+    need = ctx.needs_input_grad[1:]
+    return tuple(t and _runs(next(nodes)[0]) and n for t, n in zip(ctx.is_tensor, need, strict=True))
+
+
+def _runs(node: Any) -> bool:
+    if node is None:
+        return False
+    try:
+        return _will_engine_execute_node(node)
+    except RuntimeError:  # a leaf that autograd.grad asks for: torch finds it, and will not say so
+        return True
+
+
+def rule(op: Op, backward: Op, jvp: Op | None = None, unread: tuple[int, ...] = ()) -> Op:
     """Make the Autograd kernel of an op that returns one tensor.
 
     Args:
         op: the overload, such as ``torch.ops.fasthyper.apply.default``.
         backward: ``(args, need, g)`` -> one gradient, or None, for each argument.
         jvp: ``(args, tangents)`` -> tangent of the output; the tangents of some arguments are None.
+        unread: positions of arguments that backward does not read, and that are not kept for it.
 
     Returns:
         A function of the dispatch keys and the op's arguments, recording them when it has to.
@@ -73,24 +91,31 @@ def rule(op: Op, backward: Op, jvp: Op | None = None) -> Op:
         @staticmethod
         def setup_context(ctx, inputs, output):
             args = inputs[1:]
-            tensors = [a for a in args if isinstance(a, torch.Tensor)]
+            ctx.is_tensor = tuple(isinstance(a, torch.Tensor) for a in args)
+            ctx.is_saved = tuple(t and i not in unread for i, t in enumerate(ctx.is_tensor))
+            tensors = [a for a, saved in zip(args, ctx.is_saved, strict=True) if saved]
             ctx.save_for_backward(*tensors)
             ctx.save_for_forward(*tensors)
-            ctx.args = tuple(None if isinstance(a, torch.Tensor) else a for a in args)
-            ctx.is_tensor = tuple(isinstance(a, torch.Tensor) for a in args)
+            ctx.args = tuple(None if t else a for a, t in zip(args, ctx.is_tensor, strict=True))
 
         @staticmethod
         def backward(ctx, g):
-            return None, *backward(_args(ctx), ctx.needs_input_grad[1:], g)
+            return None, *backward(_args(ctx), _asked_for(ctx), g)
 
         @staticmethod
         def jvp(ctx, _, *tangents):
             assert jvp is not None  # an op without one is taken apart before it gets here
-            return jvp(_args(ctx), tangents)
+            # torch turns forward mode off here, so that an outer level would see constants. With it on, the
+            # arguments must lose the tangents of this level, or the rule would call itself.
+            with forward_ad._set_fwd_grad_enabled(True):
+                args = (
+                    forward_ad.unpack_dual(a, level=0).primal if isinstance(a, torch.Tensor) else a for a in _args(ctx)
+                )
+                return jvp(tuple(args), tangents)
 
     def _args(ctx):
         saved = iter(ctx.saved_tensors)
-        return tuple(next(saved) if t else a for t, a in zip(ctx.is_tensor, ctx.args, strict=True))
+        return tuple(next(saved) if s else a for s, a in zip(ctx.is_saved, ctx.args, strict=True))
 
     def autograd(keys, *args):
         if _are_functorch_transforms_active():

@@ -30,7 +30,13 @@ ops = torch.ops.fasthyper
 
 def resolved(how: tuple[str, ...]) -> backends.Choice:
     """Return the choice that travels with the call, or the one in force."""
-    return backends.Choice(*how) if how and how[0] else backends.current()
+    return backends.checked(*how) if how and how[0] else backends.current()
+
+
+def check_mask(mask: Any, length: int) -> None:
+    """Check that a mask has one entry for each gradient: torch leaves that to us."""
+    if len(mask) != length:
+        raise ValueError(f"mask must have {length} entries, one for each gradient, got {list(mask)}")
 
 
 def run_apply(how: tuple[str, ...], *args: Tensor | None) -> Tensor:
@@ -67,8 +73,13 @@ def _define(name: str) -> None:
     arguments = ", ".join(f"Tensor {'weight' if f == 'w' else f}" for f in factors)
     LIBRARY.define(f"{name}({arguments}, {HOW}) -> Tensor", tags=TAGS)
     op = getattr(ops, name).default
+
+    def written_out(a: Tensor, b: Tensor, c: Tensor, *how: str) -> Tensor:
+        check_factors(**dict(zip(factors, (a, b, c), strict=True)))
+        return getattr(reference, name)(a, b, c)
+
     if MISSING:
-        LIBRARY.impl(name, lambda a, b, c, *how: getattr(reference, name)(a, b, c), "CompositeImplicitAutograd")
+        LIBRARY.impl(name, written_out, "CompositeImplicitAutograd")
         return
 
     def kernel(a: Tensor, b: Tensor, c: Tensor, *how: str) -> Tensor:
@@ -77,7 +88,7 @@ def _define(name: str) -> None:
 
     def fake(a: Tensor, b: Tensor, c: Tensor, *how: str) -> Tensor:
         check_factors(**dict(zip(factors, (a, b, c), strict=True)))
-        return a.new_empty(rules.result_shape(name, (a, b, c)))
+        return a.new_empty(rules.result_shape(name, (a.shape, b.shape, c.shape)))
 
     def named(args: tuple[Any, ...]) -> dict[str, Any]:
         return dict(zip(factors, args, strict=False))
@@ -115,6 +126,7 @@ def _define(name: str) -> None:
 
 def _members(x: Tensor, z: Tensor, weight: Tensor, g: Tensor, mask: list[bool], *how: str) -> tuple[Tensor, ...]:
     """`grads` written in the family: what every transform sees of it."""
+    check_mask(mask, 3)
     t = {"x": x, "z": z, "w": weight, "g": g}
     return tuple(rules.partial(f, t, how) if k else x.new_empty(0) for f, k in zip("xzw", mask, strict=True))
 
@@ -130,11 +142,13 @@ def _define_grads() -> None:
 
     def kernel(x, z, weight, g, mask, *how):
         check_factors(x=x, z=z, w=weight, g=g)
+        check_mask(mask, 3)
         out = run_grads(how, x, z, weight, None, None, g, (*mask, False, False, False))
         return tuple(x.new_empty(0) if t is None else t for t in out[:3])
 
     def fake(x, z, weight, g, mask, *how):
         check_factors(x=x, z=z, w=weight, g=g)
+        check_mask(mask, 3)
         return tuple(x.new_empty(t.shape if k else 0) for t, k in zip((x, z, weight), mask, strict=True))
 
     def autograd(keys, x, z, weight, g, mask, *how):

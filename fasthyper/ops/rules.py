@@ -14,6 +14,7 @@ derivative in an argument is T without that argument and with the cotangent in t
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,10 +38,12 @@ def partial(factor: str, t: dict[str, Any], how: tuple[str, ...]) -> Tensor:
     return ops.apply(t["x"], t["z"], t["w"], *how)
 
 
-def result_shape(name: str, tensors: tuple[Tensor, ...]) -> list[int]:
-    """Return the shape of an op's result."""
-    size = {a: n for f, t in zip(INPUTS[name], tensors, strict=True) for a, n in zip(AXES[f], t.shape, strict=True)}
-    return [size[a] for a in AXES[RESULT[name]]]
+def result_shape(name: str, shapes: Iterable[Sequence[int]]) -> list[int]:
+    """Return the shape of an op's result, from those of its inputs."""
+    size: dict[str, int] = {}
+    for factor, shape in zip(INPUTS[name], shapes, strict=True):
+        size.update(zip(AXES[factor], shape, strict=True))
+    return [size[axis] for axis in AXES[RESULT[name]]]
 
 
 # vmap. A batched dimension v is merged into an axis of the op, `axis`, that every batched argument has and
@@ -60,6 +63,9 @@ def vmap(name: str, batch: int, dims: tuple[int | None, ...], args: tuple[Any, .
     tensors = [a if d is None else a.movedim(d, 0) for a, d in zip(args[:3], dims, strict=False)]
     batched = [d is not None for d in dims[:3]]
     axis = MERGE[name].get("".join(f for f, v in zip(factors, batched, strict=True) if v))
+    if axis is None and batch == 0:
+        shapes = (t.shape[k:] for t, k in zip(tensors, batched, strict=True))
+        return tensors[0].new_zeros([0, *result_shape(name, shapes)]), 0
     if axis is None:
         each = ([t[v] if k else t for t, k in zip(tensors, batched, strict=True)] for v in range(batch))
         return torch.stack([op(*ts, *how) for ts in each]), 0
@@ -72,4 +78,5 @@ def vmap(name: str, batch: int, dims: tuple[int | None, ...], args: tuple[Any, .
         merged.append(t)
     y = op(*merged, *how)
     at = AXES[RESULT[name]].index(axis)
-    return y.unflatten(at, (batch, y.shape[at] // batch)), at
+    one = result_shape(name, (t.shape[k:] for t, k in zip(tensors, batched, strict=True)))
+    return y.view(*y.shape[:at], batch, *one[at:]), at

@@ -46,7 +46,7 @@ def apply(
     *,
     schedule: str,
 ) -> Tensor:
-    """Y (B, N, O) from x (B, N, I), z (B, R), H (O, I, R); bias (O, R), W0 (O, I), b0 (O,) or None."""
+    """y (B, N, O) from x (B, N, I), z (B, R), H (O, I, R); bias (O, R), W0 (O, I), b0 (O,) or None."""
     O, _, R = weight.shape
     plan = planner.plan(_problem("apply", x, R, O), schedule)
     tile = _tile(plan)
@@ -105,7 +105,7 @@ def _base_grads(
     db0: Tensor | None,
     tile: Tile,
 ) -> tuple[Tensor | None, ...]:
-    """Dbias = Σ g ⊗ z, dW0 = Σ g ⊗ x, db0 = Σ g, over instances and points."""
+    """dbias = Σ g ⊗ z, dW0 = Σ g ⊗ x, db0 = Σ g, over instances and points."""
     outs = (dbias, dbase, db0)
     if all(out is None for out in outs):
         return outs

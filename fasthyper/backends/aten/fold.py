@@ -56,7 +56,7 @@ def _folded(x: Tensor, z: Tensor, tile: Tile) -> Tensor:
 
 
 def apply(x: Tensor, z: Tensor, weight: Tensor, y: Tensor, affine: Affine, tile: Tile) -> None:
-    """Y = T(x, z, H) + affine."""
+    """y = T(x, z, H) + affine."""
     B, N, I = x.shape
     O, _, R = weight.shape
     cut = _Blocks(B, N, I, O, R, _copies(weight, tile), tile)

@@ -36,7 +36,7 @@ def _copied(weight: Tensor, tile: Tile) -> bool | None:
 
 
 def apply(x: Tensor, z: Tensor, weight: Tensor, y: Tensor, affine: Affine, tile: Tile) -> None:
-    """Y = T(x, z, H) + affine."""
+    """y = T(x, z, H) + affine."""
     B, N, I = x.shape
     O, _, R = weight.shape
     instances, outputs = _shape(B, O, I, R, _copied(weight, tile), tile)
@@ -62,24 +62,28 @@ def grads(
     affine: Affine,
     tile: Tile,
 ) -> None:
-    """Dz and dH as asked for, dW formed once for both where a whole instance of it fits a tile."""
-    total: Sum | None = None
+    """dz and dH as asked for, dW formed once for both where one loop over its tiles can serve both."""
+    shared = False
     if dz is not None:
         B, O, I, R = len(x), g.shape[2], x.shape[2], weight.shape[2]
         instances, outputs = _shape(B, O, I, R, _copied(weight, tile), tile)
-        if dh is not None and outputs >= O and (dh.dtype == tile.sum_dtype or dh.numel() <= tile.elements):
-            total = Sum(dh, tile)
+        # dz is summed over the blocks of outputs, dH over those of instances: one of the two is a single block.
+        shared = dh is not None and B > 0 and (outputs >= O or instances >= B)
+        if dh is not None and dh.dtype != tile.sum_dtype:
+            shared = shared and min(O, outputs) * I * R <= tile.elements
         for b in blocks(B, instances):
             dz_b = affine.start(g[b], R)
             for o in blocks(O, outputs):
                 dw = outer(g[b, :, o], x[b], tile)
                 Head(weight[o], tile).contract(dz_b, dw)
-                if total is not None:
+                if shared and dh is not None:
+                    if b.start == 0:
+                        total = Sum(dh[o], tile)
                     total.add(dw.flatten(1).T, tile.work(z[b]))
+                    if b.stop == B:
+                        total.store()
             dz[b] = dz_b
-        if total is not None:
-            total.store()
-    if dh is not None and total is None:
+    if dh is not None and not shared:
         _weight_grad(x, z, g, dh, tile)
 
 

@@ -64,7 +64,7 @@ def _tiles(x: Tensor, weight: Tensor, tile: Tile) -> Iterator[tuple[slice, slice
 
 
 def apply(x: Tensor, z: Tensor, weight: Tensor, y: Tensor, affine: Affine, tile: Tile) -> None:
-    """Y = T(x, z, H) + affine."""
+    """y = T(x, z, H) + affine."""
     for b, n, o, shared, a in _tiles(x, weight, tile):
         zb = tile.work(z[b])
         if shared:
@@ -85,7 +85,7 @@ def grads(
     affine: Affine,
     tile: Tile,
 ) -> None:
-    """Dz and dH as asked for."""
+    """dz and dH as asked for."""
     if dz is not None:
         _cond_grad(x, weight, g, dz, affine, tile)
     if dh is not None:
