@@ -1,6 +1,7 @@
 """The usual way: write out W[b] for every instance, read it back, and do it again for the gradients.
 
-Kept to compare with, forced by ``use_backend("materialised")``; no plan ever chooses it.
+No plan takes it for a whole problem: it is there to compare with, forced by ``use_backend("materialised")``. The
+aten backend takes it where all of W is smaller than one of its tiles, and there is nothing to cut.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ def unavailable() -> str | None:
     return None
 
 
-def _generate(z: Tensor, weight: Tensor) -> Tensor:
+def _generate(z: Tensor, weight: Tensor, base_weight: Tensor | None) -> Tensor:
     O, I, R = weight.shape
-    return (z @ weight.reshape(O * I, R).T).view(len(z), O, I)
+    w = (z @ weight.reshape(O * I, R).T).view(z.shape[0], O, I)
+    return w if base_weight is None else w.add_(base_weight)
 
 
 def apply(
@@ -32,8 +34,7 @@ def apply(
     schedule: str,
 ) -> Tensor:
     """y = (H·z + W0) x + bias·z + b0, through W."""
-    w = _generate(z, weight)
-    y = torch.bmm(x, (w if base_weight is None else w + base_weight).mT)
+    y = torch.bmm(x, _generate(z, weight, base_weight).mT)
     if bias is not None:
         y += (z @ bias.T).unsqueeze(1)
     return y if base_bias is None else y.add_(base_bias)
@@ -52,20 +53,16 @@ def grads(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, z, H, bias, W0, b0, through W and dW."""
     dx, dz, dh, dbias, dbase, db0 = mask
-    z, weight = (
-        cast(Tensor, z),
-        cast(Tensor, weight),
-    )  # absent only where nothing that is asked for reads them
+    z, weight = cast(Tensor, z), cast(Tensor, weight)  # absent only where nothing that is asked for reads them
     out: list[Tensor | None] = [None] * 6
     if dx:
-        w = _generate(z, weight)
-        out[0] = torch.bmm(g, w if base_weight is None else w + base_weight)
+        out[0] = torch.bmm(g, _generate(z, weight, base_weight))
     if dz or dh or dbase:
-        dw = torch.bmm(g.mT, x)
+        dw = torch.bmm(g.mT, x) if x.shape[1] != 1 else torch.mul(g.mT, x)  # K = 1: an outer product, much faster
         flat = dw.reshape(len(x), g.shape[2] * x.shape[2])
     if dz:
         sums = flat @ weight.reshape(flat.shape[1], weight.shape[2])
-        out[1] = sums if bias is None else sums + g.sum(1) @ bias
+        out[1] = sums if bias is None else sums.addmm_(g.sum(1), bias)
     if dh:
         out[2] = (flat.T @ z).view(g.shape[2], x.shape[2], z.shape[1])
     if dbias:

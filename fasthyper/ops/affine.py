@@ -47,16 +47,17 @@ def _composite_grads(x, z, weight, bias, base_weight, g, mask: list[bool], *how:
 
 
 def _check(x, z, weight, bias=None, base_weight=None, base_bias=None, g=None) -> None:
-    check_factors(x=x, z=z, w=weight, **({} if g is None else {"g": g}))
-    check_tensors(x=x, bias=bias, base_weight=base_weight, base_bias=base_bias)
+    check_factors(x, z, weight, g)
     O, I, R = weight.shape
     for name, t, shape in (
         ("bias", bias, (O, R)),
         ("base_weight", base_weight, (O, I)),
         ("base_bias", base_bias, (O,)),
     ):
-        if t is not None and t.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
+        if t is not None:
+            check_tensors(x=x, **{name: t})
+            if t.shape != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
 
 
 def _backward(args: tuple[Any, ...], need: tuple[bool, ...], g: Tensor) -> tuple[Tensor | None, ...]:

@@ -38,13 +38,38 @@ def check_tensors(**tensors: Tensor | None) -> None:
             )
 
 
-def check_factors(**factors: Tensor) -> None:
-    """Check factors of T(x, z, H, g), named x, z, w, g, against each other.
+def _agree(x: Tensor, z: Tensor | None, w: Tensor | None, g: Tensor | None) -> bool:
+    """Whether the factors fit each other: the quick answer, before the long one."""
+    dtype, device = x.dtype, x.device
+    if x.dim() != 3 or not dtype.is_floating_point:
+        return False
+    B, N, I = x.shape
+    O = R = None
+    if g is not None:
+        if g.dim() != 3 or g.dtype != dtype or g.device != device or g.shape[0] != B or g.shape[1] != N:
+            return False
+        O = g.shape[2]
+    if w is not None:
+        if w.dim() != 3 or w.dtype != dtype or w.device != device or w.shape[1] != I:
+            return False
+        if O is not None and w.shape[0] != O:
+            return False
+        R = w.shape[2]
+    if z is None:
+        return True
+    return z.dim() == 2 and z.dtype == dtype and z.device == device and z.shape[0] == B and R in (None, z.shape[1])
+
+
+def check_factors(x: Tensor, z: Tensor | None = None, w: Tensor | None = None, g: Tensor | None = None) -> None:
+    """Check factors of T(x, z, H, g) against each other.
 
     Raises:
         TypeError: if the dtypes differ or are not floating point.
         ValueError: names the argument of the wrong rank, or the two whose sizes disagree.
     """
+    if _agree(x, z, w, g):
+        return
+    factors = {f: t for f, t in (("x", x), ("z", z), ("w", w), ("g", g)) if t is not None}
     check_tensors(**{_NAMES[f]: t for f, t in factors.items()})
     seen: dict[str, str] = {}
     for f, t in factors.items():
