@@ -4,14 +4,28 @@ from . import nn, ops
 from ._version import __version__
 from .backends import set_backend, use_backend
 from .functional import hyper_linear
+from .nn import (
+    Bilinear,
+    EmbeddingNetwork,
+    HyperLinear,
+    Hypernetwork,
+    hyperize,
+    parameter_report,
+)
 from .planner import get_workspace_limit, set_workspace_limit
 
 __all__ = [
+    "Bilinear",
+    "EmbeddingNetwork",
+    "HyperLinear",
+    "Hypernetwork",
     "__version__",
     "get_workspace_limit",
     "hyper_linear",
+    "hyperize",
     "nn",
     "ops",
+    "parameter_report",
     "set_backend",
     "set_workspace_limit",
     "use_backend",

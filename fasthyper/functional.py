@@ -9,11 +9,15 @@ from torch import Tensor
 
 from . import backends
 from .ops import affine as _affine  # noqa: F401  (registers the op)
+from .ops import autocast
 from .ops.checks import check_tensors
 
 
 def _check(x, z, weight, bias, base_weight, base_bias) -> None:
     """Check every argument of `hyper_linear`; the messages name it, its shape and what was expected."""
+    for name, t in (("x", x), ("z", z), ("weight", weight)):
+        if t is None:
+            raise TypeError(f"{name} must be a tensor, got None")
     check_tensors(x=x, z=z, weight=weight, bias=bias, base_weight=base_weight, base_bias=base_bias)
     if weight.dim() != 3:
         raise ValueError(f"weight must have shape (O, I, R), got {tuple(weight.shape)}")
@@ -88,27 +92,11 @@ def hyper_linear(
         >>> torch.allclose(y, torch.einsum("boi,bi->bo", W, x) + z @ bias.T, atol=1e-4)
         True
     """
-    if isinstance(x, Tensor) and autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, z, weight = _autocast(x, dtype), _autocast(z, dtype), _autocast(weight, dtype)
-        bias, base_weight, base_bias = (
-            None if t is None else _autocast(t, dtype) for t in (bias, base_weight, base_bias)
-        )
+    if isinstance(x, Tensor) and autocast.enabled(x.device.type):
+        x, z, weight, bias, base_weight, base_bias = map(autocast.follow, (x, z, weight, bias, base_weight, base_bias))
     _check(x, z, weight, bias, base_weight, base_bias)
     B, I = x.shape[0], x.shape[-1]
     points = x.shape[1:-1]
     rows = x.reshape(B, math.prod(points), I)
     y = torch.ops.fasthyper.hyper_linear(rows, z, weight, bias, base_weight, base_bias, *backends.current())
     return y.reshape(B, *points, weight.shape[0])
-
-
-def autocast_enabled(device: str) -> bool:
-    """Whether the region is under autocast for this device type; asking for the meta device raises."""
-    return device != "meta" and torch.is_autocast_enabled(device)
-
-
-def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast as `nn.Linear` does under autocast: floating point, but not float64."""
-    if not isinstance(t, Tensor) or not t.is_floating_point() or t.dtype == torch.float64:
-        return t
-    return t.to(dtype)

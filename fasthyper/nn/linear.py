@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fasthyper.functional import autocast_enabled, hyper_linear
+from fasthyper.functional import hyper_linear
 from fasthyper.nn.deliver import delivered
 from fasthyper.nn.init import INITS
 from fasthyper.nn.norm import norm_sq
 from fasthyper.nn.plain import obstacle
+from fasthyper.ops import autocast
 
 
 class HyperLinear(nn.Module):
@@ -237,15 +238,13 @@ class HyperLinear(nn.Module):
         h = self.weight.flatten(0, 1)
         w = None if self.base_weight is None else self.base_weight.flatten()
         z = z.to(torch.promote_types(torch.promote_types(z.dtype, h.dtype), torch.float32))
-        if not autocast_enabled(z.device.type):
-            return norm_sq(z, h, w)
-        with torch.autocast(z.device.type, enabled=False):
+        with autocast.off(z):
             return norm_sq(z, h, w)
 
     def _check(self, z: Tensor) -> None:
         if z.ndim != 2 or z.shape[1] != self.cond_features:
             raise ValueError(f"z must be (B, R) with R = {self.cond_features}, got {tuple(z.shape)}")
-        if z.dtype != self.weight.dtype and not (autocast_enabled(z.device.type) and z.is_floating_point()):
+        if z.dtype != self.weight.dtype and not (autocast.enabled(z.device.type) and z.is_floating_point()):
             raise TypeError(f"z must be {self.weight.dtype} as the layer's weight is, got {z.dtype}")
 
     def extra_repr(self) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import autocast, reference
 from .checks import check_factors, check_tensors
 from .dispatch import LIBRARY, MISSING, below, recording, rule, transformed
 from .family import HOW, TAGS, check_mask, ops, resolved, run_apply, run_grads
@@ -25,24 +25,26 @@ _BLOCKS = "Tensor x, Tensor z, Tensor weight, Tensor? bias, Tensor? base_weight"
 
 def _composite(x, z, weight, bias=None, base_weight=None, base_bias=None, *how: str) -> Tensor:
     y = ops.apply(x, z, weight, *how)
-    if base_weight is not None:
-        y = y + x @ base_weight.T
-    if bias is not None:
-        y = y + (z @ bias.T).unsqueeze(1)
-    return y if base_bias is None else y + base_bias
+    with autocast.off(x):
+        if base_weight is not None:
+            y = y + x @ base_weight.T
+        if bias is not None:
+            y = y + (z @ bias.T).unsqueeze(1)
+        return y if base_bias is None else y + base_bias
 
 
 def _composite_grads(x, z, weight, bias, base_weight, g, mask: list[bool], *how: str) -> tuple[Tensor, ...]:
     check_mask(mask, 6)
     dx, dz, dh = ops.grads(x, z, weight, g, list(mask[:3]), *how)
-    per_instance = g.sum(1) if any(mask[i] for i in (1, 3, 5)) else g
-    if mask[0] and base_weight is not None:
-        dx = dx + g @ base_weight
-    if mask[1] and bias is not None:
-        dz = dz + per_instance @ bias
-    dbias = per_instance.T @ z if mask[3] else x.new_empty(0)
-    dbase = g.flatten(0, 1).T @ x.flatten(0, 1) if mask[4] else x.new_empty(0)
-    db0 = per_instance.sum(0) if mask[5] else x.new_empty(0)
+    with autocast.off(x):
+        per_instance = g.sum(1) if any(mask[i] for i in (1, 3, 5)) else g
+        if mask[0] and base_weight is not None:
+            dx = dx + g @ base_weight
+        if mask[1] and bias is not None:
+            dz = dz + per_instance @ bias
+        dbias = per_instance.T @ z if mask[3] else x.new_empty(0)
+        dbase = g.flatten(0, 1).T @ x.flatten(0, 1) if mask[4] else x.new_empty(0)
+        db0 = per_instance.sum(0) if mask[5] else x.new_empty(0)
     return dx, dz, dh, dbias, dbase, db0
 
 

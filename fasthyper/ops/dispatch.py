@@ -27,7 +27,7 @@ try:
     from torch._functorch.autograd_function import enable_single_level_autograd_function
     from torch.autograd.function import _SingleLevelFunction
 
-    _ = forward_ad._current_level, torch.ops.aten.add.Tensor.redispatch
+    _ = forward_ad._current_level, forward_ad._set_fwd_grad_enabled, torch.ops.aten.add.Tensor.redispatch
 except (ImportError, AttributeError) as error:
     MISSING = str(error)
 

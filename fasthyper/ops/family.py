@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from . import reference, rules
+from . import autocast, reference, rules
 from .checks import check_factors
 from .dispatch import LIBRARY, MISSING, below, recording, rule, transformed
 
@@ -42,13 +42,15 @@ def check_mask(mask: Any, length: int) -> None:
 def run_apply(how: tuple[str, ...], *args: Tensor | None) -> Tensor:
     """Run a backend's `apply`, with or without bias and base."""
     choice = resolved(how)
-    return backends.backend(choice.backend).apply(*args, schedule=choice.schedule)
+    with autocast.off(cast(Tensor, args[0])):
+        return backends.backend(choice.backend).apply(*args, schedule=choice.schedule)
 
 
 def run_grads(how: tuple[str, ...], *args: Any) -> tuple[Tensor | None, ...]:
     """Run a backend's `grads`: x, z, H, bias, W0, g, and a mask of six."""
     choice = resolved(how)
-    return backends.backend(choice.backend).grads(*args, schedule=choice.schedule)
+    with autocast.off(args[0]):
+        return backends.backend(choice.backend).grads(*args, schedule=choice.schedule)
 
 
 def _kernel_apply(x: Tensor, z: Tensor, weight: Tensor, *how: str) -> Tensor:
