@@ -67,8 +67,8 @@ def machine(device: str, dtype: torch.dtype, threads: int = 1) -> Machine:
     if device == "cpu":
         native = dtype not in _LOW_PRECISION or _cpu_has_fast(dtype)
         work = dtype if native else torch.float32
-        rate = 30e9 if work == torch.float64 else 60e9
-        return Machine(rate * threads, 12e9 * threads, 8e9, 3e-6, 2 << 20, work)
+        rate = 40e9 if work == torch.float64 else 80e9
+        return Machine(rate * threads, 16e9 * threads, 10e9, 3e-6, 2 << 20, work)
     rate = {torch.float64: 30e12, torch.float32: 50e12}.get(dtype, 600e12)
     return Machine(rate, 5e12, 3e12, 4e-6, 16 << 20, dtype)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import planner
-from ...problem import Plan, Problem
+from ...problem import AUTO, Plan, Problem
 from .. import materialised
 from . import fold, generate, project
 from .tiles import Affine, Tile, accumulate, blocks, boxes, rows
@@ -38,9 +38,9 @@ def _problem(op: str, x: Tensor, R: int, O: int, needs: tuple[bool, bool, bool] 
 
 
 def _is_one_tile(x: Tensor, weight: Tensor | None, O: int, R: int, plan: Plan) -> bool:
-    """Whether nothing has to be cut or converted: then the loops over tiles only cost time."""
+    """Whether all of W is a tile and nothing has to be converted: then the loops of `generate` only cost time."""
     B, N, I = x.shape
-    whole = x.dtype == plan.work_dtype and B * max(O * I, N * max(O, I)) <= plan.tile
+    whole = plan.schedule == "generate" and x.dtype == plan.work_dtype and B * max(O * I, N * max(O, I)) <= plan.tile
     return whole and (weight is None or rows(weight) is not None)
 
 
@@ -57,7 +57,7 @@ def apply(
     """y (B, N, O) from x (B, N, I), z (B, R), H (O, I, R); bias (O, R), W0 (O, I), b0 (O,) or None."""
     O, _, R = weight.shape
     plan = planner.plan(_problem("apply", x, R, O), schedule)
-    if plan.schedule == "generate" and _is_one_tile(x, weight, O, R, plan):
+    if schedule == AUTO and _is_one_tile(x, weight, O, R, plan):
         return materialised.apply(x, z, weight, bias, base_weight, base_bias, schedule=schedule)
     tile = _tile(plan)
     y = x.new_empty(x.shape[0], x.shape[1], O)
@@ -86,7 +86,7 @@ def grads(
     )  # absent only where nothing that is asked for reads them
     R = (z if weight is None else weight).shape[-1]
     plan = planner.plan(_problem("grads", x, R, O, (mask[0], mask[1], mask[2])), schedule)
-    if plan.schedule == "generate" and _is_one_tile(x, weight, O, R, plan):
+    if schedule == AUTO and _is_one_tile(x, weight, O, R, plan):
         return materialised.grads(x, z, weight, bias, base_weight, g, mask, schedule=schedule)
     tile = _tile(plan)
 

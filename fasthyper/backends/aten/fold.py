@@ -25,7 +25,7 @@ class _Blocks:
     def __init__(self, B: int, N: int, I: int, O: int, R: int, copies: bool, tile: Tile):
         room = tile.elements // max(1, R)
         self.inputs = max(1, min(I, room // max(1, min(B * N, _ROWS))))
-        rows = max(1, room // self.inputs)
+        rows = max(1, min(room // self.inputs, tile.elements // max(1, O, I)))  # of U, of y and of x
         self.points = min(N, rows)
         self.instances = max(1, rows // max(1, self.points))
         self.outputs = max(1, room // self.inputs) if copies else max(1, O)
@@ -45,7 +45,9 @@ class _Blocks:
 
 def _copies(weight: Tensor, tile: Tile) -> bool:
     _, I, R = weight.shape
-    return weight.dtype != tile.dtype or weight.stride(2) != 1 or (I > 1 and weight.stride(1) != R)
+    if weight.dtype != tile.dtype or tile.dtype != tile.sum_dtype:  # the latter where a sum converts its operands
+        return True
+    return weight.stride(2) != 1 or (I > 1 and weight.stride(1) != R)
 
 
 def _folded(x: Tensor, z: Tensor, tile: Tile) -> Tensor:

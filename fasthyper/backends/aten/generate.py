@@ -66,7 +66,8 @@ def grads(
     shared = False
     if dz is not None:
         B, O, I, R = len(x), g.shape[2], x.shape[2], weight.shape[2]
-        instances, outputs = _shape(B, O, I, R, _copied(weight, tile), tile)
+        copied = tile.dtype != tile.sum_dtype or _copied(weight, tile)  # the former where a sum converts its operands
+        instances, outputs = _shape(B, O, I, R, copied, tile)
         # dz is summed over the blocks of outputs, dH over those of instances: one of the two is a single block.
         shared = dh is not None and B > 0 and (outputs >= O or instances >= B)
         if dh is not None and dh.dtype != tile.sum_dtype:

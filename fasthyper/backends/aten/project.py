@@ -24,8 +24,8 @@ def _cut(x: Tensor, O: int, R: int, tile: Tile) -> tuple[bool, int, int, int]:
     points = max(1, min(N, tile.elements // max(1, I), room))
     if shared:
         outputs = max(1, min(O, room // points))
-        return True, max(1, tile.elements // max(1, points * outputs, R)), points, outputs
-    instances = max(1, min(B, room // points))
+        return True, max(1, tile.elements // max(1, points * max(outputs, I), R)), points, outputs
+    instances = max(1, min(B, min(room, tile.elements // max(1, I)) // points))
     return False, instances, points, max(1, min(O, room // (points * instances)))
 
 
