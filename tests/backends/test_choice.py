@@ -1,0 +1,277 @@
+"""Which backend a call takes: forced or not, by thread and by process, compiled or not, in forward and in backward."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import fasthyper
+from fasthyper import backends, hyper_linear, set_backend, use_backend
+from fasthyper.problem import SCHEDULES
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """What ran, as (backend, method, schedule); what a backend leaves to another one is its own affair."""
+    calls: list[tuple[str, str, str]] = []
+    within = threading.local()
+
+    def spy(name, method, original):
+        def call(*args, schedule):
+            if getattr(within, "call", False):
+                return original(*args, schedule=schedule)
+            calls.append((name, method, schedule))
+            within.call = True
+            try:
+                return original(*args, schedule=schedule)
+            finally:
+                within.call = False
+
+        return call
+
+    for name, module in backends.BACKENDS.items():
+        for method in ("apply", "grads"):
+            monkeypatch.setattr(module, method, spy(name, method, getattr(module, method)))
+    return calls
+
+
+def both(backend: str, schedule: str = "auto") -> list[tuple[str, str, str]]:
+    return [(backend, "apply", schedule), (backend, "grads", schedule)]
+
+
+@pytest.fixture
+def leaves():
+    shapes = ((4, 3), (4, 5), (6, 3, 5), (6, 5), (6, 3), (6,))
+    return [torch.randn(s, requires_grad=True) for s in shapes]
+
+
+def affine(x, z, weight, bias, base_weight, base_bias):
+    return hyper_linear(x, z, weight, bias, base_weight=base_weight, base_bias=base_bias)
+
+
+def plain(x, z, weight, *_):
+    return fasthyper.ops.apply(x[:, None], z, weight)
+
+
+@pytest.fixture(params=[affine, plain])
+def f(request):
+    return request.param
+
+
+def in_thread(task):
+    """Run in another thread; what it raises is raised here."""
+    failure = []
+
+    def guarded():
+        try:
+            task()
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=guarded)
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
+
+
+HOWS = [("aten", None), *(("aten", s) for s in SCHEDULES), ("materialised", None), ("auto", "fold")]
+
+
+@pytest.mark.parametrize(("name", "schedule"), HOWS)
+def test_what_is_forced_runs(name, schedule, f, leaves, ran):
+    runs = "aten" if name == "auto" else name
+    with use_backend(name, schedule):
+        f(*leaves).sum().backward()
+    assert ran == both(runs, schedule or "auto")
+    ran.clear()
+    set_backend(name, schedule)
+    f(*leaves).sum().backward()
+    assert ran == both(runs, schedule or "auto")
+
+
+def test_by_default_the_planner_chooses(f, leaves, ran):
+    f(*leaves).sum().backward()
+    assert ran == both("aten", "auto")
+
+
+def test_forward_decides_for_backward(f, leaves, ran):
+    with use_backend("materialised"):
+        y = f(*leaves)
+    set_backend("aten", "fold")
+    y.sum().backward()
+    assert ran == both("materialised")
+
+
+def test_backward_in_another_thread_with_another_choice(f, leaves, ran):
+    with use_backend("aten", "project"):
+        y = f(*leaves)
+
+    def backward():
+        with use_backend("materialised"):
+            y.sum().backward()
+
+    in_thread(backward)
+    assert ran == both("aten", "project")
+
+
+def test_forward_decides_for_the_second_order(f, leaves, ran):
+    with use_backend("aten", "generate"):
+        y = f(*leaves)
+    wanted = leaves if f is affine else leaves[:3]
+    first = torch.autograd.grad((y**2).sum(), wanted, create_graph=True)
+    torch.autograd.grad(sum((t**2).sum() for t in first), wanted)
+    assert len(ran) > 2
+    assert {(backend, schedule) for backend, _, schedule in ran} == {("aten", "generate")}
+
+
+def test_an_unforced_forward_stays_unforced_in_backward(f, leaves, ran):
+    """A choice made later does not reach back: auto is a choice, too."""
+    y = f(*leaves)
+    with use_backend("materialised"):
+        y.sum().backward()
+    assert ran == both("aten", "auto")
+
+
+def test_nested(f, leaves, ran):
+    with use_backend("aten", "fold"):
+        with use_backend("materialised"):
+            f(*leaves)
+        f(*leaves)
+        with use_backend("auto"):
+            f(*leaves)
+    f(*leaves)
+    assert [(backend, schedule) for backend, _, schedule in ran] == [
+        ("materialised", "auto"), ("aten", "fold"), ("aten", "auto"), ("aten", "auto"),
+    ]  # fmt: skip
+
+
+def test_one_choice_entered_twice():
+    choice = use_backend("aten", "fold")
+    with use_backend("materialised"):
+        with choice:
+            with choice:
+                assert backends.current() == ("aten", "fold")
+            assert backends.current() == ("aten", "fold")
+        assert backends.current() == ("materialised", "auto")
+    assert backends.current() == backends.Choice()
+
+
+def test_an_exception_restores():
+    with pytest.raises(KeyError, match="mine"), use_backend("materialised"):
+        raise KeyError("mine")
+    assert backends.current() == backends.Choice()
+
+
+def test_the_thread_wins_over_the_process():
+    set_backend("materialised")
+    with use_backend("aten", "fold"):
+        assert backends.current() == ("aten", "fold")
+        set_backend("aten", "project")
+        assert backends.current() == ("aten", "fold")
+    assert backends.current() == ("aten", "project")
+
+
+def test_the_process_s_choice_reaches_other_threads_and_a_thread_s_does_not():
+    seen = []
+    set_backend("aten", "generate")
+    with use_backend("materialised"):
+        in_thread(lambda: seen.append(backends.current()))
+    assert seen == [("aten", "generate")]
+
+
+def test_threads_at_once(leaves, ran):
+    """Each thread keeps its own choice while others run."""
+    barrier = threading.Barrier(4)
+    seen: dict[str, set] = {}
+
+    def work(schedule):
+        with use_backend("aten", schedule):
+            for _ in range(20):
+                barrier.wait()
+                seen.setdefault(schedule, set()).add(backends.current().schedule)
+                affine(*[t.detach() for t in leaves])
+
+    threads = [threading.Thread(target=work, args=(s,)) for s in (*SCHEDULES, "auto")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {s: {s} for s in (*SCHEDULES, "auto")}
+    assert {schedule for _, _, schedule in ran} == {*SCHEDULES, "auto"}
+
+
+class TestCompiled:
+    @pytest.fixture(autouse=True)
+    def compiled(self, f):
+        torch._dynamo.reset()
+        yield torch.compile(f, fullgraph=True, backend="aot_eager")
+        torch._dynamo.reset()
+
+    def test_a_change_of_choice_recompiles(self, compiled, leaves, ran):
+        def run():
+            ran.clear()
+            compiled(*leaves).sum().backward()
+            return list(ran)
+
+        assert run() == both("aten", "auto")
+        with use_backend("aten", "fold"):
+            assert run() == both("aten", "fold")
+        with use_backend("materialised"):
+            assert run() == both("materialised")
+        assert run() == both("aten", "auto")
+        set_backend("aten", "project")
+        assert run() == both("aten", "project")
+        with use_backend("materialised"):
+            assert run() == both("materialised")
+        set_backend("auto")
+        assert run() == both("aten", "auto")
+
+    def test_within_the_region(self, f, leaves, ran):
+        def region(*args):
+            with use_backend("aten", schedule="fold"):
+                return f(*args)
+
+        torch.compile(region, fullgraph=True, backend="aot_eager")(*leaves).sum().backward()
+        assert ran == both("aten", "fold")
+        assert backends.current() == backends.Choice()
+
+    def test_another_thread(self, compiled, leaves, ran):
+        with use_backend("materialised"):
+            compiled(*leaves).sum().backward()
+            in_thread(lambda: compiled(*leaves).sum().backward())
+        assert ran == both("materialised") + both("aten")
+
+    def test_backward_under_another_choice(self, compiled, leaves, ran):
+        with use_backend("materialised"):
+            y = compiled(*leaves)
+        with use_backend("aten", "fold"):
+            y.sum().backward()
+        assert ran == both("materialised")
+
+
+@pytest.mark.parametrize("force", [use_backend, set_backend])
+@pytest.mark.parametrize("name", ["atem", "", "cuda graphs", None])
+def test_an_unknown_backend(force, name):
+    with pytest.raises(ValueError, match=r"backend must be one of auto, aten, materialised, got") as error:
+        force(name)
+    assert repr(name) in str(error.value)
+    assert backends.current() == backends.Choice()
+
+
+@pytest.mark.parametrize("force", [use_backend, set_backend])
+@pytest.mark.parametrize("schedule", ["folded", "", 3])
+def test_an_unknown_schedule(force, schedule):
+    with pytest.raises(ValueError, match="schedule must be one of auto, fold, generate, project, got") as error:
+        force("aten", schedule)
+    assert repr(schedule) in str(error.value)
+
+
+@pytest.mark.parametrize("force", [use_backend, set_backend])
+def test_a_backend_that_cannot_run_says_why(force, monkeypatch):
+    monkeypatch.setattr(backends.BACKENDS["materialised"], "unavailable", lambda: "no such device")
+    with pytest.raises(ValueError, match=r"'materialised' cannot run here: no such device"):
+        force("materialised")
+    assert backends.current() == backends.Choice()

@@ -1,0 +1,211 @@
+"""What the tests share: the oracle (float64 einsum, independent of the package), factors of any strides, tiny tiles."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from typing import ClassVar
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from torch import Tensor
+
+import fasthyper
+from fasthyper import backends, planner
+from fasthyper.problem import SCHEDULES
+
+settings.register_profile(
+    "fasthyper", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("fasthyper")
+
+HOWS = [(name, s) for name in backends.BACKENDS for s in ((None,) if name == "materialised" else (None, *SCHEDULES))]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+@pytest.fixture(autouse=True)
+def nothing_forced():
+    """Every test starts with no backend forced and the default workspace, and leaves no backend to its thread."""
+    torch.manual_seed(0)
+    yield
+    fasthyper.set_backend("auto")
+    fasthyper.set_workspace_limit(32 << 20)
+    assert backends.current() == backends.Choice()
+
+
+@pytest.fixture(scope="session", params=HOWS, ids=["-".join(filter(None, how)) for how in HOWS])
+def how(request) -> tuple[str, str | None]:
+    """Every backend with every schedule, as the arguments of `use_backend`."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=DTYPES, ids=[str(dtype).split(".")[1] for dtype in DTYPES])
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+# The sizes B, N, R, I, O of a small problem in which no two are equal, so that no mix-up goes unseen.
+SIZES = (4, 2, 5, 3, 6)
+AXES = {"x": "bni", "z": "br", "weight": "oir", "g": "bno", "bias": "or", "base_weight": "oi", "base_bias": "o"}
+FACTORS = ("x", "z", "weight", "g")
+AFFINE = ("x", "z", "weight", "bias", "base_weight", "base_bias")
+
+
+def _shape(name: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    size = dict(zip("bnrio", sizes, strict=True))
+    return tuple(size[axis] for axis in AXES[name])
+
+
+def _strided(t: Tensor, name: str, strides: str) -> Tensor:
+    """The same kind of tensor with other strides: same shape and, but for `expanded`, same values."""
+    if strides == "expanded":  # x and z shared by the batch, g as sum().backward() makes it
+        if name == "g":
+            return t.flatten()[:1].view(1, 1, 1).expand(t.shape) if t.numel() else t
+        return t[:1].expand(t.shape) if name in ("x", "z") and len(t) else t
+    if strides == "transposed":
+        return t.permute(*range(t.dim())[::-1]).contiguous().permute(*range(t.dim())[::-1])
+    if strides == "swapped":  # the two outer axes: a view Hᵀ of a head, points before instances
+        return t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() > 1 else t
+    if strides == "sliced":
+        wide = t.new_full([2 * n + 1 for n in t.shape], float("nan"))
+        view = wide[tuple(slice(1, None, 2) for _ in t.shape)]
+        view.copy_(t)
+        return view
+    assert strides == "contiguous"
+    return t
+
+
+class Factors:
+    """Random factors by name."""
+
+    SIZES, STRIDES = SIZES, ("contiguous", "transposed", "swapped", "sliced", "expanded")
+    NAMES, AFFINE = FACTORS, AFFINE
+
+    def __call__(
+        self,
+        sizes: tuple[int, ...] = SIZES,
+        dtype: torch.dtype = torch.float64,
+        names: tuple[str, ...] = FACTORS,
+        strides: str = "contiguous",
+        requires_grad: bool = False,
+        lead: int | None = None,
+    ) -> list[Tensor]:
+        """Factors of sizes (B, N, R, I, O); `lead` puts a batched dimension in front of each."""
+        front = () if lead is None else (lead,)
+        ts = [torch.randn(*front, *_shape(name, sizes), dtype=torch.float64).to(dtype) for name in names]
+        ts = [_strided(t, name, strides) for t, name in zip(ts, names, strict=True)]
+        return [t.requires_grad_(requires_grad) for t in ts]
+
+
+@pytest.fixture(scope="session")
+def factors() -> Factors:
+    return Factors()
+
+
+class Oracle:
+    """The identity in einsum, float64, with the scale of its rounding errors: the same sum over absolute values."""
+
+    OPS: ClassVar = {"apply": "bni,br,oir->bno", "cond_grad": "bni,bno,oir->br", "weight_grad": "bni,br,bno->oir"}
+    INPUTS: ClassVar = {"apply": (0, 1, 2), "cond_grad": (0, 3, 2), "weight_grad": (0, 1, 3)}
+
+    @staticmethod
+    def op(name: str, *tensors: Tensor) -> Tensor:
+        return torch.einsum(Oracle.OPS[name], *(t.detach().double() for t in tensors))
+
+    @staticmethod
+    def grads(x: Tensor, z: Tensor, weight: Tensor, g: Tensor) -> list[Tensor]:
+        x, z, weight, g = (t.detach().double() for t in (x, z, weight, g))
+        dx = torch.einsum("bno,br,oir->bni", g, z, weight)
+        return [dx, Oracle.op("cond_grad", x, g, weight), Oracle.op("weight_grad", x, z, g)]
+
+    @staticmethod
+    def linear(x, z, weight, bias=None, base_weight=None, base_bias=None) -> Tensor:
+        """Differentiable, in the dtype of its arguments, W never written either."""
+        y = torch.einsum("bni,br,oir->bno", x, z, weight)
+        if bias is not None:
+            y = y + torch.einsum("br,or->bo", z, bias)[:, None]
+        if base_weight is not None:
+            y = y + torch.einsum("bni,oi->bno", x, base_weight)
+        return y if base_bias is None else y + base_bias
+
+    @staticmethod
+    def linear_grads(x, z, weight, bias, base_weight, g) -> list[Tensor]:
+        """dx, dz, dH, dbias, dW0, db0."""
+        dx, dz, dh = Oracle.grads(x, z, weight, g)
+        x, z, bias, base_weight, g = (t.detach().double() for t in (x, z, bias, base_weight, g))
+        return [
+            dx + torch.einsum("bno,oi->bni", g, base_weight),
+            dz + torch.einsum("bno,or->br", g, bias),
+            dh,
+            torch.einsum("bno,br->or", g, z),
+            torch.einsum("bno,bni->oi", g, x),
+            torch.einsum("bno->o", g),
+        ]
+
+    @staticmethod
+    def check(actual: Tensor, truth: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+        """Assert shape, dtype, contiguity, and rounding errors of `dtype` beside the sum of absolute terms."""
+        assert actual.shape == truth.shape
+        assert actual.dtype == dtype
+        assert actual.is_contiguous()
+        info = torch.finfo(dtype)
+        # Sums in float64 and float32 add up their own errors; in 16 bits it is terms and results that are rounded.
+        allowed = (16 if info.bits > 16 else 4) * info.eps * scale + 16 * info.eps * info.smallest_normal
+        excess = (actual.detach().double() - truth).abs() - allowed
+        assert not excess.isnan().any()
+        worst = excess.max().item() if excess.numel() else 0.0
+        assert worst <= 0, f"{worst:.3g} more off than rounding explains"
+
+    def check_op(self, name: str, actual: Tensor, *tensors: Tensor) -> None:
+        scale = self.op(name, *(t.detach().abs() for t in tensors))
+        self.check(actual, self.op(name, *tensors), scale, tensors[0].dtype)
+
+    def check_all(self, actual, formula, *tensors: Tensor) -> None:
+        """Check each of the results of a formula such as `linear_grads`."""
+        absolute = [t.detach().abs() for t in tensors]
+        for got, truth, scale in itertools.zip_longest(actual, formula(*tensors), formula(*absolute)):
+            self.check(got, truth, scale, tensors[0].dtype)
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Oracle:
+    return Oracle()
+
+
+@contextlib.contextmanager
+def _planning(**replaced) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in replaced.items():
+            patch.setattr(planner, name, value)
+        planner.machine.cache_clear()
+        planner._plan.cache_clear()
+        yield
+    planner.machine.cache_clear()
+    planner._plan.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def tiles():
+    """`with tiles(7):` gives tiles of at most 7 elements, so that every loop over tiles runs more than once."""
+    return lambda elements: _planning(tile_elements=lambda mach, limit: elements)
+
+
+@pytest.fixture(scope="session")
+def native_low_precision():
+    """`with native_low_precision(True):` computes tiles in 16 bits, as on a CPU that multiplies them natively."""
+    return lambda native: _planning(_cpu_has_fast=lambda dtype: native)

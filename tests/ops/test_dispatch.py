@@ -1,0 +1,127 @@
+"""torch's private names: pinned while they are there, and a plain way without them, said aloud."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fasthyper.ops import dispatch
+
+NAMES = (
+    "_C._after_autograd_keyset",
+    "_C._any_requires_grad",
+    "_C._are_functorch_transforms_active",
+    "_C._AutoDispatchBelowAutograd",
+    "_functorch.autograd_function.enable_single_level_autograd_function",
+    "autograd.function._SingleLevelFunction",
+    "autograd.forward_ad._current_level",
+    "autograd.forward_ad._set_fwd_grad_enabled",
+)
+
+# A name is gone while fasthyper is imported, and back after that: torch itself needs some of them.
+WITHOUT = """
+import functools, sys, warnings
+import torch
+owner_path, _, name = sys.argv[1].rpartition(".")
+owner = functools.reduce(getattr, owner_path.split("."), torch)
+gone = getattr(owner, name)
+delattr(owner, name)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import fasthyper
+setattr(owner, name, gone)
+ours = [w for w in caught if w.category is RuntimeWarning and "fasthyper" in str(w.message)]
+assert len(ours) == 1, [str(w.message) for w in caught]
+assert name in str(ours[0].message), ours[0].message
+assert torch.__version__ in str(ours[0].message)
+assert "writes out" in str(ours[0].message)
+
+E = lambda x, z, w, b, w0, b0: (
+    torch.einsum("bni,br,oir->bno", x, z, w) + torch.einsum("br,or->bo", z, b)[:, None] + x @ w0.T + b0)
+f = lambda x, z, w, b, w0, b0: fasthyper.hyper_linear(x, z, w, b, base_weight=w0, base_bias=b0)
+"""
+RESULTS = """
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+make = lambda *lead: [torch.randn(*lead, *s, dtype=torch.float64)
+                      for s in ((3, 2, 4), (3, 3), (2, 4, 3), (2, 3), (2, 4), (2,))]
+close = torch.testing.assert_close
+args, wrt = make(), tuple(range(6))
+x, z, w, *_ = args
+g = torch.randn(3, 2, 2, dtype=torch.float64)
+close(f(*args), E(*args))
+close(fasthyper.ops.apply(x, z, w), torch.einsum("bni,br,oir->bno", x, z, w))
+close(fasthyper.ops.cond_grad(x, g, w), torch.einsum("bni,bno,oir->br", x, g, w))
+close(fasthyper.ops.weight_grad(x, z, g), torch.einsum("bni,br,bno->oir", x, z, g))
+dx, dz, dh = fasthyper.ops.grads(x, z, w, g, (True, False, True))
+close(dx, torch.einsum("bno,br,oir->bni", g, z, w))
+assert dz.shape == (0,)
+close(dh, torch.einsum("bni,br,bno->oir", x, z, g))
+leaves = [t.clone().requires_grad_() for t in args]
+assert torch.autograd.gradcheck(f, leaves, check_forward_ad=True)
+assert torch.autograd.gradgradcheck(f, leaves, check_fwd_over_rev=True)
+over = [lambda f: grad(lambda *a: (f(*a) ** 2).sum(), wrt), lambda f: jacrev(f, wrt), lambda f: jacfwd(f, wrt),
+        lambda f: jacfwd(jacfwd(f, wrt), wrt), lambda f: hessian(f, wrt),
+        lambda f: lambda *a: jvp(f, a, tuple(t.cos() for t in a))]
+for d in over:
+    close(d(f)(*args), d(E)(*args))
+many = make(5)
+close(vmap(f)(*many), vmap(E)(*many))
+close(torch.compile(f, backend="aot_eager", fullgraph=True)(*args), E(*args))
+print("right")
+"""
+ERRORS = """
+x, z, w, g = torch.randn(4, 2, 3), torch.randn(4, 5), torch.randn(6, 3, 5), torch.randn(4, 2, 6)
+cases = {
+    "apply": (lambda: fasthyper.ops.apply(x, z[:1], w), lambda: fasthyper.ops.apply(x[:1], z, w),
+              lambda: fasthyper.ops.apply(x, z, w[:, :1])),
+    "cond_grad": (lambda: fasthyper.ops.cond_grad(x, g[:1], w), lambda: fasthyper.ops.cond_grad(x[:, :1], g, w)),
+    "weight_grad": (lambda: fasthyper.ops.weight_grad(x, z[:1], g), lambda: fasthyper.ops.weight_grad(x, z, g[:, :1])),
+    "grads": (lambda: fasthyper.ops.grads(x, z, w, g[:1]), lambda: fasthyper.ops.grads(x, z[:1], w, g)),
+    "hyper_linear": (lambda: fasthyper.hyper_linear(x, z[:1], w),
+                     lambda: torch.ops.fasthyper.hyper_linear(x, z, w, None, None, torch.randn(1)),
+                     lambda: torch.ops.fasthyper.hyper_linear(x, z, w, None, torch.randn(6, 1), None)),
+}
+for op, wrong in cases.items():
+    for k, call in enumerate(wrong):
+        try:
+            y = call()
+        except ValueError as error:
+            assert "shape" in str(error), (op, k, error)
+        else:
+            raise AssertionError(f"{op} {k} went through")
+print("right")
+"""
+
+
+def run(code: str, name: str) -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT + code, name], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "right"
+
+
+def test_no_name_is_missing_here():
+    assert dispatch.MISSING is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_name_is_the_one_that_torch_has(name):
+    owner = torch
+    for part in name.split("."):
+        owner = getattr(owner, part)
+    assert owner is not None
+
+
+def test_without_a_name_the_results_are_right():
+    run(RESULTS, NAMES[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_name_is_missed(name):
+    run('print("right")', name)
+
+
+def test_without_a_name_wrong_sizes_still_raise():
+    run(ERRORS, NAMES[1])

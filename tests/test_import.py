@@ -1,0 +1,71 @@
+"""`import fasthyper` needs torch alone, and starts nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+OPTIONAL = ("sklearn", "matplotlib", "rich", "typer", "click", "numpy", "pandas", "triton", "hypothesis", "pytest")
+
+TORCH_ALONE = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in REFUSED:
+            raise ModuleNotFoundError(f"{name} is not installed", name=name)
+
+REFUSED = set(sys.argv[1].split(","))
+sys.meta_path.insert(0, Refuse())
+import warnings
+warnings.simplefilter("ignore")  # torch says that numpy is not there
+import torch
+warnings.simplefilter("error")
+import fasthyper
+
+layer = fasthyper.nn.HyperLinear(3, 6, 5)
+x, z = torch.randn(4, 3, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+y = layer(x, z)
+y.sum().backward()
+W, b = layer.materialize(z)
+torch.testing.assert_close(y, torch.einsum("boi,bi->bo", W, x) + b, atol=1e-5, rtol=1e-5)
+assert all(p.grad is not None for p in (x, z, *layer.parameters()))
+assert not REFUSED & set(sys.modules), REFUSED & set(sys.modules)
+print("right")
+"""
+
+STARTS_NOTHING = """
+import sys
+import torch
+before, threads = set(sys.modules), torch.get_num_threads()
+import fasthyper
+assert not torch.cuda.is_initialized()
+assert torch.get_num_threads() == threads
+assert not any(name.partition(".")[0] in sys.argv[1].split(",") for name in set(sys.modules) - before)
+assert not any(name.startswith(("fasthyper.experiments", "fasthyper.cli")) for name in sys.modules)
+assert not any(name.startswith(("torch._dynamo", "torch._inductor")) for name in set(sys.modules) - before)
+assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
+print("right")
+"""
+
+
+def run(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code, ",".join(OPTIONAL)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "right"
+
+
+def test_torch_alone_is_enough():
+    run(TORCH_ALONE)
+
+
+def test_importing_starts_nothing():
+    run(STARTS_NOTHING)
+
+
+def test_the_public_names_are_there():
+    import fasthyper
+
+    assert set(fasthyper.__all__) <= set(dir(fasthyper))
+    for name in ("hyper_linear", "use_backend", "set_backend", "set_workspace_limit", "ops", "nn", "__version__"):
+        assert name in fasthyper.__all__

@@ -1,0 +1,238 @@
+"""The workspace rule: temporary memory of forward + backward stays under a limit and does not grow with the batch.
+
+Measured two ways: by the profiler's memory events, and by peak resident memory in a process of its own, since the
+profiler does not see what C++ allocates without torch's allocator.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fasthyper
+from fasthyper.experiments.measure import peak_temporary_bytes
+from fasthyper.nn import HyperLinear
+from fasthyper.problem import SCHEDULES
+
+MIB = 1 << 20
+LIMIT = 40 * MIB
+ISSUE = {
+    "per sample": (20000, 1, 128, 64, 64, torch.float32),
+    "many points": (64, 256, 64, 512, 512, torch.float32),
+    "large head": (8, 58, 2048, 512, 512, torch.bfloat16),
+}
+
+
+def temporary(B, N, R, I, O, dtype, head=None, x_layout=None) -> int:
+    """Peak temporary bytes of a HyperLinear's forward + backward, everything asked for."""
+    layer = HyperLinear(I, O, R, dtype=dtype)
+    if head is not None:
+        with torch.no_grad():
+            layer.weight.data = head(layer.weight.data)
+    x = torch.randn(*([B, I] if N == 1 else [B, N, I]), dtype=torch.float32).to(dtype)
+    x = (x if x_layout is None else x_layout(x)).requires_grad_()
+    z = torch.randn(B, R).to(dtype).requires_grad_()
+    g = torch.randn(*x.shape[:-1], O).to(dtype)
+    wanted = [x, z, *layer.parameters()]
+
+    def step():
+        y = layer(x, z)
+        return y, torch.autograd.grad(y, wanted, g)
+
+    return peak_temporary_bytes(step)
+
+
+def doubled(B, *rest):
+    return (2 * B, *rest)
+
+
+def test_the_measure_sees_W(factors):
+    """The usual way at the first size: a test of the tests."""
+    with fasthyper.use_backend("materialised"):
+        assert temporary(*ISSUE["per sample"]) > 312 * MIB
+
+
+HEAVY = pytest.param("large head", marks=pytest.mark.slow)  # a head of 1 GiB, and its gradient
+
+
+@pytest.mark.parametrize("case", ["per sample", "many points", HEAVY])
+def test_sizes_of_the_rule_by_the_profiler(case):
+    once, twice = temporary(*ISSUE[case]), temporary(*doubled(*ISSUE[case]))
+    assert once < LIMIT
+    assert twice < LIMIT
+    assert twice - once < MIB
+
+
+# Smaller ones, each so large that one tile does not hold them: what fits in a tile may still grow with the batch.
+SMALLER = [
+    (10000, 1, 64, 32, 32, torch.float32),
+    (64, 64, 32, 128, 128, torch.float32),
+    (10000, 1, 64, 32, 32, torch.bfloat16),
+]
+# Skewed ones, where what is beside the tile could be larger than the tile.
+SKEWED = [
+    (10000, 1, 16, 256, 10, torch.float32),
+    (10000, 3, 8, 16, 64, torch.float16),
+    (100000, 1, 2, 2, 64, torch.float32),
+    (50000, 1, 64, 2, 2, torch.float32),
+    (50000, 1, 2, 64, 2, torch.float32),
+    (50, 1000, 2, 64, 2, torch.float32),
+    (50, 1000, 2, 2, 64, torch.float32),
+    (20, 1000, 64, 2, 2, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("schedule", [None, *SCHEDULES])
+@pytest.mark.parametrize("sizes", SMALLER)
+def test_every_schedule(sizes, schedule):
+    with fasthyper.use_backend("aten", schedule):
+        once, twice = temporary(*sizes), temporary(*doubled(*sizes))
+    assert once < LIMIT
+    assert twice < LIMIT
+    assert twice - once < MIB
+
+
+@pytest.mark.parametrize("schedule", [None, *SCHEDULES])
+@pytest.mark.parametrize("sizes", SKEWED)
+def test_skewed_sizes(sizes, schedule):
+    with fasthyper.use_backend("aten", schedule):
+        assert temporary(*sizes) < LIMIT
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_16_bits(schedule, native, native_low_precision):
+    """A head of 32 MiB, which would be 64 MiB in float32, beside few instances."""
+    sizes = (1, 4, 256, 256, 256, torch.bfloat16)
+    with native_low_precision(native), fasthyper.use_backend("aten", schedule):
+        assert temporary(*sizes) < LIMIT
+
+
+HEADS = {
+    "transposed": lambda w: w.transpose(0, 1).contiguous().transpose(0, 1),
+    "features first": lambda w: w.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+    "sliced": lambda w: torch.cat([w, w], 2)[:, :, ::2],
+}
+
+
+@pytest.mark.parametrize("schedule", [None, *SCHEDULES])
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_of_other_strides(head, schedule):
+    """A head of 64 MiB that no schedule may copy whole."""
+    with fasthyper.use_backend("aten", schedule):
+        assert temporary(8, 8, 256, 256, 256, torch.float32, HEADS[head]) < LIMIT
+
+
+@pytest.mark.parametrize("schedule", [None, *SCHEDULES])
+def test_inputs_of_other_strides(schedule):
+    """x of 16 and 32 MiB, transposed and expanded, which no schedule may copy whole."""
+    for layout in (lambda x: x.mT.contiguous().mT, lambda x: x[:1].expand_as(x)):
+        with fasthyper.use_backend("aten", schedule):
+            once, twice = (temporary(b, 1024, 4, 128, 8, torch.float32, x_layout=layout) for b in (32, 64))
+        assert twice < LIMIT
+        assert twice - once < MIB
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_lower_limit_is_kept(schedule):
+    sizes = (4000, 1, 32, 32, 32, torch.float32)
+    with fasthyper.use_backend("aten", schedule):
+        usual = temporary(*sizes)
+        fasthyper.set_workspace_limit(1 * MIB)
+        little = temporary(*sizes)
+    assert little < usual
+    assert little < 2 * MIB
+
+
+@pytest.mark.parametrize("op", ["apply", "cond_grad", "weight_grad"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_members_alone(op, schedule, factors, oracle):
+    ts = factors((4000, 1, 64, 64, 64), torch.float32)
+    args = [ts[i] for i in oracle.INPUTS[op]]
+    with fasthyper.use_backend("aten", schedule):
+        assert peak_temporary_bytes(lambda: getattr(fasthyper.ops, op)(*args)) < LIMIT
+
+
+def test_between_forward_and_backward_nothing_is_kept(factors):
+    """What forward allocates and keeps is its output."""
+    x, z, weight, _ = factors((4000, 1, 64, 64, 64), torch.float32, requires_grad=True)
+    kept = []
+
+    def forward_then_drop():
+        y = fasthyper.hyper_linear(x, z, weight)
+        kept.append(y)
+        return y
+
+    before = peak_temporary_bytes(forward_then_drop)
+    assert before < LIMIT
+    assert sum(t.untyped_storage().nbytes() for t in kept) == 4000 * 64 * 4
+
+
+RESIDENT = """
+import sys, torch, fasthyper
+
+def status(field):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+B, N, R, I, O = map(int, sys.argv[1:6])
+dtype = getattr(torch, sys.argv[6])
+if len(sys.argv) > 7:
+    fasthyper.set_backend(sys.argv[7])
+
+def layer_and_inputs(B, N, R, I, O):
+    layer = fasthyper.nn.HyperLinear(I, O, R, dtype=dtype)
+    x = torch.randn(B, N, I, dtype=dtype, requires_grad=True)
+    z = torch.randn(B, R, dtype=dtype, requires_grad=True)
+    return layer, x, z, torch.randn(B, N, O, dtype=dtype)
+
+def step(layer, x, z, g):
+    y = layer(x, z)
+    return y, torch.autograd.grad(y, [x, z, *layer.parameters()], g)
+
+step(*layer_and_inputs(64, min(N, 8), min(R, 64), 64, 64))  # libraries and thread pools are set up
+args = layer_and_inputs(B, N, R, I, O)
+with open("/proc/self/clear_refs", "w") as peak:
+    peak.write("5")  # forget the peak so far
+before = status("VmRSS")
+y, grads = step(*args)
+results = sum(t.untyped_storage().nbytes() for t in (y, *grads))
+print(status("VmHWM") - before - results)
+"""
+
+
+def resident(B, N, R, I, O, dtype, *backend) -> int:
+    """Peak resident bytes of the same step, in a process of its own, its outputs and gradients subtracted."""
+    sizes = [str(n) for n in (B, N, R, I, O)]
+    done = subprocess.run(
+        [sys.executable, "-c", RESIDENT, *sizes, str(dtype).split(".")[1], *backend],
+        capture_output=True,
+        text=True,
+        check=False,
+        # freed blocks go back at once, so that none of them hides what is allocated next
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"},
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+linux = pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="there is no /proc here")
+
+
+@linux
+@pytest.mark.parametrize("case", ["per sample", "many points", HEAVY])
+def test_sizes_of_the_rule_by_resident_memory(case):
+    once, twice = resident(*ISSUE[case]), resident(*doubled(*ISSUE[case]))
+    assert once < LIMIT
+    assert twice < LIMIT
+
+
+@linux
+def test_resident_memory_sees_W():
+    """The usual way at the first size: a test of the tests."""
+    assert resident(*ISSUE["per sample"], "materialised") > 312 * MIB
