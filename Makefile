@@ -4,11 +4,14 @@ BIN := .venv/bin
 
 .PHONY: test slow lint compare bench format clean
 
+# One process a core, one thread each: the tests are many and small.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 slow: .venv/ready
-	$(BIN)/python -m pytest --slow
+	$(PYTEST) --slow
 
 lint: .venv/ready
 	$(BIN)/ruff check .

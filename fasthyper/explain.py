@@ -76,16 +76,24 @@ def _table(plans: list[Plan]) -> list[str]:
             f"{plan.seconds * 1e3:>10.3f} ms"
         )
     first, second = plans[0], plans[1]
-    flops, moved = _ratio(second.flops, first.flops), _ratio(second.bytes, first.bytes)
-    ahead = _ratio(second.seconds, first.seconds)
-    rows.append(
-        f"  taken: {first.schedule} ({_ORDERS[first.schedule]}), predicted {ahead:.2f} times as fast as "
-        f"{second.schedule},"
-    )
-    rows.append(
-        f"  which does {flops:.2f} times the flops, in products of other shapes, and moves {moved:.2f} times the bytes"
-    )
+    if not first.flops:
+        rows.append("  nothing to compute")
+        return rows
+    rows.append(f"  taken: {first.schedule}, {_ORDERS[first.schedule]}: {_reason(first, second)}")
     return rows
+
+
+def _reason(first: Plan, second: Plan) -> str:
+    """Say why the first is taken: the larger of its two savings, or the shapes of its products."""
+    flops, moved = _ratio(second.flops, first.flops), _ratio(second.bytes, first.bytes)
+    why = {
+        f"{second.schedule} does {flops:.2f} times its flops": flops,
+        f"{second.schedule} moves {moved:.2f} times its bytes": moved,
+    }
+    text, ratio = max(why.items(), key=lambda item: item[1])
+    if ratio < 1.1:
+        text = f"its products have better shapes than those of {second.schedule}"
+    return f"predicted {_ratio(second.seconds, first.seconds):.2f} times as fast as {second.schedule}; {text}"
 
 
 def _ratio(a: float, b: float) -> float:

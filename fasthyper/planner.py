@@ -148,9 +148,17 @@ def _grads_cost(p: Problem, schedule: str, mach: Machine) -> _Cost:
     return cost
 
 
-def tile_elements(mach: Machine, limit: int) -> int:
-    """Elements that one tile may hold: a share of the workspace, and no more than stays in cache."""
-    return min(limit // _SHARES, mach.tile_bytes) // mach.work_dtype.itemsize
+def tile_elements(problem: Problem, mach: Machine, limit: int) -> int:
+    """Elements that one tile may hold: a share of the workspace, and no more than stays in cache.
+
+    At one point per instance a tile is read once, and the smaller stays closer. With more points the products with
+    it are what costs, and a larger tile makes them larger; where operands are converted, they are tiles, too.
+    """
+    if problem.points == 1 or problem.dtype != mach.work_dtype:
+        size = min(limit // _SHARES, mach.tile_bytes)
+    else:
+        size = min(limit // _SHARES * 2, mach.tile_bytes * 4)
+    return size // mach.work_dtype.itemsize
 
 
 def cost(problem: Problem, schedule: str, mach: Machine, limit: int) -> Plan:
@@ -159,7 +167,7 @@ def cost(problem: Problem, schedule: str, mach: Machine, limit: int) -> Plan:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     p = problem
     c = (_apply_cost if p.op == "apply" else _grads_cost)(p, schedule, mach)
-    tile = tile_elements(mach, limit)
+    tile = tile_elements(p, mach, limit)
     B, N, R, I, O = p.batch, p.points, p.cond_features, p.in_features, p.out_features
     size = {
         "fold": B * N * I * R,
@@ -168,8 +176,10 @@ def cost(problem: Problem, schedule: str, mach: Machine, limit: int) -> Plan:
     }[schedule]
     chunks = max(1.0, size / tile)
     operands = (B * (N * (I + O) + R) + O * I * R * min(chunks, 4.0)) * p.dtype.itemsize
-    workspace = min(size, tile) * mach.work_dtype.itemsize * (_SHARES // 2)
+    workspace = (2 * min(size, tile) + min(O * I * R, tile)) * mach.work_dtype.itemsize
     seconds = c.seconds + operands / mach.memory_bandwidth + c.calls * chunks * mach.launch
+    if mach.work_dtype == torch.float16 and schedule != "generate":
+        seconds = math.inf  # x ⊗ z and x · H may leave the range of float16 where W and y do not
     return Plan(schedule, tile, mach.work_dtype, c.flops, c.bytes + operands, int(workspace), seconds)
 
 

@@ -202,7 +202,7 @@ def _planning(**replaced) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiles():
     """`with tiles(7):` gives tiles of at most 7 elements, so that every loop over tiles runs more than once."""
-    return lambda elements: _planning(tile_elements=lambda mach, limit: elements)
+    return lambda elements: _planning(tile_elements=lambda problem, mach, limit: elements)
 
 
 @pytest.fixture(scope="session")

@@ -170,7 +170,7 @@ ROTATION = Experiment(
         "digits": Defaults(
             depths=(2, 3, 4),
             seeds=5,
-            epochs=60,
+            epochs=40,
             lr=0.01,
             width=50,
             batch_size=64,

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 
@@ -13,25 +14,39 @@ class _Delivery(threading.local):
     """One z per thread. Dynamo refuses contextvars, and attributes or buffers of the modules would mix up threads."""
 
     z: Tensor | dict[nn.Module, Tensor] | None
+    backward: int | None
 
-    def __init__(
-        self,
-    ) -> None:  # in every thread; torch 2.11's Dynamo would prefer a default of the class to what is set
+    # In every thread anew: torch 2.11's Dynamo would prefer a default of the class to what a thread has set.
+    def __init__(self) -> None:
         self.z = None
+        self.backward = None
 
 
 _delivery = _Delivery()
 
 
+def _backward() -> int | None:
+    """Return which backward pass this runs in, -1 outside of any, None where it is not known (compiled code).
+
+    A checkpoint in a primary is recomputed in a backward pass, and that may run within the forward of another
+    Hypernetwork, whose z it must not meet.
+    """
+    return None if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+def _is_for_here(backward: int | None) -> bool:
+    return torch.compiler.is_compiling() or backward is None or backward == _backward()
+
+
 @contextmanager
 def deliver(z: Tensor | dict[nn.Module, Tensor]) -> Iterator[None]:
     """Layers called inside, in this thread, find z; what was delivered before comes back at the end."""
-    outer = _delivery.z
-    _delivery.z = z
+    outer = _delivery.z, _delivery.backward
+    _delivery.z, _delivery.backward = z, _backward()
     try:
         yield
     finally:
-        _delivery.z = outer
+        _delivery.z, _delivery.backward = outer
 
 
 def delivered(layer: nn.Module) -> Tensor:
@@ -40,7 +55,7 @@ def delivered(layer: nn.Module) -> Tensor:
     Raises:
         ValueError: nothing is delivered to it; the message says how that happens.
     """
-    z = _delivery.z
+    z = _delivery.z if _is_for_here(_delivery.backward) else None
     if isinstance(z, dict):
         z = z.get(layer)
     if z is None:

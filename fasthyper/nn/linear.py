@@ -211,11 +211,13 @@ class HyperLinear(nn.Module):
     def weight_norm_sq(self, z: Tensor) -> Tensor:
         """‖W_b‖² of each instance, for weight decay on generated weights: base weight included, biases not.
 
-        W is not formed. With h the head as `(O*I, R)` and w the base weight,
+        W is not kept. With h the head as `(O*I, R)` and w the base weight,
 
             ‖h z + w‖² = zᵀ(hᵀh)z + 2 zᵀ(hᵀw) + ‖w‖²
 
-        needs an R × R matrix, once for all instances. Differentiable in z and in the parameters.
+        needs an R × R matrix, once for all instances; where B is below R, pieces of W are formed and squared
+        instead, which is less work. Differentiable in z and in the parameters; the gradient of the head takes
+        temporary memory of the head's size.
 
         Args:
             z: `(B, R)`.
@@ -257,5 +259,7 @@ class HyperLinear(nn.Module):
 
 def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
+        if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
+            raise TypeError(f"{name} must be an integer, got {size!r}")
         if size < 0:
             raise ValueError(f"{name} must not be negative, got {size}")

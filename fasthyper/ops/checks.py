@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .rules import AXES
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _NAMES = {"x": "x", "z": "z", "w": "weight", "g": "g"}
 
 
@@ -22,8 +24,11 @@ def check_tensors(**tensors: Tensor | None) -> None:
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got shape {tuple(t.shape)} of {t.dtype}")
+        if t.dtype not in DTYPES:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise TypeError(
+                f"{name} must be floating point, got shape {tuple(t.shape)} of {t.dtype}; known are {names}"
+            )
         if first is None:
             first = name, t
         elif t.dtype != first[1].dtype:
@@ -41,7 +46,7 @@ def check_tensors(**tensors: Tensor | None) -> None:
 def _agree(x: Tensor, z: Tensor | None, w: Tensor | None, g: Tensor | None) -> bool:
     """Whether the factors fit each other: the quick answer, before the long one."""
     dtype, device = x.dtype, x.device
-    if x.dim() != 3 or not dtype.is_floating_point:
+    if x.dim() != 3 or dtype not in DTYPES:
         return False
     B, N, I = x.shape
     O = R = None

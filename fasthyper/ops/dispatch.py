@@ -27,7 +27,12 @@ try:
     from torch._functorch.autograd_function import enable_single_level_autograd_function
     from torch.autograd.function import _SingleLevelFunction
 
-    _ = forward_ad._current_level, forward_ad._set_fwd_grad_enabled, torch.ops.aten.add.Tensor.redispatch
+    _ = (
+        torch.autograd.Function._compiled_autograd_key,
+        forward_ad._current_level,
+        forward_ad._set_fwd_grad_enabled,
+        torch.ops.aten.add.Tensor.redispatch,
+    )
 except (ImportError, AttributeError) as error:
     MISSING = str(error)
 
@@ -81,6 +86,8 @@ def rule(op: Op, backward: Op, jvp: Op | None = None, unread: tuple[int, ...] = 
     """
 
     class Rule(_SingleLevelFunction):
+        _compiled_autograd_key = torch.autograd.Function._compiled_autograd_key
+
         @staticmethod
         def forward(keys, *args):
             if not _are_functorch_transforms_active():

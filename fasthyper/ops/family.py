@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..problem import AUTO
 from . import autocast, reference, rules
 from .checks import check_factors
 from .dispatch import LIBRARY, MISSING, below, recording, rule, transformed
@@ -30,7 +31,7 @@ ops = torch.ops.fasthyper
 
 def resolved(how: tuple[str, ...]) -> backends.Choice:
     """Return the choice that travels with the call, or the one in force."""
-    return backends.checked(*how) if how and how[0] else backends.current()
+    return backends.checked(*(name or AUTO for name in how)) if any(how) else backends.current()
 
 
 def check_mask(mask: Any, length: int) -> None:

@@ -108,3 +108,11 @@ def test_float16_overflows_only_where_the_result_does(schedule, factors, native_
     with native_low_precision(False):
         y = aten.apply(x, z, weight, schedule=schedule)
     assert torch.equal(y, torch.zeros_like(y))
+
+
+def test_float16_keeps_the_range_of_writing_out(native_low_precision):
+    # x ⊗ z is beyond float16, W and y are not.
+    x, z = torch.full((200, 1, 64), 300.0).half(), torch.full((200, 8), 300.0).half()
+    with native_low_precision(True):
+        y = fasthyper.ops.apply(x, z, torch.full((64, 64, 8), 1e-5).half())
+    torch.testing.assert_close(y, torch.full_like(y, 461.5))

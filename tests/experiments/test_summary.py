@@ -172,7 +172,7 @@ def test_the_report_says_who_wins_by_how_much(noisy):
     assert "Depth 2: hypernetwork 11.0 ± 1.4 %, embedding method 42.0 ± 2.8 %." in text
     assert "The hypernetwork is better by 31.0 points" in text
     assert "The embedding method is better by 32.0 points (95 % interval 6.6 to 57.4)." in text
-    assert "learning rate 0.01, 60 epochs, batches of 64" in text
+    assert "learning rate 0.01, 40 epochs, batches of 64" in text
     for cells in table(summary):
         assert "| " + " | ".join(cells) + " |" in text
     assert table(summary)[0][5:] == ("11.0 ± 1.4 %", "1.50 ms", "2 KiB")

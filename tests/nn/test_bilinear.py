@@ -60,16 +60,12 @@ def test_dtypes(dtype):
     y = ours(x, z)
     assert y.dtype == dtype
     exact = copy.deepcopy(ours).double()(x.double(), z.double())
-    torch.testing.assert_close(
-        y.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps
-    )
+    torch.testing.assert_close(y.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
 
 
 def test_state_dict_both_ways():
     ours, theirs = Bilinear(5, 6, 8), nn.Bilinear(5, 6, 8)
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {
-        k: v.shape for k, v in theirs.state_dict().items()
-    }
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
     ours.load_state_dict(theirs.state_dict())
     other = nn.Bilinear(5, 6, 8)
     other.load_state_dict(ours.state_dict())

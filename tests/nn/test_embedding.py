@@ -25,9 +25,7 @@ def data(*points, b=B):
 @pytest.mark.parametrize("points", [(), (1,), (8,), (0,), (2, 3)])
 @pytest.mark.parametrize("primary", ["sequential", "one linear", "no bias"])
 def test_is_the_concatenation(points, primary):
-    model = network(
-        {"one linear": nn.Linear(I + E, 2), "no bias": nn.Linear(I + E, 2, bias=False)}.get(primary)
-    )
+    model = network({"one linear": nn.Linear(I + E, 2), "no bias": nn.Linear(I + E, 2, bias=False)}.get(primary))
     x, cond = data(*points)
     x.requires_grad_()
     wanted = [x, *model.parameters()]

@@ -12,9 +12,7 @@ R = 6
 
 
 def mlp(**kwargs):
-    return nn.Sequential(
-        nn.Linear(3, 4, **kwargs), nn.Tanh(), nn.Linear(4, 4, **kwargs), nn.Linear(4, 2, **kwargs)
-    )
+    return nn.Sequential(nn.Linear(3, 4, **kwargs), nn.Tanh(), nn.Linear(4, 4, **kwargs), nn.Linear(4, 2, **kwargs))
 
 
 def hyper(module):

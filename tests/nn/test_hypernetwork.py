@@ -388,3 +388,28 @@ def test_functional_transforms(model):
     model(x, cond).square().sum().backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(per_sample[name].sum(0), p.grad)
+
+
+class CheckpointedHyperLinear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = HyperLinear(4, 4, R)
+
+    def forward(self, x):
+        return checkpoint(self.layer, x, use_reentrant=False)
+
+
+def test_a_checkpoint_recomputed_under_another_network_raises():
+    inner = Hypernetwork(nn.Linear(6, R), CheckpointedHyperLinear())
+
+    class Primary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = HyperLinear(4, 4, R)
+
+        def forward(self, x):
+            torch.autograd.grad(inner(x, torch.randn(len(x), 6)).sum(), inner.trunk.weight)
+            return self.layer(x)
+
+    with pytest.raises(ValueError, match="checkpointing"):
+        Hypernetwork(nn.Linear(6, R), Primary())(torch.randn(5, 4), torch.randn(5, 6))

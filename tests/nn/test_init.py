@@ -91,9 +91,7 @@ def test_bias_hyper_needs_a_base():
 
 def test_the_variances_of_the_table():
     I, O, R = 20, 60, 50
-    weight, bias, base_weight, base_bias = (
-        torch.full(shape, math.nan) for shape in [(O, I, R), (O, R), (O, I), (O,)]
-    )
+    weight, bias, base_weight, base_bias = (torch.full(shape, math.nan) for shape in [(O, I, R), (O, R), (O, I), (O,)])
 
     def variances():
         return weight.var().item(), bias.var().item()

@@ -252,7 +252,7 @@ def test_weight_norm_sq_is_never_negative():
 @pytest.mark.parametrize("converted", [2**22, 1000])
 def test_weight_norm_sq_low_precision(dtype, converted, monkeypatch):
     """Summed in float32, in pieces or not: beside float64 of the same values, float32's error is left."""
-    monkeypatch.setattr("fasthyper.nn.norm._CONVERTED", converted)
+    monkeypatch.setattr("fasthyper.nn.norm._PIECE", converted)
     torch.manual_seed(0)
     layer = filled(64, 64, 24, dtype=dtype)
     z = torch.randn(5, 24).to(dtype).requires_grad_()
@@ -270,13 +270,11 @@ def test_weight_norm_sq_low_precision(dtype, converted, monkeypatch):
         if reference.grad is None:
             assert ours.grad is None
         else:
-            torch.testing.assert_close(
-                ours.grad.double(), reference.grad.to(dtype).double(), rtol=2e-2, atol=1e-2
-            )
+            torch.testing.assert_close(ours.grad.double(), reference.grad.to(dtype).double(), rtol=2e-2, atol=1e-2)
 
 
 def test_weight_norm_sq_pieces_keep_no_float32_head(monkeypatch):
-    monkeypatch.setattr("fasthyper.nn.norm._CONVERTED", 1000)
+    monkeypatch.setattr("fasthyper.nn.norm._PIECE", 1000)
     layer = filled(64, 64, 24, dtype=torch.bfloat16)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -327,3 +325,26 @@ def test_checkpointed_layer():
     plain = torch.autograd.grad(layer(x, z).sum(), (x, z))
     y = torch.utils.checkpoint.checkpoint(layer, x, z, use_reentrant=False)
     torch.testing.assert_close(torch.autograd.grad(y.sum(), (x, z)), plain)
+
+
+@pytest.mark.parametrize("instances", [3, 40])  # fewer and more than features: by weights, and by the Gram matrix
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weight_norm_sq_by_pieces_under_func(monkeypatch, instances, dtype):
+    layer, z = filled(8, 8, 24, dtype=dtype), torch.randn(instances, 24).to(dtype)
+    weight = layer.weight.double().detach().requires_grad_()
+
+    def expected(z):
+        return (torch.einsum("oir,br->boi", weight, z) + layer.base_weight.double()).square().sum((1, 2)).sum()
+
+    whole = torch.func.grad(expected)(z.double())
+    monkeypatch.setattr("fasthyper.nn.norm._PIECE", 100)
+    pieces = torch.func.grad(lambda z: layer.weight_norm_sq(z).sum())(z)
+    torch.testing.assert_close(pieces.double(), whole, rtol=0.02 if dtype == torch.bfloat16 else 1e-9, atol=1e-2)
+    layer.weight_norm_sq(z).sum().backward()
+    (head,) = torch.autograd.grad(expected(z.double()), weight)
+    torch.testing.assert_close(
+        layer.weight.grad.double(),
+        head,
+        rtol=0.02 if dtype == torch.bfloat16 else 1e-9,
+        atol=1e-1 if dtype == torch.bfloat16 else 1e-9,
+    )

@@ -190,3 +190,12 @@ def test_opcheck(case, forced, factors):
 def test_every_registered_op_is_checked():
     registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "fasthyper::" in name}
     assert registered == {case.split()[0] for case in OPCHECKS}
+
+
+def test_compiled_autograd():
+    x, z, weight = (torch.randn(s, requires_grad=True) for s in ((3, 2, 4), (3, 5), (6, 4, 5)))
+    y = fasthyper.hyper_linear(x, z, weight).square().sum()
+    expected = torch.autograd.grad(y, [x, z, weight], retain_graph=True)
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda loss: loss.backward(), backend="eager")(y)
+    torch.testing.assert_close((x.grad, z.grad, weight.grad), expected)

@@ -19,6 +19,7 @@ from .. import materialised
 from . import fold, generate, project
 from .tiles import Affine, Tile, accumulate, blocks, boxes, rows
 
+_SMALL = 32
 _SCHEDULES = {"fold": fold, "generate": generate, "project": project}
 
 
@@ -38,9 +39,13 @@ def _problem(op: str, x: Tensor, R: int, O: int, needs: tuple[bool, bool, bool] 
 
 
 def _is_one_tile(x: Tensor, weight: Tensor | None, O: int, R: int, plan: Plan) -> bool:
-    """Whether all of W is a tile and nothing has to be converted: then the loops of `generate` only cost time."""
+    """Whether all of W is a tile and nothing has to be converted: then the loops of `generate` only cost time.
+
+    And where W is far smaller than a tile, so do those of any order.
+    """
     B, N, I = x.shape
-    whole = plan.schedule == "generate" and x.dtype == plan.work_dtype and B * max(O * I, N * max(O, I)) <= plan.tile
+    room = plan.tile if plan.schedule == "generate" else plan.tile // _SMALL
+    whole = x.dtype == plan.work_dtype and B * max(O * I, N * max(O, I)) <= room
     return whole and (weight is None or rows(weight) is not None)
 
 

@@ -14,16 +14,21 @@ from torch import Tensor
 
 from .tiles import Affine, Head, Sum, Tile, blocks, outer, put, rows
 
-# Fewer instances than this in a product with H and reading H decides, not multiplying.
+# Fewer instances than this in a product with H and reading H decides, not multiplying. With many points the
+# products with W weigh more than those with H, and want all of its outputs.
 _INSTANCES = 128
+_INSTANCES_WITH_POINTS = 4
 
 
-def _shape(B: int, O: int, I: int, R: int, copied: bool | None, tile: Tile) -> tuple[int, int]:
+def _shape(B: int, N: int, O: int, I: int, R: int, copied: bool | None, tile: Tile) -> tuple[int, int]:
     """Instances and outputs of one tile of W; `copied`: whether its block of H is copied, None if only when cut."""
-    outputs = max(1, min(O, tile.elements // max(1, I * min(B, _INSTANCES))))
+    few = _INSTANCES if N == 1 else _INSTANCES_WITH_POINTS
+    room = tile.elements if N == 1 or copied else 2 * tile.elements  # with points, x and y are tiles of half its size
+    outputs = max(1, min(O, room // max(1, I * min(B, few))))
     if copied or (copied is None and outputs < O):  # the block of H is a tile, too
         outputs = max(1, min(outputs, tile.elements // max(1, I * R)))
-    return max(1, min(B, tile.elements // max(1, outputs * I, R))), outputs
+        room = tile.elements
+    return max(1, min(B, room // max(1, outputs * I, R))), outputs
 
 
 def _copied(weight: Tensor, tile: Tile) -> bool | None:
@@ -39,7 +44,7 @@ def apply(x: Tensor, z: Tensor, weight: Tensor, y: Tensor, affine: Affine, tile:
     """y = T(x, z, H) + affine."""
     B, N, I = x.shape
     O, _, R = weight.shape
-    instances, outputs = _shape(B, O, I, R, _copied(weight, tile), tile)
+    instances, outputs = _shape(B, N, O, I, R, _copied(weight, tile), tile)
     points = tile.elements // max(1, instances * max(I, outputs))
     for o in blocks(O, outputs):
         head = Head(weight[o], tile)
@@ -65,9 +70,9 @@ def grads(
     """dz and dH as asked for, dW formed once for both where one loop over its tiles can serve both."""
     shared = False
     if dz is not None:
-        B, O, I, R = len(x), g.shape[2], x.shape[2], weight.shape[2]
+        (B, N, I), O, R = x.shape, g.shape[2], weight.shape[2]
         copied = tile.dtype != tile.sum_dtype or _copied(weight, tile)  # the former where a sum converts its operands
-        instances, outputs = _shape(B, O, I, R, copied, tile)
+        instances, outputs = _shape(B, N, O, I, R, copied, tile)
         # dz is summed over the blocks of outputs, dH over those of instances: one of the two is a single block.
         shared = dh is not None and B > 0 and (outputs >= O or instances >= B)
         if dh is not None and dh.dtype != tile.sum_dtype:
@@ -92,7 +97,7 @@ def _weight_grad(x: Tensor, z: Tensor, g: Tensor, dh: Tensor, tile: Tile) -> Non
     O, I, R = dh.shape
     # Where sums cannot be kept in dH itself, the block of dH is a tile, too.
     inputs = I if dh.dtype == tile.sum_dtype else max(1, min(I, tile.elements // max(1, R)))
-    _, outputs = _shape(len(x), O, inputs, R, dh.dtype != tile.sum_dtype, tile)
+    _, outputs = _shape(len(x), x.shape[1], O, inputs, R, dh.dtype != tile.sum_dtype, tile)
     for o in blocks(O, outputs):
         for i in blocks(I, inputs):
             total = Sum(dh[o, i], tile)
