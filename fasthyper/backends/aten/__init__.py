@@ -38,15 +38,17 @@ def _problem(op: str, x: Tensor, R: int, O: int, needs: tuple[bool, bool, bool] 
     return Problem(op, B, N, R, I, O, x.dtype, x.device.type, B > 1 and x.stride(0) == 0, needs)
 
 
-def _is_one_tile(x: Tensor, weight: Tensor | None, O: int, R: int, plan: Plan) -> bool:
+def _is_one_tile(x: Tensor, weight: Tensor | None, g: Tensor | None, O: int, plan: Plan) -> bool:
     """Whether all of W is a tile and nothing has to be converted: then the loops of `generate` only cost time.
 
     And where W is far smaller than a tile, so do those of any order.
     """
-    B, N, I = x.shape
+    size = x.shape[0] * O * x.shape[2]
     room = plan.tile if plan.schedule == "generate" else plan.tile // _SMALL
-    whole = x.dtype == plan.work_dtype and B * max(O * I, N * max(O, I)) <= room
-    return whole and (weight is None or rows(weight) is not None)
+    if x.dtype != plan.work_dtype or size > room or (weight is not None and rows(weight) is None):
+        return False
+    # A product of many points reads them where they are if they are contiguous, and else copies them.
+    return all(t is None or t.is_contiguous() or t.numel() <= room for t in (x, g))
 
 
 def apply(
@@ -62,7 +64,7 @@ def apply(
     """y (B, N, O) from x (B, N, I), z (B, R), H (O, I, R); bias (O, R), W0 (O, I), b0 (O,) or None."""
     O, _, R = weight.shape
     plan = planner.plan(_problem("apply", x, R, O), schedule)
-    if schedule == AUTO and _is_one_tile(x, weight, O, R, plan):
+    if schedule == AUTO and _is_one_tile(x, weight, None, O, plan):
         return materialised.apply(x, z, weight, bias, base_weight, base_bias, schedule=schedule)
     tile = _tile(plan)
     y = x.new_empty(x.shape[0], x.shape[1], O)
@@ -91,7 +93,7 @@ def grads(
     )  # absent only where nothing that is asked for reads them
     R = (z if weight is None else weight).shape[-1]
     plan = planner.plan(_problem("grads", x, R, O, (mask[0], mask[1], mask[2])), schedule)
-    if schedule == AUTO and _is_one_tile(x, weight, O, R, plan):
+    if schedule == AUTO and _is_one_tile(x, weight, g, O, plan):
         return materialised.grads(x, z, weight, bias, base_weight, g, mask, schedule=schedule)
     tile = _tile(plan)
 
