@@ -70,6 +70,7 @@ def apply(x: Tensor, z: Tensor, weight: Tensor, y: Tensor, affine: Affine, tile:
             u = _folded(xb[:, :, i], z[b], tile)
             for o, h in cut.heads(weight, i, tile):
                 accumulate(total[:, o], u, h.T)
+            del u  # or the next tile is made beside it
         out = total.view(*xb.shape[:2], O)
         affine.add(out, b, n, every)
         put(y[b, n], out)
@@ -125,6 +126,7 @@ def _dx_dz(
                     dx_b[:, :, i] = torch.bmm(G, tile.work(z[b]).unsqueeze(2)).view(count, points, size)
                 if dz_b is not None:
                     dz_b += torch.bmm(tile.work(xb[:, :, i]).reshape(count, 1, points * size), G).squeeze(1)
+                del G  # or the next tile is made beside it
             if dx is not None and dx_b is not None:
                 affine_x.add(dx_b, b, n, slice(0, I))
                 put(dx[b, n], dx_b)

@@ -55,6 +55,7 @@ def apply(x: Tensor, z: Tensor, weight: Tensor, y: Tensor, affine: Affine, tile:
                 torch.bmm(tile.work(x[b, n]), w, out=out)
                 affine.add(out, b, n, o)
                 put(y[b, n, o], out)
+            del w  # or the next tile is made beside it
 
 
 def grads(
@@ -88,6 +89,7 @@ def grads(
                     total.add(dw.flatten(1).T, tile.work(z[b]))
                     if b.stop == B:
                         total.store()
+                del dw  # or the next tile is made beside it
             dz[b] = dz_b
     if dh is not None and not shared:
         _weight_grad(x, z, g, dh, tile)

@@ -61,6 +61,7 @@ def _tiles(x: Tensor, weight: Tensor, tile: Tile) -> Iterator[tuple[slice, slice
             for o in blocks(O, outputs):
                 a = _products(rows, weight[o], tile)
                 yield b, n, o, False, a.view(len(a), b.stop - b.start, n.stop - n.start, R)
+                del a  # or the next tile is made beside it
 
 
 def apply(x: Tensor, z: Tensor, weight: Tensor, y: Tensor, affine: Affine, tile: Tile) -> None:
@@ -73,6 +74,7 @@ def apply(x: Tensor, z: Tensor, weight: Tensor, y: Tensor, affine: Affine, tile:
             out = (a * zb[:, None, :]).sum(3).permute(1, 2, 0)
         affine.add(out, b, n, o)
         put(y[b, n, o], out)
+        del a, out  # or the next tile is made beside it
 
 
 def grads(
@@ -103,6 +105,7 @@ def _cond_grad(x: Tensor, weight: Tensor, g: Tensor, dz: Tensor, affine: Affine,
                 accumulate(total[b], go.mT.flatten(1), a)
             else:
                 total[b] += (a * go.permute(2, 0, 1).unsqueeze(3)).sum((0, 2))
+            del a
         dz[outer] = total
 
 
