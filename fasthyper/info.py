@@ -58,12 +58,13 @@ def _readiness(name: str) -> str:
 def _in_force() -> str:
     choice = current()
     if choice.backend == AUTO:
-        return f"auto, which takes {backend(AUTO).__name__.rpartition('.')[2]}; schedule {choice.schedule}"
+        return f"auto, which takes {backend(AUTO, torch.device('cpu')).__name__.rpartition('.')[2]} on the cpu; schedule {choice.schedule}"
     return f"{choice.backend}; schedule {choice.schedule}"
 
 
 def _precision(dtype: torch.dtype) -> str:
-    work = planner.machine("cpu", dtype).work_dtype
+    name = backend(AUTO, torch.device("cpu")).__name__.rpartition(".")[2]
+    work = planner.machine("cpu", dtype, backend=name).work_dtype
     return f"{str(dtype).removeprefix('torch.')} on the cpu is multiplied in {str(work).removeprefix('torch.')}"
 
 

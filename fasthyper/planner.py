@@ -62,8 +62,19 @@ def _cpu_has_fast(dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def machine(device: str, dtype: torch.dtype, threads: int = 1) -> Machine:
+def _cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether the compiled kernels multiply in this 16-bit dtype: bfloat16, where there are instructions for it."""
+    if dtype != torch.bfloat16 or torch.backends.cpu.get_cpu_capability() != "AVX512" or not _cpu_has_fast(dtype):
+        return False
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@functools.cache
+def machine(device: str, dtype: torch.dtype, threads: int = 1, backend: str = "aten") -> Machine:
     """Typical rates of a device type: only their ratios decide, so they need not be this machine's own."""
+    if backend == "cpu":
+        work, rate = (dtype, 400e9) if _cpu_multiplies(dtype) else (torch.float32, 100e9)
+        return Machine(rate * threads, 70e9 * threads, 10e9, 1e-6, 2 << 20, work, 2.0)
     if device == "cpu":
         native = dtype not in _LOW_PRECISION or _cpu_has_fast(dtype)
         work = dtype if native else torch.float32
@@ -93,7 +104,7 @@ class _Cost(NamedTuple):
 def _gemm(m: float, n: float, k: float, mach: Machine, times: float = 1.0) -> _Cost:
     """2·m·n·k flops, slower where a side is too short to fill the registers of a matrix unit."""
     flops = 2.0 * times * m * n * k
-    short = math.prod(side / (side + 8.0) for side in (m, n, k)) if flops else 1.0
+    short = math.prod(side / (side + mach.short_side) for side in (m, n, k)) if flops else 1.0
     return _Cost(flops, 0.0, flops / (mach.flops * short), 1)
 
 
@@ -185,7 +196,7 @@ def cost(problem: Problem, schedule: str, mach: Machine, limit: int) -> Plan:
 
 @functools.lru_cache(maxsize=4096)
 def _plan(problem: Problem, schedule: str, limit: int, threads: int) -> Plan:
-    mach = machine(problem.device, problem.dtype, threads)
+    mach = machine(problem.device, problem.dtype, threads, problem.backend)
     names = SCHEDULES if schedule == AUTO else (schedule,)
     return min((cost(problem, name, mach, limit) for name in names), key=lambda plan: plan.seconds)
 

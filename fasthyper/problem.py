@@ -30,6 +30,7 @@ class Problem(NamedTuple):
         device: device type, such as ``"cpu"``.
         shared_x: whether all instances have the same x (a batch stride of zero).
         needs: for ``grads``, which of dx, dz, dH are asked for.
+        backend: whose costs count: ``"aten"`` (which also stands for ``"materialised"``) or ``"cpu"``.
     """
 
     op: str
@@ -42,6 +43,7 @@ class Problem(NamedTuple):
     device: str = "cpu"
     shared_x: bool = False
     needs: tuple[bool, bool, bool] = (True, True, True)
+    backend: str = "aten"
 
     @property
     def distinct(self) -> int:
@@ -60,6 +62,7 @@ class Machine:
         launch: cost of one torch call, s.
         tile_bytes: largest tile that is worth having, so that it stays in cache.
         work_dtype: dtype in which tiles are computed and summed.
+        short_side: length at which a side of a matrix product halves its rate.
     """
 
     flops: float
@@ -68,6 +71,7 @@ class Machine:
     launch: float
     tile_bytes: int
     work_dtype: torch.dtype
+    short_side: float = 8.0
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,12 @@ import threading
 from types import ModuleType
 from typing import NamedTuple
 
-from ..problem import AUTO, SCHEDULES
-from . import aten, materialised
+import torch
 
-BACKENDS: dict[str, ModuleType] = {"aten": aten, "materialised": materialised}
+from ..problem import AUTO, SCHEDULES
+from . import aten, cpu, materialised
+
+BACKENDS: dict[str, ModuleType] = {"aten": aten, "cpu": cpu, "materialised": materialised}
 
 
 class Choice(NamedTuple):
@@ -65,7 +67,7 @@ def set_backend(name: str, schedule: str | None = None) -> None:
     """Force a backend for the whole process.
 
     Args:
-        name: ``"aten"``, ``"materialised"`` or ``"auto"``, which lets the planner choose.
+        name: ``"aten"``, ``"cpu"``, ``"materialised"`` or ``"auto"``, which takes the best for the device.
         schedule: ``"fold"``, ``"generate"``, ``"project"``, or None to let the planner choose.
 
     Raises:
@@ -81,7 +83,8 @@ class use_backend:
     It is resolved in forward and holds for that call's backward, on whatever thread that runs.
 
     Args:
-        name: ``"aten"``, ``"materialised"`` (the usual way, W written out, to compare with) or ``"auto"``.
+        name: ``"aten"``, ``"cpu"`` (compiled kernels), ``"materialised"`` (the usual way, W written out, to compare
+            with) or ``"auto"``.
         schedule: ``"fold"``, ``"generate"``, ``"project"``, or None to let the planner choose.
 
     Raises:
@@ -108,6 +111,14 @@ class use_backend:
         _thread.choice = self._before.pop()
 
 
-def backend(name: str) -> ModuleType:
-    """Return the module that runs a call: the one named, or the best for the machine."""
-    return BACKENDS["aten" if name == AUTO else name]
+def backend(name: str, device: torch.device) -> ModuleType:
+    """Return the module that runs a call: the one named, or the best for the device.
+
+    Raises:
+        ValueError: if the one named does not run on the device.
+    """
+    if name == AUTO:
+        name = "cpu" if device.type == "cpu" and cpu.unavailable() is None else "aten"
+    elif name == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend 'cpu' must have tensors on the cpu, got x on {device}")
+    return BACKENDS[name]

@@ -43,15 +43,16 @@ def check_mask(mask: Any, length: int) -> None:
 def run_apply(how: tuple[str, ...], *args: Tensor | None) -> Tensor:
     """Run a backend's `apply`, with or without bias and base."""
     choice = resolved(how)
-    with autocast.off(cast(Tensor, args[0])):
-        return backends.backend(choice.backend).apply(*args, schedule=choice.schedule)
+    x = cast(Tensor, args[0])
+    with autocast.off(x):
+        return backends.backend(choice.backend, x.device).apply(*args, schedule=choice.schedule)
 
 
 def run_grads(how: tuple[str, ...], *args: Any) -> tuple[Tensor | None, ...]:
     """Run a backend's `grads`: x, z, H, bias, W0, g, and a mask of six."""
     choice = resolved(how)
     with autocast.off(args[0]):
-        return backends.backend(choice.backend).grads(*args, schedule=choice.schedule)
+        return backends.backend(choice.backend, args[0].device).grads(*args, schedule=choice.schedule)
 
 
 def _kernel_apply(x: Tensor, z: Tensor, weight: Tensor, *how: str) -> Tensor:

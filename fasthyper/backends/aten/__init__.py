@@ -28,7 +28,8 @@ def unavailable() -> str | None:
     return None
 
 
-def _tile(plan: Plan) -> Tile:
+def tile_of(plan: Plan) -> Tile:
+    """Return what a plan says of tiles."""
     low = plan.work_dtype in (torch.bfloat16, torch.float16)
     return Tile(plan.tile, plan.work_dtype, torch.float32 if low else plan.work_dtype)
 
@@ -66,7 +67,7 @@ def apply(
     plan = planner.plan(_problem("apply", x, R, O), schedule)
     if schedule == AUTO and _is_one_tile(x, weight, None, O, plan):
         return materialised.apply(x, z, weight, bias, base_weight, base_bias, schedule=schedule)
-    tile = _tile(plan)
+    tile = tile_of(plan)
     y = x.new_empty(x.shape[0], x.shape[1], O)
     affine = Affine(x, z, bias, base_weight, base_bias, tile)
     _SCHEDULES[plan.schedule].apply(x, z, weight, y, affine, tile)
@@ -95,7 +96,7 @@ def grads(
     plan = planner.plan(_problem("grads", x, R, O, (mask[0], mask[1], mask[2])), schedule)
     if schedule == AUTO and _is_one_tile(x, weight, g, O, plan):
         return materialised.grads(x, z, weight, bias, base_weight, g, mask, schedule=schedule)
-    tile = _tile(plan)
+    tile = tile_of(plan)
 
     def new(wanted: bool, *size: int) -> Tensor | None:
         return x.new_empty(size) if wanted else None
@@ -111,24 +112,20 @@ def grads(
             transposed = weight.transpose(0, 1)
             generate.apply(g, z, transposed, dx, into_x, tile)
         _SCHEDULES[plan.schedule].grads(x, z, weight, g, dz, dh, into_z, tile)
-    base = _base_grads(x, z, g, new(mask[3], O, R), new(mask[4], O, I), new(mask[5], O), tile)
-    return dx, dz, dh, *base
+    return dx, dz, dh, *base_grads(x, z, g, R, mask, tile)
 
 
-def _base_grads(
-    x: Tensor,
-    z: Tensor,
-    g: Tensor,
-    dbias: Tensor | None,
-    dbase: Tensor | None,
-    db0: Tensor | None,
-    tile: Tile,
+def base_grads(
+    x: Tensor, z: Tensor | None, g: Tensor, R: int, mask: tuple[bool, ...], tile: Tile
 ) -> tuple[Tensor | None, ...]:
-    """dbias = Σ g ⊗ z, dW0 = Σ g ⊗ x, db0 = Σ g, over instances and points."""
-    outs = (dbias, dbase, db0)
-    if all(out is None for out in outs):
-        return outs
+    """dbias = Σ g ⊗ z, dW0 = Σ g ⊗ x, db0 = Σ g, over instances and points, as asked for by the mask's last three."""
+    if not any(mask[3:]):
+        return None, None, None
     B, N, I = x.shape
+    O = g.shape[2]
+    shapes = ((O, R), (O, I), (O,))
+    outs = tuple(x.new_empty(shape) if k else None for shape, k in zip(shapes, mask[3:], strict=True))
+    z = cast(Tensor, z)  # absent only where dbias is not asked for
     wide = max([out.shape[1] for out in (dbias, dbase) if out is not None], default=1)
     for o in blocks(g.shape[2], tile.elements // max(1, wide)):
         sums = [None if t is None else torch.zeros_like(t[o], dtype=tile.sum_dtype) for t in outs]

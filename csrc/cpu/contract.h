@@ -1,0 +1,146 @@
+// The two orders in which a block of instances contracts a head with two of its three factors.
+//
+// H has an axis for each factor: i for x, r for z, o for g. Seen from here they are p, q and c (or p, q and m), and
+// the factors u_p[p], u_q[q], u_c[c] are in lanes, (features, LANES). `Block`s of a group meet each piece of H while
+// that is in cache.
+#pragma once
+
+#include "scratch.h"
+#include "views.h"
+
+namespace fasthyper {
+
+// out_p[p] += Σ_q t[p,q] u_q[q]  and  out_q[q] += Σ_p t[p,q] u_p[p], PB rows p at a time.
+template <int PB, bool P, bool Q>
+inline void reduce_rows(
+    const float* t, int64_t nq, const float* up, const float* uq, float* out_p, float* out_q) {
+  for (int64_t l = 0; l < LANES; l += WIDTH) {
+    Vec sum[PB], u[PB];
+    for (int k = 0; k < PB; ++k) {
+      if constexpr (P) sum[k] = load<Vec>(out_p + k * LANES + l);
+      if constexpr (Q) u[k] = load<Vec>(up + k * LANES + l);
+    }
+    for (int64_t q = 0; q < nq; ++q) {
+      Vec x, total;
+      if constexpr (P) x = load<Vec>(uq + q * LANES + l);
+      if constexpr (Q) total = load<Vec>(out_q + q * LANES + l);
+      for (int k = 0; k < PB; ++k) {
+        const Vec v = load<Vec>(t + (k * nq + q) * LANES + l);
+        if constexpr (P) sum[k] += v * x;
+        if constexpr (Q) total += v * u[k];
+      }
+      if constexpr (Q) store(out_q + q * LANES + l, total);
+    }
+    if constexpr (P)
+      for (int k = 0; k < PB; ++k) store(out_p + k * LANES + l, sum[k]);
+  }
+}
+
+template <bool P, bool Q>
+void reduce(
+    const float* t, int64_t np, int64_t nq, const float* up, const float* uq, float* out_p, float* out_q) {
+  const auto at = [](auto* base, int64_t p) { return base ? base + p * LANES : nullptr; };
+  int64_t p = 0;
+  for (; p + 4 <= np; p += 4) reduce_rows<4, P, Q>(t + p * nq * LANES, nq, at(up, p), uq, at(out_p, p), out_q);
+  for (; p < np; ++p) reduce_rows<1, P, Q>(t + p * nq * LANES, nq, at(up, p), uq, at(out_p, p), out_q);
+}
+
+// The blocks of a group; each factor has its features of one block after those of another.
+struct Group {
+  int64_t blocks, rows;
+
+  int64_t width(int64_t k) const { return std::min(LANES, round_up(rows - k * LANES, WIDTH)); }
+};
+
+constexpr int64_t TILE_ROWS = 256;
+constexpr int64_t FOLD_DEPTH = 256;
+
+// t[p,q] = Σ_c H[p,q,c] u_c[c], a tile at a time, reduced at once:
+//   out_p[p] += Σ_q t[p,q] u_q[q]   and   out_q[q] += Σ_p t[p,q] u_p[p],   as far as they are asked for (not null).
+// u_c is a right operand in T.
+template <class S, class T>
+void contract(
+    const Head<S>& h, const Group& group, const T* u_c, const float* u_p, const float* u_q, float* out_p, float* out_q) {
+  const int64_t depth = round_k<T>(h.c), ld = packed_ld<T>(h.c);
+  const bool both = out_p && out_q;  // then four rows p at a time halve the traffic, at the price of packing
+  int64_t nq = std::min(h.q, both ? TILE_ROWS / 4 : TILE_ROWS);
+  const int64_t np = both ? std::min(h.p, TILE_ROWS / nq) : nq < h.q ? 1 : std::max<int64_t>(1, TILE_ROWS / h.q);
+  const bool merged = np == 1 || (nq == h.q && h.sp == h.q * h.sq);
+  const bool direct = merged && readable<S, T>(h.sc, h.c);
+  Scratch<float> tile(np * nq * LANES);
+  Scratch<T> packed(direct ? 0 : np * nq * ld);
+  for (int64_t p0 = 0; p0 < h.p; p0 += np)
+    for (int64_t q0 = 0; q0 < h.q; q0 += nq) {
+      const int64_t ps = std::min(np, h.p - p0), qs = std::min(nq, h.q - q0);
+      const S* src = h.data + p0 * h.sp + q0 * h.sq;
+      Left<T> a{packed, ld};
+      if (merged) a = left<S, T>(src, h.sq, h.sc, ps * qs, h.c, packed);
+      else
+        for (int64_t p = 0; p < ps; ++p) copy_rows<S, T>(src + p * h.sp, h.sq, h.sc, qs, h.c, packed + p * qs * ld);
+      for (int64_t k = 0; k < group.blocks; ++k) {
+        gemm(ps * qs, group.width(k), depth, a.data, a.ld, u_c + k * depth * LANES, LANES, (float*)tile, LANES, false);
+        const auto at = [&](auto* base, int64_t features, int64_t first) {
+          return base ? base + (k * features + first) * LANES : nullptr;
+        };
+        float* const to_p = at(out_p, h.p, p0);
+        float* const to_q = at(out_q, h.q, q0);
+        const float* const by_p = at(u_p, h.p, p0);
+        const float* const by_q = at(u_q, h.q, q0);
+        if (to_p && to_q) reduce<true, true>(tile, ps, qs, by_p, by_q, to_p, to_q);
+        else if (to_p) reduce<true, false>(tile, ps, qs, by_p, by_q, to_p, to_q);
+        else reduce<false, true>(tile, ps, qs, by_p, by_q, to_p, to_q);
+      }
+    }
+}
+
+// out[m] += Σ_k M[m,k] u[k], for what all instances share; u is a right operand in T.
+template <class S, class T>
+void multiply(
+    const S* m, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, const Group& group, const T* u, float* out) {
+  const int64_t depth = round_k<T>(k);
+  Scratch<T> packed(readable<S, T>(k_stride, k) ? 0 : std::min(rows, TILE_ROWS) * packed_ld<T>(k));
+  for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+    const int64_t count = std::min(TILE_ROWS, rows - r);
+    const auto a = left<S, T>(m + r * row_stride, row_stride, k_stride, count, k, packed);
+    for (int64_t b = 0; b < group.blocks; ++b)
+      gemm(count, group.width(b), depth, a.data, a.ld, u + b * depth * LANES, LANES, out + (b * rows + r) * LANES, LANES, true);
+  }
+}
+
+// out[p] += Σ_{q,c} H[p,q,c] (u_q[q] u_c[c]), the outer product built a piece at a time.
+template <class S, class T>
+void fold(const Head<S>& h, const Group& group, const float* u_q, const float* u_c, float* out) {
+  const bool merged = h.sq == h.c * h.sc;
+  const int64_t nc = std::min(h.c, FOLD_DEPTH), nq = nc < h.c ? 1 : std::max<int64_t>(1, FOLD_DEPTH / h.c);
+  const int64_t depth = round_k<T>(nq * nc), ld = packed_ld<T>(nq * nc);
+  const bool direct = readable<S, T>(h.sc, h.c) && (merged || nq == 1);
+  Scratch<float> products(depth * LANES);
+  Scratch<T> operand(std::is_same_v<T, float> ? 0 : depth * LANES), packed(direct ? 0 : h.p * ld);
+  for (int64_t q0 = 0; q0 < h.q; q0 += nq)
+    for (int64_t c0 = 0; c0 < h.c; c0 += nc) {
+      const int64_t qs = std::min(nq, h.q - q0), cs = std::min(nc, h.c - c0), ks = qs * cs;
+      const S* src = h.data + q0 * h.sq + c0 * h.sc;
+      Left<T> a{};
+      if (direct || merged) {
+        a = left<S, T>(src, h.sp, h.sc, h.p, ks, packed);
+      } else {
+        for (int64_t q = 0; q < qs; ++q) pack(src + q * h.sq, h.sp, h.sc, packed + q * cs, ld, h.p, cs);
+        if (round_k<T>(ks) > ks)
+          for (int64_t p = 0; p < h.p; ++p) packed[p * ld + ks] = T(0.f);
+        a = {packed, ld};
+      }
+      for (int64_t k = 0; k < group.blocks; ++k) {
+        float* f = products;
+        for (int64_t q = 0; q < qs; ++q) {
+          const float* x = u_q + (k * h.q + q0 + q) * LANES;
+          const float* z = u_c + (k * h.c + c0) * LANES;
+          for (int64_t c = 0; c < cs; ++c, z += LANES, f += LANES)
+            for (int64_t l = 0; l < LANES; l += WIDTH) store(f + l, load<Vec>(x + l) * load<Vec>(z + l));
+        }
+        const T* b = right(products, (T*)operand, ks, LANES);
+        gemm(h.p, group.width(k), ks, a.data, a.ld, b, LANES, out + k * h.p * LANES, LANES, true);
+      }
+    }
+}
+
+}  // namespace fasthyper

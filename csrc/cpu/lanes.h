@@ -1,0 +1,156 @@
+// Lanes: an operand of a block of instances with the instance as the fastest axis, (features, LANES).
+//
+// One vector instruction then does the same thing for several instances, whatever the sizes of the problem, and
+// lanes are the right operand of a matrix product as they stand. `pack` is the only way in and out.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace fasthyper {
+
+using c10::BFloat16;
+using c10::Half;
+
+constexpr int64_t LANES = 32;
+
+#if defined(__AVX512F__)
+constexpr int64_t WIDTH = 16;
+#elif defined(__AVX2__)
+constexpr int64_t WIDTH = 8;
+#else
+constexpr int64_t WIDTH = 4;
+#endif
+
+// A register of floats; the compiler's own vector type, so that the same lines serve every instruction set.
+typedef float Vec __attribute__((vector_size(WIDTH * sizeof(float))));
+typedef float Vec8 __attribute__((vector_size(32)));
+
+template <class V>
+inline V load(const float* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V>
+inline void store(float* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+// Conversion of n contiguous numbers.
+
+inline void convert(const float* src, float* dst, int64_t n) {
+  std::memcpy(dst, src, n * sizeof(float));
+}
+
+inline void convert(const BFloat16* src, float* dst, int64_t n) {
+  const auto* bits = reinterpret_cast<const uint16_t*>(src);
+  auto* out = reinterpret_cast<uint32_t*>(dst);
+  for (int64_t i = 0; i < n; ++i) out[i] = uint32_t(bits[i]) << 16;
+}
+
+inline void convert(const float* src, BFloat16* dst, int64_t n) {
+  auto* out = reinterpret_cast<uint16_t*>(dst);
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, src + i, sizeof bits);
+    const uint32_t nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    out[i] = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : uint16_t(nearest_even);
+  }
+}
+
+inline void convert(const Half* src, float* dst, int64_t n) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i))));
+#endif
+  for (; i < n; ++i) dst[i] = src[i];
+}
+
+inline void convert(const float* src, Half* dst, int64_t n) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(dst + i),
+        _mm256_cvtps_ph(_mm256_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#endif
+  for (; i < n; ++i) dst[i] = src[i];
+}
+
+inline void convert(const BFloat16* src, BFloat16* dst, int64_t n) {
+  std::memcpy(dst, src, n * sizeof(BFloat16));
+}
+
+// dst[j][i] = src[i][j] for 8 columns j and `rows` ≤ 8 rows i; eight floats of each dst[j] are written.
+inline void transpose8(const float* src, int64_t ld_src, float* dst, int64_t ld_dst, int64_t rows) {
+  Vec8 a[8], b[8];
+  for (int i = 0; i < 8; ++i) a[i] = i < rows ? load<Vec8>(src + i * ld_src) : Vec8{};
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = __builtin_shufflevector(a[i], a[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+    b[i + 1] = __builtin_shufflevector(a[i], a[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int k = 0; k < 2; ++k) {
+      a[i + k] = __builtin_shufflevector(b[i + k], b[i + k + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      a[i + k + 2] = __builtin_shufflevector(b[i + k], b[i + k + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int k = 0; k < 4; ++k) {
+    store(dst + k * ld_dst, __builtin_shufflevector(a[k], a[k + 4], 0, 1, 2, 3, 8, 9, 10, 11));
+    store(dst + (k + 4) * ld_dst, __builtin_shufflevector(a[k], a[k + 4], 4, 5, 6, 7, 12, 13, 14, 15));
+  }
+}
+
+// dst[j][i] = src[i][j]; dst has room for `room` numbers a row, and what is beyond `rows` may be overwritten.
+inline void transpose(
+    const float* src, int64_t ld_src, float* dst, int64_t ld_dst, int64_t rows, int64_t cols, int64_t room) {
+  for (int64_t i = 0; i < rows; i += 8) {
+    const int64_t count = std::min<int64_t>(8, rows - i);
+    int64_t j = 0;
+    if (i + 8 <= room)
+      for (; j + 8 <= cols; j += 8) transpose8(src + i * ld_src + j, ld_src, dst + j * ld_dst + i, ld_dst, count);
+    for (; j < cols; ++j)
+      for (int64_t k = i; k < i + count; ++k) dst[j * ld_dst + k] = src[k * ld_src + j];
+  }
+}
+
+// dst[i·ld + j] = src[i·s0 + j·s1] for i < n0 and j < n1, converted. `room` as in `transpose`: at least n1.
+template <class Src, class Dst>
+void pack(const Src* src, int64_t s0, int64_t s1, Dst* dst, int64_t ld, int64_t n0, int64_t n1, int64_t room = 0) {
+  if (s1 == 1 || n1 == 1) {
+    for (int64_t i = 0; i < n0; ++i) convert(src + i * s0, dst + i * ld, n1);
+  } else if (s0 == 1 || n0 == 1) {
+    if constexpr (std::is_same_v<Src, float> && std::is_same_v<Dst, float>) {
+      transpose(src, s1, dst, ld, n1, n0, std::max(room, n1));
+    } else {  // by tiles of floats
+      constexpr int64_t T = 32;
+      float in[T * T], out[T * T];
+      for (int64_t j = 0; j < n1; j += T)
+        for (int64_t i = 0; i < n0; i += T) {
+          const int64_t rows = std::min(T, n1 - j), cols = std::min(T, n0 - i);
+          for (int64_t k = 0; k < rows; ++k) convert(src + (j + k) * s1 + i, in + k * T, cols);
+          transpose(in, T, out, T, rows, cols, T);
+          for (int64_t k = 0; k < cols; ++k) convert(out + k * T, dst + (i + k) * ld + j, rows);
+        }
+    }
+  } else {
+    for (int64_t i = 0; i < n0; ++i)
+      for (int64_t j = 0; j < n1; ++j) {
+        if constexpr (std::is_same_v<Src, Dst>) dst[i * ld + j] = src[i * s0 + j * s1];
+        else dst[i * ld + j] = static_cast<Dst>(static_cast<float>(src[i * s0 + j * s1]));
+      }
+  }
+}
+
+}  // namespace fasthyper

@@ -1,0 +1,102 @@
+// What Python calls: two operators, on tensors whose sizes have been checked and are not zero.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include "weight_grad.h"
+
+namespace fasthyper {
+namespace {
+
+Schedule named(c10::string_view name) {
+  if (name == "fold") return Schedule::fold;
+  return name == "generate" ? Schedule::generate : Schedule::project;
+}
+
+template <class S>
+Rows<const S> rows(const at::Tensor& t) {
+  return {t.const_data_ptr<S>(), t.stride(0), t.stride(1), t.stride(2), t.size(1), t.size(2)};
+}
+
+template <class S>
+Rows<const S> repeated(const at::Tensor& z, int64_t points) {
+  return {z.const_data_ptr<S>(), z.stride(0), 0, z.stride(1), points, z.size(1)};
+}
+
+template <class S>
+Rows<S> out(const at::Tensor& t) {
+  if (!t.defined()) return {nullptr, 0, 0, 0, 1, 0};
+  const int64_t points = t.dim() == 3 ? t.size(1) : 1, features = t.size(-1);
+  return {t.mutable_data_ptr<S>(), points * features, features, 1, points, features};
+}
+
+template <class S>
+Matrix<S> matrix(const std::optional<at::Tensor>& t) {
+  if (!t) return {};
+  return {t->const_data_ptr<S>(), t->stride(0), t->stride(1)};
+}
+
+// Runs f(S{}, T{}): dtype of the tensors and of the operands.
+template <class F>
+void with_types(const at::Tensor& x, bool native, F&& f) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return f(float{}, float{});
+    case at::kBFloat16: return native ? f(BFloat16{}, BFloat16{}) : f(BFloat16{}, float{});
+    case at::kHalf: return f(Half{}, float{});
+    default: TORCH_CHECK_TYPE(false, "x must be float32, bfloat16 or float16, got ", x.scalar_type());
+  }
+}
+
+at::Tensor apply(
+    const at::Tensor& x, const at::Tensor& z, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& base_weight, const std::optional<at::Tensor>& base_bias,
+    c10::string_view schedule, int64_t workspace, bool native) {
+  const auto y = at::empty({x.size(0), x.size(1), weight.size(0)}, x.options());
+  with_types(x, native, [&](auto s, auto t) {
+    using S = decltype(s);
+    Factors<S> f{x.size(0), x.size(1), z.size(1), x.size(2), weight.size(0)};
+    f.x = rows<S>(x);
+    f.z = repeated<S>(z, f.N);
+    f.h = weight.const_data_ptr<S>(), f.so = weight.stride(0), f.si = weight.stride(1), f.sr = weight.stride(2);
+    f.bias = matrix<S>(bias), f.base = matrix<S>(base_weight);
+    apply_rows<S, decltype(t)>(
+        f, base_bias ? base_bias->const_data_ptr<S>() : nullptr, base_bias ? base_bias->stride(0) : 0, out<S>(y),
+        named(schedule), workspace);
+  });
+  return y;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> grads(
+    const at::Tensor& x, const std::optional<at::Tensor>& z, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& base_weight, const at::Tensor& g,
+    std::array<bool, 3> mask, c10::string_view schedule, c10::string_view schedule_of_weight, int64_t workspace, bool native) {
+  const int64_t B = x.size(0), N = x.size(1), I = x.size(2), O = g.size(2), R = z ? z->size(1) : weight->size(2);
+  at::Tensor dx, dz, dh;
+  if (mask[0]) dx = at::empty({B, N, I}, x.options());
+  if (mask[1]) dz = at::empty({B, R}, x.options());
+  if (mask[2]) dh = at::empty({O, I, R}, x.options());
+  with_types(x, native, [&](auto s, auto t) {
+    using S = decltype(s);
+    using T = decltype(t);
+    Factors<S> f{B, N, R, I, O};
+    f.x = rows<S>(x), f.g = rows<S>(g);
+    if (z) f.z = repeated<S>(*z, N);
+    if (weight)
+      f.h = weight->const_data_ptr<S>(), f.so = weight->stride(0), f.si = weight->stride(1), f.sr = weight->stride(2);
+    f.bias = matrix<S>(bias), f.base = matrix<S>(base_weight);
+    if (mask[0] || mask[1]) grads_rows<S, T>(f, out<S>(dx), out<S>(dz), named(schedule), workspace);
+    if (mask[2]) weight_grad<S, T>(f, dh.mutable_data_ptr<S>(), named(schedule_of_weight));
+  });
+  return {dx, dz, dh};
+}
+
+TORCH_LIBRARY(fasthyper_cpu, m) {
+  m.def("apply(Tensor x, Tensor z, Tensor weight, Tensor? bias, Tensor? base_weight, Tensor? base_bias, str schedule, "
+        "int workspace, bool native) -> Tensor", apply);
+  m.def("grads(Tensor x, Tensor? z, Tensor? weight, Tensor? bias, Tensor? base_weight, Tensor g, bool[3] mask, "
+        "str schedule, str schedule_of_weight, int workspace, bool native) -> (Tensor, Tensor, Tensor)", grads);
+}
+
+}  // namespace
+}  // namespace fasthyper

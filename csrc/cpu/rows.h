@@ -1,0 +1,238 @@
+// `apply`, and dx and dz of `grads`, row by row: every point of every instance is a row of its own.
+//
+//   fold       y = H·(x ⊗ z);   dx, dz from one G = g·H
+//   generate   y, dx from W = z·H;   dz = H·(g ⊗ x)
+//   project    y, dz from P = x·H;   dx from W
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <vector>
+
+#include "contract.h"
+
+namespace fasthyper {
+
+enum class Schedule { fold, generate, project };
+
+template <class S>
+struct Matrix {
+  const S* data = nullptr;
+  int64_t s0 = 0, s1 = 0;
+};
+
+// What a call is given; null where it is not needed.
+template <class S>
+struct Factors {
+  int64_t B, N, R, I, O;
+  Rows<const S> x, z, g;
+  const S* h;
+  int64_t so, si, sr;
+  Matrix<S> bias, base;  // (O, R), (O, I)
+
+  Head<S> oir() const { return {h, O, I, R, so, si, sr}; }
+  Head<S> ori() const { return {h, O, R, I, so, sr, si}; }
+  Head<S> iro() const { return {h, I, R, O, si, sr, so}; }
+  Head<S> roi() const { return {h, R, O, I, sr, so, si}; }
+};
+
+// A range of an axis of H.
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+inline Range share(int64_t size, int64_t part, int64_t parts) {
+  return {size * part / parts, size * (part + 1) / parts};
+}
+
+template <class S>
+Head<S> cut_p(Head<S> h, Range r) {
+  h.data += r.begin * h.sp;
+  h.p = r.size();
+  return h;
+}
+
+template <class S>
+Head<S> cut_q(Head<S> h, Range r) {
+  h.data += r.begin * h.sq;
+  h.q = r.size();
+  return h;
+}
+
+// How a call is cut into tasks: groups of instances, whose blocks meet a piece of H together, and, where there are
+// few rows, slices of an axis of H. Slices depend on sizes alone, so that the number of threads changes no bit.
+struct Tasks {
+  int64_t instances, groups, slices, group_rows;
+
+  Tasks(int64_t B, int64_t N, int64_t R, int64_t I, int64_t O, int64_t axis, int64_t workspace) {
+    const int64_t rows = B * N, blocks = (rows + LANES - 1) / LANES, threads = at::get_num_threads();
+    const int64_t floats = std::clamp<int64_t>(workspace / (2 * threads), 1 << 18, 1 << 22) / int64_t(sizeof(float));
+    const int64_t fit = std::max<int64_t>(1, floats / (3 * (R + I + O) * LANES));
+    slices = 1;
+    if (blocks < 16) {
+      const int64_t worth = rows * R * I * O >> 19;  // a slice of less is not worth a thread
+      slices = std::max<int64_t>(1, std::min({(16 + blocks - 1) / blocks, axis, worth}));
+    }
+    int64_t each = slices > 1 ? blocks : std::min<int64_t>(32, (blocks + threads - 1) / threads);
+    each = std::max<int64_t>(1, std::min(each, fit));
+    instances = std::max<int64_t>(1, each * LANES / N);
+    groups = (B + instances - 1) / instances;
+    group_rows = each * LANES;
+  }
+
+  // Calls f(slice, first instance, last instance) in parallel.
+  template <class F>
+  void run(int64_t B, F&& f) const {
+    at::parallel_for(0, groups * slices, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t group = t / slices;
+        f(t % slices, group * instances, std::min(B, (group + 1) * instances));
+      }
+      at::native::cpublas::brgemm_release();
+    });
+  }
+};
+
+// One factor of a group in lanes, block after block, and as a right operand in T.
+template <class T>
+class Lanes {
+ public:
+  Lanes(const Group& group, int64_t features) : group_(group), features_(features), lanes_(group.blocks * features * LANES) {}
+
+  template <class S>
+  Lanes(const Group& group, const Rows<const S>& t, int64_t q0) : Lanes(group, t.features) {
+    for (int64_t k = 0; k < group.blocks; ++k)
+      load_lanes(t, q0 + k * LANES, q0 + std::min(group.rows, (k + 1) * LANES), at(k));
+  }
+
+  float* at(int64_t k) { return lanes_ + k * features_ * LANES; }
+  float* data() { return lanes_; }
+
+  void zero() { std::fill(data(), data() + group_.blocks * features_ * LANES, 0.f); }
+
+  template <class S>
+  void store(const Rows<S>& t, int64_t q0) {
+    for (int64_t k = 0; k < group_.blocks; ++k)
+      store_lanes(at(k), t, q0 + k * LANES, q0 + std::min(group_.rows, (k + 1) * LANES));
+  }
+
+  const T* right() {
+    if constexpr (std::is_same_v<T, float>) {
+      return lanes_;
+    } else {
+      if (!operand_) {
+        const int64_t depth = round_k<T>(features_);
+        operand_ = Scratch<T>(group_.blocks * depth * LANES);
+        for (int64_t k = 0; k < group_.blocks; ++k)
+          fasthyper::right(at(k), operand_ + k * depth * LANES, features_, LANES);
+      }
+      return operand_;
+    }
+  }
+
+ private:
+  Group group_;
+  int64_t features_;
+  Scratch<float> lanes_;
+  Scratch<T> operand_;
+};
+
+template <class S, class T>
+void apply_rows(const Factors<S>& f, const S* base_bias, int64_t base_bias_stride, Rows<S> y, Schedule schedule, int64_t workspace) {
+  const Tasks tasks(f.B, f.N, f.R, f.I, f.O, schedule == Schedule::fold ? f.O / LANES : f.O, workspace);
+  tasks.run(f.B, [&](int64_t slice, int64_t b0, int64_t b1) {
+    const Range o = share(f.O, slice, tasks.slices);
+    for (int64_t q = b0 * f.N; q < b1 * f.N; q += tasks.group_rows) {
+      const int64_t rows = std::min(tasks.group_rows, b1 * f.N - q);
+      const Group group{(rows + LANES - 1) / LANES, rows};
+      Lanes<T> x(group, f.x, q), z(group, f.z, q), out(group, o.size());
+      for (int64_t k = 0; k < group.blocks; ++k)
+        for (int64_t i = 0; i < o.size(); ++i) {
+          const float start = base_bias ? float(base_bias[(o.begin + i) * base_bias_stride]) : 0.f;
+          std::fill(out.at(k) + i * LANES, out.at(k) + (i + 1) * LANES, start);
+        }
+      if (f.base.data)
+        multiply(f.base.data + o.begin * f.base.s0, f.base.s0, f.base.s1, o.size(), f.I, group, x.right(), out.data());
+      if (f.bias.data)
+        multiply(f.bias.data + o.begin * f.bias.s0, f.bias.s0, f.bias.s1, o.size(), f.R, group, z.right(), out.data());
+      float* const none = nullptr;
+      if (schedule == Schedule::fold) fold<S, T>(cut_p(f.oir(), o), group, x.data(), z.data(), out.data());
+      else if (schedule == Schedule::generate)
+        contract<S, T>(cut_p(f.oir(), o), group, z.right(), none, x.data(), out.data(), none);
+      else contract<S, T>(cut_p(f.ori(), o), group, x.right(), none, z.data(), out.data(), none);
+      out.store(y.columns(o.begin, o.end), q);
+    }
+  });
+}
+
+// dz[b] += Σ_n of the rows (b, n), from lanes.
+inline void add_points(const float* lanes, int64_t features, int64_t q0, int64_t q1, int64_t points, int64_t b0, float* dz) {
+  for (int64_t q = q0; q < q1;) {
+    const int64_t b = q / points, end = std::min(q1, (b + 1) * points);
+    for (int64_t r = 0; r < features; ++r) {
+      float sum = 0;
+      for (int64_t k = q; k < end; ++k) sum += lanes[r * LANES + (k - q0)];
+      dz[(b - b0) * features + r] += sum;
+    }
+    q = end;
+  }
+}
+
+// dx and dz; either may be without data.
+template <class S, class T>
+void grads_rows(const Factors<S>& f, Rows<S> dx, Rows<S> dz, Schedule schedule, int64_t workspace) {
+  const bool one_pass = schedule == Schedule::fold;
+  const Tasks tasks(f.B, f.N, f.R, f.I, f.O, one_pass || dx.data ? f.I : f.R, workspace);
+  const bool sliced_sum = dz.data && one_pass && tasks.slices > 1;
+  const bool summed = dz.data && (f.N > 1 || sliced_sum);
+  Scratch<float> partial(sliced_sum ? tasks.slices * f.B * f.R : 0);
+  tasks.run(f.B, [&](int64_t slice, int64_t b0, int64_t b1) {
+    const Range i = dx.data || one_pass ? share(f.I, slice, tasks.slices) : Range{0, f.I};
+    const Range r = one_pass ? Range{0, f.R} : share(f.R, slice, tasks.slices);
+    Scratch<float> own(summed && !sliced_sum ? (b1 - b0) * r.size() : 0);
+    float* const sums = sliced_sum ? partial + (slice * f.B + b0) * f.R : own;
+    if (summed) std::fill(sums, sums + (b1 - b0) * r.size(), 0.f);
+    for (int64_t q = b0 * f.N; q < b1 * f.N; q += tasks.group_rows) {
+      const int64_t rows = std::min(tasks.group_rows, b1 * f.N - q);
+      const Group group{(rows + LANES - 1) / LANES, rows};
+      Lanes<T> g(group, f.g, q), out_x(group, dx.data ? i.size() : 0), out_z(group, dz.data ? r.size() : 0);
+      out_x.zero();
+      out_z.zero();
+      if (dx.data && f.base.data)
+        multiply(f.base.data + i.begin * f.base.s1, f.base.s1, f.base.s0, i.size(), f.O, group, g.right(), out_x.data());
+      if (dz.data && f.bias.data && (!one_pass || slice == 0))
+        multiply(f.bias.data + r.begin * f.bias.s1, f.bias.s1, f.bias.s0, r.size(), f.O, group, g.right(), out_z.data());
+      float* const none = nullptr;
+      float* const to_x = dx.data ? out_x.data() : none;
+      float* const to_z = dz.data ? out_z.data() : none;
+      if (one_pass) {
+        Lanes<T> x(group, dz.data ? f.x.columns(i.begin, i.end) : f.x.columns(0, 0), q);
+        Lanes<T> z(group, dx.data ? f.z : f.z.columns(0, 0), q);
+        contract<S, T>(cut_p(f.iro(), i), group, g.right(), x.data(), z.data(), to_x, to_z);
+      } else {
+        if (dx.data) {
+          Lanes<T> z(group, f.z, q);
+          contract<S, T>(cut_q(f.oir(), i), group, z.right(), g.data(), none, none, to_x);
+        }
+        if (dz.data) {
+          Lanes<T> x(group, f.x, q);
+          if (schedule == Schedule::generate) fold<S, T>(cut_p(f.roi(), r), group, g.data(), x.data(), to_z);
+          else contract<S, T>(cut_q(f.ori(), r), group, x.right(), g.data(), none, none, to_z);
+        }
+      }
+      if (dx.data) out_x.store(dx.columns(i.begin, i.end), q);
+      if (summed)
+        for (int64_t k = 0; k < group.blocks; ++k)
+          add_points(out_z.at(k), r.size(), q + k * LANES, q + std::min(rows, (k + 1) * LANES), f.N, b0, sums);
+      else if (dz.data) out_z.store(dz.columns(r.begin, r.end), q);
+    }
+    if (summed && !sliced_sum) pack((const float*)own, r.size(), 1, dz.data + b0 * f.R + r.begin, f.R, b1 - b0, r.size());
+  });
+  if (!sliced_sum) return;
+  for (int64_t s = 1; s < tasks.slices; ++s)
+    for (int64_t k = 0; k < f.B * f.R; ++k) partial[k] += partial[s * f.B * f.R + k];
+  pack((const float*)partial, f.R, 1, dz.data, f.R, f.B, f.R);
+}
+
+}  // namespace fasthyper

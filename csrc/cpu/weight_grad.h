@@ -1,0 +1,155 @@
+// dH[o,i,r] = Σ_q x[q,i] z[q,r] g[q,o], q = (b, n).
+//
+//   fold       gᵀ · (x ⊗ z):   rows o, columns (i, r)
+//   generate   (g ⊗ x)ᵀ · z:   rows (o, i), columns r
+//
+// A thread owns a slice of dH and adds up all instances in float32, so the number of threads changes no bit.
+#pragma once
+
+#include "rows.h"
+
+namespace fasthyper {
+
+constexpr int64_t DEPTH = 128;    // instances that one product contracts
+constexpr int64_t COLUMNS = 128;  // of dH that one product writes
+constexpr int64_t SLICE = 1 << 16;  // floats of dH that stay in cache
+
+// Rows [q0, q1) with the features as they come, padded with zeros to (depth, ld).
+template <class S>
+void load_rows(const Rows<const S>& t, int64_t q0, int64_t q1, float* out, int64_t ld, int64_t depth) {
+  t.stretches(q0, q1, [&](int64_t q, int64_t count, int64_t stride) {
+    pack(t.row(q), stride, t.feature, out + (q - q0) * ld, ld, count, t.features);
+  });
+  for (int64_t q = 0; q < q1 - q0; ++q) std::fill(out + q * ld + t.features, out + (q + 1) * ld, 0.f);
+  std::fill(out + (q1 - q0) * ld, out + depth * ld, 0.f);
+}
+
+// A slice of dH in float32: in place where that can be, else beside it and stored at the end. Its rows are `ld` apart,
+// and every `run` of them is followed by the `pitch` - `run` rows of other slices.
+template <class S>
+class Slice {
+ public:
+  Slice(S* out, int64_t ld, int64_t rows, int64_t cols, int64_t run, int64_t pitch)
+      : out_(out), ld_(ld), rows_(rows), cols_(cols), run_(run), pitch_(pitch), padded_(round_up(cols, WIDTH)),
+        direct_(std::is_same_v<S, float> && padded_ == cols), own_(direct_ ? 0 : rows * padded_) {}
+
+  int64_t ld() const { return direct_ ? ld_ : padded_; }
+  int64_t cols() const { return padded_; }
+  bool whole() const { return !direct_ || run_ == pitch_; }  // whether rows are ld() apart without a gap
+  float* row(int64_t m) {
+    return direct_ ? reinterpret_cast<float*>(out_) + (m / run_ * pitch_ + m % run_) * ld_ : own_ + m * padded_;
+  }
+
+  void finish() {
+    for (int64_t m = 0; !direct_ && m < rows_; m += run_)
+      pack((const float*)own_ + m * padded_, padded_, 1, out_ + m / run_ * pitch_ * ld_, ld_, run_, cols_);
+  }
+
+ private:
+  S* out_;
+  int64_t ld_, rows_, cols_, run_, pitch_, padded_;
+  bool direct_;
+  Scratch<float> own_;
+};
+
+// Rows o of this range, columns (i, r) of these.
+template <class S, class T>
+void fold_slice(const Factors<S>& f, Range o, Range columns, S* dh) {
+  const int64_t Q = f.B * f.N, RP = round_up(f.R, WIDTH), i0 = columns.begin / f.R;
+  const Range i{i0, (columns.end - 1) / f.R + 1};
+  Slice<S> slice(dh + o.begin * f.I * f.R + columns.begin, f.I * f.R, o.size(), columns.size(), o.size(), o.size());
+  Scratch<T> g(o.size() * DEPTH), operand(std::is_same_v<T, float> ? 0 : DEPTH * COLUMNS);
+  Scratch<float> z(DEPTH * RP), x(DEPTH * i.size()), xz(DEPTH * COLUMNS), row(COLUMNS + 2 * (f.R + WIDTH));
+  for (int64_t q = 0; q < Q; q += DEPTH) {
+    const int64_t end = std::min(Q, q + DEPTH), depth = std::min(DEPTH, round_up(end - q, 32));
+    load_lanes(f.g.columns(o.begin, o.end), q, end, (T*)g, DEPTH, depth);
+    load_rows(f.z, q, end, (float*)z, RP, depth);
+    load_rows(f.x.columns(i.begin, i.end), q, end, (float*)x, i.size(), depth);
+    for (int64_t c = 0; c < columns.size(); c += COLUMNS) {
+      const int64_t first = columns.begin + c, width = std::min(COLUMNS, columns.size() - c), cols = round_up(width, WIDTH);
+      const int64_t skip = first % f.R, start = first / f.R - i.begin, count = (first + width - 1) / f.R - first / f.R + 1;
+      for (int64_t k = 0; k < depth; ++k) {
+        const float* xk = x + k * i.size() + start;
+        const float* zk = z + k * RP;
+        float* to = xz + k * COLUMNS;
+        if (count == 1) {  // within one i
+          for (int64_t l = 0; l < cols; l += WIDTH) store(to + l, load<Vec>(zk + skip + l) * xk[0]);
+          continue;
+        }
+        float* run = row;  // whole stretches of r, each overwriting the excess of the one before
+        for (int64_t j = 0; j < count; ++j, run += f.R)
+          for (int64_t l = 0; l < f.R; l += WIDTH) store(run + l, load<Vec>(zk + l) * xk[j]);
+        std::memcpy(to, row + skip, cols * sizeof(float));
+      }
+      const T* b = right(xz, (T*)operand, depth, COLUMNS);
+      gemm(o.size(), cols, depth, (const T*)g, DEPTH, b, COLUMNS, slice.row(0) + c, slice.ld(), q > 0);
+    }
+  }
+  slice.finish();
+}
+
+// Rows (o, i) of these ranges, all columns r.
+template <class S, class T>
+void generate_slice(const Factors<S>& f, Range o, Range i, S* dh) {
+  const int64_t Q = f.B * f.N, RP = round_up(f.R, COLUMNS), I = i.size(), rows = o.size() * I;
+  Slice<S> slice(dh + (o.begin * f.I + i.begin) * f.R, f.R, rows, f.R, I, f.I);
+  const int64_t M = slice.whole() ? std::min<int64_t>(rows, 64) : std::min<int64_t>(I, 64);
+  Scratch<float> g(o.size() * DEPTH), x(I * DEPTH), z(DEPTH * RP), gx(M * DEPTH);
+  Scratch<T> left(std::is_same_v<T, float> ? 0 : M * DEPTH), operand(std::is_same_v<T, float> ? 0 : DEPTH * RP);
+  for (int64_t q = 0; q < Q; q += DEPTH) {
+    const int64_t end = std::min(Q, q + DEPTH), depth = std::min(DEPTH, round_up(end - q, 32));
+    load_lanes(f.g.columns(o.begin, o.end), q, end, (float*)g, DEPTH, depth);
+    load_lanes(f.x.columns(i.begin, i.end), q, end, (float*)x, DEPTH, depth);
+    for (int64_t c = 0; c < f.R; c += COLUMNS) {  // panels of columns, each contiguous
+      load_rows(f.z.columns(c, std::min(f.R, c + COLUMNS)), q, end, z + c * DEPTH, COLUMNS, depth);
+      if constexpr (!std::is_same_v<T, float>) right(z + c * DEPTH, operand + c * DEPTH, depth, COLUMNS);
+    }
+    for (int64_t m = 0, count; m < rows; m += count) {
+      count = std::min(M, slice.whole() ? rows - m : I - m % I);
+      for (int64_t k = 0; k < count; ++k) {
+        const float* a = g + (m + k) / I * DEPTH;
+        const float* b = x + (m + k) % I * DEPTH;
+        for (int64_t l = 0; l < depth; l += WIDTH) store(gx + k * DEPTH + l, load<Vec>(a + l) * load<Vec>(b + l));
+      }
+      const T* a;
+      if constexpr (std::is_same_v<T, float>) a = gx;
+      else convert(gx, left, count * DEPTH), a = left;
+      for (int64_t c = 0; c < f.R; c += COLUMNS) {
+        const T* b;
+        if constexpr (std::is_same_v<T, float>) b = z + c * DEPTH;
+        else b = operand + c * DEPTH;
+        gemm(count, std::min(COLUMNS, slice.cols() - c), depth, a, DEPTH, b, COLUMNS, slice.row(m) + c, slice.ld(), q > 0);
+      }
+    }
+  }
+  slice.finish();
+}
+
+template <class S, class T>
+void weight_grad(const Factors<S>& f, S* dh, Schedule schedule) {
+  const int64_t threads = at::get_num_threads(), work = f.B * f.N * f.R * f.I * f.O >> 19;
+  const int64_t tasks = std::max<int64_t>(1, std::min(threads, work));
+  if (schedule == Schedule::fold) {
+    const int64_t o_parts = (f.O + 511) / 512, o_size = (f.O + o_parts - 1) / o_parts;
+    const int64_t total = f.I * f.R, room = std::max(COLUMNS, SLICE / o_size / COLUMNS * COLUMNS);
+    const int64_t wanted = (tasks + o_parts - 1) / o_parts;
+    const int64_t each = std::min(room, round_up((total + wanted - 1) / wanted, COLUMNS)), parts = (total + each - 1) / each;
+    at::parallel_for(0, o_parts * parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t)
+        fold_slice<S, T>(f, share(f.O, t / parts, o_parts), {t % parts * each, std::min(total, (t % parts + 1) * each)}, dh);
+      at::native::cpublas::brgemm_release();
+    });
+  } else {
+    const int64_t room = std::max<int64_t>(64, SLICE / f.R);
+    const int64_t i_parts = f.I <= 2 * 64 ? 1 : (f.I + 63) / 64, i_size = (f.I + i_parts - 1) / i_parts;
+    const int64_t wanted = std::max((tasks + i_parts - 1) / i_parts, f.O * i_size / room);
+    const int64_t o_parts = std::clamp<int64_t>(wanted, 1, f.O);
+    at::parallel_for(0, o_parts * i_parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t)
+        generate_slice<S, T>(f, share(f.O, t / i_parts, o_parts), share(f.I, t % i_parts, i_parts), dh);
+      at::native::cpublas::brgemm_release();
+    });
+  }
+}
+
+}  // namespace fasthyper
