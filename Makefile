@@ -22,7 +22,7 @@ compare: .venv/ready
 	$(BIN)/fasthyper compare rotation
 
 bench: .venv/ready
-	$(BIN)/python benchmarks/written_out.py
+	$(BIN)/python benchmarks/cpu.py
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

@@ -13,8 +13,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-PACKAGE = "fasthyper/backends"
-RECORD = "_cpu_build.json"  # why the kernels are not there, or the torch that they were built for
+FOLDER = "fasthyper/_compiled"  # of the libraries, and of a record: the torch they were built for, or why there are none
 # One library for each instruction set; the one that torch itself takes on a machine is loaded there.
 CPU = {
     "default": [],
@@ -38,23 +37,27 @@ def obstacle():
     return None
 
 
-def extension(name, flags):
+def extension(name, source, headers, flags):
     from torch.utils.cpp_extension import CppExtension
 
-    compile_args = ["-O3", "-fopenmp", "-g0", "-Wall", "-Wno-psabi", "-fvisibility=hidden", *flags]
+    compile_args = ["-O3", "-g0", "-fopenmp", "-DAT_PER_OPERATOR_HEADERS", "-Wall", "-Wno-psabi", "-fvisibility=hidden", *flags]
     link_args = ["-fopenmp", "-Wl,--no-undefined"]  # so that a symbol that torch lacks shows now, not on import
     if SANITIZE:
         compile_args += ["-g", "-O1", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
         link_args = ["-fopenmp", f"-fsanitize={SANITIZE}"]
-    source = f"csrc/cpu/{name}.cpp"
     return CppExtension(
-        f"fasthyper.backends._cpu_{name}",
+        f"fasthyper._compiled.{name}",
         [source],
-        include_dirs=[str(ROOT / "csrc" / "cpu")],
-        depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc" / "cpu").glob("*.h"))],
+        depends=headers,
         extra_compile_args=compile_args,
         extra_link_args=link_args,
     )
+
+
+def extensions():
+    headers = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc" / "cpu").glob("*.h"))]
+    kernels = [extension(f"cpu_{name}", f"csrc/cpu/{name}.cpp", headers, flags) for name, flags in CPU.items()]
+    return [*kernels, extension("eager", "csrc/eager.cpp", [], [])]
 
 
 def builder():
@@ -69,26 +72,26 @@ def builder():
         def run(self):
             try:
                 super().run()
-                record = {"torch": torch.__version__, "names": list(CPU)}
+                record = {"torch": torch.__version__}
             except BaseException as error:  # SystemExit included: setuptools wraps a compiler's error in it
                 if os.environ.get("FASTHYPER_BUILD") == "1" or isinstance(error, KeyboardInterrupt):
                     raise
                 record = {"error": str(error).strip().splitlines()[-1] if str(error) else type(error).__name__}
                 print(f"fasthyper: built without compiled kernels: {record['error']}", file=sys.stderr)
                 self.extensions = []
-            write(record, Path(PACKAGE if self.inplace else os.path.join(self.build_lib, PACKAGE)))
+            write(record, Path(FOLDER if self.inplace else os.path.join(self.build_lib, FOLDER)))
 
     return Build
 
 
 def write(record, folder):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECORD).write_text(json.dumps(record) + "\n")
+    (folder / "build.json").write_text(json.dumps(record) + "\n")
 
 
 why = obstacle()
 if why is None:
-    setup(ext_modules=[extension(*item) for item in CPU.items()], cmdclass={"build_ext": builder()})
+    setup(ext_modules=extensions(), cmdclass={"build_ext": builder()})
 elif os.environ.get("FASTHYPER_BUILD") == "1":
     sys.exit(f"fasthyper: FASTHYPER_BUILD=1, but {why}")
 else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _SHARES = 8
 _MIN_LIMIT = 1 << 20
 _limit = 32 << 20
+on_forget: list[Callable[[], object]] = []
+"""What else to call when plans are forgotten: for who keeps plans outside of this module."""
 
 
 def set_workspace_limit(limit: int) -> None:
@@ -44,6 +47,7 @@ def set_workspace_limit(limit: int) -> None:
     if limit < _MIN_LIMIT:
         raise ValueError(f"limit must be at least {_MIN_LIMIT} bytes (1 MiB), got {limit}")
     _limit = limit
+    forget()
 
 
 def get_workspace_limit() -> int:
@@ -199,6 +203,14 @@ def _plan(problem: Problem, schedule: str, limit: int, threads: int) -> Plan:
     mach = machine(problem.device, problem.dtype, threads, problem.backend)
     names = SCHEDULES if schedule == AUTO else (schedule,)
     return min((cost(problem, name, mach, limit) for name in names), key=lambda plan: plan.seconds)
+
+
+def forget() -> None:
+    """Forget every plan, here and where plans are kept: what they were made from has changed."""
+    machine.cache_clear()
+    _plan.cache_clear()
+    for call in on_forget:
+        call()
 
 
 def plan(problem: Problem, schedule: str = AUTO) -> Plan:

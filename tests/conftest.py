@@ -192,11 +192,9 @@ def _planning(**replaced) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in replaced.items():
             patch.setattr(planner, name, value)
-        planner.machine.cache_clear()
-        planner._plan.cache_clear()
+        planner.forget()
         yield
-    planner.machine.cache_clear()
-    planner._plan.cache_clear()
+    planner.forget()
 
 
 @pytest.fixture(scope="session")

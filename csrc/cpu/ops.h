@@ -1,7 +1,8 @@
 // What Python calls: two operators, on tensors whose sizes have been checked and are not zero.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "weight_grad.h"

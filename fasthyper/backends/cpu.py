@@ -7,41 +7,22 @@ all instances share x, which is two plain matrix products.
 from __future__ import annotations
 
 import functools
-import json
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .. import planner
+from .. import compiled, planner
 from ..problem import AUTO, Plan, Problem
 from . import aten
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_FOLDER = Path(__file__).parent
 _ops = torch.ops.fasthyper_cpu
 
 
 @functools.cache
 def unavailable() -> str | None:
-    """Return why these kernels cannot run here, or None; loads them."""
-    try:
-        record = json.loads((_FOLDER / "_cpu_build.json").read_text())
-    except FileNotFoundError:
-        return "not built: the build could not see torch, or was told not to; pip install --no-build-isolation builds them"
-    if "error" in record:
-        return f"not built: {record['error']}"
-    if record["torch"] != torch.__version__:
-        return f"built for torch {record['torch']}, and this is {torch.__version__}: install fasthyper again"
-    name = torch.backends.cpu.get_cpu_capability().lower()
-    library = _FOLDER / f"_cpu_{name}.so"
-    if not library.exists():
-        return f"not built for {name}"
-    try:
-        torch.ops.load_library(str(library))
-    except OSError as error:
-        return f"built, but cannot be loaded: {error}"
-    return None
+    """Return why these kernels cannot run here, or None; loads those for the instruction set that torch takes."""
+    return compiled.load(f"cpu_{torch.backends.cpu.get_cpu_capability().lower()}")
 
 
 def _problem(op: str, x: Tensor, R: int, O: int, needs: tuple[bool, bool, bool] = (True, True, True)) -> Problem:
@@ -51,6 +32,20 @@ def _problem(op: str, x: Tensor, R: int, O: int, needs: tuple[bool, bool, bool] 
 
 def _left_to_aten(x: Tensor, R: int, O: int) -> bool:
     return x.dtype not in DTYPES or 0 in (*x.shape, R, O)
+
+
+def _remember(*decision: object) -> None:
+    """Let the next call of the same problem go without Python, through csrc/eager.cpp."""
+    if compiled.load("eager") is None:
+        torch.ops.fasthyper_eager.remember(*decision)
+
+
+def _forget() -> None:
+    if compiled.load("eager") is None:
+        torch.ops.fasthyper_eager.forget()
+
+
+planner.on_forget.append(_forget)
 
 
 def _shares_products(problem: Problem, plan: Plan) -> bool:
@@ -76,7 +71,10 @@ def apply(
     plan = planner.plan(problem, schedule)
     if _shares_products(problem, plan):
         return aten.apply(*tensors, schedule=plan.schedule)
-    return _ops.apply(*tensors, plan.schedule, planner.get_workspace_limit(), plan.work_dtype != torch.float32)
+    how = (planner.get_workspace_limit(), plan.work_dtype != torch.float32)
+    if schedule == AUTO:
+        _remember(x, R, O, 0, plan.schedule, plan.schedule, *how)
+    return _ops.apply(*tensors, plan.schedule, *how)
 
 
 def grads(
@@ -107,8 +105,10 @@ def grads(
         if x.shape[1] == 1 and schedule == AUTO and dh and (dx or dz):  # nothing is shared: each at its best
             plan = planner.plan(problem._replace(needs=(dx, dz, False)))
             of_weight = planner.plan(problem._replace(needs=(False, False, True)))
-        native = plan.work_dtype != torch.float32
-        how = (plan.schedule, of_weight.schedule, planner.get_workspace_limit(), native)
+        schedules = (plan.schedule, of_weight.schedule)
+        how = (*schedules, planner.get_workspace_limit(), plan.work_dtype != torch.float32)
+        if schedule == AUTO:
+            _remember(x, R, O, dx | dz << 1 | dh << 2, *how)
         out = list(_ops.grads(*tensors, [dx, dz, dh], *how))
     rest: tuple[Tensor | None, ...] = (None, None, None)
     if any(mask[3:]):

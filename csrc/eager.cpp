@@ -1,0 +1,278 @@
+// The plain case of fasthyper::hyper_linear on CPU tensors without a step through Python, which is most of the time of
+// a small problem.
+//
+// Plain is eager reverse mode and nothing else: no torch.func transform, no dual numbers, no gradient of a gradient;
+// the backend and the schedule left to choice, and a problem that was planned before. Whatever is not goes on to the
+// kernels that fasthyper/ops registers for every device and every autograd key, which these shadow for the CPU: they
+// say what is computed, and what its derivatives are.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <mutex>
+#include <unordered_map>
+
+namespace {
+
+using at::Tensor;
+using c10::DispatchKeySet;
+using c10::string_view;
+using Maybe = std::optional<Tensor>;
+using Mask = std::array<bool, 6>;
+using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Forward = Tensor(
+    const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, const Maybe&, string_view, string_view);
+using Backward = Six(
+    const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, const Tensor&, Mask, string_view, string_view);
+
+const auto& forward_op() {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fasthyper::hyper_linear", "").typed<Forward>();
+  return op;
+}
+
+const auto& backward_op() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("fasthyper::hyper_linear_grads", "").typed<Backward>();
+  return op;
+}
+
+// The shadowed kernels stand for every autograd key, AutogradOther too.
+DispatchKeySet shadowed(DispatchKeySet keys) {
+  return (keys & c10::after_autograd_keyset) | DispatchKeySet(c10::DispatchKey::AutogradOther);
+}
+
+bool recorded(const Tensor& t) {
+  return t.defined() && t.requires_grad();
+}
+
+bool recorded(const Maybe& t) {
+  return t && recorded(*t);
+}
+
+bool dual(const Tensor& t) {
+  return torch::autograd::isFwGradDefined(t);
+}
+
+bool dual(const Maybe& t) {
+  return t && dual(*t);
+}
+
+// torch.func includes its keys for as long as a transform is in force.
+bool transformed() {
+  return c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+// Whether the backend has been chosen, and no transform looks on.
+template <class... Tensors>
+bool plain(string_view backend, string_view schedule, const Tensors&... tensors) {
+  return !backend.empty() && !schedule.empty() && !transformed() && !(dual(tensors) || ...);
+}
+
+struct HyperLinear : torch::autograd::Function<HyperLinear> {
+  static constexpr bool is_traceable = true;  // by compiled autograd: backward calls one op
+
+  static Tensor forward(
+      torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& z, const Tensor& weight, const Maybe& bias,
+      const Maybe& base_weight, const Maybe& base_bias, int64_t keys, string_view backend, string_view schedule) {
+    ctx->save_for_backward({x, z, weight, bias.value_or(Tensor()), base_weight.value_or(Tensor())});
+    ctx->saved_data["backend"] = std::string(backend);
+    ctx->saved_data["schedule"] = std::string(schedule);
+    ctx->saved_data["base_bias"] = base_bias.has_value();
+    const at::AutoDispatchBelowAutograd guard;
+    return forward_op().redispatch(
+        DispatchKeySet(DispatchKeySet::RAW, keys), x, z, weight, bias, base_weight, base_bias, backend, schedule);
+  }
+
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grad) {
+    const auto saved = ctx->get_saved_variables();
+    const auto given = [](const Tensor& t) { return t.defined() ? Maybe(t) : std::nullopt; };
+    const Maybe bias = given(saved[3]), base_weight = given(saved[4]);
+    const bool is_there[] = {true, true, true, bias.has_value(), base_weight.has_value(), ctx->saved_data["base_bias"].toBool()};
+    Mask mask{};
+    size_t edge = 0;  // there is one for each tensor that was given
+    for (size_t i = 0; i < mask.size(); ++i) mask[i] = is_there[i] && ctx->needs_input_grad(edge++);
+    const auto out = backward_op().call(
+        saved[0], saved[1], saved[2], bias, base_weight, grad[0], mask, ctx->saved_data["backend"].toStringView(),
+        ctx->saved_data["schedule"].toStringView());
+    torch::autograd::variable_list all = std::apply([](auto&... t) { return torch::autograd::variable_list{t...}; }, out);
+    for (size_t i = 0; i < mask.size(); ++i)
+      if (!mask[i]) all[i] = Tensor();
+    all.resize(9);  // keys and strings have no gradient
+    return all;
+  }
+};
+
+Tensor hyper_linear(
+    DispatchKeySet keys, const Tensor& x, const Tensor& z, const Tensor& weight, const Maybe& bias,
+    const Maybe& base_weight, const Maybe& base_bias, string_view backend, string_view schedule) {
+  if (!plain(backend, schedule, x, z, weight, bias, base_weight, base_bias))
+    return forward_op().redispatch(
+        shadowed(keys), x, z, weight, bias, base_weight, base_bias, backend, schedule);
+  const auto below = keys & c10::after_autograd_keyset;
+  const bool records = at::GradMode::is_enabled() &&
+      (recorded(x) || recorded(z) || recorded(weight) || recorded(bias) || recorded(base_weight) || recorded(base_bias));
+  if (records)
+    return HyperLinear::apply(
+        x, z, weight, bias, base_weight, base_bias, int64_t(below.raw_repr()), backend, schedule);
+  const at::AutoDispatchBelowAutograd guard;
+  return forward_op().redispatch(below, x, z, weight, bias, base_weight, base_bias, backend, schedule);
+}
+
+Six hyper_linear_grads(
+    DispatchKeySet keys, const Tensor& x, const Tensor& z, const Tensor& weight, const Maybe& bias,
+    const Maybe& base_weight, const Tensor& g, Mask mask, string_view backend, string_view schedule) {
+  const bool records = at::GradMode::is_enabled() &&
+      (recorded(x) || recorded(z) || recorded(weight) || recorded(bias) || recorded(base_weight) || recorded(g));
+  if (records || !plain(backend, schedule, x, z, weight, bias, base_weight, g))
+    return backward_op().redispatch(shadowed(keys), x, z, weight, bias, base_weight, g, mask, backend, schedule);
+  const at::AutoDispatchBelowAutograd guard;
+  return backward_op().redispatch(
+      keys & c10::after_autograd_keyset, x, z, weight, bias, base_weight, g, mask, backend, schedule);
+}
+
+// --- Below autograd -------------------------------------------------------------------------------------------------
+
+// A problem as the planner in Python knows it; what it decided is remembered here.
+struct Problem {
+  int64_t B, N, R, I, O, dtype, needs, threads;
+  bool shared_x;
+
+  auto all() const { return std::tie(B, N, R, I, O, dtype, needs, threads, shared_x); }
+  bool operator==(const Problem& other) const { return all() == other.all(); }
+};
+
+struct Hash {
+  size_t operator()(const Problem& p) const {
+    return std::apply([](const auto&... part) { return c10::get_hash(part...); }, p.all());
+  }
+};
+
+struct Plan {
+  std::string schedule, schedule_of_weight;
+  int64_t workspace;
+  bool native;
+};
+
+class Plans {
+ public:
+  std::optional<Plan> find(const Problem& problem) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = plans_.find(problem);
+    return found == plans_.end() ? std::nullopt : std::optional<Plan>(found->second);
+  }
+
+  void remember(const Problem& problem, Plan plan) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (plans_.size() >= 4096) plans_.clear();
+    plans_[problem] = std::move(plan);
+  }
+
+  void forget() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    plans_.clear();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<Problem, Plan, Hash> plans_;
+};
+
+Plans plans;
+
+constexpr int64_t FORWARD = 0;  // for `needs`; a backward has a bit for each gradient
+
+Problem problem_of(const Tensor& x, int64_t R, int64_t O, int64_t needs) {
+  const bool shared = x.size(0) > 1 && x.stride(0) == 0;
+  return {x.size(0), x.size(1), R, x.size(2), O, int64_t(x.scalar_type()), needs, at::get_num_threads(), shared};
+}
+
+int64_t needs_of(const Mask& mask) {
+  return mask[0] | mask[1] << 1 | mask[2] << 2;
+}
+
+// Whether t is absent, or on the CPU in the dtype of x and of this shape.
+bool fits(const Tensor& x, const Tensor& t, at::IntArrayRef shape) {
+  return t.sizes() == shape && t.scalar_type() == x.scalar_type() && t.is_cpu();
+}
+
+bool fits(const Tensor& x, const Maybe& t, at::IntArrayRef shape) {
+  return !t || fits(x, *t, shape);
+}
+
+bool agree(const Tensor& x, const Tensor& z, const Tensor& weight, const Maybe& bias, const Maybe& base_weight) {
+  if (x.dim() != 3 || weight.dim() != 3 || z.dim() != 2) return false;
+  const int64_t B = x.size(0), I = x.size(2), O = weight.size(0), R = weight.size(2);
+  return fits(x, z, {B, R}) && fits(x, weight, {O, I, R}) && fits(x, bias, {O, R}) && fits(x, base_weight, {O, I});
+}
+
+// The kernels that fasthyper/ops registers for every device, shadowed here for the CPU: they check, plan and remember.
+const DispatchKeySet any_device(c10::DispatchKey::PrivateUse1);
+
+bool chosen_here(string_view backend, string_view schedule) {
+  return (backend == "auto" || backend == "cpu") && schedule == "auto";
+}
+
+using Apply = Tensor(
+    const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, const Maybe&, string_view, int64_t, bool);
+using Grads = std::tuple<Tensor, Tensor, Tensor>(
+    const Tensor&, const Maybe&, const Maybe&, const Maybe&, const Maybe&, const Tensor&, std::array<bool, 3>, string_view,
+    string_view, int64_t, bool);
+
+Tensor run(
+    const Tensor& x, const Tensor& z, const Tensor& weight, const Maybe& bias, const Maybe& base_weight,
+    const Maybe& base_bias, string_view backend, string_view schedule) {
+  if (chosen_here(backend, schedule) && agree(x, z, weight, bias, base_weight) && fits(x, base_bias, {weight.size(0)}))
+    if (const auto plan = plans.find(problem_of(x, weight.size(2), weight.size(0), FORWARD))) {
+      static const auto apply = c10::Dispatcher::singleton().findSchemaOrThrow("fasthyper_cpu::apply", "").typed<Apply>();
+      return apply.call(x, z, weight, bias, base_weight, base_bias, plan->schedule, plan->workspace, plan->native);
+    }
+  return forward_op().redispatch(any_device, x, z, weight, bias, base_weight, base_bias, backend, schedule);
+}
+
+Six run_grads(
+    const Tensor& x, const Tensor& z, const Tensor& weight, const Maybe& bias, const Maybe& base_weight, const Tensor& g,
+    Mask mask, string_view backend, string_view schedule) {
+  const bool of_base = mask[3] || mask[4] || mask[5];
+  if (chosen_here(backend, schedule) && !of_base && agree(x, z, weight, bias, base_weight) &&
+      fits(x, g, {x.size(0), x.size(1), weight.size(0)}))
+    if (const auto plan = plans.find(problem_of(x, weight.size(2), weight.size(0), needs_of(mask)))) {
+      static const auto grads = c10::Dispatcher::singleton().findSchemaOrThrow("fasthyper_cpu::grads", "").typed<Grads>();
+      auto [dx, dz, dh] = grads.call(
+          x, z, weight, bias, base_weight, g, {mask[0], mask[1], mask[2]}, plan->schedule, plan->schedule_of_weight,
+          plan->workspace, plan->native);
+      const auto or_empty = [&](Tensor t) { return t.defined() ? t : at::empty({0}, x.options()); };
+      const auto none = [&] { return at::empty({0}, x.options()); };
+      return {or_empty(dx), or_empty(dz), or_empty(dh), none(), none(), none()};
+    }
+  return backward_op().redispatch(any_device, x, z, weight, bias, base_weight, g, mask, backend, schedule);
+}
+
+void remember(
+    const Tensor& x, int64_t R, int64_t O, int64_t needs, string_view schedule, string_view schedule_of_weight,
+    int64_t workspace, bool native) {
+  plans.remember(problem_of(x, R, O, needs), {std::string(schedule), std::string(schedule_of_weight), workspace, native});
+}
+
+TORCH_LIBRARY_IMPL(fasthyper, AutogradCPU, m) {
+  m.impl("hyper_linear", hyper_linear);
+  m.impl("hyper_linear_grads", hyper_linear_grads);
+}
+
+TORCH_LIBRARY_IMPL(fasthyper, CPU, m) {
+  m.impl("hyper_linear", run);
+  m.impl("hyper_linear_grads", run_grads);
+}
+
+TORCH_LIBRARY(fasthyper_eager, m) {
+  m.def("remember(Tensor x, int R, int O, int needs, str schedule, str schedule_of_weight, int workspace, bool native)"
+        " -> ()", remember);
+  m.def("forget() -> ()", [] { plans.forget(); });
+}
+
+}  // namespace

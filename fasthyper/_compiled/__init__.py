@@ -1,0 +1,1 @@
+"""Where the build puts the compiled libraries, and its record of them: see `fasthyper.compiled`."""

@@ -1,0 +1,35 @@
+"""The compiled libraries: whether they were built, for which torch, and loading them."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import torch
+
+_FOLDER = Path(__file__).parent / "_compiled"
+
+
+@functools.cache
+def load(name: str) -> str | None:
+    """Load a library; returns why it cannot be, or None.
+
+    Loading registers its operators with torch, once.
+    """
+    try:
+        record = json.loads((_FOLDER / "build.json").read_text())
+    except FileNotFoundError:
+        return "not built: the build could not see torch, or was told not to; pip install --no-build-isolation lets it"
+    if "error" in record:
+        return f"not built: {record['error']}"
+    if record["torch"] != torch.__version__:
+        return f"built for torch {record['torch']}, and this is {torch.__version__}: install fasthyper again"
+    library = _FOLDER / f"{name}.so"
+    if not library.exists():
+        return f"not built: there is no {name}"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"built, but cannot be loaded: {error}"
+    return None
