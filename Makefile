@@ -1,27 +1,43 @@
-# make test | compare | bench | format | clean. Everything runs in .venv, which is made on first use.
+# make test | compare | bench | sanitize | held | format | clean. Everything runs in .venv, which is made on first use.
 PYTHON ?= python3
 BIN := .venv/bin
+BUILT := fasthyper/_compiled/build.json
 
-.PHONY: test slow lint compare bench format clean
+.PHONY: test slow held sanitize lint compare bench format clean
 
 # One process a core, one thread each: the tests are many and small.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
-test: lint
+test: lint $(BUILT)
 	$(PYTEST)
 
-slow: .venv/ready
+slow: .venv/ready $(BUILT)
 	$(PYTEST) --slow
+
+# The suite of the op family with torch and oneDNN held to an older instruction set.
+FAMILY := tests/ops tests/backends tests/test_functional.py tests/test_contract.py tests/test_memory.py
+held: .venv/ready $(BUILT)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(FAMILY)
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(PYTEST) $(FAMILY)
+
+# The compiled kernels, with plain products in the place of oneDNN's, under the sanitizers.
+SANITIZED := build/sanitized
+PRELOAD = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
+sanitize: .venv/ready
+	FASTHYPER_BUILD=1 FASTHYPER_SANITIZE=address,undefined $(BIN)/python setup.py --quiet \
+		build --build-lib $(SANITIZED) --build-temp build/sanitized-objects
+	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 PYTHONPATH=$(SANITIZED) \
+		$(BIN)/pytest tests/ops/test_values.py tests/test_functional.py tests/backends/test_cpu.py -k "cpu"
 
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-compare: .venv/ready
+compare: .venv/ready $(BUILT)
 	$(BIN)/fasthyper compare rotation
 
-bench: .venv/ready
+bench: .venv/ready $(BUILT)
 	$(BIN)/python benchmarks/cpu.py
 
 format: .venv/ready
@@ -29,10 +45,15 @@ format: .venv/ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv build dist *.egg-info fasthyper/_compiled/*.so fasthyper/_compiled/build.json .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
-.venv/ready: pyproject.toml setup.py constraints.txt
+# Incremental, after a change of the sources; what the package needs to be built is in the environment already.
+$(BUILT): setup.py $(wildcard csrc/*.cpp csrc/cpu/*) | .venv/ready
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+.venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("fasthyper needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools ninja
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	touch $@

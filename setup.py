@@ -13,7 +13,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-FOLDER = "fasthyper/_compiled"  # of the libraries, and of a record: the torch they were built for, or why there are none
+FOLDER = "fasthyper/_compiled"  # the libraries, and a record: the torch they were built for, or why there are none
 # One library for each instruction set; the one that torch itself takes on a machine is loaded there.
 CPU = {
     "default": [],
@@ -40,10 +40,11 @@ def obstacle():
 def extension(name, source, headers, flags):
     from torch.utils.cpp_extension import CppExtension
 
-    compile_args = ["-O3", "-g0", "-fopenmp", "-DAT_PER_OPERATOR_HEADERS", "-Wall", "-Wno-psabi", "-fvisibility=hidden", *flags]
+    compile_args = ["-O3", "-g0", "-fopenmp", "-Wall", "-Wno-psabi", "-fvisibility=hidden", *flags]
     link_args = ["-fopenmp", "-Wl,--no-undefined"]  # so that a symbol that torch lacks shows now, not on import
     if SANITIZE:
         compile_args += ["-g", "-O1", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
+        compile_args += ["-DFASTHYPER_PLAIN_PRODUCTS"]
         link_args = ["-fopenmp", f"-fsanitize={SANITIZE}"]
     return CppExtension(
         f"fasthyper._compiled.{name}",

@@ -11,20 +11,21 @@ import argparse
 import os
 
 import torch
+import torch._inductor.config
 from report import COLUMNS, RESULTS, ROOT, cells, full, into_readme, line, machine, short, table
 from resident import resident_bytes
 from timing import measure
 from workloads import WORKLOADS
 
 import fasthyper
-from fasthyper.backends import BACKENDS
+from fasthyper.backends import BACKENDS, backend
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="float32", choices=["float64", "float32", "bfloat16", "float16"])
-    parser.add_argument("--repeats", type=int, default=7, help="rounds at least; short runs get more")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds; short runs get more, those of minutes fewer")
     parser.add_argument("--only", metavar="NAME", help="workloads whose name has this in it; nothing is written")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--large", action="store_true", help="workloads of many GiB, too")
@@ -44,15 +45,18 @@ def main(given: list[str] | None = None) -> None:
     ]
     if not wanted:
         raise SystemExit(f"no workload has {args.only!r} in its name; mothernet wants --large")
+    load = os.getloadavg()[0]
+    resident = resident_bytes(wanted, args.dtype, args.backend, args.threads)
     print(table(COLUMNS, []), flush=True)
     rows = []
-    for w in wanted:
+    for w, size in zip(wanted, resident, strict=True):
         with fasthyper.use_backend(args.backend):
             row = measure(w, getattr(torch, args.dtype), args.repeats)
-        row.resident = resident_bytes(w, args.dtype, args.backend, args.threads)
+        row.resident = size
         rows.append(row)
         print(line(cells(row)), flush=True)
-    where = machine(args.dtype, args.backend)
+    taken = backend(args.backend, torch.device("cpu")).__name__.split(".")[-1]
+    where = machine(args.dtype, taken, load)
     report = full(rows, args.dtype, where)
     print("\n" + report)
     if args.only is not None:

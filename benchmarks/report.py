@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from peers import PEERS
-from timing import OURS, SLOWER, Row
+from timing import OURS, SLOWER, Row, ms
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -118,13 +118,6 @@ def table(columns: list[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(map(line, (columns, ["---", *["--:"] * (len(columns) - 1)], *rows)))
 
 
-def ms(seconds: float) -> str:
-    """Milliseconds, to three or four digits."""
-    value = seconds * 1e3
-    decimals = next((k for k, least in enumerate((100, 10, 1)) if value >= least), 3)
-    return f"{value:,.{decimals}f}"
-
-
 def _mib(size: int | None) -> str:
     return "" if size is None else f"{size / MIB:.1f}"
 
@@ -220,8 +213,8 @@ def short(rows: Rows, where: str, name: str) -> str:
     return "\n".join([table(columns, lines), "", f"{where} {how} [{name}](benchmarks/results/{name}).", ""])
 
 
-def machine(dtype: str, backend: str) -> str:
-    """What it is measured on, in a sentence."""
+def machine(dtype: str, backend: str, load: float) -> str:
+    """What it is measured on, in a sentence. `load` is the system's before: others make small runs wait."""
     git = lambda *args: subprocess.run(["git", *args], capture_output=True, text=True, check=False, cwd=ROOT)
     commit = git("rev-parse", "--short", "HEAD").stdout.strip() or "unknown"
     changed = git("diff", "--quiet", "HEAD", "--", "fasthyper", "csrc", "setup.py").returncode
@@ -233,7 +226,8 @@ def machine(dtype: str, backend: str) -> str:
     return (
         f"Measured on {told.get('model name', 'unknown processor')} ({platform.machine()}, {capability}{_caches()}), "
         f"{torch.get_num_threads()} threads; torch {torch.__version__}, Python {platform.python_version()}; commit "
-        f"{commit}{' and changes' if changed else ''}, {date.today().isoformat()}; {dtype}, backend {backend}."
+        f"{commit}{' and changes' if changed else ''}, {date.today().isoformat()}; {dtype}, backend {backend}; "
+        f"load before {load:.1f}."
     )
 
 

@@ -1,6 +1,8 @@
-"""Peak resident memory of one step of ours, in a process of its own: what C++ allocates by itself counts, too.
+"""Peak resident memory of a step of ours, in a process of its own: what C++ allocates by itself counts, too.
 
-python benchmarks/resident.py B N R I O DTYPE BACKEND THREADS      prints bytes beyond inputs and results
+    python benchmarks/resident.py DTYPE BACKEND THREADS B,N,R,I,O ...
+
+prints for each problem the bytes beyond inputs and results.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,13 +22,13 @@ import fasthyper
 FORGET = Path("/proc/self/clear_refs")
 
 
-def resident_bytes(w: Workload, dtype: str, backend: str, threads: int) -> int | None:
-    """Run this file for a workload and return what it prints; None where the system does not tell."""
+def resident_bytes(workloads: Sequence[Workload], dtype: str, backend: str, threads: int) -> list[int | None]:
+    """Run this file and return what it prints for each workload; None where the system does not tell."""
     if not FORGET.exists():
-        return None
-    sizes = map(str, (w.B, w.N, w.R, w.I, w.O))
+        return [None] * len(workloads)
+    problems = (f"{w.B},{w.N},{w.R},{w.I},{w.O}" for w in workloads)
     done = subprocess.run(
-        [sys.executable, __file__, *sizes, dtype, backend, str(threads)],
+        [sys.executable, __file__, dtype, backend, str(threads), *problems],
         capture_output=True,
         text=True,
         check=False,
@@ -33,8 +36,8 @@ def resident_bytes(w: Workload, dtype: str, backend: str, threads: int) -> int |
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"},
     )
     if done.returncode:
-        raise RuntimeError(f"resident memory of {w.label}: {done.stderr.strip()[-2000:]}")
-    return int(done.stdout)
+        raise RuntimeError(f"resident memory could not be measured: {done.stderr.strip()[-2000:]}")
+    return [int(line) for line in done.stdout.split()]
 
 
 def _status(field: str) -> int:
@@ -42,18 +45,28 @@ def _status(field: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def main() -> None:
-    *sizes, dtype, backend, threads = sys.argv[1:]
-    w = Workload("this", *map(int, sizes), source="")
-    torch.set_num_threads(int(threads))
+def _measure(w: Workload, dtype: torch.dtype, backend: str, threads: int) -> int:
+    torch.set_num_threads(threads)
     fasthyper.set_backend(backend)
     first = Workload("first", 64, min(w.N, 8), min(w.R, 64), 64, 64, source="")
-    step(fused, *factors(first, getattr(torch, dtype)))()  # libraries and thread pools are set up
-    run = step(fused, *factors(w, getattr(torch, dtype)))
+    step(fused, *factors(first, dtype))()  # libraries and thread pools are set up
+    run = step(fused, *factors(w, dtype))
     FORGET.write_text("5")  # forget the peak so far
     before = _status("VmRSS")
     results = run()
-    print(max(0, _status("VmHWM") - before - sum(t.untyped_storage().nbytes() for t in results)))
+    return max(0, _status("VmHWM") - before - sum(t.untyped_storage().nbytes() for t in results))
+
+
+def main() -> None:
+    dtype, backend, threads, *problems = sys.argv[1:]
+    for problem in problems:
+        w = Workload("this", *map(int, problem.split(",")), source="")
+        # A fork for each, since importing torch takes seconds; nothing has run in parallel here, so that it is safe.
+        if (child := os.fork()) == 0:
+            print(_measure(w, getattr(torch, dtype), backend, int(threads)), flush=True)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            sys.exit(f"the step failed at {problem}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ RATES = 12  # measurements of that rate at most
 MAX_BYTES = 4 << 30  # what a peer may keep
 SLOWER = 5  # times the fastest peer's time: from there on a peer is not worth measuring again
 LONG = 0.5  # seconds; less may be a library that is set up
-BUDGET, MOST = 3.0, 200  # seconds of interleaved runs beyond the rounds asked for, and rounds at most
+SHORT = 0.1  # seconds; what takes less is measured anyway, since other processes may have slowed down the first tries
+BUDGET, MOST = 2.0, 200  # short runs get more rounds than asked for: seconds to fill, rounds at most
+PATIENCE, LEAST = 60.0, 3  # long ones get fewer: seconds from which on, rounds at least
 
 
 @dataclass
@@ -74,6 +76,13 @@ class Row:
         return self.workload.flops / self.seconds[OURS] / self.rate
 
 
+def ms(seconds: float) -> str:
+    """Milliseconds, to three or four digits."""
+    value = seconds * 1e3
+    decimals = next((k for k, least in enumerate((100, 10, 1)) if value >= least), 3)
+    return f"{value:,.{decimals}f}"
+
+
 def clock(run: Callable[[], object]) -> float:
     """Seconds of one call; what it returns is freed after the clock has stopped."""
     start = time.perf_counter()
@@ -86,20 +95,26 @@ def clock(run: Callable[[], object]) -> float:
 def probe(run: Callable[[], object]) -> float:
     """The best of a few calls, one if it is long."""
     seconds = [clock(run)]
-    while len(seconds) < 5 and sum(seconds) < LONG:
+    while len(seconds) < 20 and sum(seconds) < LONG:
         seconds.append(clock(run))
     return min(seconds)
 
 
-def interleaved(steps: dict[str, Step], rounds: int, products: dict[str, Step]) -> dict[str, list[float]]:
+def rounds(once: float, repeats: int) -> int:
+    """How many rounds of `once` seconds each to run, where `repeats` are asked for."""
+    short, long = min(MOST, int(BUDGET / once)), max(LEAST, int(PATIENCE / once))
+    return max(short, min(repeats, long))
+
+
+def interleaved(steps: dict[str, Step], turns: int, products: dict[str, Step]) -> dict[str, list[float]]:
     """Seconds of every run, in rounds of random order; `products` are in a few of the rounds only."""
     seconds: dict[str, list[float]] = {name: [] for name in (*steps, *products)}
     order = random.Random(0)
     gc.collect()
     gc.disable()
     try:
-        for turn in range(rounds):
-            now = list(({**steps, **products} if turn % ceil(rounds / RATES) == 0 else steps).items())
+        for turn in range(turns):
+            now = list(({**steps, **products} if turn % ceil(turns / RATES) == 0 else steps).items())
             order.shuffle(now)
             for name, run in now:
                 seconds[name].append(clock(run))
@@ -149,13 +164,13 @@ def _fit(
         if not peer.compiled and w.B >= 16:  # a compiled one would be compiled for this batch alone
             part = clock(step(way, *factors, instances=w.B // 16))
             if part > max(fastest, LONG):
-                dropped[peer.name] = f"> {part * 1e3:,.0f}"
+                dropped[peer.name] = f"> {ms(part)}"
                 continue
         run = step(way, *factors)
         truth.check(peer.name, run())
         tried[peer.name] = run, probe(run)
     fastest = min(s for _, s in tried.values())
-    dropped.update((name, f"({s * 1e3:.3g})") for name, (_, s) in tried.items() if s > SLOWER * fastest)
+    dropped.update((name, f"({ms(s)})") for name, (_, s) in tried.items() if s > max(SLOWER * fastest, SHORT))
     return {name: entry for name, entry in tried.items() if name not in dropped}
 
 
@@ -165,7 +180,7 @@ def measure(w: Workload, dtype: torch.dtype, repeats: int, peers: Iterable[Peer]
     Args:
         w: the workload.
         dtype: of all tensors.
-        repeats: rounds at least; short runs get more.
+        repeats: rounds, see `rounds`.
         peers: what to compare with.
 
     Raises:
@@ -181,8 +196,7 @@ def measure(w: Workload, dtype: torch.dtype, repeats: int, peers: Iterable[Peer]
     mm = products(dtype) if w.N == 1 else {}
     steps = {OURS: ours, AGAIN: ours, **{name: run for name, (run, _) in fit.items()}}
     once = 2 * probe(ours) + sum(s for _, s in fit.values())
-    rounds = max(repeats, min(MOST, int(BUDGET / once)))
-    seconds = interleaved(steps, rounds, mm)
+    seconds = interleaved(steps, rounds(once, repeats), mm)
     rates = [2 * m * n * k / median(seconds.pop(name)) for name, (m, n, k) in zip(mm, PRODUCTS, strict=False)]
     temporary = {name: peak_temporary_bytes(run) for name, run in steps.items() if name != AGAIN}
     return Row(w, typical(seconds), temporary, dropped, max(rates, default=None))

@@ -55,16 +55,19 @@ def _readiness(name: str) -> str:
     return "ready" if why is None else f"not ready: {why}"
 
 
+def _best() -> str:
+    return backend(AUTO, torch.device("cpu")).__name__.rpartition(".")[2]
+
+
 def _in_force() -> str:
     choice = current()
     if choice.backend == AUTO:
-        return f"auto, which takes {backend(AUTO, torch.device('cpu')).__name__.rpartition('.')[2]} on the cpu; schedule {choice.schedule}"
+        return f"auto, which takes {_best()} on the cpu; schedule {choice.schedule}"
     return f"{choice.backend}; schedule {choice.schedule}"
 
 
 def _precision(dtype: torch.dtype) -> str:
-    name = backend(AUTO, torch.device("cpu")).__name__.rpartition(".")[2]
-    work = planner.machine("cpu", dtype, backend=name).work_dtype
+    work = planner.machine("cpu", dtype, backend=_best()).work_dtype
     return f"{str(dtype).removeprefix('torch.')} on the cpu is multiplied in {str(work).removeprefix('torch.')}"
 
 

@@ -163,6 +163,19 @@ def _grads_cost(p: Problem, schedule: str, mach: Machine) -> _Cost:
     return cost
 
 
+_ROWS_TOGETHER = 1024  # of (b, n) that meet a packed piece of H in the compiled CPU kernels
+_PACKING = 5.0  # passes over an element that packing it takes
+
+
+def _packing_cost(p: Problem, schedule: str, mach: Machine) -> _Cost:
+    """The compiled kernels read H where it lies, but for sums along another axis than its last: those pack it."""
+    across = schedule == "project" if p.op == "apply" else p.needs[1] or (p.needs[0] and schedule == "fold")
+    if p.backend != "cpu" or not across:
+        return _Cost()
+    groups = max(1.0, p.batch * p.points / _ROWS_TOGETHER)
+    return _tile(p.cond_features * p.in_features * p.out_features * groups, _PACKING, mach)
+
+
 def tile_elements(problem: Problem, mach: Machine, limit: int) -> int:
     """Elements that one tile may hold: a share of the workspace, and no more than stays in cache.
 
@@ -181,7 +194,7 @@ def cost(problem: Problem, schedule: str, mach: Machine, limit: int) -> Plan:
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     p = problem
-    c = (_apply_cost if p.op == "apply" else _grads_cost)(p, schedule, mach)
+    c = (_apply_cost if p.op == "apply" else _grads_cost)(p, schedule, mach) + _packing_cost(p, schedule, mach)
     tile = tile_elements(p, mach, limit)
     B, N, R, I, O = p.batch, p.points, p.cond_features, p.in_features, p.out_features
     size = {
@@ -189,7 +202,7 @@ def cost(problem: Problem, schedule: str, mach: Machine, limit: int) -> Plan:
         "generate": B * O * I,
         "project": (N if p.shared_x else B * N) * O * R,
     }[schedule]
-    chunks = max(1.0, size / tile)
+    chunks = max(1.0, size / tile) if p.backend == "aten" else 1.0  # torch calls are what a chunk costs
     operands = (B * (N * (I + O) + R) + O * I * R * min(chunks, 4.0)) * p.dtype.itemsize
     workspace = (2 * min(size, tile) + min(O * I * R, tile)) * mach.work_dtype.itemsize
     seconds = c.seconds + operands / mach.memory_bandwidth + c.calls * chunks * mach.launch

@@ -52,6 +52,7 @@ def brief(monkeypatch):
     monkeypatch.setattr(timing, "BUDGET", 0.05)
     monkeypatch.setattr(timing, "PRODUCTS", [(64, 64, 64)])
     monkeypatch.setattr(timing, "LONG", 0.01)
+    monkeypatch.setattr(timing, "SHORT", 0.01)
 
 
 def test_a_workload_is_measured(brief):
@@ -83,8 +84,10 @@ def test_peers_without_a_chance_are_dropped(brief):
 
 @pytest.mark.skipif(not resident.FORGET.exists(), reason="there is no /proc here")
 def test_resident_memory():
-    w = workloads.Workload("W of 32 MiB", 2048, 1, 4, 64, 64, "made up")
-    assert resident.resident_bytes(w, "float32", "materialised", 1) > 30 * report.MIB
+    large, small = (workloads.Workload(f"W of {B // 64} MiB", B, 1, 4, 64, 64, "made up") for B in (2048, 64))
+    sizes = resident.resident_bytes([large, small], "float32", "materialised", 1)
+    assert sizes[0] > 30 * report.MIB
+    assert sizes[1] < 10 * report.MIB  # nothing is left of the other
 
 
 def made_up(B=100, N=1, R=64, I=64, O=64, speed_up=2.0, share=0.5, mib=1, **more):
@@ -127,11 +130,16 @@ def test_typical_times():
     assert timing.typical({"a": long, "b": short}) == {"a": 1.25, "b": pytest.approx(1.5e-4)}
 
 
+def test_rounds():
+    assert [timing.rounds(once, 7) for once in (1e-4, 0.125, 1.0, 15.0, 100.0)] == [200, 16, 7, 4, 3]
+    assert timing.rounds(100.0, 2) == 2
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(1.2345, "1,234"), (0.0999, "99.9"), (0.00123, "1.23"), (0.00012, "0.120")]
 )
 def test_milliseconds(seconds, text):
-    assert report.ms(seconds) == text
+    assert timing.ms(seconds) == text
 
 
 def test_the_registry():
@@ -148,7 +156,7 @@ def test_the_readme_has_the_table(tmp_path):
 
 
 def test_a_report_has_every_part():
-    text = report.full([made_up(), made_up(N=2, published=7)], "float32", report.machine("float32", "auto"))
+    text = report.full([made_up(), made_up(N=2, published=7)], "float32", report.machine("float32", "aten", 0.5))
     assert text.count("made up") > 4
     assert "threads; torch" in text
 

@@ -54,6 +54,12 @@ struct Group {
 
 constexpr int64_t TILE_ROWS = 256;
 constexpr int64_t FOLD_DEPTH = 256;
+constexpr int64_t PACKED = 1 << 17;  // numbers of H that are packed at a time, at most
+
+// Rows of `depth` numbers, or numbers of each of so many rows, that can be packed at a time.
+inline int64_t fitting(int64_t wanted, int64_t depth) {
+  return std::clamp<int64_t>(PACKED / depth / 16 * 16, 16, wanted);
+}
 
 // t[p,q] = Σ_c H[p,q,c] u_c[c], a tile at a time, reduced at once:
 //   out_p[p] += Σ_q t[p,q] u_q[q]   and   out_q[q] += Σ_p t[p,q] u_p[p],   as far as they are asked for (not null).
@@ -63,8 +69,9 @@ void contract(
     const Head<S>& h, const Group& group, const T* u_c, const float* u_p, const float* u_q, float* out_p, float* out_q) {
   const int64_t depth = round_k<T>(h.c), ld = packed_ld<T>(h.c);
   const bool both = out_p && out_q;  // then four rows p at a time halve the traffic, at the price of packing
-  int64_t nq = std::min(h.q, both ? TILE_ROWS / 4 : TILE_ROWS);
-  const int64_t np = both ? std::min(h.p, TILE_ROWS / nq) : nq < h.q ? 1 : std::max<int64_t>(1, TILE_ROWS / h.q);
+  const int64_t tile_rows = fitting(TILE_ROWS, ld);
+  const int64_t nq = std::min(h.q, both ? tile_rows / 4 : tile_rows);
+  const int64_t np = both ? std::min(h.p, tile_rows / nq) : nq < h.q ? 1 : std::max<int64_t>(1, tile_rows / h.q);
   const bool merged = np == 1 || (nq == h.q && h.sp == h.q * h.sq);
   const bool direct = merged && readable<S, T>(h.sc, h.c);
   Scratch<float> tile(np * nq * LANES);
@@ -111,7 +118,8 @@ void multiply(
 template <class S, class T>
 void fold(const Head<S>& h, const Group& group, const float* u_q, const float* u_c, float* out) {
   const bool merged = h.sq == h.c * h.sc;
-  const int64_t nc = std::min(h.c, FOLD_DEPTH), nq = nc < h.c ? 1 : std::max<int64_t>(1, FOLD_DEPTH / h.c);
+  const int64_t most = fitting(FOLD_DEPTH, h.p);
+  const int64_t nc = std::min(h.c, most), nq = nc < h.c ? 1 : std::max<int64_t>(1, most / h.c);
   const int64_t depth = round_k<T>(nq * nc), ld = packed_ld<T>(nq * nc);
   const bool direct = readable<S, T>(h.sc, h.c) && (merged || nq == 1);
   Scratch<float> products(depth * LANES);

@@ -7,6 +7,7 @@
 // built on the fly is B.
 #pragma once
 
+#include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
 
 #include "lanes.h"
@@ -22,21 +23,73 @@ constexpr int64_t round_k(int64_t k) {
   return (k + K_STEP<T> - 1) / K_STEP<T> * K_STEP<T>;
 }
 
-// The distance of packed rows: whole registers, so that packing need not stop short.
+// The distance of packed rows: an odd number of 16s, so that rows do not evict each other from the cache.
 template <class T>
 constexpr int64_t packed_ld(int64_t k) {
-  return (k + 7) / 8 * 8;
+  return (k + 15) / 16 * 16 | 16;
 }
 
 inline int64_t round_up(int64_t n, int64_t step) {
   return (n + step - 1) / step * step;
 }
 
+#if defined(FASTHYPER_PLAIN_PRODUCTS)
+
+// The definition, for tests: sanitizers see every access, and 16-bit operands work on any machine.
+template <class T>
+inline void gemm(
+    int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+  constexpr int64_t step = K_STEP<T>;
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j) {
+      float sum = add ? c[i * ldc + j] : 0.f;
+      for (int64_t l = 0; l < round_k<T>(k); ++l)
+        sum += float(a[i * lda + l]) * float(b[l / step * step * ldb + j * step + l % step]);
+      c[i * ldc + j] = sum;
+    }
+}
+
+template <class T>
+inline void release() {}
+
+inline bool multiplies_bfloat16() {
+  return true;
+}
+
+#else
+
 template <class T>
 inline void gemm(
     int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, bool add) {
   at::native::cpublas::brgemm(m, n, round_k<T>(k), lda, ldb, ldc, add, a, b, c, !std::is_same_v<T, float>);
 }
+
+// Gives a thread's matrix unit back, where 16-bit products took it.
+template <class T>
+inline void release() {
+  if constexpr (!std::is_same_v<T, float>) at::native::cpublas::brgemm_release();
+}
+
+// Whether products of bfloat16 run here: not without AVX-512, nor where oneDNN is held back.
+inline bool try_bfloat16() {
+  alignas(64) BFloat16 a[2 * 16] = {}, b[2 * 16] = {};
+  float c[16];
+  try {
+    gemm<BFloat16>(1, 16, 2, a, 2, b, 16, c, 16, false);
+  } catch (const std::exception&) {
+    return false;
+  }
+  release<BFloat16>();
+  return true;
+}
+
+inline bool multiplies_bfloat16() {
+  if (!at::globalContext().userEnabledMkldnn()) return false;
+  static const bool can = try_bfloat16();
+  return can;
+}
+
+#endif
 
 // Two rows of B in the order in which a 16-bit product wants them: out[2l] = a[l], out[2l+1] = b[l].
 inline void interleave(const float* a, const float* b, BFloat16* out, int64_t n) {

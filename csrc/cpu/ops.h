@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "points.h"
 #include "weight_grad.h"
 
 namespace fasthyper {
@@ -43,7 +44,7 @@ template <class F>
 void with_types(const at::Tensor& x, bool native, F&& f) {
   switch (x.scalar_type()) {
     case at::kFloat: return f(float{}, float{});
-    case at::kBFloat16: return native ? f(BFloat16{}, BFloat16{}) : f(BFloat16{}, float{});
+    case at::kBFloat16: return native && multiplies_bfloat16() ? f(BFloat16{}, BFloat16{}) : f(BFloat16{}, float{});
     case at::kHalf: return f(Half{}, float{});
     default: TORCH_CHECK_TYPE(false, "x must be float32, bfloat16 or float16, got ", x.scalar_type());
   }
@@ -61,9 +62,11 @@ at::Tensor apply(
     f.z = repeated<S>(z, f.N);
     f.h = weight.const_data_ptr<S>(), f.so = weight.stride(0), f.si = weight.stride(1), f.sr = weight.stride(2);
     f.bias = matrix<S>(bias), f.base = matrix<S>(base_weight);
-    apply_rows<S, decltype(t)>(
-        f, base_bias ? base_bias->const_data_ptr<S>() : nullptr, base_bias ? base_bias->stride(0) : 0, out<S>(y),
-        named(schedule), workspace);
+    const S* const b0 = base_bias ? base_bias->const_data_ptr<S>() : nullptr;
+    const int64_t stride = b0 ? base_bias->stride(0) : 0;
+    const Schedule order = named(schedule);
+    if (f.N > 1 && order == Schedule::generate) apply_points<S>(f, b0, stride, out<S>(y), workspace);
+    else apply_rows<S, decltype(t)>(f, b0, stride, out<S>(y), order, workspace);
   });
   return y;
 }
@@ -86,13 +89,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grads(
     if (weight)
       f.h = weight->const_data_ptr<S>(), f.so = weight->stride(0), f.si = weight->stride(1), f.sr = weight->stride(2);
     f.bias = matrix<S>(bias), f.base = matrix<S>(base_weight);
-    if (mask[0] || mask[1]) grads_rows<S, T>(f, out<S>(dx), out<S>(dz), named(schedule), workspace);
-    if (mask[2]) weight_grad<S, T>(f, dh.mutable_data_ptr<S>(), named(schedule_of_weight));
+    S* const to_h = mask[2] ? dh.mutable_data_ptr<S>() : nullptr;
+    const Schedule order = named(schedule);
+    if (N > 1 && order == Schedule::generate) return grads_points<S>(f, out<S>(dx), out<S>(dz), to_h, workspace);
+    if (mask[0] || mask[1]) grads_rows<S, T>(f, out<S>(dx), out<S>(dz), order, workspace);
+    if (mask[2]) weight_grad<S, T>(f, to_h, named(schedule_of_weight));
   });
   return {dx, dz, dh};
 }
 
 TORCH_LIBRARY(fasthyper_cpu, m) {
+  m.def("multiplies_bfloat16() -> bool", multiplies_bfloat16);
   m.def("apply(Tensor x, Tensor z, Tensor weight, Tensor? bias, Tensor? base_weight, Tensor? base_bias, str schedule, "
         "int workspace, bool native) -> Tensor", apply);
   m.def("grads(Tensor x, Tensor? z, Tensor? weight, Tensor? bias, Tensor? base_weight, Tensor g, bool[3] mask, "

@@ -33,9 +33,14 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+// A distance of rows, at least n: an odd number of cache lines, so that rows do not evict each other.
+inline int64_t odd_lines(int64_t n) {
+  return round_up(n, 32) + 16;
+}
+
 // Floats of a piece of W or dW.
 inline int64_t piece(int64_t workspace) {
-  return std::clamp<int64_t>(workspace / 16, 1 << 16, 1 << 20);
+  return std::clamp<int64_t>(workspace / 16, 1 << 16, 1 << 21);
 }
 
 constexpr int64_t ROWS = 512;  // of H that are generated at a time
@@ -70,21 +75,38 @@ void generate(
       transpose(t + k * each + q * tq, tp, w + k * LANES * ld_b + q * ld_q, ld_b, h.p, group.width(k), round_up(h.p, 8));
 }
 
+// Rows of an output, `width` of the ld numbers that each row of `src` has.
+template <class S>
+void store_rows(const float* src, int64_t ld, S* dst, int64_t ld_dst, int64_t rows, int64_t width) {
+  if constexpr (std::is_same_v<S, float>)  // whole registers: what is written beyond a row, the next overwrites
+    for (; ld_dst == width && rows * width >= ld; --rows, src += ld, dst += ld_dst)
+      for (int64_t l = 0; l < ld; l += 8) store(dst + l, load<Vec8>(src + l));
+  pack(src, ld, 1, dst, ld_dst, rows, width);
+}
+
 template <class S>
 void apply_points(const Factors<S>& f, const S* base_bias, int64_t base_bias_stride, Rows<S> y, int64_t workspace) {
   const bool shifted = f.bias.data || base_bias;
   const int64_t K = f.I + shifted, room = piece(workspace);  // what y starts from is a last row of W
-  const int64_t P = std::min(8 * K * PANEL > room ? 8 : PANEL, round_up(f.O, 8));
-  const int64_t pitch = K * P + 16;  // of instances: not a power of two
-  const int64_t groups = ceil_div(f.B, std::clamp<int64_t>(room / std::max(K * P, f.R) / 8 * 8, 8, GROUP));
-  const int64_t each = groups == 1 ? f.B : round_up(ceil_div(f.B, groups), 8), lanes = round_up(each, 8);
-  const int64_t panels = ceil_div(f.O, P), at_once = std::clamp<int64_t>(room / (lanes * pitch), 1, panels);
+  const int64_t P = std::min(8 * K * PANEL > room ? 8 : PANEL, round_up(f.O, 8)), panels = ceil_div(f.O, P);
+  const int64_t pitch = odd_lines(K * P);
+  int64_t each = 0, at_once = 1, least = 0;  // a group reads H, and x again for every piece: the size that reads least
+  for (int64_t g = GROUP; g >= 8; g /= 2) {
+    const int64_t count = std::min(g, f.B), fit = std::min(panels, room / (round_up(count, 8) * pitch));
+    const int64_t reads = f.O * f.I * f.R * ceil_div(f.B, count) + f.B * f.N * f.I * ceil_div(panels, std::max<int64_t>(1, fit));
+    if (g > 8 && (fit == 0 || count * f.R > room || (each && reads >= least))) continue;
+    if (each && reads >= least) continue;
+    each = count, least = reads, at_once = ceil_div(panels, ceil_div(panels, std::max<int64_t>(1, fit)));
+  }
+  const int64_t groups = ceil_div(f.B, each);
+  if (groups > 1) each = round_up(ceil_div(f.B, groups), 8);
+  const int64_t lanes = round_up(each, 8);
   Scratch<float> w(at_once * lanes * pitch), z(round_up(each, LANES) * f.R);
   const Rows<const S> z_rows{f.z.data, f.z.instance, 0, f.z.feature, 1, f.R};
   // H is cut along its slower axis, so that rows which lie one after another stay together
   const int64_t ow = f.so < f.si ? P : 8, iw = std::min(f.I, ROWS / ow);
   const int64_t o_units = ceil_div(P, ow), i_units = ceil_div(f.I, iw) + shifted;
-  constexpr bool direct = std::is_same_v<S, float>;
+  const bool direct = std::is_same_v<S, float> && f.O >= P;
   const bool read = readable<S, float>(f.x.feature, f.I);
   const int64_t rows = std::min(f.N, read ? 256 : std::clamp<int64_t>((1 << 16) / f.I, 1, 256)), n_units = ceil_div(f.N, rows);
   for (int64_t b0 = 0; b0 < f.B; b0 += each) {
@@ -111,7 +133,7 @@ void apply_points(const Factors<S>& f, const S* base_bias, int64_t base_bias_str
           generate(h, base, group, z, to + f.I * P, pitch, P, t, packed);
         }
       });
-      const int64_t parts = group.rows * n_units < 2 * at::get_num_threads() ? ps : 1;
+      const int64_t parts = group.rows * n_units < 2 * (at::get_num_threads() - 1) ? ps : 1;
       const int64_t floats = rows * PANEL + (read ? 0 : rows * packed_ld<float>(f.I));
       for_units(group.rows * n_units * parts, flops * f.N, floats, workspace, [&](int64_t unit, float* out) {
         const int64_t b = unit / parts / n_units, n = unit / parts % n_units * rows, ns = std::min(rows, f.N - n);
@@ -122,11 +144,12 @@ void apply_points(const Factors<S>& f, const S* base_bias, int64_t base_bias_str
           const Range o = panel(p);
           const float* const wb = w + p * lanes * pitch + b * pitch;
           float* c = out;
-          if constexpr (direct) c = y.row(q) + o.begin;
-          const int64_t ldc = direct ? f.O : PANEL;
-          for (int64_t k = 0; shifted && k < ns; ++k) std::memcpy(c + k * ldc, wb + f.I * P, o.size() * sizeof(float));
-          gemm(ns, o.size(), f.I, x.data, x.ld, wb, P, c, ldc, shifted);
-          if constexpr (!direct) pack((const float*)out, PANEL, 1, y.row(q) + o.begin, f.O, ns, o.size());
+          if constexpr (std::is_same_v<S, float>)
+            if (direct) c = y.row(q) + o.begin;
+          const int64_t ldc = direct ? f.O : P, width = direct ? o.size() : P;
+          for (int64_t k = 0; shifted && k < ns; ++k) std::memcpy(c + k * ldc, wb + f.I * P, width * sizeof(float));
+          gemm(ns, width, f.I, x.data, x.ld, wb, P, c, ldc, shifted);
+          if (!direct) store_rows((const float*)out, P, y.row(q) + o.begin, f.O, ns, o.size());
         }
       });
     }
@@ -139,117 +162,107 @@ constexpr int64_t POINTS = 256;  // that one product contracts
 template <class S>
 void weight_points(const Factors<S>& f, Rows<S> dz, S* dh, int64_t workspace) {
   constexpr bool direct = std::is_same_v<S, float>;
-  const int64_t room = piece(workspace), RP = round_up(f.R, 8), r_panels = ceil_div(f.R, PANEL);
+  const int64_t room = piece(workspace), R = f.R, panels = ceil_div(R, PANEL);
   const bool biased = dz.data && f.bias.data, sliced = dh && !direct;
-  int64_t o_size = f.O, i_size = std::min<int64_t>(f.I, 512), G = std::min({f.B, GROUP, std::max<int64_t>(8, room / RP)});
-  while (o_size * round_up(i_size, 8) > room / std::max(G, sliced ? f.R : 1) && (o_size > 32 || i_size > 32)) {
+  int64_t o_size = f.O, i_size = std::min<int64_t>(f.I, 512), G = std::min({f.B, GROUP, std::max<int64_t>(8, room / R)});
+  while (o_size * i_size > room / std::max(G, sliced ? R : 1) && (o_size > 32 || i_size > 32)) {
     if (o_size >= i_size) o_size = ceil_div(o_size, 2);
     else i_size = round_up(ceil_div(i_size, 2), 8);
   }
-  const int64_t IP = round_up(i_size, 8), pitch = o_size * (IP + biased) + 16;
+  const int64_t pitch = odd_lines(o_size * (i_size + biased) + 8);
   G = std::clamp<int64_t>(room / pitch, 1, G);
-  const int64_t groups = ceil_div(f.B, G), o_parts = ceil_div(f.O, o_size), i_parts = ceil_div(f.I, i_size);
-  const int64_t chunks = o_parts * i_parts;
+  const int64_t groups = ceil_div(f.B, G), i_parts = ceil_div(f.I, i_size), chunks = ceil_div(f.O, o_size) * i_parts;
   if (sliced && dz.data && groups > 1 && chunks > 1) {  // either sum would wait for the other
     weight_points(f, dz, (S*)nullptr, workspace);
     return weight_points(f, {}, dh, workspace);
   }
-  const int64_t depth = std::clamp<int64_t>((1 << 16) / RP, 16, 256);  // rows of H that one product contracts
-  const int64_t slots = std::clamp<int64_t>(std::min(o_size * IP / 256, room / (G * RP)), 1, 16);
-  const int64_t M = slots < 8 ? std::min(G, LANES) : G, m_units = ceil_div(G, M), lanes = round_up(G, 8);
-  Scratch<float> dw(G * pitch), sums(dz.data ? slots * G * RP : 0), z(dh ? r_panels * G * PANEL : 0);
-  Scratch<float> slice(sliced ? o_size * i_size * f.R : 0);
+  const int64_t threads = at::get_num_threads(), depth = std::clamp<int64_t>((1 << 16) / R, 16, 256);  // of H in one product
+  const int64_t slots = std::clamp<int64_t>(std::min(o_size * i_size / 256, room / (G * R)), 1, 16);
+  const int64_t M = round_up(ceil_div(G, std::clamp<int64_t>(threads / slots, 1, ceil_div(G, 16))), 2), m_units = ceil_div(G, M);
+  const Scratch<float> dw(G * pitch), sums(dz.data ? slots * G * R : 0), z(dh ? panels * G * PANEL : 0);
+  const Scratch<float> slice(sliced ? o_size * i_size * R : 0), ones(biased ? POINTS : 0);
+  if (biased) std::fill_n((float*)ones, POINTS, 1.f);
   for (int64_t step = 0; step < groups * chunks; ++step) {
     const int64_t group = dz.data ? step / chunks : step % groups, chunk = dz.data ? step % chunks : step / groups;
-    const int64_t b0 = group * G, Gs = std::min(G, f.B - b0);
-    const Range o{chunk / i_parts * o_size, std::min(f.O, (chunk / i_parts + 1) * o_size)};
-    const Range i{chunk % i_parts * i_size, std::min(f.I, (chunk % i_parts + 1) * i_size)};
-    const int64_t os = o.size(), is = i.size(), ip = round_up(is, 8), J = os * ip, flops = 2 * Gs * J;
-    const bool summed = biased && i.begin == 0;
+    const int64_t b0 = group * G, Gs = std::min(G, f.B - b0), o0 = chunk / i_parts * o_size, i0 = chunk % i_parts * i_size;
+    const int64_t os = std::min(o_size, f.O - o0), is = std::min(i_size, f.I - i0), J = os * is, flops = 2 * Gs * J;
+    const bool summed = biased && i0 == 0;
 
-    // dW[b,o,i] = Σ_n g[b,n,o] x[b,n,i], and Σ_n g[b,n,o] after it
-    int64_t ow = std::min<int64_t>(os, 256), iw = ip;
-    while (Gs * ceil_div(os, ow) * ceil_div(ip, iw) < 2 * at::get_num_threads() && (ow > 32 || iw > PANEL)) {
+    // dW[b,o,i] = Σ_n g[b,n,o] x[b,n,i], and after it Σ_n g[b,n,o]
+    int64_t ow = std::min<int64_t>(os, 256), iw = is;
+    while (Gs * ceil_div(os, ow) * ceil_div(is, iw) < 2 * (threads - 1) && (ow > 32 || iw > PANEL)) {
       if (ow >= iw) ow = ceil_div(ow, 2);
       else iw = round_up(ceil_div(iw, 2), PANEL);
     }
-    const int64_t o_units = ceil_div(os, ow), i_units = ceil_div(ip, iw);
-    const int64_t ns = std::min(f.N, POINTS), ld = packed_ld<float>(ns);
+    const int64_t o_units = ceil_div(os, ow), i_units = ceil_div(is, iw), ns = std::min(f.N, POINTS), ld = odd_lines(ns);
+    const bool narrow = direct && f.x.feature == 1 && f.x.point <= 64;  // then x is a good right operand as it lies
     for_units(Gs * o_units * i_units, flops * f.N, ow * ld + ns * PANEL, workspace, [&](int64_t unit, float* gt) {
-      const int64_t b = unit / (o_units * i_units), o0 = unit / i_units % o_units * ow, count = std::min(ow, os - o0);
-      const int64_t i0 = unit % i_units * iw, i1 = std::min(ip, i0 + iw);
+      const int64_t b = unit / (o_units * i_units), o = unit / i_units % o_units * ow, M = std::min(ow, os - o);
+      const int64_t i = unit % i_units * iw, end = std::min(is, i + iw);
       float* const to = dw + b * pitch;
-      float* const xp = gt + ow * ld;
+      float* const packed = gt + ow * ld;
       for (int64_t n = 0; n < f.N; n += ns) {
-        const int64_t depth = std::min(ns, f.N - n), q = (b0 + b) * f.N + n;
-        pack(f.g.row(q) + (o.begin + o0) * f.g.feature, f.g.feature, f.g.point, gt, ld, count, depth, ld);
-        for (int64_t c = i0; c < i1; c += PANEL) {
-          const int64_t width = std::min(PANEL, i1 - c), used = std::min(width, is - c);
-          pack(f.x.row(q) + (i.begin + c) * f.x.feature, f.x.point, f.x.feature, xp, width, depth, used, width);
-          for (int64_t k = 0; used < width && k < depth; ++k) std::fill(xp + k * width + used, xp + (k + 1) * width, 0.f);
-          gemm(count, width, depth, gt, ld, xp, width, to + o0 * ip + c, ip, n > 0);
+        const int64_t K = std::min(ns, f.N - n), q = (b0 + b) * f.N + n;
+        pack(f.g.row(q) + (o0 + o) * f.g.feature, f.g.feature, f.g.point, gt, ld, M, K, ld);
+        for (int64_t c = i; c < end; c += PANEL) {
+          const int64_t width = std::min(PANEL, end - c);
+          const S* const x = f.x.row(q) + (i0 + c) * f.x.feature;
+          if (!narrow) pack(x, f.x.point, f.x.feature, packed, PANEL, K, width, PANEL);
+          const float* right = packed;
+          if constexpr (direct) right = narrow ? x : packed;
+          gemm(M, width, K, (const float*)gt, ld, right, narrow ? f.x.point : PANEL, to + o * is + c, is, n > 0);
         }
-        for (int64_t k = 0; summed && i0 == 0 && k < count; ++k) {
-          float sum = n > 0 ? to[J + o0 + k] : 0.f;
-          for (int64_t l = 0; l < depth; ++l) sum += gt[k * ld + l];
-          to[J + o0 + k] = sum;
-        }
+        if (summed && i == 0) gemm(M, 1, K, (const float*)gt, ld, (const float*)ones, 1, to + J + o, 1, n > 0);
       }
     });
 
-    for (int64_t r = 0; dh && r < f.R; r += PANEL)
+    for (int64_t r = 0; dh && r < R; r += PANEL)
       pack(f.z.data + b0 * f.z.instance + r * f.z.feature, f.z.instance, f.z.feature, z + r * Gs, PANEL, Gs,
-           std::min(PANEL, f.R - r), PANEL);
-    const int64_t z_units = dz.data ? slots * m_units : 0, JB = J + (summed ? os : 0), blocks = ceil_div(JB, depth);
+           std::min(PANEL, R - r), PANEL);
+    const int64_t rows = J + (summed ? os : 0), blocks = ceil_div(rows, depth), z_units = dz.data ? slots * m_units : 0;
     const int64_t oh = std::max<int64_t>(1, 128 / is), h_units = dh ? ceil_div(os, oh) : 0;
-    const int64_t floats = std::max(depth * (r_panels * PANEL), (oh * is + 8) * lanes);
-    for_units(z_units + h_units, flops * f.R * ((z_units > 0) + (h_units > 0)), floats, workspace, [&](int64_t unit, float* t) {
+    const int64_t floats = std::max(depth * panels * PANEL, (oh * is + 8) * odd_lines(G));
+    for_units(z_units + h_units, flops * R * ((z_units > 0) + (h_units > 0)), floats, workspace, [&](int64_t unit, float* t) {
       if (unit < z_units) {  // dz[b,r] += Σ_{o,i} dW[b,o,i] H[o,i,r]
-        const int64_t b = unit % m_units * M, count = std::min(M, Gs - b), slot = unit / m_units;
+        const int64_t b = unit % m_units * M, slot = unit / m_units;
         const Range own = share(blocks, slot, slots);
-        for (int64_t k = own.begin; count > 0 && k < own.end; ++k) {
-          const int64_t j0 = k * depth, js = std::min(depth, JB - j0);
-          for (int64_t j = 0; j < js; ++j) {
-            const int64_t row = j0 + j, oj = o.begin + (row < J ? row / ip : row - J), ij = row % ip;
-            const S* const src = row < J ? f.h + oj * f.so + (i.begin + ij) * f.si : f.bias.data + oj * f.bias.s0;
-            for (int64_t r = 0; r < f.R; r += PANEL) {
-              const int64_t sr = row < J ? f.sr : f.bias.s1, width = std::min(PANEL, RP - r);
-              float* const to = t + r * js + j * width;
-              if (row < J && ij >= is) std::fill(to, to + width, 0.f);
-              else pack(src + r * sr, 0, sr, to, 0, 1, std::min(width, f.R - r));
-            }
+        for (int64_t k = own.begin; b < Gs && k < own.end; ++k) {
+          const int64_t j0 = k * depth, K = std::min(depth, rows - j0);
+          for (int64_t j = j0; j < j0 + K; ++j) {
+            const bool of_h = j < J;
+            const S* src = of_h ? f.h + (o0 + j / is) * f.so + (i0 + j % is) * f.si : f.bias.data + (o0 + j - J) * f.bias.s0;
+            const int64_t stride = of_h ? f.sr : f.bias.s1;
+            float* to = t + (j - j0) * PANEL;
+            int64_t r = 0;
+            for (; stride == 1 && r + PANEL <= R; r += PANEL) convert(src + r, to + r * K, PANEL);
+            for (; r < R; r += PANEL) pack(src + r * stride, 0, stride, to + r * K, 0, 1, std::min(PANEL, R - r));
           }
-          for (int64_t r = 0; r < f.R; r += PANEL) {
-            const int64_t width = std::min(PANEL, RP - r);
-            gemm(count, width, js, dw + b * pitch + j0, pitch, t + r * js, width, sums + (slot * G + b) * RP + r, RP,
-                 chunk > 0 || k > own.begin);
-          }
+          for (int64_t r = 0; r < R; r += PANEL)
+            gemm(std::min(M, Gs - b), std::min(PANEL, R - r), K, (const float*)dw + b * pitch + j0, pitch, t + r * K, PANEL,
+                 sums + (slot * G + b) * R + r, R, chunk > 0 || k > own.begin);
         }
       } else {  // dH[o,i,r] += Σ_b dW[b,o,i] z[b,r]
-        const int64_t o0 = (unit - z_units) * oh, count = std::min(oh, os - o0), ld = round_up(Gs, 8);
-        for (int64_t k = 0; k < count; ++k)  // what is written beyond i is overwritten by the next
-          transpose(dw + (o0 + k) * ip, pitch, t + k * is * ld, ld, Gs, ip, ld);
+        const int64_t o = (unit - z_units) * oh, count = std::min(oh, os - o), ld = odd_lines(Gs);
+        for (int64_t k = 0; k < count; ++k)  // what is written beyond i, the next overwrites
+          transpose(dw + (o + k) * is, pitch, t + k * is * ld, ld, Gs, round_up(is, 8), ld);
         float* c;
-        const int64_t run = sliced ? is : f.I;
-        if constexpr (direct) c = dh + ((o.begin + o0) * f.I + i.begin) * f.R;
-        else c = slice + o0 * is * f.R;
-        for (int64_t r = 0; r < f.R; r += PANEL) {
-          const int64_t width = std::min(PANEL, f.R - r);
-          if (run == is) gemm(count * is, width, Gs, t, ld, z + r * Gs, PANEL, c + r, f.R, group > 0);
-          else
-            for (int64_t k = 0; k < count; ++k)
-              gemm(is, width, Gs, t + k * is * ld, ld, z + r * Gs, PANEL, c + k * run * f.R + r, f.R, group > 0);
-        }
+        if constexpr (direct) c = dh + ((o0 + o) * f.I + i0) * R;
+        else c = slice + o * is * R;
+        const bool whole = sliced || is == f.I;  // whether all these rows lie one after another
+        for (int64_t r = 0; r < R; r += PANEL)
+          for (int64_t k = 0; k < (whole ? 1 : count); ++k)
+            gemm(whole ? count * is : is, std::min(PANEL, R - r), Gs, (const float*)t + k * is * ld, ld, z + r * Gs, PANEL,
+                 c + k * f.I * R + r, R, group > 0);
         if (sliced && group == groups - 1)
           for (int64_t k = 0; k < count; ++k)
-            pack((const float*)c + k * is * f.R, 0, 1, dh + ((o.begin + o0 + k) * f.I + i.begin) * f.R, 0, 1, is * f.R);
+            pack((const float*)c + k * is * R, 0, 1, dh + ((o0 + o + k) * f.I + i0) * R, 0, 1, is * R);
       }
     });
 
     if (!dz.data || chunk < chunks - 1) continue;
     for (int64_t s = 1; s < slots; ++s)
-      for (int64_t k = 0; k < Gs * RP; ++k) sums[k] += sums[s * G * RP + k];
-    pack((const float*)sums, RP, 1, dz.data + b0 * f.R, f.R, Gs, f.R);
+      for (int64_t k = 0; k < Gs * R; ++k) sums[k] += sums[s * G * R + k];
+    pack((const float*)sums, R, 1, dz.data + b0 * R, R, Gs, R);
   }
 }
 

@@ -63,7 +63,7 @@ Head<S> cut_q(Head<S> h, Range r) {
 // How a call is cut into tasks: groups of instances, whose blocks meet a piece of H together, and, where there are
 // few rows, slices of an axis of H. Slices depend on sizes alone, so that the number of threads changes no bit.
 struct Tasks {
-  int64_t instances, groups, slices, group_rows;
+  int64_t instances, groups, slices, group_rows, grain;
 
   Tasks(int64_t B, int64_t N, int64_t R, int64_t I, int64_t O, int64_t axis, int64_t workspace) {
     const int64_t rows = B * N, blocks = (rows + LANES - 1) / LANES, threads = at::get_num_threads();
@@ -74,22 +74,27 @@ struct Tasks {
       const int64_t worth = rows * R * I * O >> 19;  // a slice of less is not worth a thread
       slices = std::max<int64_t>(1, std::min({(16 + blocks - 1) / blocks, axis, worth}));
     }
-    int64_t each = slices > 1 ? blocks : std::min<int64_t>(32, (blocks + threads - 1) / threads);
-    each = std::max<int64_t>(1, std::min(each, fit));
+    // Where an instance has several rows, groups are where sums over them are cut.
+    const int64_t groups_wanted = N > 1 ? 16 : threads;
+    int64_t each = slices > 1 ? blocks : std::min<int64_t>(32, (blocks + groups_wanted - 1) / groups_wanted);
+    each = std::clamp<int64_t>(fit, 1, each);
     instances = std::max<int64_t>(1, each * LANES / N);
     groups = (B + instances - 1) / instances;
     group_rows = each * LANES;
+    // Very wide problems leave threads idle rather than exceed the workspace.
+    const int64_t together = std::max<int64_t>(1, workspace / 2 / (12 * (R + I + O) * LANES * each));
+    grain = (groups * slices + together - 1) / together;
   }
 
   // Calls f(slice, first instance, last instance) in parallel.
-  template <class F>
+  template <class T, class F>
   void run(int64_t B, F&& f) const {
-    at::parallel_for(0, groups * slices, 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, groups * slices, grain, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         const int64_t group = t / slices;
         f(t % slices, group * instances, std::min(B, (group + 1) * instances));
       }
-      at::native::cpublas::brgemm_release();
+      release<T>();
     });
   }
 };
@@ -102,7 +107,7 @@ class Lanes {
 
   template <class S>
   Lanes(const Group& group, const Rows<const S>& t, int64_t q0) : Lanes(group, t.features) {
-    for (int64_t k = 0; k < group.blocks; ++k)
+    for (int64_t k = 0; k < group.blocks && t.features; ++k)
       load_lanes(t, q0 + k * LANES, q0 + std::min(group.rows, (k + 1) * LANES), at(k));
   }
 
@@ -141,7 +146,7 @@ class Lanes {
 template <class S, class T>
 void apply_rows(const Factors<S>& f, const S* base_bias, int64_t base_bias_stride, Rows<S> y, Schedule schedule, int64_t workspace) {
   const Tasks tasks(f.B, f.N, f.R, f.I, f.O, schedule == Schedule::fold ? f.O / LANES : f.O, workspace);
-  tasks.run(f.B, [&](int64_t slice, int64_t b0, int64_t b1) {
+  tasks.template run<T>(f.B, [&](int64_t slice, int64_t b0, int64_t b1) {
     const Range o = share(f.O, slice, tasks.slices);
     for (int64_t q = b0 * f.N; q < b1 * f.N; q += tasks.group_rows) {
       const int64_t rows = std::min(tasks.group_rows, b1 * f.N - q);
@@ -187,7 +192,7 @@ void grads_rows(const Factors<S>& f, Rows<S> dx, Rows<S> dz, Schedule schedule, 
   const bool sliced_sum = dz.data && one_pass && tasks.slices > 1;
   const bool summed = dz.data && (f.N > 1 || sliced_sum);
   Scratch<float> partial(sliced_sum ? tasks.slices * f.B * f.R : 0);
-  tasks.run(f.B, [&](int64_t slice, int64_t b0, int64_t b1) {
+  tasks.template run<T>(f.B, [&](int64_t slice, int64_t b0, int64_t b1) {
     const Range i = dx.data || one_pass ? share(f.I, slice, tasks.slices) : Range{0, f.I};
     const Range r = one_pass ? Range{0, f.R} : share(f.R, slice, tasks.slices);
     Scratch<float> own(summed && !sliced_sum ? (b1 - b0) * r.size() : 0);

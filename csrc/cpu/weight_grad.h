@@ -137,17 +137,17 @@ void weight_grad(const Factors<S>& f, S* dh, Schedule schedule) {
     at::parallel_for(0, o_parts * parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t)
         fold_slice<S, T>(f, share(f.O, t / parts, o_parts), {t % parts * each, std::min(total, (t % parts + 1) * each)}, dh);
-      at::native::cpublas::brgemm_release();
+      release<T>();
     });
   } else {
-    const int64_t room = std::max<int64_t>(64, SLICE / f.R);
+    const int64_t room = std::clamp<int64_t>(SLICE / f.R, 64, 4096);
     const int64_t i_parts = f.I <= 2 * 64 ? 1 : (f.I + 63) / 64, i_size = (f.I + i_parts - 1) / i_parts;
     const int64_t wanted = std::max((tasks + i_parts - 1) / i_parts, f.O * i_size / room);
     const int64_t o_parts = std::clamp<int64_t>(wanted, 1, f.O);
     at::parallel_for(0, o_parts * i_parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t)
         generate_slice<S, T>(f, share(f.O, t / i_parts, o_parts), share(f.I, t % i_parts, i_parts), dh);
-      at::native::cpublas::brgemm_release();
+      release<T>();
     });
   }
 }

@@ -126,7 +126,7 @@ def base_grads(
     shapes = ((O, R), (O, I), (O,))
     outs = tuple(x.new_empty(shape) if k else None for shape, k in zip(shapes, mask[3:], strict=True))
     z = cast(Tensor, z)  # absent only where dbias is not asked for
-    wide = max([out.shape[1] for out in (dbias, dbase) if out is not None], default=1)
+    wide = max([out.shape[1] for out in outs[:2] if out is not None], default=1)
     for o in blocks(g.shape[2], tile.elements // max(1, wide)):
         sums = [None if t is None else torch.zeros_like(t[o], dtype=tile.sum_dtype) for t in outs]
         for b, n in boxes(B, N, o.stop - o.start + I, tile):
