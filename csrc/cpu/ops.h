@@ -93,7 +93,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grads(
     const Schedule order = named(schedule);
     if (N > 1 && order == Schedule::generate) return grads_points<S>(f, out<S>(dx), out<S>(dz), to_h, workspace);
     if (mask[0] || mask[1]) grads_rows<S, T>(f, out<S>(dx), out<S>(dz), order, workspace);
-    if (mask[2]) weight_grad<S, T>(f, to_h, named(schedule_of_weight));
+    if (mask[2]) weight_grad<S, T>(f, to_h, named(schedule_of_weight), workspace);
   });
   return {dx, dz, dh};
 }

@@ -65,6 +65,9 @@ void generate(
   for (int64_t run = 0; h.data && run < runs; ++run)
     for (int64_t c = 0; c < h.c; c += depth) {
       const int64_t cs = std::min(depth, h.c - c);
+      if (run + 1 < runs && c == 0)  // rows are read several at a time, and the hardware loses track of so many
+        for (int64_t k = 0; k < rows; ++k)
+          for (int64_t l = 0; l < h.c; l += 16) __builtin_prefetch(h.data + (run + 1) * next + k * stride + l);
       const auto a = left<S, float>(h.data + run * next + c * h.sc, stride, h.sc, rows, cs, packed);
       for (int64_t k = 0; k < group.blocks; ++k)
         gemm(rows, group.width(k), cs, a.data, a.ld, z + (k * h.c + c) * LANES, LANES,

@@ -60,6 +60,12 @@ Head<S> cut_q(Head<S> h, Range r) {
   return h;
 }
 
+// Tasks a thread must take at least: one with less than 2¹⁹ multiplications to do is not worth waking.
+inline int64_t tasks_per_thread(int64_t tasks, int64_t multiplications) {
+  const int64_t threads = std::clamp<int64_t>(multiplications >> 19, 1, tasks);
+  return (tasks + threads - 1) / threads;
+}
+
 // How a call is cut into tasks: groups of instances, whose blocks meet a piece of H together, and, where there are
 // few rows, slices of an axis of H. Slices depend on sizes alone, so that the number of threads changes no bit.
 struct Tasks {
@@ -83,7 +89,7 @@ struct Tasks {
     group_rows = each * LANES;
     // Very wide problems leave threads idle rather than exceed the workspace.
     const int64_t together = std::max<int64_t>(1, workspace / 2 / (12 * (R + I + O) * LANES * each));
-    grain = (groups * slices + together - 1) / together;
+    grain = std::max((groups * slices + together - 1) / together, tasks_per_thread(groups * slices, rows * R * I * O));
   }
 
   // Calls f(slice, first instance, last instance) in parallel.

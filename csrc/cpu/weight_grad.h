@@ -126,15 +126,19 @@ void generate_slice(const Factors<S>& f, Range o, Range i, S* dh) {
 }
 
 template <class S, class T>
-void weight_grad(const Factors<S>& f, S* dh, Schedule schedule) {
-  const int64_t threads = at::get_num_threads(), work = f.B * f.N * f.R * f.I * f.O >> 19;
-  const int64_t tasks = std::max<int64_t>(1, std::min(threads, work));
+void weight_grad(const Factors<S>& f, S* dh, Schedule schedule, int64_t workspace) {
+  const int64_t work = f.B * f.N * f.R * f.I * f.O, threads = at::get_num_threads();
+  const int64_t tasks = std::clamp<int64_t>(work >> 19, 1, threads);
+  const int64_t together = std::max<int64_t>(1, workspace / 2 / (4 * (3 * SLICE + 2 * DEPTH * f.R)));
+  const auto grain = [&](int64_t count) {
+    return std::max(tasks_per_thread(count, work), (count + together - 1) / together);
+  };
   if (schedule == Schedule::fold) {
     const int64_t o_parts = (f.O + 511) / 512, o_size = (f.O + o_parts - 1) / o_parts;
     const int64_t total = f.I * f.R, room = std::max(COLUMNS, SLICE / o_size / COLUMNS * COLUMNS);
     const int64_t wanted = (tasks + o_parts - 1) / o_parts;
     const int64_t each = std::min(room, round_up((total + wanted - 1) / wanted, COLUMNS)), parts = (total + each - 1) / each;
-    at::parallel_for(0, o_parts * parts, 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, o_parts * parts, grain(o_parts * parts), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t)
         fold_slice<S, T>(f, share(f.O, t / parts, o_parts), {t % parts * each, std::min(total, (t % parts + 1) * each)}, dh);
       release<T>();
@@ -144,7 +148,7 @@ void weight_grad(const Factors<S>& f, S* dh, Schedule schedule) {
     const int64_t i_parts = f.I <= 2 * 64 ? 1 : (f.I + 63) / 64, i_size = (f.I + i_parts - 1) / i_parts;
     const int64_t wanted = std::max((tasks + i_parts - 1) / i_parts, f.O * i_size / room);
     const int64_t o_parts = std::clamp<int64_t>(wanted, 1, f.O);
-    at::parallel_for(0, o_parts * i_parts, 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, o_parts * i_parts, grain(o_parts * i_parts), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t)
         generate_slice<S, T>(f, share(f.O, t / i_parts, o_parts), share(f.I, t % i_parts, i_parts), dh);
       release<T>();
