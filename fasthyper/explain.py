@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from . import planner
+from . import backends, planner
+from .backends import cpu
 from .problem import Plan, Problem
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
-_TITLES = {"apply": "forward", "grads": "backward, all three gradients"}
+_FORWARD = ("apply", "forward", (True, True, True))
+_TOGETHER = (_FORWARD, ("grads", "backward, all three gradients", (True, True, True)))
+# The compiled kernels plan these two apart where an instance has one point: they share nothing then.
+_APART = (
+    _FORWARD,
+    ("grads", "backward of x and z", (True, True, False)),
+    ("grads", "backward of the head", (False, False, True)),
+)
 _ORDERS = {
     "fold": "x ⊗ z first, then one product with K = I·R",
     "generate": "z · H first, a tile of W at a time, then x",
@@ -42,7 +50,7 @@ def explain(
 
     Example:
         >>> print(explain(batch=4800, points=1, cond=128, in_features=64, out_features=64))
-        B = 4,800, N = 1, R = 128, I = 64, O = 64, float32 on cpu, workspace at most 32.0 MiB
+        B = 4,800, N = 1, R = 128, I = 64, O = 64, float32 on cpu, backend ..., workspace at most 32.0 MiB
         written out, W would take 75.0 MiB
         ...
     """
@@ -56,14 +64,17 @@ def explain(
         device = torch.device(device).type
     except RuntimeError as error:
         raise ValueError(f"device must be a device type such as cpu or cuda, got {device!r}") from error
+    compiled = device == "cpu" and DTYPES[dtype] in cpu.DTYPES and backends.backend("auto", torch.device("cpu")) is cpu
+    backend = "cpu" if compiled else "aten"
     written_out = batch * in_features * out_features * DTYPES[dtype].itemsize
     lines = [
         f"B = {batch:,}, N = {points:,}, R = {cond:,}, I = {in_features:,}, O = {out_features:,}, {dtype} on {device}, "
-        f"workspace at most {_mib(planner.get_workspace_limit())}",
+        f"backend {backend}, workspace at most {_mib(planner.get_workspace_limit())}",
         f"written out, W would take {_mib(written_out)}",
     ]
-    for op, title in _TITLES.items():
-        problem = Problem(op, batch, points, cond, in_features, out_features, DTYPES[dtype], device)
+    for op, title, needs in _APART if compiled and points == 1 else _TOGETHER:
+        sizes_of = (batch, points, cond, in_features, out_features)
+        problem = Problem(op, *sizes_of, DTYPES[dtype], device, needs=needs, backend=backend)
         lines += ["", title, *_table(planner.plans(problem))]
     return "\n".join(lines)
 

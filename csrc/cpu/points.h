@@ -14,12 +14,12 @@
 namespace fasthyper {
 
 constexpr int64_t PANEL = 32;  // columns of a right operand
-constexpr int64_t GROUP = 128;  // instances that meet a piece of H together
+constexpr int64_t GROUP = 128;  // instances that meet a piece of H together, in a thread
 
 // Calls f(unit, scratch) for all units. Threads take the next as they get free; `flops` says how many are worth it.
 template <class F>
 void for_units(int64_t units, int64_t flops, int64_t floats, int64_t workspace, F&& f) {
-  const int64_t fit = workspace / 2 / (floats * int64_t(sizeof(float)));
+  const int64_t fit = workspace / 4 / (floats * int64_t(sizeof(float)));
   const int64_t threads = std::min({int64_t(at::get_num_threads()), units, fit, flops >> 18});
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::max<int64_t>(1, threads), 1, [&](int64_t, int64_t) {
@@ -94,12 +94,11 @@ void apply_points(const Factors<S>& f, const S* base_bias, int64_t base_bias_str
   const int64_t P = std::min(8 * K * PANEL > room ? 8 : PANEL, round_up(f.O, 8)), panels = ceil_div(f.O, P);
   const int64_t pitch = odd_lines(K * P);
   int64_t each = 0, at_once = 1, least = 0;  // a group reads H, and x again for every piece: the size that reads least
-  for (int64_t g = GROUP; g >= 8; g /= 2) {
-    const int64_t count = std::min(g, f.B), fit = std::min(panels, room / (round_up(count, 8) * pitch));
-    const int64_t reads = f.O * f.I * f.R * ceil_div(f.B, count) + f.B * f.N * f.I * ceil_div(panels, std::max<int64_t>(1, fit));
-    if (g > 8 && (fit == 0 || count * f.R > room || (each && reads >= least))) continue;
-    if (each && reads >= least) continue;
-    each = count, least = reads, at_once = ceil_div(panels, ceil_div(panels, std::max<int64_t>(1, fit)));
+  for (int64_t count = f.B; !each || count > 8; count = round_up(count, 16) / 2) {
+    const int64_t fit = std::min(panels, room / (round_up(count, 8) * pitch)), steps = ceil_div(panels, std::max<int64_t>(1, fit));
+    const int64_t reads = f.O * f.I * f.R * ceil_div(f.B, count) + f.B * f.N * f.I * steps;
+    const bool fits = fit > 0 && count * f.R <= room / 4;
+    if ((fits || count <= 8) && (!each || reads < least)) each = count, least = reads, at_once = ceil_div(panels, steps);
   }
   const int64_t groups = ceil_div(f.B, each);
   if (groups > 1) each = round_up(ceil_div(f.B, groups), 8);
@@ -120,21 +119,22 @@ void apply_points(const Factors<S>& f, const S* base_bias, int64_t base_bias_str
       const int64_t ps = std::min(at_once, panels - p0);
       const auto panel = [&](int64_t p) { return Range{(p0 + p) * P, std::min(f.O, (p0 + p + 1) * P)}; };
       const int64_t flops = 2 * group.rows * ps * P * f.I;
-      for_units(ps * o_units * i_units, flops * f.R, ROWS * (group.blocks * LANES + 64), workspace, [&](int64_t unit, float* t) {
-        const int64_t p = unit / (o_units * i_units), i = unit % i_units * iw;
-        const int64_t o = panel(p).begin + unit / i_units % o_units * ow, os = std::min(ow, panel(p).end - o);
-        float* const to = w + p * lanes * pitch + (o - panel(p).begin);
-        float* const packed = t + ROWS * group.blocks * LANES;
+      const int64_t b_units = ceil_div(group.rows, GROUP), h_units = o_units * i_units * b_units;
+      for_units(ps * h_units, flops * f.R, ROWS * (GROUP + 64), workspace, [&](int64_t unit, float* t) {
+        const int64_t b = unit % b_units * GROUP, i = unit / b_units % i_units, p = unit / h_units;
+        const int64_t o = panel(p).begin + unit / (b_units * i_units) % o_units * ow, os = std::min(ow, panel(p).end - o);
         if (os <= 0) return;
-        if (unit % i_units < i_units - shifted) {
-          const Head<S> h{f.h + o * f.so + i * f.si, os, std::min(iw, f.I - i), f.R, f.so, f.si, f.sr};
-          const Matrix<S> base{f.base.data ? f.base.data + o * f.base.s0 + i * f.base.s1 : nullptr, f.base.s0, f.base.s1};
-          generate(h, base, group, z, to + i * P, pitch, P, t, packed);
-        } else {
-          const Head<S> h{f.bias.data ? f.bias.data + o * f.bias.s0 : nullptr, os, 1, f.R, f.bias.s0, 0, f.bias.s1};
-          const Matrix<S> base{base_bias ? base_bias + o * base_bias_stride : nullptr, base_bias_stride, 0};
-          generate(h, base, group, z, to + f.I * P, pitch, P, t, packed);
-        }
+        const int64_t rows = std::min(GROUP, group.rows - b), i0 = i < i_units - shifted ? i * iw : f.I;
+        const auto make = [&](const Head<S>& h, const Matrix<S>& base) {
+          float* const to = w + (p * lanes + b) * pitch + i0 * P + (o - panel(p).begin);
+          generate(h, base, {ceil_div(rows, LANES), rows}, z + b * f.R, to, pitch, P, t, t + ROWS * GROUP);
+        };
+        if (i0 < f.I)
+          make({f.h + o * f.so + i0 * f.si, os, std::min(iw, f.I - i0), f.R, f.so, f.si, f.sr},
+               {f.base.data ? f.base.data + o * f.base.s0 + i0 * f.base.s1 : nullptr, f.base.s0, f.base.s1});
+        else
+          make({f.bias.data ? f.bias.data + o * f.bias.s0 : nullptr, os, 1, f.R, f.bias.s0, 0, f.bias.s1},
+               {base_bias ? base_bias + o * base_bias_stride : nullptr, base_bias_stride, 0});
       });
       const int64_t parts = group.rows * n_units < 2 * (at::get_num_threads() - 1) ? ps : 1;
       const int64_t floats = rows * PANEL + (read ? 0 : rows * packed_ld<float>(f.I));
@@ -167,20 +167,21 @@ void weight_points(const Factors<S>& f, Rows<S> dz, S* dh, int64_t workspace) {
   constexpr bool direct = std::is_same_v<S, float>;
   const int64_t room = piece(workspace), R = f.R, panels = ceil_div(R, PANEL);
   const bool biased = dz.data && f.bias.data, sliced = dh && !direct;
-  int64_t o_size = f.O, i_size = std::min<int64_t>(f.I, 512), G = std::min({f.B, GROUP, std::max<int64_t>(8, room / R)});
-  while (o_size * i_size > room / std::max(G, sliced ? R : 1) && (o_size > 32 || i_size > 32)) {
+  int64_t o_size = f.O, i_size = std::min<int64_t>(f.I, 512), G = std::min(f.B, GROUP);
+  while (o_size * i_size > room / std::max(G, sliced ? 2 * R : 1) && (o_size > 32 || i_size > 32)) {
     if (o_size >= i_size) o_size = ceil_div(o_size, 2);
     else i_size = round_up(ceil_div(i_size, 2), 8);
   }
   const int64_t pitch = odd_lines(o_size * (i_size + biased) + 8);
-  G = std::clamp<int64_t>(room / pitch, 1, G);
+  const bool one_chunk = o_size == f.O && i_size == f.I;
+  G = std::clamp<int64_t>(std::min(room / pitch, room / 4 / R), 1, one_chunk ? f.B : G);
   const int64_t groups = ceil_div(f.B, G), i_parts = ceil_div(f.I, i_size), chunks = ceil_div(f.O, o_size) * i_parts;
   if (sliced && dz.data && groups > 1 && chunks > 1) {  // either sum would wait for the other
     weight_points(f, dz, (S*)nullptr, workspace);
     return weight_points(f, {}, dh, workspace);
   }
   const int64_t threads = at::get_num_threads(), depth = std::clamp<int64_t>((1 << 16) / R, 16, 256);  // of H in one product
-  const int64_t slots = std::clamp<int64_t>(std::min(o_size * i_size / 256, room / (G * R)), 1, 16);
+  const int64_t slots = std::clamp<int64_t>(std::min(o_size * i_size / 256, room / 2 / (G * R)), 1, 16);
   const int64_t M = round_up(ceil_div(G, std::clamp<int64_t>(threads / slots, 1, ceil_div(G, 16))), 2), m_units = ceil_div(G, M);
   const Scratch<float> dw(G * pitch), sums(dz.data ? slots * G * R : 0), z(dh ? panels * G * PANEL : 0);
   const Scratch<float> slice(sliced ? o_size * i_size * R : 0), ones(biased ? POINTS : 0);
@@ -224,7 +225,7 @@ void weight_points(const Factors<S>& f, Rows<S> dz, S* dh, int64_t workspace) {
            std::min(PANEL, R - r), PANEL);
     const int64_t rows = J + (summed ? os : 0), blocks = ceil_div(rows, depth), z_units = dz.data ? slots * m_units : 0;
     const int64_t oh = std::max<int64_t>(1, 128 / is), h_units = dh ? ceil_div(os, oh) : 0;
-    const int64_t floats = std::max(depth * panels * PANEL, (oh * is + 8) * odd_lines(G));
+    const int64_t floats = std::max(depth * panels * PANEL, (oh * is + 8) * odd_lines(std::min(G, GROUP)));
     for_units(z_units + h_units, flops * R * ((z_units > 0) + (h_units > 0)), floats, workspace, [&](int64_t unit, float* t) {
       if (unit < z_units) {  // dz[b,r] += Σ_{o,i} dW[b,o,i] H[o,i,r]
         const int64_t b = unit % m_units * M, slot = unit / m_units;
@@ -245,17 +246,20 @@ void weight_points(const Factors<S>& f, Rows<S> dz, S* dh, int64_t workspace) {
                  sums + (slot * G + b) * R + r, R, chunk > 0 || k > own.begin);
         }
       } else {  // dH[o,i,r] += Σ_b dW[b,o,i] z[b,r]
-        const int64_t o = (unit - z_units) * oh, count = std::min(oh, os - o), ld = odd_lines(Gs);
-        for (int64_t k = 0; k < count; ++k)  // what is written beyond i, the next overwrites
-          transpose(dw + (o + k) * is, pitch, t + k * is * ld, ld, Gs, round_up(is, 8), ld);
+        const int64_t o = (unit - z_units) * oh, count = std::min(oh, os - o), ld = odd_lines(std::min(G, GROUP));
         float* c;
         if constexpr (direct) c = dh + ((o0 + o) * f.I + i0) * R;
         else c = slice + o * is * R;
         const bool whole = sliced || is == f.I;  // whether all these rows lie one after another
-        for (int64_t r = 0; r < R; r += PANEL)
-          for (int64_t k = 0; k < (whole ? 1 : count); ++k)
-            gemm(whole ? count * is : is, std::min(PANEL, R - r), Gs, (const float*)t + k * is * ld, ld, z + r * Gs, PANEL,
-                 c + k * f.I * R + r, R, group > 0);
+        for (int64_t b = 0; b < Gs; b += GROUP) {
+          const int64_t K = std::min(GROUP, Gs - b);
+          for (int64_t k = 0; k < count; ++k)  // what is written beyond i, the next overwrites
+            transpose(dw + b * pitch + (o + k) * is, pitch, t + k * is * ld, ld, K, round_up(is, 8), ld);
+          for (int64_t r = 0; r < R; r += PANEL)
+            for (int64_t k = 0; k < (whole ? 1 : count); ++k)
+              gemm(whole ? count * is : is, std::min(PANEL, R - r), K, (const float*)t + k * is * ld, ld,
+                   z + r * Gs + b * PANEL, PANEL, c + k * f.I * R + r, R, group > 0 || b > 0);
+        }
         if (sliced && group == groups - 1)
           for (int64_t k = 0; k < count; ++k)
             pack((const float*)c + k * is * R, 0, 1, dh + ((o0 + o + k) * f.I + i0) * R, 0, 1, is * R);
