@@ -164,16 +164,21 @@ def _grads_cost(p: Problem, schedule: str, mach: Machine) -> _Cost:
 
 
 _ROWS_TOGETHER = 1024  # of (b, n) that meet a packed piece of H in the compiled CPU kernels
-_PACKING = 5.0  # passes over an element that packing it takes
+_PACKING_G, _PACKING_P = 5.0, 35.0  # passes that packing H is worth, as measured: for g·H; for x·H and H·(g ⊗ x)
 
 
 def _packing_cost(p: Problem, schedule: str, mach: Machine) -> _Cost:
     """The compiled kernels read H where it lies, but for sums along another axis than its last: those pack it."""
-    across = schedule == "project" if p.op == "apply" else p.needs[1] or (p.needs[0] and schedule == "fold")
-    if p.backend != "cpu" or not across:
+    if p.op == "apply":
+        passes = _PACKING_P if schedule == "project" else 0.0
+    elif schedule == "fold":
+        passes = _PACKING_G if p.needs[0] or p.needs[1] else 0.0
+    else:
+        passes = _PACKING_P if p.needs[1] else 0.0
+    if p.backend != "cpu" or not passes:
         return _Cost()
     groups = max(1.0, p.batch * p.points / _ROWS_TOGETHER)
-    return _tile(p.cond_features * p.in_features * p.out_features * groups, _PACKING, mach)
+    return _tile(p.cond_features * p.in_features * p.out_features * groups, passes, mach)
 
 
 def tile_elements(problem: Problem, mach: Machine, limit: int) -> int:
