@@ -7,10 +7,12 @@ the machine has a compiler, and if not says why, in the console and to `fasthype
 import json
 import os
 import platform
+import shutil
 import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 FOLDER = "fasthyper/_compiled"  # the libraries, and a record: the torch they were built for, or why there are none
@@ -34,7 +36,8 @@ def obstacle():
         from torch.utils import cpp_extension  # noqa: F401
     except ImportError as error:
         return f"the build could not see torch ({error}); pip install --no-build-isolation lets it"
-    return None
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    return None if shutil.which(compiler) else f"there is no C++ compiler {compiler}"
 
 
 def extension(name, source, headers, flags):
@@ -85,6 +88,14 @@ def builder():
     return Build
 
 
+class WithoutKernels(build_py):
+    """Leaves the reason beside the package."""
+
+    def run(self):
+        super().run()
+        write({"error": why}, Path(FOLDER if self.editable_mode else os.path.join(self.build_lib, FOLDER)))
+
+
 def write(record, folder):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.json").write_text(json.dumps(record) + "\n")
@@ -97,4 +108,4 @@ elif os.environ.get("FASTHYPER_BUILD") == "1":
     sys.exit(f"fasthyper: FASTHYPER_BUILD=1, but {why}")
 else:
     print(f"fasthyper: built without compiled kernels: {why}", file=sys.stderr)
-    setup()
+    setup(cmdclass={"build_py": WithoutKernels})

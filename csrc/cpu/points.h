@@ -33,11 +33,6 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// A distance of rows, at least n: an odd number of cache lines, so that rows do not evict each other.
-inline int64_t odd_lines(int64_t n) {
-  return round_up(n, 32) + 16;
-}
-
 // Floats of a piece of W or dW.
 inline int64_t piece(int64_t workspace) {
   return std::clamp<int64_t>(workspace / 16, 1 << 16, 1 << 21);
@@ -46,7 +41,7 @@ inline int64_t piece(int64_t workspace) {
 constexpr int64_t ROWS = 512;  // of H that are generated at a time
 
 // w[b·ld_b + q·ld_q + p] = Σ_c h[p,q,c] z[c,b] + base[p,q]; h may be without data. `t` holds p·q·lanes floats, and
-// `packed` ROWS·64.
+// `packed` ROWS·96.
 template <class S>
 void generate(
     const Head<S>& h, const Matrix<S>& base, const Group& group, const float* z, float* w, int64_t ld_b, int64_t ld_q,
@@ -92,7 +87,7 @@ void apply_points(const Factors<S>& f, const S* base_bias, int64_t base_bias_str
   const bool shifted = f.bias.data || base_bias;
   const int64_t K = f.I + shifted, room = piece(workspace);  // what y starts from is a last row of W
   const int64_t P = std::min(8 * K * PANEL > room ? 8 : PANEL, round_up(f.O, 8)), panels = ceil_div(f.O, P);
-  const int64_t pitch = odd_lines(K * P);
+  const int64_t pitch = packed_ld<float>(K * P);
   int64_t each = 0, at_once = 1, least = 0;  // a group reads H, and x again for every piece: the size that reads least
   for (int64_t count = f.B; !each || count > 8; count = round_up(count, 16) / 2) {
     const int64_t fit = std::min(panels, room / (round_up(count, 8) * pitch)), steps = ceil_div(panels, std::max<int64_t>(1, fit));
@@ -120,7 +115,7 @@ void apply_points(const Factors<S>& f, const S* base_bias, int64_t base_bias_str
       const auto panel = [&](int64_t p) { return Range{(p0 + p) * P, std::min(f.O, (p0 + p + 1) * P)}; };
       const int64_t flops = 2 * group.rows * ps * P * f.I;
       const int64_t b_units = ceil_div(group.rows, GROUP), h_units = o_units * i_units * b_units;
-      for_units(ps * h_units, flops * f.R, ROWS * (GROUP + 64), workspace, [&](int64_t unit, float* t) {
+      for_units(ps * h_units, flops * f.R, ROWS * (GROUP + 96), workspace, [&](int64_t unit, float* t) {
         const int64_t b = unit % b_units * GROUP, i = unit / b_units % i_units, p = unit / h_units;
         const int64_t o = panel(p).begin + unit / (b_units * i_units) % o_units * ow, os = std::min(ow, panel(p).end - o);
         if (os <= 0) return;
@@ -172,7 +167,7 @@ void weight_points(const Factors<S>& f, Rows<S> dz, S* dh, int64_t workspace) {
     if (o_size >= i_size) o_size = ceil_div(o_size, 2);
     else i_size = round_up(ceil_div(i_size, 2), 8);
   }
-  const int64_t pitch = odd_lines(o_size * (i_size + biased) + 8);
+  const int64_t pitch = packed_ld<float>(o_size * (i_size + biased) + 8);
   const bool one_chunk = o_size == f.O && i_size == f.I;
   G = std::clamp<int64_t>(std::min(room / pitch, room / 4 / R), 1, one_chunk ? f.B : G);
   const int64_t groups = ceil_div(f.B, G), i_parts = ceil_div(f.I, i_size), chunks = ceil_div(f.O, o_size) * i_parts;
@@ -198,7 +193,7 @@ void weight_points(const Factors<S>& f, Rows<S> dz, S* dh, int64_t workspace) {
       if (ow >= iw) ow = ceil_div(ow, 2);
       else iw = round_up(ceil_div(iw, 2), PANEL);
     }
-    const int64_t o_units = ceil_div(os, ow), i_units = ceil_div(is, iw), ns = std::min(f.N, POINTS), ld = odd_lines(ns);
+    const int64_t o_units = ceil_div(os, ow), i_units = ceil_div(is, iw), ns = std::min(f.N, POINTS), ld = packed_ld<float>(ns);
     const bool narrow = direct && f.x.feature == 1 && f.x.point <= 64;  // then x is a good right operand as it lies
     for_units(Gs * o_units * i_units, flops * f.N, ow * ld + ns * PANEL, workspace, [&](int64_t unit, float* gt) {
       const int64_t b = unit / (o_units * i_units), o = unit / i_units % o_units * ow, M = std::min(ow, os - o);
@@ -225,7 +220,7 @@ void weight_points(const Factors<S>& f, Rows<S> dz, S* dh, int64_t workspace) {
            std::min(PANEL, R - r), PANEL);
     const int64_t rows = J + (summed ? os : 0), blocks = ceil_div(rows, depth), z_units = dz.data ? slots * m_units : 0;
     const int64_t oh = std::max<int64_t>(1, 128 / is), h_units = dh ? ceil_div(os, oh) : 0;
-    const int64_t floats = std::max(depth * panels * PANEL, (oh * is + 8) * odd_lines(std::min(G, GROUP)));
+    const int64_t floats = std::max(depth * panels * PANEL, (oh * is + 8) * packed_ld<float>(std::min(G, GROUP)));
     for_units(z_units + h_units, flops * R * ((z_units > 0) + (h_units > 0)), floats, workspace, [&](int64_t unit, float* t) {
       if (unit < z_units) {  // dz[b,r] += Σ_{o,i} dW[b,o,i] H[o,i,r]
         const int64_t b = unit % m_units * M, slot = unit / m_units;
@@ -246,7 +241,7 @@ void weight_points(const Factors<S>& f, Rows<S> dz, S* dh, int64_t workspace) {
                  sums + (slot * G + b) * R + r, R, chunk > 0 || k > own.begin);
         }
       } else {  // dH[o,i,r] += Σ_b dW[b,o,i] z[b,r]
-        const int64_t o = (unit - z_units) * oh, count = std::min(oh, os - o), ld = odd_lines(std::min(G, GROUP));
+        const int64_t o = (unit - z_units) * oh, count = std::min(oh, os - o), ld = packed_ld<float>(std::min(G, GROUP));
         float* c;
         if constexpr (direct) c = dh + ((o0 + o) * f.I + i0) * R;
         else c = slice + o * is * R;
