@@ -5,8 +5,7 @@
 // that is in cache.
 #pragma once
 
-#include "scratch.h"
-#include "views.h"
+#include "registers.h"
 
 namespace fasthyper {
 
@@ -45,13 +44,6 @@ void reduce(
   for (; p < np; ++p) reduce_rows<1, P, Q>(t + p * nq * LANES, nq, at(up, p), uq, at(out_p, p), out_q);
 }
 
-// The blocks of a group; each factor has its features of one block after those of another.
-struct Group {
-  int64_t blocks, rows;
-
-  int64_t width(int64_t k) const { return std::min(LANES, round_up(rows - k * LANES, WIDTH)); }
-};
-
 constexpr int64_t TILE_ROWS = 256;
 constexpr int64_t FOLD_DEPTH = 256;
 constexpr int64_t PACKED = 1 << 17;  // numbers of H that are packed at a time, at most
@@ -61,11 +53,9 @@ inline int64_t fitting(int64_t wanted, int64_t depth) {
   return std::clamp<int64_t>(PACKED / depth / 16 * 16, 16, wanted);
 }
 
-// t[p,q] = Σ_c H[p,q,c] u_c[c], a tile at a time, reduced at once:
-//   out_p[p] += Σ_q t[p,q] u_q[q]   and   out_q[q] += Σ_p t[p,q] u_p[p],   as far as they are asked for (not null).
-// u_c is a right operand in T.
+// `contract` for operands that only a matrix unit multiplies: t is a tile of its product.
 template <class S, class T>
-void contract(
+void contract_in_tiles(
     const Head<S>& h, const Group& group, const T* u_c, const float* u_p, const float* u_q, float* out_p, float* out_q) {
   const int64_t depth = round_k<T>(h.c), ld = packed_ld<T>(h.c);
   const bool both = out_p && out_q;  // then four rows p at a time halve the traffic, at the price of packing
@@ -98,6 +88,16 @@ void contract(
         else reduce<false, true>(tile, ps, qs, by_p, by_q, to_p, to_q);
       }
     }
+}
+
+// t[p,q] = Σ_c H[p,q,c] u_c[c], a piece at a time, reduced at once:
+//   out_p[p] += Σ_q t[p,q] u_q[q]   and   out_q[q] += Σ_p t[p,q] u_p[p],   as far as they are asked for (not null).
+// u_c is a right operand in T.
+template <class S, class T>
+void contract(
+    const Head<S>& h, const Group& group, const T* u_c, const float* u_p, const float* u_q, float* out_p, float* out_q) {
+  if constexpr (std::is_same_v<T, float>) contract_in_registers(h, group, u_c, u_p, u_q, out_p, out_q);
+  else contract_in_tiles(h, group, u_c, u_p, u_q, out_p, out_q);
 }
 
 // out[m] += Σ_k M[m,k] u[k], for what all instances share; u is a right operand in T.

@@ -233,7 +233,9 @@ void grads_rows(const Factors<S>& f, Rows<S> dx, Rows<S> dz, Schedule schedule, 
         }
       }
       if (dx.data) out_x.store(dx.columns(i.begin, i.end), q);
-      if (summed)
+      if (sliced_sum && f.N == 1)
+        out_z.store(Rows<float>{partial + slice * f.B * f.R, f.R, 0, 1, 1, f.R}, q);
+      else if (summed)
         for (int64_t k = 0; k < group.blocks; ++k)
           add_points(out_z.at(k), r.size(), q + k * LANES, q + std::min(rows, (k + 1) * LANES), f.N, b0, sums);
       else if (dz.data) out_z.store(dz.columns(r.begin, r.end), q);

@@ -47,6 +47,13 @@ void store_lanes(const float* lanes, const Rows<S>& t, int64_t q0, int64_t q1) {
   });
 }
 
+// The blocks of a group; each factor has its features of one block after those of another.
+struct Group {
+  int64_t blocks, rows;
+
+  int64_t width(int64_t k) const { return std::min(LANES, round_up(rows - k * LANES, WIDTH)); }
+};
+
 // H with its axes in the order that a contraction wants; strides may be any.
 template <class S>
 struct Head {

@@ -29,20 +29,25 @@ void load_rows(const Rows<const S>& t, int64_t q0, int64_t q1, float* out, int64
 template <class S>
 class Slice {
  public:
-  Slice(S* out, int64_t ld, int64_t rows, int64_t cols, int64_t run, int64_t pitch)
+  Slice(S* out, int64_t ld, int64_t rows, int64_t cols, int64_t run, int64_t pitch, bool at_once = false)
       : out_(out), ld_(ld), rows_(rows), cols_(cols), run_(run), pitch_(pitch), padded_(round_up(cols, WIDTH)),
-        direct_(std::is_same_v<S, float> && padded_ == cols), own_(direct_ ? 0 : rows * padded_) {}
+        direct_(std::is_same_v<S, float> && padded_ == cols), own_(direct_ || at_once ? 0 : rows * padded_) {}
 
+  bool direct() const { return direct_; }
   int64_t ld() const { return direct_ ? ld_ : padded_; }
   int64_t cols() const { return padded_; }
-  bool whole() const { return !direct_ || run_ == pitch_; }  // whether rows are ld() apart without a gap
+  bool whole() const { return own_ || run_ == pitch_; }  // whether rows are ld() apart without a gap
   float* row(int64_t m) {
     return direct_ ? reinterpret_cast<float*>(out_) + (m / run_ * pitch_ + m % run_) * ld_ : own_ + m * padded_;
   }
 
+  // Writes `count` finished rows from m on, within a run.
+  void store(int64_t m, int64_t count, const float* rows) {
+    pack(rows, padded_, 1, out_ + (m / run_ * pitch_ + m % run_) * ld_, ld_, count, cols_);
+  }
+
   void finish() {
-    for (int64_t m = 0; !direct_ && m < rows_; m += run_)
-      pack((const float*)own_ + m * padded_, padded_, 1, out_ + m / run_ * pitch_ * ld_, ld_, run_, cols_);
+    for (int64_t m = 0; own_ && m < rows_; m += run_) store(m, run_, own_ + m * padded_);
   }
 
  private:
@@ -82,7 +87,7 @@ void fold_slice(const Factors<S>& f, Range o, Range columns, S* dh) {
         std::memcpy(to, row + skip, cols * sizeof(float));
       }
       const T* b = right(xz, (T*)operand, depth, COLUMNS);
-      gemm(o.size(), cols, depth, (const T*)g, DEPTH, b, COLUMNS, slice.row(0) + c, slice.ld(), q > 0);
+      gemm(o.size(), cols, end - q, (const T*)g, DEPTH, b, COLUMNS, slice.row(0) + c, slice.ld(), q > 0);
     }
   }
   slice.finish();
@@ -92,34 +97,39 @@ void fold_slice(const Factors<S>& f, Range o, Range columns, S* dh) {
 template <class S, class T>
 void generate_slice(const Factors<S>& f, Range o, Range i, S* dh) {
   const int64_t Q = f.B * f.N, RP = round_up(f.R, COLUMNS), I = i.size(), rows = o.size() * I;
-  Slice<S> slice(dh + (o.begin * f.I + i.begin) * f.R, f.R, rows, f.R, I, f.I);
+  const bool at_once = Q <= 2 * DEPTH && f.R <= COLUMNS;
+  const int64_t deepest = at_once ? round_up(Q, 32) : DEPTH;
+  Slice<S> slice(dh + (o.begin * f.I + i.begin) * f.R, f.R, rows, f.R, I, f.I, at_once);
   const int64_t M = slice.whole() ? std::min<int64_t>(rows, 64) : std::min<int64_t>(I, 64);
-  Scratch<float> g(o.size() * DEPTH), x(I * DEPTH), z(DEPTH * RP), gx(M * DEPTH);
-  Scratch<T> left(std::is_same_v<T, float> ? 0 : M * DEPTH), operand(std::is_same_v<T, float> ? 0 : DEPTH * RP);
-  for (int64_t q = 0; q < Q; q += DEPTH) {
-    const int64_t end = std::min(Q, q + DEPTH), depth = std::min(DEPTH, round_up(end - q, 32));
-    load_lanes(f.g.columns(o.begin, o.end), q, end, (float*)g, DEPTH, depth);
-    load_lanes(f.x.columns(i.begin, i.end), q, end, (float*)x, DEPTH, depth);
+  Scratch<float> g(o.size() * deepest), x(I * deepest), z(deepest * RP), gx(M * deepest);
+  Scratch<float> tile(at_once && !slice.direct() ? M * slice.cols() : 0);
+  Scratch<T> left(std::is_same_v<T, float> ? 0 : M * deepest), operand(std::is_same_v<T, float> ? 0 : deepest * RP);
+  for (int64_t q = 0; q < Q; q += deepest) {
+    const int64_t end = std::min(Q, q + deepest), depth = std::min(deepest, round_up(end - q, 32));
+    load_lanes(f.g.columns(o.begin, o.end), q, end, (float*)g, deepest, depth);
+    load_lanes(f.x.columns(i.begin, i.end), q, end, (float*)x, deepest, depth);
     for (int64_t c = 0; c < f.R; c += COLUMNS) {  // panels of columns, each contiguous
-      load_rows(f.z.columns(c, std::min(f.R, c + COLUMNS)), q, end, z + c * DEPTH, COLUMNS, depth);
-      if constexpr (!std::is_same_v<T, float>) right(z + c * DEPTH, operand + c * DEPTH, depth, COLUMNS);
+      load_rows(f.z.columns(c, std::min(f.R, c + COLUMNS)), q, end, z + c * deepest, COLUMNS, depth);
+      if constexpr (!std::is_same_v<T, float>) right(z + c * deepest, operand + c * deepest, depth, COLUMNS);
     }
     for (int64_t m = 0, count; m < rows; m += count) {
       count = std::min(M, slice.whole() ? rows - m : I - m % I);
       for (int64_t k = 0; k < count; ++k) {
-        const float* a = g + (m + k) / I * DEPTH;
-        const float* b = x + (m + k) % I * DEPTH;
-        for (int64_t l = 0; l < depth; l += WIDTH) store(gx + k * DEPTH + l, load<Vec>(a + l) * load<Vec>(b + l));
+        const float* a = g + (m + k) / I * deepest;
+        const float* b = x + (m + k) % I * deepest;
+        for (int64_t l = 0; l < depth; l += WIDTH) store(gx + k * deepest + l, load<Vec>(a + l) * load<Vec>(b + l));
       }
       const T* a;
       if constexpr (std::is_same_v<T, float>) a = gx;
-      else convert(gx, left, count * DEPTH), a = left;
+      else convert(gx, left, count * deepest), a = left;
+      float* const to = tile ? (float*)tile : slice.row(m);
       for (int64_t c = 0; c < f.R; c += COLUMNS) {
         const T* b;
-        if constexpr (std::is_same_v<T, float>) b = z + c * DEPTH;
-        else b = operand + c * DEPTH;
-        gemm(count, std::min(COLUMNS, slice.cols() - c), depth, a, DEPTH, b, COLUMNS, slice.row(m) + c, slice.ld(), q > 0);
+        if constexpr (std::is_same_v<T, float>) b = z + c * deepest;
+        else b = operand + c * deepest;
+        gemm(count, std::min(COLUMNS, slice.cols() - c), end - q, a, deepest, b, COLUMNS, to + c, slice.ld(), q > 0);
       }
+      if (tile) slice.store(m, count, tile);
     }
   }
   slice.finish();
@@ -145,7 +155,7 @@ void weight_grad(const Factors<S>& f, S* dh, Schedule schedule, int64_t workspac
     });
   } else {
     const int64_t room = std::clamp<int64_t>(SLICE / f.R, 64, 4096);
-    const int64_t i_parts = f.I <= 2 * 64 ? 1 : (f.I + 63) / 64, i_size = (f.I + i_parts - 1) / i_parts;
+    const int64_t i_parts = f.I <= 2 * 64 ? 1 : round_up((f.I + 63) / 64, tasks), i_size = (f.I + i_parts - 1) / i_parts;
     const int64_t wanted = std::max((tasks + i_parts - 1) / i_parts, f.O * i_size / room);
     const int64_t o_parts = std::clamp<int64_t>(wanted, 1, f.O);
     at::parallel_for(0, o_parts * i_parts, grain(o_parts * i_parts), [&](int64_t begin, int64_t end) {
