@@ -10,7 +10,30 @@ from torch import Tensor
 from . import backends
 from .ops import affine as _affine  # noqa: F401  (registers the op)
 from .ops import autocast
-from .ops.checks import check_tensors
+from .ops.checks import DTYPES, check_tensors
+
+_op = torch.ops.fasthyper.hyper_linear.default
+
+
+def _fits(x, z, weight, bias, base_weight, base_bias) -> bool:
+    """Whether every argument is as `_check` wants it, in the fewest steps: small calls spend their time here."""
+    if not (isinstance(x, Tensor) and isinstance(z, Tensor) and isinstance(weight, Tensor)):
+        return False
+    dtype, device = x.dtype, x.device
+    if not (z.dtype == dtype == weight.dtype and z.device == device == weight.device and dtype in DTYPES):
+        return False
+    size = x.shape
+    if len(size) < 2 or weight.dim() != 3:
+        return False
+    O, I, R = weight.shape
+    if size[-1] != I or z.shape != (size[0], R):
+        return False
+    for t, shape in ((bias, (O, R)), (base_weight, (O, I)), (base_bias, (O,))):
+        if t is not None and not (
+            isinstance(t, Tensor) and t.dtype == dtype and t.device == device and t.shape == shape
+        ):
+            return False
+    return True
 
 
 def _check(x, z, weight, bias, base_weight, base_bias) -> None:
@@ -94,9 +117,13 @@ def hyper_linear(
     """
     if isinstance(x, Tensor) and autocast.enabled(x.device.type):
         x, z, weight, bias, base_weight, base_bias = map(autocast.follow, (x, z, weight, bias, base_weight, base_bias))
-    _check(x, z, weight, bias, base_weight, base_bias)
-    B, I = x.shape[0], x.shape[-1]
+    if not _fits(x, z, weight, bias, base_weight, base_bias):
+        _check(x, z, weight, bias, base_weight, base_bias)
+    if x.dim() == 3:  # nothing to flatten
+        return _op(x, z, weight, bias, base_weight, base_bias, *backends.current())
+    if x.dim() == 2:
+        return _op(x.unsqueeze(1), z, weight, bias, base_weight, base_bias, *backends.current()).squeeze(1)
     points = x.shape[1:-1]
-    rows = x.reshape(B, math.prod(points), I)
-    y = torch.ops.fasthyper.hyper_linear(rows, z, weight, bias, base_weight, base_bias, *backends.current())
-    return y.reshape(B, *points, weight.shape[0])
+    rows = x.reshape(x.shape[0], math.prod(points), x.shape[-1])
+    y = _op(rows, z, weight, bias, base_weight, base_bias, *backends.current())
+    return y.reshape(x.shape[0], *points, weight.shape[0])

@@ -78,7 +78,7 @@ def machine(device: str, dtype: torch.dtype, threads: int = 1, backend: str = "a
     """Typical rates of a device type: only their ratios decide, so they need not be this machine's own."""
     if backend == "cpu":
         work, rate = (dtype, 400e9) if _cpu_multiplies(dtype) else (torch.float32, 100e9)
-        return Machine(rate * threads, 70e9 * threads, 10e9, 1e-6, 2 << 20, work, 2.0)
+        return Machine(rate * threads, 150e9 * threads, 10e9, 1e-6, 2 << 20, work, 2.0)
     if device == "cpu":
         native = dtype not in _LOW_PRECISION or _cpu_has_fast(dtype)
         work = dtype if native else torch.float32
@@ -124,6 +124,8 @@ def _apply_cost(p: Problem, schedule: str, mach: Machine) -> _Cost:
         return _tile(B * N * I * R, 2, mach) + _gemm(B * N, O, I * R, mach)
     if schedule == "generate":  # W = z·H, then x·Wᵀ instance by instance
         return _gemm(B, O * I, R, mach) + _tile(B * O * I, 2, mach) + _instances(B, N, I, O, mach)
+    if _is_one_output(p):  # x·H, and a product of rows
+        return _gemm(B, R, I, mach) + _tile(B * R, 1, mach)
     products = _gemm(p.distinct, O * R, I, mach)
     if p.shared_x:  # x·H once, then one product with z
         return products + _gemm(B, N * O, R, mach) + _tile(B * N * O, 2, mach)
@@ -138,7 +140,12 @@ def _instances(B: int, N: int, m: int, n: int, mach: Machine) -> _Cost:
 def _grads_cost(p: Problem, schedule: str, mach: Machine) -> _Cost:
     B, N, R, I, O = p.batch, p.points, p.cond_features, p.in_features, p.out_features
     dx, dz, dh = p.needs
+    if p.backend == "cpu" and schedule == "project" and dh:  # the compiled kernels have no other dH
+        rest = _grads_cost(p._replace(needs=(dx, dz, False)), schedule, mach)
+        return rest + _grads_cost(p._replace(needs=(False, False, True)), "generate", mach)
     cost = _Cost()
+    if _is_one_output(p) and schedule == "project":  # x·H and z·Hᵀ, scaled by g as they are written
+        return _gemm(B, R, I, mach, dx + dz)
     if schedule == "fold":
         if dx or dz:  # G = g·H, reduced with z and with x
             cost += _gemm(B * N, I * R, O, mach) + _tile(B * N * I * R, 2 + dx + dz, mach)
@@ -164,21 +171,28 @@ def _grads_cost(p: Problem, schedule: str, mach: Machine) -> _Cost:
 
 
 _ROWS_TOGETHER = 1024  # of (b, n) that meet a packed piece of H in the compiled CPU kernels
-_PACKING_G, _PACKING_P = 5.0, 35.0  # passes that packing H is worth, as measured: for g·H; for x·H and H·(g ⊗ x)
+_PACKING_G, _PACKING_P = 5.0, 20.0  # passes that this is worth, as measured: for g·H, and for x·H
 
 
 def _packing_cost(p: Problem, schedule: str, mach: Machine) -> _Cost:
     """The compiled kernels read H where it lies, but for sums along another axis than its last: those pack it."""
+    dx, dz, _ = p.needs
     if p.op == "apply":
         passes = _PACKING_P if schedule == "project" else 0.0
     elif schedule == "fold":
-        passes = _PACKING_G if p.needs[0] or p.needs[1] else 0.0
+        passes = _PACKING_G if dx or dz else 0.0
     else:
-        passes = _PACKING_P if p.needs[1] else 0.0
-    if p.backend != "cpu" or not passes:
+        passes = _PACKING_P if dz else 0.0
+    if p.backend != "cpu" or not passes or _is_one_output(p):
         return _Cost()
     groups = max(1.0, p.batch * p.points / _ROWS_TOGETHER)
     return _tile(p.cond_features * p.in_features * p.out_features * groups, passes, mach)
+
+
+def _is_one_output(p: Problem) -> bool:
+    """Whether the compiled kernels have y, dx and dz from plain products of x, z and H, which is then the cheapest."""
+    small = p.in_features * p.cond_features <= 1 << 18
+    return p.backend == "cpu" and p.dtype == torch.float32 and p.out_features == 1 and p.points == 1 and small
 
 
 def tile_elements(problem: Problem, mach: Machine, limit: int) -> int:

@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "one_output.h"
 #include "points.h"
 #include "weight_grad.h"
 
@@ -50,6 +51,13 @@ void with_types(const at::Tensor& x, bool native, F&& f) {
   }
 }
 
+template <class S, class T>
+void grads_of_factors(const Factors<S>& f, Rows<S> dx, Rows<S> dz, Schedule schedule, int64_t workspace) {
+  if constexpr (std::is_same_v<S, float>)
+    if (one_output(f, schedule)) return grads_one_output(f, dx, dz);
+  grads_rows<S, T>(f, dx, dz, schedule, workspace);
+}
+
 at::Tensor apply(
     const at::Tensor& x, const at::Tensor& z, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& base_weight, const std::optional<at::Tensor>& base_bias,
@@ -65,6 +73,8 @@ at::Tensor apply(
     const S* const b0 = base_bias ? base_bias->const_data_ptr<S>() : nullptr;
     const int64_t stride = b0 ? base_bias->stride(0) : 0;
     const Schedule order = named(schedule);
+    if constexpr (std::is_same_v<S, float>)
+      if (one_output(f, order)) return apply_one_output(f, b0, out<S>(y));
     if (f.N > 1 && order == Schedule::generate) apply_points<S>(f, b0, stride, out<S>(y), workspace);
     else apply_rows<S, decltype(t)>(f, b0, stride, out<S>(y), order, workspace);
   });
@@ -92,7 +102,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grads(
     S* const to_h = mask[2] ? dh.mutable_data_ptr<S>() : nullptr;
     const Schedule order = named(schedule);
     if (N > 1 && order == Schedule::generate) return grads_points<S>(f, out<S>(dx), out<S>(dz), to_h, workspace);
-    if (mask[0] || mask[1]) grads_rows<S, T>(f, out<S>(dx), out<S>(dz), order, workspace);
+    if (mask[0] || mask[1]) grads_of_factors<S, T>(f, out<S>(dx), out<S>(dz), order, workspace);
     if (mask[2]) weight_grad<S, T>(f, to_h, named(schedule_of_weight), workspace);
   });
   return {dx, dz, dh};

@@ -67,22 +67,23 @@ inline int64_t tasks_per_thread(int64_t tasks, int64_t multiplications) {
 }
 
 // How a call is cut into tasks: groups of instances, whose blocks meet a piece of H together, and, where there are
-// few rows, slices of an axis of H. Slices depend on sizes alone, so that the number of threads changes no bit.
+// few rows, slices of an axis of H. Those whose results are summed depend on sizes alone, so that the number of threads
+// changes no bit.
 struct Tasks {
   int64_t instances, groups, slices, group_rows, grain;
 
-  Tasks(int64_t B, int64_t N, int64_t R, int64_t I, int64_t O, int64_t axis, int64_t workspace) {
+  Tasks(int64_t B, int64_t N, int64_t R, int64_t I, int64_t O, int64_t axis, bool summed, int64_t workspace) {
     const int64_t rows = B * N, blocks = (rows + LANES - 1) / LANES, threads = at::get_num_threads();
     const int64_t floats = std::clamp<int64_t>(workspace / (2 * threads), 1 << 18, 1 << 22) / int64_t(sizeof(float));
     const int64_t fit = std::max<int64_t>(1, floats / (3 * (R + I + O) * LANES));
     slices = 1;
     if (blocks < 16) {
-      const int64_t worth = rows * R * I * O >> 19;  // a slice of less is not worth a thread
-      slices = std::max<int64_t>(1, std::min({(16 + blocks - 1) / blocks, axis, worth}));
+      const int64_t worth = rows * R * I * O >> 20;  // a slice of less is not worth a thread
+      slices = std::max<int64_t>(1, std::min({summed ? 16 : threads, axis, worth}));
     }
     // Where an instance has several rows, groups are where sums over them are cut.
-    const int64_t groups_wanted = N > 1 ? 16 : threads;
-    int64_t each = slices > 1 ? blocks : std::min<int64_t>(32, (blocks + groups_wanted - 1) / groups_wanted);
+    const int64_t groups_wanted = N > 1 ? std::max<int64_t>(16, (blocks + 31) / 32) : round_up((blocks + 31) / 32, threads);
+    int64_t each = slices > 1 ? blocks : (blocks + groups_wanted - 1) / groups_wanted;
     each = std::clamp<int64_t>(fit, 1, each);
     instances = std::max<int64_t>(1, each * LANES / N);
     groups = (B + instances - 1) / instances;
@@ -151,7 +152,7 @@ class Lanes {
 
 template <class S, class T>
 void apply_rows(const Factors<S>& f, const S* base_bias, int64_t base_bias_stride, Rows<S> y, Schedule schedule, int64_t workspace) {
-  const Tasks tasks(f.B, f.N, f.R, f.I, f.O, schedule == Schedule::fold ? f.O / LANES : f.O, workspace);
+  const Tasks tasks(f.B, f.N, f.R, f.I, f.O, schedule == Schedule::fold ? f.O / LANES : f.O, false, workspace);
   tasks.template run<T>(f.B, [&](int64_t slice, int64_t b0, int64_t b1) {
     const Range o = share(f.O, slice, tasks.slices);
     for (int64_t q = b0 * f.N; q < b1 * f.N; q += tasks.group_rows) {
@@ -194,7 +195,7 @@ inline void add_points(const float* lanes, int64_t features, int64_t q0, int64_t
 template <class S, class T>
 void grads_rows(const Factors<S>& f, Rows<S> dx, Rows<S> dz, Schedule schedule, int64_t workspace) {
   const bool one_pass = schedule == Schedule::fold;
-  const Tasks tasks(f.B, f.N, f.R, f.I, f.O, one_pass || dx.data ? f.I : f.R, workspace);
+  const Tasks tasks(f.B, f.N, f.R, f.I, f.O, one_pass || dx.data ? f.I : f.R, dz.data && one_pass, workspace);
   const bool sliced_sum = dz.data && one_pass && tasks.slices > 1;
   const bool summed = dz.data && (f.N > 1 || sliced_sum);
   Scratch<float> partial(sliced_sum ? tasks.slices * f.B * f.R : 0);

@@ -101,14 +101,15 @@ void generate_slice(const Factors<S>& f, Range o, Range i, S* dh) {
   const int64_t deepest = at_once ? round_up(Q, 32) : DEPTH;
   Slice<S> slice(dh + (o.begin * f.I + i.begin) * f.R, f.R, rows, f.R, I, f.I, at_once);
   const int64_t M = slice.whole() ? std::min<int64_t>(rows, 64) : std::min<int64_t>(I, 64);
-  Scratch<float> g(o.size() * deepest), x(I * deepest), z(deepest * RP), gx(M * deepest);
+  const bool as_it_lies = std::is_same_v<S, T> && f.z.feature == 1 && f.N == 1 && f.R % WIDTH == 0 && K_STEP<T> == 1;
+  Scratch<float> g(o.size() * deepest), x(I * deepest), z(as_it_lies ? 0 : deepest * RP), gx(M * deepest);
   Scratch<float> tile(at_once && !slice.direct() ? M * slice.cols() : 0);
   Scratch<T> left(std::is_same_v<T, float> ? 0 : M * deepest), operand(std::is_same_v<T, float> ? 0 : deepest * RP);
   for (int64_t q = 0; q < Q; q += deepest) {
     const int64_t end = std::min(Q, q + deepest), depth = std::min(deepest, round_up(end - q, 32));
     load_lanes(f.g.columns(o.begin, o.end), q, end, (float*)g, deepest, depth);
     load_lanes(f.x.columns(i.begin, i.end), q, end, (float*)x, deepest, depth);
-    for (int64_t c = 0; c < f.R; c += COLUMNS) {  // panels of columns, each contiguous
+    for (int64_t c = 0; c < f.R && !as_it_lies; c += COLUMNS) {  // panels of columns, each contiguous
       load_rows(f.z.columns(c, std::min(f.R, c + COLUMNS)), q, end, z + c * deepest, COLUMNS, depth);
       if constexpr (!std::is_same_v<T, float>) right(z + c * deepest, operand + c * deepest, depth, COLUMNS);
     }
@@ -125,9 +126,12 @@ void generate_slice(const Factors<S>& f, Range o, Range i, S* dh) {
       float* const to = tile ? (float*)tile : slice.row(m);
       for (int64_t c = 0; c < f.R; c += COLUMNS) {
         const T* b;
+        int64_t ld = COLUMNS;
         if constexpr (std::is_same_v<T, float>) b = z + c * deepest;
         else b = operand + c * deepest;
-        gemm(count, std::min(COLUMNS, slice.cols() - c), end - q, a, deepest, b, COLUMNS, to + c, slice.ld(), q > 0);
+        if constexpr (std::is_same_v<S, T>)
+          if (as_it_lies) b = f.z.row(q) + c, ld = f.z.instance;
+        gemm(count, std::min(COLUMNS, slice.cols() - c), end - q, a, deepest, b, ld, to + c, slice.ld(), q > 0);
       }
       if (tile) slice.store(m, count, tile);
     }

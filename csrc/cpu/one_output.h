@@ -1,0 +1,150 @@
+// One output and one point, O = N = 1: rows of matrices, and no lanes.
+//
+//   P = x·H      y = Σ_r z (P + bias) + Σ_i x base      dz = g (P + bias)
+//   W = z·Hᵀ     dx = g (W + base)
+//
+// x and z are left operands as they lie, and what they are multiplied by is all of H.
+#pragma once
+
+#include "rows.h"
+
+namespace fasthyper {
+
+constexpr int64_t TILE = 64;           // instances
+constexpr int64_t SPAN = 128;         // columns
+constexpr int64_t MOST = 1 << 18;      // numbers of H
+
+inline float dot(const float* a, const float* b, int64_t n) {
+  Vec sums[4] = {};
+  int64_t k = 0;
+  for (; k + 4 * WIDTH <= n; k += 4 * WIDTH)
+    for (int v = 0; v < 4; ++v) sums[v] += load<Vec>(a + k + v * WIDTH) * load<Vec>(b + k + v * WIDTH);
+  const Vec sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  float total = 0;
+  for (int v = 0; v < WIDTH; ++v) total += sum[v];
+  for (; k < n; ++k) total += a[k] * b[k];
+  return total;
+}
+
+// A matrix (k, n) as a right operand: where it lies, or packed, its rows padded with zeros to a multiple of WIDTH.
+class Panel {
+ public:
+  Panel(const float* data, int64_t sk, int64_t sn, int64_t k, int64_t n)
+      : n(n), data_(data), ld_(sk), packed_(sn == 1 && n % WIDTH == 0 ? 0 : k * round_up(n, WIDTH)) {
+    if (!packed_) return;
+    data_ = packed_, ld_ = round_up(n, WIDTH);
+    pack(data, sk, sn, (float*)packed_, ld_, k, n, ld_);
+    for (int64_t i = 0; i < k; ++i) std::fill(packed_ + i * ld_ + n, packed_ + (i + 1) * ld_, 0.f);
+  }
+
+  // tile = u · columns [c, c + the result), from rows of k.
+  int64_t multiply(const Left<float>& u, int64_t rows, int64_t k, int64_t c, float* tile) const {
+    const int64_t width = std::min(SPAN, n - c);
+    gemm(rows, round_up(width, WIDTH), k, u.data, u.ld, data_ + c, ld_, tile, SPAN, false);
+    return width;
+  }
+
+  const int64_t n;
+
+ private:
+  const float* data_;
+  int64_t ld_;
+  Scratch<float> packed_;
+};
+
+// Rows with the features side by side.
+class Contiguous {
+ public:
+  explicit Contiguous(const Rows<const float>& t) : t_(t), copy_(t.feature == 1 ? 0 : TILE * t.features) {}
+
+  Left<float> rows(int64_t q0, int64_t q1) {
+    if (!copy_) return {t_.row(q0), t_.instance};
+    pack(t_.row(q0), t_.instance, t_.feature, (float*)copy_, t_.features, q1 - q0, t_.features);
+    return {copy_, t_.features};
+  }
+
+ private:
+  Rows<const float> t_;
+  Scratch<float> copy_;
+};
+
+// Calls f(first, last) for tiles of instances, in parallel, with what make() gave the thread.
+template <class Make, class F>
+void over_tiles(const Factors<float>& f, Make&& make, F&& run) {
+  const int64_t tiles = (f.B + TILE - 1) / TILE;
+  at::parallel_for(0, tiles, tasks_per_thread(tiles, f.B * f.R * f.I), [&](int64_t begin, int64_t end) {
+    auto own = make();
+    for (int64_t t = begin; t < end; ++t) run(own, t * TILE, std::min(f.B, (t + 1) * TILE));
+  });
+}
+
+template <class S>
+bool one_output(const Factors<S>& f, Schedule schedule) {
+  return std::is_same_v<S, float> && f.O == 1 && f.N == 1 && schedule == Schedule::project && f.I * f.R <= MOST;
+}
+
+// A row that all instances share, n zeros where there is none.
+inline Scratch<float> row_of(const float* data, int64_t stride, int64_t n) {
+  Scratch<float> copy(n);
+  if (data) pack(data, 0, stride, (float*)copy, n, 1, n);
+  else std::fill(copy + 0, copy + n, 0.f);
+  return copy;
+}
+
+inline void apply_one_output(const Factors<float>& f, const float* base_bias, Rows<float> y) {
+  const Panel h(f.h, f.si, f.sr, f.I, f.R);
+  const auto bias = row_of(f.bias.data, f.bias.s1, f.R), base = row_of(f.base.data, f.base.s1, f.I);
+  struct Own {
+    Contiguous x, z;
+    Scratch<float> tile;
+  };
+  over_tiles(
+      f, [&] { return Own{Contiguous(f.x), Contiguous(f.z), Scratch<float>(TILE * SPAN)}; },
+      [&](Own& own, int64_t b0, int64_t b1) {
+        const auto x = own.x.rows(b0, b1), z = own.z.rows(b0, b1);
+        float* const to = y.row(b0);  // an output is contiguous
+        for (int64_t b = 0; b < b1 - b0; ++b) {
+          float sum = base_bias ? *base_bias : 0.f;
+          if (f.base.data) sum += dot(x.data + b * x.ld, base, f.I);
+          if (f.bias.data) sum += dot(z.data + b * z.ld, bias, f.R);
+          to[b] = sum;
+        }
+        for (int64_t r = 0, width; r < f.R; r += width) {
+          width = h.multiply(x, b1 - b0, f.I, r, own.tile);
+          for (int64_t b = 0; b < b1 - b0; ++b) to[b] += dot(own.tile + b * SPAN, z.data + b * z.ld + r, width);
+        }
+      });
+}
+
+// out = g (u · h + shared)
+inline void scaled_product(
+    const Factors<float>& f, const Rows<const float>& u, const Panel& h, const float* shared, Rows<float> out) {
+  struct Own {
+    Contiguous u;
+    Scratch<float> tile;
+  };
+  over_tiles(
+      f, [&] { return Own{Contiguous(u), Scratch<float>(TILE * SPAN)}; },
+      [&](Own& own, int64_t b0, int64_t b1) {
+        const auto rows = own.u.rows(b0, b1);
+        const float* const g = f.g.row(b0);
+        for (int64_t c = 0, width; c < h.n; c += width) {
+          width = h.multiply(rows, b1 - b0, u.features, c, own.tile);
+          float* to = out.row(b0) + c;
+          for (int64_t b = 0; b < b1 - b0; ++b, to += out.instance) {
+            const float* const t = own.tile + b * SPAN;
+            const float factor = g[b * f.g.instance];
+            for (int64_t k = 0; k < width; ++k) to[k] = factor * (t[k] + shared[c + k]);
+          }
+        }
+      });
+}
+
+inline void grads_one_output(const Factors<float>& f, Rows<float> dx, Rows<float> dz) {
+  if (dx.data)
+    scaled_product(f, f.z, Panel(f.h, f.sr, f.si, f.R, f.I), row_of(f.base.data, f.base.s1, f.I), dx);
+  if (dz.data)
+    scaled_product(f, f.x, Panel(f.h, f.si, f.sr, f.I, f.R), row_of(f.bias.data, f.bias.s1, f.R), dz);
+}
+
+}  // namespace fasthyper
