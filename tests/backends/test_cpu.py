@@ -22,12 +22,15 @@ LOW = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *LOW)
 ALL = (True,) * 6
 NAMES = ("x", "z", "weight", "bias", "base_weight", "g")
-# Beyond a block of instances, a tile of H, a panel of dH; skinny ways; one of each.
+# Beyond a block of instances, a piece of H, a panel of dH; skinny ways; one output, with few and with many numbers
+# of H; one of each.
 SIZES = [
     (1, 1, 1, 1, 1),
     (33, 1, 25, 64, 130),
     (70, 1, 100, 300, 10),
     (260, 1, 100, 10, 1),
+    (130, 1, 130, 40, 1),
+    (20, 1, 600, 500, 1),
     (600, 1, 64, 27, 32),
     (40, 1, 300, 5, 140),
     (20, 1, 7, 2, 600),
@@ -78,7 +81,7 @@ def test_any_sizes_and_strides(sizes, dtype, strides, schedule, factors, oracle)
 
 @ready
 @pytest.mark.parametrize("schedule", ["auto", *SCHEDULES])
-@pytest.mark.parametrize("sizes", [(2000, 1, 25, 16, 130), (64, 1, 50, 784, 10), (100, 30, 16, 20, 24)], ids=str)
+@pytest.mark.parametrize("sizes", [(2000, 1, 25, 16, 130), (64, 1, 50, 784, 10), (2000, 1, 36, 40, 1), (100, 30, 16, 20, 24)], ids=str)
 def test_the_number_of_threads_changes_no_bit(sizes, schedule, factors):
     args = factors(sizes, torch.float32, NAMES)
     before = torch.get_num_threads()
