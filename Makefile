@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 BUILT := fasthyper/_compiled/build.json
+SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*)
 
 .PHONY: test slow held sanitize lint compare bench format clean
 
@@ -32,6 +33,7 @@ sanitize: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(BIN)/mypy
 
 compare: .venv/ready $(BUILT)
@@ -43,12 +45,13 @@ bench: .venv/ready $(BUILT)
 format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
 
 clean:
 	rm -rf .venv build dist *.egg-info fasthyper/_compiled/*.so fasthyper/_compiled/build.json .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # Incremental, after a change of the sources; what the package needs to be built is in the environment already.
-$(BUILT): setup.py $(wildcard csrc/*.cpp csrc/cpu/*) | .venv/ready
+$(BUILT): setup.py $(SOURCES) | .venv/ready
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
 .venv/ready: pyproject.toml constraints.txt

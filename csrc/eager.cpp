@@ -27,8 +27,9 @@ using Mask = std::array<bool, 6>;
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Forward = Tensor(
     const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, const Maybe&, string_view, string_view);
-using Backward = Six(
-    const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, const Tensor&, Mask, string_view, string_view);
+using Backward =
+    Six(const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, const Tensor&, Mask, string_view,
+        string_view);
 
 const auto& forward_op() {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fasthyper::hyper_linear", "").typed<Forward>();
@@ -46,21 +47,13 @@ DispatchKeySet shadowed(DispatchKeySet keys) {
   return (keys & c10::after_autograd_keyset) | DispatchKeySet(c10::DispatchKey::AutogradOther);
 }
 
-bool recorded(const Tensor& t) {
-  return t.defined() && t.requires_grad();
-}
+bool recorded(const Tensor& t) { return t.defined() && t.requires_grad(); }
 
-bool recorded(const Maybe& t) {
-  return t && recorded(*t);
-}
+bool recorded(const Maybe& t) { return t && recorded(*t); }
 
-bool dual(const Tensor& t) {
-  return torch::autograd::isFwGradDefined(t);
-}
+bool dual(const Tensor& t) { return torch::autograd::isFwGradDefined(t); }
 
-bool dual(const Maybe& t) {
-  return t && dual(*t);
-}
+bool dual(const Maybe& t) { return t && dual(*t); }
 
 // torch.func includes its keys for as long as a transform is in force.
 bool transformed() {
@@ -93,14 +86,16 @@ struct HyperLinear : torch::autograd::Function<HyperLinear> {
     const auto saved = ctx->get_saved_variables();
     const auto given = [](const Tensor& t) { return t.defined() ? Maybe(t) : std::nullopt; };
     const Maybe bias = given(saved[3]), base_weight = given(saved[4]);
-    const bool is_there[] = {true, true, true, bias.has_value(), base_weight.has_value(), ctx->saved_data["base_bias"].toBool()};
+    const bool is_there[] = {
+        true, true, true, bias.has_value(), base_weight.has_value(), ctx->saved_data["base_bias"].toBool()};
     Mask mask{};
     size_t edge = 0;  // there is one for each tensor that was given
     for (size_t i = 0; i < mask.size(); ++i) mask[i] = is_there[i] && ctx->needs_input_grad(edge++);
     const auto out = backward_op().call(
         saved[0], saved[1], saved[2], bias, base_weight, grad[0], mask, ctx->saved_data["backend"].toStringView(),
         ctx->saved_data["schedule"].toStringView());
-    torch::autograd::variable_list all = std::apply([](auto&... t) { return torch::autograd::variable_list{t...}; }, out);
+    torch::autograd::variable_list all =
+        std::apply([](auto&... t) { return torch::autograd::variable_list{t...}; }, out);
     for (size_t i = 0; i < mask.size(); ++i)
       if (!mask[i]) all[i] = Tensor();
     all.resize(9);  // keys and strings have no gradient
@@ -112,14 +107,12 @@ Tensor hyper_linear(
     DispatchKeySet keys, const Tensor& x, const Tensor& z, const Tensor& weight, const Maybe& bias,
     const Maybe& base_weight, const Maybe& base_bias, string_view backend, string_view schedule) {
   if (!plain(backend, schedule, x, z, weight, bias, base_weight, base_bias))
-    return forward_op().redispatch(
-        shadowed(keys), x, z, weight, bias, base_weight, base_bias, backend, schedule);
+    return forward_op().redispatch(shadowed(keys), x, z, weight, bias, base_weight, base_bias, backend, schedule);
   const auto below = keys & c10::after_autograd_keyset;
-  const bool records = at::GradMode::is_enabled() &&
-      (recorded(x) || recorded(z) || recorded(weight) || recorded(bias) || recorded(base_weight) || recorded(base_bias));
+  const bool records = at::GradMode::is_enabled() && (recorded(x) || recorded(z) || recorded(weight) ||
+                                                      recorded(bias) || recorded(base_weight) || recorded(base_bias));
   if (records)
-    return HyperLinear::apply(
-        x, z, weight, bias, base_weight, base_bias, int64_t(below.raw_repr()), backend, schedule);
+    return HyperLinear::apply(x, z, weight, bias, base_weight, base_bias, int64_t(below.raw_repr()), backend, schedule);
   const at::AutoDispatchBelowAutograd guard;
   return forward_op().redispatch(below, x, z, weight, bias, base_weight, base_bias, backend, schedule);
 }
@@ -127,8 +120,8 @@ Tensor hyper_linear(
 Six hyper_linear_grads(
     DispatchKeySet keys, const Tensor& x, const Tensor& z, const Tensor& weight, const Maybe& bias,
     const Maybe& base_weight, const Tensor& g, Mask mask, string_view backend, string_view schedule) {
-  const bool records = at::GradMode::is_enabled() &&
-      (recorded(x) || recorded(z) || recorded(weight) || recorded(bias) || recorded(base_weight) || recorded(g));
+  const bool records = at::GradMode::is_enabled() && (recorded(x) || recorded(z) || recorded(weight) ||
+                                                      recorded(bias) || recorded(base_weight) || recorded(g));
   if (records || !plain(backend, schedule, x, z, weight, bias, base_weight, g))
     return backward_op().redispatch(shadowed(keys), x, z, weight, bias, base_weight, g, mask, backend, schedule);
   const at::AutoDispatchBelowAutograd guard;
@@ -192,18 +185,14 @@ Problem problem_of(const Tensor& x, int64_t R, int64_t O, int64_t needs) {
   return {x.size(0), x.size(1), R, x.size(2), O, int64_t(x.scalar_type()), needs, at::get_num_threads(), shared};
 }
 
-int64_t needs_of(const Mask& mask) {
-  return mask[0] | mask[1] << 1 | mask[2] << 2;
-}
+int64_t needs_of(const Mask& mask) { return mask[0] | mask[1] << 1 | mask[2] << 2; }
 
 // Whether t is absent, or on the CPU in the dtype of x and of this shape.
 bool fits(const Tensor& x, const Tensor& t, at::IntArrayRef shape) {
   return t.sizes() == shape && t.scalar_type() == x.scalar_type() && t.is_cpu();
 }
 
-bool fits(const Tensor& x, const Maybe& t, at::IntArrayRef shape) {
-  return !t || fits(x, *t, shape);
-}
+bool fits(const Tensor& x, const Maybe& t, at::IntArrayRef shape) { return !t || fits(x, *t, shape); }
 
 bool agree(const Tensor& x, const Tensor& z, const Tensor& weight, const Maybe& bias, const Maybe& base_weight) {
   if (x.dim() != 3 || weight.dim() != 3 || z.dim() != 2) return false;
@@ -221,28 +210,30 @@ bool chosen_here(string_view backend, string_view schedule) {
 using Apply = Tensor(
     const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, const Maybe&, string_view, int64_t, bool);
 using Grads = std::tuple<Tensor, Tensor, Tensor>(
-    const Tensor&, const Maybe&, const Maybe&, const Maybe&, const Maybe&, const Tensor&, std::array<bool, 3>, string_view,
-    string_view, int64_t, bool);
+    const Tensor&, const Maybe&, const Maybe&, const Maybe&, const Maybe&, const Tensor&, std::array<bool, 3>,
+    string_view, string_view, int64_t, bool);
 
 Tensor run(
     const Tensor& x, const Tensor& z, const Tensor& weight, const Maybe& bias, const Maybe& base_weight,
     const Maybe& base_bias, string_view backend, string_view schedule) {
   if (chosen_here(backend, schedule) && agree(x, z, weight, bias, base_weight) && fits(x, base_bias, {weight.size(0)}))
     if (const auto plan = plans.find(problem_of(x, weight.size(2), weight.size(0), FORWARD))) {
-      static const auto apply = c10::Dispatcher::singleton().findSchemaOrThrow("fasthyper_cpu::apply", "").typed<Apply>();
+      static const auto apply =
+          c10::Dispatcher::singleton().findSchemaOrThrow("fasthyper_cpu::apply", "").typed<Apply>();
       return apply.call(x, z, weight, bias, base_weight, base_bias, plan->schedule, plan->workspace, plan->native);
     }
   return forward_op().redispatch(any_device, x, z, weight, bias, base_weight, base_bias, backend, schedule);
 }
 
 Six run_grads(
-    const Tensor& x, const Tensor& z, const Tensor& weight, const Maybe& bias, const Maybe& base_weight, const Tensor& g,
-    Mask mask, string_view backend, string_view schedule) {
+    const Tensor& x, const Tensor& z, const Tensor& weight, const Maybe& bias, const Maybe& base_weight,
+    const Tensor& g, Mask mask, string_view backend, string_view schedule) {
   const bool of_base = mask[3] || mask[4] || mask[5];
   if (chosen_here(backend, schedule) && !of_base && agree(x, z, weight, bias, base_weight) &&
       fits(x, g, {x.size(0), x.size(1), weight.size(0)}))
     if (const auto plan = plans.find(problem_of(x, weight.size(2), weight.size(0), needs_of(mask)))) {
-      static const auto grads = c10::Dispatcher::singleton().findSchemaOrThrow("fasthyper_cpu::grads", "").typed<Grads>();
+      static const auto grads =
+          c10::Dispatcher::singleton().findSchemaOrThrow("fasthyper_cpu::grads", "").typed<Grads>();
       auto [dx, dz, dh] = grads.call(
           x, z, weight, bias, base_weight, g, {mask[0], mask[1], mask[2]}, plan->schedule, plan->schedule_of_weight,
           plan->workspace, plan->native);
@@ -256,7 +247,8 @@ Six run_grads(
 void remember(
     const Tensor& x, int64_t R, int64_t O, int64_t needs, string_view schedule, string_view schedule_of_weight,
     int64_t workspace, bool native) {
-  plans.remember(problem_of(x, R, O, needs), {std::string(schedule), std::string(schedule_of_weight), workspace, native});
+  plans.remember(
+      problem_of(x, R, O, needs), {std::string(schedule), std::string(schedule_of_weight), workspace, native});
 }
 
 TORCH_LIBRARY_IMPL(fasthyper, AutogradCPU, m) {
@@ -270,8 +262,10 @@ TORCH_LIBRARY_IMPL(fasthyper, CPU, m) {
 }
 
 TORCH_LIBRARY(fasthyper_eager, m) {
-  m.def("remember(Tensor x, int R, int O, int needs, str schedule, str schedule_of_weight, int workspace, bool native)"
-        " -> ()", remember);
+  m.def(
+      "remember(Tensor x, int R, int O, int needs, str schedule, str schedule_of_weight, int workspace, bool native)"
+      " -> ()",
+      remember);
   m.def("forget() -> ()", [] { plans.forget(); });
 }
 

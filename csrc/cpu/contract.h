@@ -11,8 +11,7 @@ namespace fasthyper {
 
 // out_p[p] += Σ_q t[p,q] u_q[q]  and  out_q[q] += Σ_p t[p,q] u_p[p], PB rows p at a time.
 template <int PB, bool P, bool Q>
-inline void reduce_rows(
-    const float* t, int64_t nq, const float* up, const float* uq, float* out_p, float* out_q) {
+inline void reduce_rows(const float* t, int64_t nq, const float* up, const float* uq, float* out_p, float* out_q) {
   for (int64_t l = 0; l < LANES; l += WIDTH) {
     Vec sum[PB], u[PB];
     for (int k = 0; k < PB; ++k) {
@@ -36,8 +35,7 @@ inline void reduce_rows(
 }
 
 template <bool P, bool Q>
-void reduce(
-    const float* t, int64_t np, int64_t nq, const float* up, const float* uq, float* out_p, float* out_q) {
+void reduce(const float* t, int64_t np, int64_t nq, const float* up, const float* uq, float* out_p, float* out_q) {
   const auto at = [](auto* base, int64_t p) { return base ? base + p * LANES : nullptr; };
   int64_t p = 0;
   for (; p + 4 <= np; p += 4) reduce_rows<4, P, Q>(t + p * nq * LANES, nq, at(up, p), uq, at(out_p, p), out_q);
@@ -56,7 +54,8 @@ inline int64_t fitting(int64_t wanted, int64_t depth) {
 // `contract` for operands that only a matrix unit multiplies: t is a tile of its product.
 template <class S, class T>
 void contract_in_tiles(
-    const Head<S>& h, const Group& group, const T* u_c, const float* u_p, const float* u_q, float* out_p, float* out_q) {
+    const Head<S>& h, const Group& group, const T* u_c, const float* u_p, const float* u_q, float* out_p,
+    float* out_q) {
   const int64_t depth = round_k<T>(h.c), ld = packed_ld<T>(h.c);
   const bool both = out_p && out_q;  // then four rows p at a time halve the traffic, at the price of packing
   const int64_t tile_rows = fitting(TILE_ROWS, ld);
@@ -95,7 +94,8 @@ void contract_in_tiles(
 // u_c is a right operand in T.
 template <class S, class T>
 void contract(
-    const Head<S>& h, const Group& group, const T* u_c, const float* u_p, const float* u_q, float* out_p, float* out_q) {
+    const Head<S>& h, const Group& group, const T* u_c, const float* u_p, const float* u_q, float* out_p,
+    float* out_q) {
   if constexpr (std::is_same_v<T, float>) contract_in_registers(h, group, u_c, u_p, u_q, out_p, out_q);
   else contract_in_tiles(h, group, u_c, u_p, u_q, out_p, out_q);
 }
@@ -103,14 +103,17 @@ void contract(
 // out[m] += Σ_k M[m,k] u[k], for what all instances share; u is a right operand in T.
 template <class S, class T>
 void multiply(
-    const S* m, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, const Group& group, const T* u, float* out) {
+    const S* m, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, const Group& group, const T* u,
+    float* out) {
   const int64_t depth = round_k<T>(k);
   Scratch<T> packed(readable<S, T>(k_stride, k) ? 0 : std::min(rows, TILE_ROWS) * packed_ld<T>(k));
   for (int64_t r = 0; r < rows; r += TILE_ROWS) {
     const int64_t count = std::min(TILE_ROWS, rows - r);
     const auto a = left<S, T>(m + r * row_stride, row_stride, k_stride, count, k, packed);
     for (int64_t b = 0; b < group.blocks; ++b)
-      gemm(count, group.width(b), depth, a.data, a.ld, u + b * depth * LANES, LANES, out + (b * rows + r) * LANES, LANES, true);
+      gemm(
+          count, group.width(b), depth, a.data, a.ld, u + b * depth * LANES, LANES, out + (b * rows + r) * LANES, LANES,
+          true);
   }
 }
 

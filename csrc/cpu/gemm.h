@@ -29,16 +29,17 @@ constexpr int64_t packed_ld(int64_t k) {
   return (k + 15) / 16 * 16 | 16;
 }
 
-inline int64_t round_up(int64_t n, int64_t step) {
-  return (n + step - 1) / step * step;
-}
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 #if defined(FASTHYPER_PLAIN_PRODUCTS)
 
 // The definition, for tests: sanitizers see every access, and 16-bit operands work on any machine.
 template <class T>
 inline void gemm(
-    int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+    int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc,
+    bool add) {
   constexpr int64_t step = K_STEP<T>;
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < n; ++j) {
@@ -52,15 +53,14 @@ inline void gemm(
 template <class T>
 inline void release() {}
 
-inline bool multiplies_bfloat16() {
-  return true;
-}
+inline bool multiplies_bfloat16() { return true; }
 
 #else
 
 template <class T>
 inline void gemm(
-    int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+    int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc,
+    bool add) {
   at::native::cpublas::brgemm(m, n, round_k<T>(k), lda, ldb, ldc, add, a, b, c, !std::is_same_v<T, float>);
 }
 
@@ -104,9 +104,7 @@ inline void interleave(const float* a, const float* b, BFloat16* out, int64_t n)
 }
 
 // Rows (k, n) of floats as a right operand in T; `out` holds round_k(k) rows. Floats are one as they stand.
-inline const float* right(const float* rows, float*, int64_t, int64_t) {
-  return rows;
-}
+inline const float* right(const float* rows, float*, int64_t, int64_t) { return rows; }
 
 inline const BFloat16* right(const float* rows, BFloat16* out, int64_t k, int64_t n) {
   alignas(64) static constexpr float zero[512] = {};

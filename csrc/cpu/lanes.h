@@ -49,9 +49,7 @@ inline void store(float* p, V v) {
 
 // Conversion of n contiguous numbers.
 
-inline void convert(const float* src, float* dst, int64_t n) {
-  std::memcpy(dst, src, n * sizeof(float));
-}
+inline void convert(const float* src, float* dst, int64_t n) { std::memcpy(dst, src, n * sizeof(float)); }
 
 inline void convert(const BFloat16* src, float* dst, int64_t n) {
   const auto* bits = reinterpret_cast<const uint16_t*>(src);
@@ -89,9 +87,7 @@ inline void convert(const float* src, Half* dst, int64_t n) {
   for (; i < n; ++i) dst[i] = src[i];
 }
 
-inline void convert(const BFloat16* src, BFloat16* dst, int64_t n) {
-  std::memcpy(dst, src, n * sizeof(BFloat16));
-}
+inline void convert(const BFloat16* src, BFloat16* dst, int64_t n) { std::memcpy(dst, src, n * sizeof(BFloat16)); }
 
 // dst[j][i] = src[i][j] for 8 columns j and `rows` ≤ 8 rows i; eight floats of each dst[j] are written.
 inline void transpose8(const float* src, int64_t ld_src, float* dst, int64_t ld_dst, int64_t rows) {

@@ -10,9 +10,9 @@
 
 namespace fasthyper {
 
-constexpr int64_t TILE = 64;           // instances
-constexpr int64_t SPAN = 128;         // columns
-constexpr int64_t MOST = 1 << 18;      // numbers of H
+constexpr int64_t TILE = 64;       // instances
+constexpr int64_t SPAN = 128;      // columns
+constexpr int64_t MOST = 1 << 18;  // numbers of H
 
 inline float dot(const float* a, const float* b, int64_t n) {
   Vec sums[4] = {};
@@ -71,7 +71,7 @@ class Contiguous {
 // Calls f(first, last) for tiles of instances, in parallel, with what make() gave the thread.
 template <class Make, class F>
 void over_tiles(const Factors<float>& f, Make&& make, F&& run) {
-  const int64_t tiles = (f.B + TILE - 1) / TILE;
+  const int64_t tiles = ceil_div(f.B, TILE);
   at::parallel_for(0, tiles, tasks_per_thread(tiles, f.B * f.R * f.I), [&](int64_t begin, int64_t end) {
     auto own = make();
     for (int64_t t = begin; t < end; ++t) run(own, t * TILE, std::min(f.B, (t + 1) * TILE));
@@ -141,10 +141,8 @@ inline void scaled_product(
 }
 
 inline void grads_one_output(const Factors<float>& f, Rows<float> dx, Rows<float> dz) {
-  if (dx.data)
-    scaled_product(f, f.z, Panel(f.h, f.sr, f.si, f.R, f.I), row_of(f.base.data, f.base.s1, f.I), dx);
-  if (dz.data)
-    scaled_product(f, f.x, Panel(f.h, f.si, f.sr, f.I, f.R), row_of(f.bias.data, f.bias.s1, f.R), dz);
+  if (dx.data) scaled_product(f, f.z, Panel(f.h, f.sr, f.si, f.R, f.I), row_of(f.base.data, f.base.s1, f.I), dx);
+  if (dz.data) scaled_product(f, f.x, Panel(f.h, f.si, f.sr, f.I, f.R), row_of(f.bias.data, f.bias.s1, f.R), dz);
 }
 
 }  // namespace fasthyper

@@ -44,10 +44,14 @@ Matrix<S> matrix(const std::optional<at::Tensor>& t) {
 template <class F>
 void with_types(const at::Tensor& x, bool native, F&& f) {
   switch (x.scalar_type()) {
-    case at::kFloat: return f(float{}, float{});
-    case at::kBFloat16: return native && multiplies_bfloat16() ? f(BFloat16{}, BFloat16{}) : f(BFloat16{}, float{});
-    case at::kHalf: return f(Half{}, float{});
-    default: TORCH_CHECK_TYPE(false, "x must be float32, bfloat16 or float16, got ", x.scalar_type());
+    case at::kFloat:
+      return f(float{}, float{});
+    case at::kBFloat16:
+      return native && multiplies_bfloat16() ? f(BFloat16{}, BFloat16{}) : f(BFloat16{}, float{});
+    case at::kHalf:
+      return f(Half{}, float{});
+    default:
+      TORCH_CHECK_TYPE(false, "x must be float32, bfloat16 or float16, got ", x.scalar_type());
   }
 }
 
@@ -60,8 +64,8 @@ void grads_of_factors(const Factors<S>& f, Rows<S> dx, Rows<S> dz, Schedule sche
 
 at::Tensor apply(
     const at::Tensor& x, const at::Tensor& z, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-    const std::optional<at::Tensor>& base_weight, const std::optional<at::Tensor>& base_bias,
-    c10::string_view schedule, int64_t workspace, bool native) {
+    const std::optional<at::Tensor>& base_weight, const std::optional<at::Tensor>& base_bias, c10::string_view schedule,
+    int64_t workspace, bool native) {
   const auto y = at::empty({x.size(0), x.size(1), weight.size(0)}, x.options());
   with_types(x, native, [&](auto s, auto t) {
     using S = decltype(s);
@@ -84,7 +88,8 @@ at::Tensor apply(
 std::tuple<at::Tensor, at::Tensor, at::Tensor> grads(
     const at::Tensor& x, const std::optional<at::Tensor>& z, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& base_weight, const at::Tensor& g,
-    std::array<bool, 3> mask, c10::string_view schedule, c10::string_view schedule_of_weight, int64_t workspace, bool native) {
+    std::array<bool, 3> mask, c10::string_view schedule, c10::string_view schedule_of_weight, int64_t workspace,
+    bool native) {
   const int64_t B = x.size(0), N = x.size(1), I = x.size(2), O = g.size(2), R = z ? z->size(1) : weight->size(2);
   at::Tensor dx, dz, dh;
   if (mask[0]) dx = at::empty({B, N, I}, x.options());
@@ -110,10 +115,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grads(
 
 TORCH_LIBRARY(fasthyper_cpu, m) {
   m.def("multiplies_bfloat16() -> bool", multiplies_bfloat16);
-  m.def("apply(Tensor x, Tensor z, Tensor weight, Tensor? bias, Tensor? base_weight, Tensor? base_bias, str schedule, "
-        "int workspace, bool native) -> Tensor", apply);
-  m.def("grads(Tensor x, Tensor? z, Tensor? weight, Tensor? bias, Tensor? base_weight, Tensor g, bool[3] mask, "
-        "str schedule, str schedule_of_weight, int workspace, bool native) -> (Tensor, Tensor, Tensor)", grads);
+  m.def(
+      "apply(Tensor x, Tensor z, Tensor weight, Tensor? bias, Tensor? base_weight, Tensor? base_bias, str schedule, "
+      "int workspace, bool native) -> Tensor",
+      apply);
+  m.def(
+      "grads(Tensor x, Tensor? z, Tensor? weight, Tensor? bias, Tensor? base_weight, Tensor g, bool[3] mask, "
+      "str schedule, str schedule_of_weight, int workspace, bool native) -> (Tensor, Tensor, Tensor)",
+      grads);
 }
 
 }  // namespace

@@ -38,7 +38,8 @@ inline F* row(F* lanes, int64_t feature, int64_t l) {
 
 // Q columns from q on of a row p, V vectors of lanes from l on; `sum` is what they add to out_p.
 template <int Q, int V, bool OutP, bool OutQ>
-inline void columns(const Piece& h, const float* from, const Meeting& m, int64_t p, int64_t q, int64_t l, Vec (&sum)[V]) {
+inline void columns(
+    const Piece& h, const float* from, const Meeting& m, int64_t p, int64_t q, int64_t l, Vec (&sum)[V]) {
   const float *u_c = m.u_c + l, *u_p = row(m.u_p, p, l), *u_q = row(m.u_q, q, l);
   float* const out_q = row(m.out_q, q, l);
   const int64_t nc = h.nc, sq = h.sq, sc = h.sc;
@@ -110,8 +111,8 @@ Piece pack_piece(const Head<S>& h, float* packed) {
 
 // The size of equal parts of at most `most`, a multiple of `step`.
 inline int64_t even_share(int64_t size, int64_t most, int64_t step) {
-  const int64_t parts = (size + most - 1) / most;
-  return std::min(size, round_up((size + parts - 1) / parts, step));
+  const int64_t parts = ceil_div(size, most);
+  return std::min(size, round_up(ceil_div(size, parts), step));
 }
 
 // Whether to read H where it lies: few blocks, and rows of c that do not evict each other from the cache.
@@ -133,17 +134,23 @@ void contract_in_registers(
     for (int64_t p0 = 0; p0 < h.p; p0 += np)
       for (int64_t q0 = 0; q0 < h.q; q0 += nq) {
         const Head<S> part{
-            h.data + p0 * h.sp + q0 * h.sq + c0 * h.sc, std::min(np, h.p - p0), std::min(nq, h.q - q0),
-            std::min(nc, h.c - c0), h.sp, h.sq, h.sc};
+            h.data + p0 * h.sp + q0 * h.sq + c0 * h.sc,
+            std::min(np, h.p - p0),
+            std::min(nq, h.q - q0),
+            std::min(nc, h.c - c0),
+            h.sp,
+            h.sq,
+            h.sc};
         Piece piece;
         if constexpr (std::is_same_v<S, float>)
           if (direct) piece = {part.data, part.p, part.q, part.c, part.sp, COLS * part.sq, part.sq, part.sc};
         if (!direct) piece = pack_piece(part, packed);
         for (int64_t k = 0; k < group.blocks; ++k)
-          meet<VECS>(piece,
-                     {row(u_c, k * h.c + c0, 0), row(u_p, k * h.p + p0, 0), row(u_q, k * h.q + q0, 0),
-                      row(out_p, k * h.p + p0, 0), row(out_q, k * h.q + q0, 0)},
-                     group.width(k));
+          meet<VECS>(
+              piece,
+              {row(u_c, k * h.c + c0, 0), row(u_p, k * h.p + p0, 0), row(u_q, k * h.q + q0, 0),
+               row(out_p, k * h.p + p0, 0), row(out_q, k * h.q + q0, 0)},
+              group.width(k));
       }
 }
 

@@ -63,7 +63,7 @@ Head<S> cut_q(Head<S> h, Range r) {
 // Tasks a thread must take at least: one with less than 2¹⁹ multiplications to do is not worth waking.
 inline int64_t tasks_per_thread(int64_t tasks, int64_t multiplications) {
   const int64_t threads = std::clamp<int64_t>(multiplications >> 19, 1, tasks);
-  return (tasks + threads - 1) / threads;
+  return ceil_div(tasks, threads);
 }
 
 // How a call is cut into tasks: groups of instances, whose blocks meet a piece of H together, and, where there are
@@ -73,7 +73,7 @@ struct Tasks {
   int64_t instances, groups, slices, group_rows, grain;
 
   Tasks(int64_t B, int64_t N, int64_t R, int64_t I, int64_t O, int64_t axis, bool summed, int64_t workspace) {
-    const int64_t rows = B * N, blocks = (rows + LANES - 1) / LANES, threads = at::get_num_threads();
+    const int64_t rows = B * N, blocks = ceil_div(rows, LANES), threads = at::get_num_threads();
     const int64_t floats = std::clamp<int64_t>(workspace / (2 * threads), 1 << 18, 1 << 22) / int64_t(sizeof(float));
     const int64_t fit = std::max<int64_t>(1, floats / (3 * (R + I + O) * LANES));
     slices = 1;
@@ -82,11 +82,12 @@ struct Tasks {
       slices = std::max<int64_t>(1, std::min({summed ? 16 : threads, axis, worth}));
     }
     // Where an instance has several rows, groups are where sums over them are cut.
-    const int64_t groups_wanted = N > 1 ? std::max<int64_t>(16, (blocks + 31) / 32) : round_up((blocks + 31) / 32, threads);
-    int64_t each = slices > 1 ? blocks : (blocks + groups_wanted - 1) / groups_wanted;
+    const int64_t groups_wanted =
+        N > 1 ? std::max<int64_t>(16, ceil_div(blocks, 32)) : round_up(ceil_div(blocks, 32), threads);
+    int64_t each = slices > 1 ? blocks : ceil_div(blocks, groups_wanted);
     each = std::clamp<int64_t>(fit, 1, each);
     instances = std::max<int64_t>(1, each * LANES / N);
-    groups = (B + instances - 1) / instances;
+    groups = ceil_div(B, instances);
     group_rows = each * LANES;
     // Very wide problems leave threads idle rather than exceed the workspace.
     const int64_t together = std::max<int64_t>(1, workspace / 2 / (12 * (R + I + O) * LANES * each));
@@ -110,7 +111,8 @@ struct Tasks {
 template <class T>
 class Lanes {
  public:
-  Lanes(const Group& group, int64_t features) : group_(group), features_(features), lanes_(group.blocks * features * LANES) {}
+  Lanes(const Group& group, int64_t features)
+      : group_(group), features_(features), lanes_(group.blocks * features * LANES) {}
 
   template <class S>
   Lanes(const Group& group, const Rows<const S>& t, int64_t q0) : Lanes(group, t.features) {
@@ -151,13 +153,15 @@ class Lanes {
 };
 
 template <class S, class T>
-void apply_rows(const Factors<S>& f, const S* base_bias, int64_t base_bias_stride, Rows<S> y, Schedule schedule, int64_t workspace) {
+void apply_rows(
+    const Factors<S>& f, const S* base_bias, int64_t base_bias_stride, Rows<S> y, Schedule schedule,
+    int64_t workspace) {
   const Tasks tasks(f.B, f.N, f.R, f.I, f.O, schedule == Schedule::fold ? f.O / LANES : f.O, false, workspace);
   tasks.template run<T>(f.B, [&](int64_t slice, int64_t b0, int64_t b1) {
     const Range o = share(f.O, slice, tasks.slices);
     for (int64_t q = b0 * f.N; q < b1 * f.N; q += tasks.group_rows) {
       const int64_t rows = std::min(tasks.group_rows, b1 * f.N - q);
-      const Group group{(rows + LANES - 1) / LANES, rows};
+      const Group group{ceil_div(rows, LANES), rows};
       Lanes<T> x(group, f.x, q), z(group, f.z, q), out(group, o.size());
       for (int64_t k = 0; k < group.blocks; ++k)
         for (int64_t i = 0; i < o.size(); ++i) {
@@ -179,7 +183,8 @@ void apply_rows(const Factors<S>& f, const S* base_bias, int64_t base_bias_strid
 }
 
 // dz[b] += Σ_n of the rows (b, n), from lanes.
-inline void add_points(const float* lanes, int64_t features, int64_t q0, int64_t q1, int64_t points, int64_t b0, float* dz) {
+inline void add_points(
+    const float* lanes, int64_t features, int64_t q0, int64_t q1, int64_t points, int64_t b0, float* dz) {
   for (int64_t q = q0; q < q1;) {
     const int64_t b = q / points, end = std::min(q1, (b + 1) * points);
     for (int64_t r = 0; r < features; ++r) {
@@ -207,14 +212,16 @@ void grads_rows(const Factors<S>& f, Rows<S> dx, Rows<S> dz, Schedule schedule, 
     if (summed) std::fill(sums, sums + (b1 - b0) * r.size(), 0.f);
     for (int64_t q = b0 * f.N; q < b1 * f.N; q += tasks.group_rows) {
       const int64_t rows = std::min(tasks.group_rows, b1 * f.N - q);
-      const Group group{(rows + LANES - 1) / LANES, rows};
+      const Group group{ceil_div(rows, LANES), rows};
       Lanes<T> g(group, f.g, q), out_x(group, dx.data ? i.size() : 0), out_z(group, dz.data ? r.size() : 0);
       out_x.zero();
       out_z.zero();
       if (dx.data && f.base.data)
-        multiply(f.base.data + i.begin * f.base.s1, f.base.s1, f.base.s0, i.size(), f.O, group, g.right(), out_x.data());
+        multiply(
+            f.base.data + i.begin * f.base.s1, f.base.s1, f.base.s0, i.size(), f.O, group, g.right(), out_x.data());
       if (dz.data && f.bias.data && (!one_pass || slice == 0))
-        multiply(f.bias.data + r.begin * f.bias.s1, f.bias.s1, f.bias.s0, r.size(), f.O, group, g.right(), out_z.data());
+        multiply(
+            f.bias.data + r.begin * f.bias.s1, f.bias.s1, f.bias.s0, r.size(), f.O, group, g.right(), out_z.data());
       float* const none = nullptr;
       float* const to_x = dx.data ? out_x.data() : none;
       float* const to_z = dz.data ? out_z.data() : none;
@@ -234,14 +241,14 @@ void grads_rows(const Factors<S>& f, Rows<S> dx, Rows<S> dz, Schedule schedule, 
         }
       }
       if (dx.data) out_x.store(dx.columns(i.begin, i.end), q);
-      if (sliced_sum && f.N == 1)
-        out_z.store(Rows<float>{partial + slice * f.B * f.R, f.R, 0, 1, 1, f.R}, q);
+      if (sliced_sum && f.N == 1) out_z.store(Rows<float>{partial + slice * f.B * f.R, f.R, 0, 1, 1, f.R}, q);
       else if (summed)
         for (int64_t k = 0; k < group.blocks; ++k)
           add_points(out_z.at(k), r.size(), q + k * LANES, q + std::min(rows, (k + 1) * LANES), f.N, b0, sums);
       else if (dz.data) out_z.store(dz.columns(r.begin, r.end), q);
     }
-    if (summed && !sliced_sum) pack((const float*)own, r.size(), 1, dz.data + b0 * f.R + r.begin, f.R, b1 - b0, r.size());
+    if (summed && !sliced_sum)
+      pack((const float*)own, r.size(), 1, dz.data + b0 * f.R + r.begin, f.R, b1 - b0, r.size());
   });
   if (!sliced_sum) return;
   for (int64_t s = 1; s < tasks.slices; ++s)

@@ -13,7 +13,9 @@ struct Rows {
   int64_t points, features;
 
   S* row(int64_t q) const { return data + q / points * instance + q % points * point; }
-  Rows columns(int64_t f0, int64_t f1) const { return {data + f0 * feature, instance, point, feature, points, f1 - f0}; }
+  Rows columns(int64_t f0, int64_t f1) const {
+    return {data + f0 * feature, instance, point, feature, points, f1 - f0};
+  }
 
   // Calls f(first row, count, stride) for stretches of rows a fixed stride apart.
   template <class F>

@@ -10,8 +10,8 @@
 
 namespace fasthyper {
 
-constexpr int64_t DEPTH = 128;    // instances that one product contracts
-constexpr int64_t COLUMNS = 128;  // of dH that one product writes
+constexpr int64_t DEPTH = 128;      // instances that one product contracts
+constexpr int64_t COLUMNS = 128;    // of dH that one product writes
 constexpr int64_t SLICE = 1 << 16;  // floats of dH that stay in cache
 
 // Rows [q0, q1) with the features as they come, padded with zeros to (depth, ld).
@@ -30,8 +30,15 @@ template <class S>
 class Slice {
  public:
   Slice(S* out, int64_t ld, int64_t rows, int64_t cols, int64_t run, int64_t pitch, bool at_once = false)
-      : out_(out), ld_(ld), rows_(rows), cols_(cols), run_(run), pitch_(pitch), padded_(round_up(cols, WIDTH)),
-        direct_(std::is_same_v<S, float> && padded_ == cols), own_(direct_ || at_once ? 0 : rows * padded_) {}
+      : out_(out),
+        ld_(ld),
+        rows_(rows),
+        cols_(cols),
+        run_(run),
+        pitch_(pitch),
+        padded_(round_up(cols, WIDTH)),
+        direct_(std::is_same_v<S, float> && padded_ == cols),
+        own_(direct_ || at_once ? 0 : rows * padded_) {}
 
   bool direct() const { return direct_; }
   int64_t ld() const { return direct_ ? ld_ : padded_; }
@@ -71,8 +78,10 @@ void fold_slice(const Factors<S>& f, Range o, Range columns, S* dh) {
     load_rows(f.z, q, end, (float*)z, RP, depth);
     load_rows(f.x.columns(i.begin, i.end), q, end, (float*)x, i.size(), depth);
     for (int64_t c = 0; c < columns.size(); c += COLUMNS) {
-      const int64_t first = columns.begin + c, width = std::min(COLUMNS, columns.size() - c), cols = round_up(width, WIDTH);
-      const int64_t skip = first % f.R, start = first / f.R - i.begin, count = (first + width - 1) / f.R - first / f.R + 1;
+      const int64_t first = columns.begin + c, width = std::min(COLUMNS, columns.size() - c),
+                    cols = round_up(width, WIDTH);
+      const int64_t skip = first % f.R, start = first / f.R - i.begin,
+                    count = (first + width - 1) / f.R - first / f.R + 1;
       for (int64_t k = 0; k < depth; ++k) {
         const float* xk = x + k * i.size() + start;
         const float* zk = z + k * RP;
@@ -144,23 +153,22 @@ void weight_grad(const Factors<S>& f, S* dh, Schedule schedule, int64_t workspac
   const int64_t work = f.B * f.N * f.R * f.I * f.O, threads = at::get_num_threads();
   const int64_t tasks = std::clamp<int64_t>(work >> 19, 1, threads);
   const int64_t together = std::max<int64_t>(1, workspace / 2 / (4 * (3 * SLICE + 2 * DEPTH * f.R)));
-  const auto grain = [&](int64_t count) {
-    return std::max(tasks_per_thread(count, work), (count + together - 1) / together);
-  };
+  const auto grain = [&](int64_t count) { return std::max(tasks_per_thread(count, work), ceil_div(count, together)); };
   if (schedule == Schedule::fold) {
-    const int64_t o_parts = (f.O + 511) / 512, o_size = (f.O + o_parts - 1) / o_parts;
+    const int64_t o_parts = (f.O + 511) / 512, o_size = ceil_div(f.O, o_parts);
     const int64_t total = f.I * f.R, room = std::max(COLUMNS, SLICE / o_size / COLUMNS * COLUMNS);
-    const int64_t wanted = (tasks + o_parts - 1) / o_parts;
-    const int64_t each = std::min(room, round_up((total + wanted - 1) / wanted, COLUMNS)), parts = (total + each - 1) / each;
+    const int64_t wanted = ceil_div(tasks, o_parts);
+    const int64_t each = std::min(room, round_up(ceil_div(total, wanted), COLUMNS)), parts = ceil_div(total, each);
     at::parallel_for(0, o_parts * parts, grain(o_parts * parts), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t)
-        fold_slice<S, T>(f, share(f.O, t / parts, o_parts), {t % parts * each, std::min(total, (t % parts + 1) * each)}, dh);
+        fold_slice<S, T>(
+            f, share(f.O, t / parts, o_parts), {t % parts * each, std::min(total, (t % parts + 1) * each)}, dh);
       release<T>();
     });
   } else {
     const int64_t room = std::clamp<int64_t>(SLICE / f.R, 64, 4096);
-    const int64_t i_parts = f.I <= 2 * 64 ? 1 : round_up((f.I + 63) / 64, tasks), i_size = (f.I + i_parts - 1) / i_parts;
-    const int64_t wanted = std::max((tasks + i_parts - 1) / i_parts, f.O * i_size / room);
+    const int64_t i_parts = f.I <= 2 * 64 ? 1 : round_up(ceil_div(f.I, 64), tasks), i_size = ceil_div(f.I, i_parts);
+    const int64_t wanted = std::max(ceil_div(tasks, i_parts), f.O * i_size / room);
     const int64_t o_parts = std::clamp<int64_t>(wanted, 1, f.O);
     at::parallel_for(0, o_parts * i_parts, grain(o_parts * i_parts), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t)

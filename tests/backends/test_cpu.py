@@ -81,7 +81,9 @@ def test_any_sizes_and_strides(sizes, dtype, strides, schedule, factors, oracle)
 
 @ready
 @pytest.mark.parametrize("schedule", ["auto", *SCHEDULES])
-@pytest.mark.parametrize("sizes", [(2000, 1, 25, 16, 130), (64, 1, 50, 784, 10), (2000, 1, 36, 40, 1), (100, 30, 16, 20, 24)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(2000, 1, 25, 16, 130), (64, 1, 50, 784, 10), (2000, 1, 36, 40, 1), (100, 30, 16, 20, 24)], ids=str
+)
 def test_the_number_of_threads_changes_no_bit(sizes, schedule, factors):
     args = factors(sizes, torch.float32, NAMES)
     before = torch.get_num_threads()
