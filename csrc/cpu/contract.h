@@ -1,8 +1,8 @@
-// The two orders in which a block of instances contracts a head with two of its three factors.
+// The two orders in which a group of instances contracts a head with two of its three factors: `contract` sums over one
+// axis of H first, `fold` multiplies two factors first.
 //
-// H has an axis for each factor: i for x, r for z, o for g. Seen from here they are p, q and c (or p, q and m), and
-// the factors u_p[p], u_q[q], u_c[c] are in lanes, (features, LANES). `Block`s of a group meet each piece of H while
-// that is in cache.
+// H has an axis for each factor: i for x, r for z, o for g. Seen from here they are p, q and c, and the factors u_p[p],
+// u_q[q], u_c[c] are in lanes, (features, LANES). The blocks of a group meet each piece of H while that is in cache.
 #pragma once
 
 #include "registers.h"
