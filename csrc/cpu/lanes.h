@@ -90,7 +90,8 @@ inline void convert(const float* src, Half* dst, int64_t n) {
 inline void convert(const BFloat16* src, BFloat16* dst, int64_t n) { std::memcpy(dst, src, n * sizeof(BFloat16)); }
 
 // dst[j][i] = src[i][j] for 8 columns j and `rows` ≤ 8 rows i; eight floats of each dst[j] are written.
-inline void transpose8(const float* src, int64_t ld_src, float* dst, int64_t ld_dst, int64_t rows) {
+[[gnu::always_inline]] inline void transpose8(
+    const float* src, int64_t ld_src, float* dst, int64_t ld_dst, int64_t rows) {
   Vec8 a[8], b[8];
   for (int i = 0; i < 8; ++i) a[i] = i < rows ? load<Vec8>(src + i * ld_src) : Vec8{};
   for (int i = 0; i < 8; i += 2) {
@@ -114,7 +115,9 @@ inline void transpose(
   for (int64_t i = 0; i < rows; i += 8) {
     const int64_t count = std::min<int64_t>(8, rows - i);
     int64_t j = 0;
-    if (i + 8 <= room)
+    if (count == 8)
+      for (; j + 8 <= cols; j += 8) transpose8(src + i * ld_src + j, ld_src, dst + j * ld_dst + i, ld_dst, 8);
+    else if (i + 8 <= room)
       for (; j + 8 <= cols; j += 8) transpose8(src + i * ld_src + j, ld_src, dst + j * ld_dst + i, ld_dst, count);
     for (; j < cols; ++j)
       for (int64_t k = i; k < i + count; ++k) dst[j * ld_dst + k] = src[k * ld_src + j];

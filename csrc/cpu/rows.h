@@ -7,7 +7,7 @@
 
 #include <ATen/Parallel.h>
 
-#include <vector>
+#include <bit>
 
 #include "contract.h"
 
@@ -79,12 +79,15 @@ struct Tasks {
     slices = 1;
     if (blocks < 16) {
       const int64_t worth = rows * R * I * O >> 20;  // a slice of less is not worth a thread
-      slices = std::max<int64_t>(1, std::min({summed ? 16 : threads, axis, worth}));
+      const int64_t wanted = summed ? std::min<int64_t>(16, I * O / 1024) : threads;  // a sum for each slice costs, too
+      slices = std::max<int64_t>(1, std::min({wanted, axis, worth}));
+      if (summed) slices = std::bit_floor(uint64_t(slices));  // as many for each of two, four, eight threads
     }
     // Where an instance has several rows, groups are where sums over them are cut.
-    const int64_t groups_wanted =
-        N > 1 ? std::max<int64_t>(16, ceil_div(blocks, 32)) : round_up(ceil_div(blocks, 32), threads);
-    int64_t each = slices > 1 ? blocks : ceil_div(blocks, groups_wanted);
+    int64_t groups_wanted = round_up(ceil_div(blocks, 32), threads);
+    if (slices > 1) groups_wanted = N > 1 ? 1 : ceil_div(threads, slices);
+    else if (N > 1) groups_wanted = std::max<int64_t>(16, ceil_div(blocks, 32));
+    int64_t each = ceil_div(blocks, groups_wanted);
     each = std::clamp<int64_t>(fit, 1, each);
     instances = std::max<int64_t>(1, each * LANES / N);
     groups = ceil_div(B, instances);
@@ -251,8 +254,10 @@ void grads_rows(const Factors<S>& f, Rows<S> dx, Rows<S> dz, Schedule schedule, 
       pack((const float*)own, r.size(), 1, dz.data + b0 * f.R + r.begin, f.R, b1 - b0, r.size());
   });
   if (!sliced_sum) return;
-  for (int64_t s = 1; s < tasks.slices; ++s)
-    for (int64_t k = 0; k < f.B * f.R; ++k) partial[k] += partial[s * f.B * f.R + k];
+  at::parallel_for(0, f.B * f.R, 1 << 15, [&](int64_t begin, int64_t end) {
+    for (int64_t s = 1; s < tasks.slices; ++s)
+      for (int64_t k = begin; k < end; ++k) partial[k] += partial[s * f.B * f.R + k];
+  });
   pack((const float*)partial, f.R, 1, dz.data, f.R, f.B, f.R);
 }
 
