@@ -109,7 +109,7 @@ void generate_slice(const Factors<S>& f, Range o, Range i, S* dh) {
   const bool at_once = Q <= 2 * DEPTH && f.R <= COLUMNS;
   const int64_t deepest = at_once ? round_up(Q, 32) : DEPTH;
   Slice<S> slice(dh + (o.begin * f.I + i.begin) * f.R, f.R, rows, f.R, I, f.I, at_once);
-  const int64_t M = slice.whole() ? std::min<int64_t>(rows, 64) : std::min<int64_t>(I, 64);
+  const int64_t M = even_share(slice.whole() ? rows : I, 64, 6);
   const bool as_it_lies = std::is_same_v<S, T> && f.z.feature == 1 && f.N == 1 && f.R % WIDTH == 0 && K_STEP<T> == 1;
   Scratch<float> g(o.size() * deepest), x(I * deepest), z(as_it_lies ? 0 : deepest * RP), gx(M * deepest);
   Scratch<float> tile(at_once && !slice.direct() ? M * slice.cols() : 0);
@@ -167,7 +167,7 @@ void weight_grad(const Factors<S>& f, S* dh, Schedule schedule, int64_t workspac
     });
   } else {
     const int64_t room = std::clamp<int64_t>(SLICE / f.R, 64, 4096);
-    const int64_t i_parts = f.I <= 2 * 64 ? 1 : round_up(ceil_div(f.I, 64), tasks), i_size = ceil_div(f.I, i_parts);
+    const int64_t i_parts = f.I <= 2 * 64 ? 1 : round_up(ceil_div(f.I, 256), tasks), i_size = ceil_div(f.I, i_parts);
     const int64_t wanted = std::max(ceil_div(tasks, i_parts), f.O * i_size / room);
     const int64_t o_parts = std::clamp<int64_t>(wanted, 1, f.O);
     at::parallel_for(0, o_parts * i_parts, grain(o_parts * i_parts), [&](int64_t begin, int64_t end) {
