@@ -67,8 +67,7 @@ inline int64_t tasks_per_thread(int64_t tasks, int64_t multiplications) {
 }
 
 // How a call is cut into tasks: groups of instances, whose blocks meet a piece of H together, and, where there are
-// few rows, slices of an axis of H. Those whose results are summed depend on sizes alone, so that the number of threads
-// changes no bit.
+// few rows, slices of an axis of H. Slices depend on sizes alone, so that the number of threads changes no bit.
 struct Tasks {
   int64_t instances, groups, slices, group_rows, grain;
 
@@ -78,10 +77,10 @@ struct Tasks {
     const int64_t fit = std::max<int64_t>(1, floats / (3 * (R + I + O) * LANES));
     slices = 1;
     if (blocks < 16) {
-      const int64_t worth = rows * R * I * O >> 20;  // a slice of less is not worth a thread
-      const int64_t wanted = summed ? std::min<int64_t>(16, I * O / 1024) : threads;  // a sum for each slice costs, too
+      const int64_t worth = rows * R * I * O >> 20;                             // a slice of less is not worth a thread
+      const int64_t wanted = summed ? std::min<int64_t>(16, I * O / 1024) : 4;  // a slice costs: lanes, and a sum
       slices = std::max<int64_t>(1, std::min({wanted, axis, worth}));
-      if (summed) slices = std::bit_floor(uint64_t(slices));  // as many for each of two, four, eight threads
+      slices = std::bit_floor(uint64_t(slices));  // as many for each of two, four, eight threads
     }
     // Where an instance has several rows, groups are where sums over them are cut.
     int64_t groups_wanted = round_up(ceil_div(blocks, 32), threads);

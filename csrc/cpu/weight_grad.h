@@ -102,6 +102,9 @@ void fold_slice(const Factors<S>& f, Range o, Range columns, S* dh) {
   slice.finish();
 }
 
+// Rows o that a block of rows (o, i) spans.
+inline int64_t rows_together(int64_t I) { return std::max<int64_t>(1, 64 / I); }
+
 // Rows (o, i) of these ranges, all columns r.
 template <class S, class T>
 void generate_slice(const Factors<S>& f, Range o, Range i, S* dh) {
@@ -109,7 +112,8 @@ void generate_slice(const Factors<S>& f, Range o, Range i, S* dh) {
   const bool at_once = Q <= 2 * DEPTH && f.R <= COLUMNS;
   const int64_t deepest = at_once ? round_up(Q, 32) : DEPTH;
   Slice<S> slice(dh + (o.begin * f.I + i.begin) * f.R, f.R, rows, f.R, I, f.I, at_once);
-  const int64_t M = even_share(slice.whole() ? rows : I, 64, 6);
+  // Blocks of rows begin anew with every `together` rows o: some products round by how many rows they have.
+  const int64_t run = I * (slice.whole() ? rows_together(f.I) : 1), M = even_share(run, 64, 6);
   const bool as_it_lies = std::is_same_v<S, T> && f.z.feature == 1 && f.N == 1 && f.R % WIDTH == 0 && K_STEP<T> == 1;
   Scratch<float> g(o.size() * deepest), x(I * deepest), z(as_it_lies ? 0 : deepest * RP), gx(M * deepest);
   Scratch<float> tile(at_once && !slice.direct() ? M * slice.cols() : 0);
@@ -123,7 +127,7 @@ void generate_slice(const Factors<S>& f, Range o, Range i, S* dh) {
       if constexpr (!std::is_same_v<T, float>) right(z + c * deepest, operand + c * deepest, depth, COLUMNS);
     }
     for (int64_t m = 0, count; m < rows; m += count) {
-      count = std::min(M, slice.whole() ? rows - m : I - m % I);
+      count = std::min({M, run - m % run, rows - m});
       for (int64_t k = 0; k < count; ++k) {
         const float* a = g + (m + k) / I * deepest;
         const float* b = x + (m + k) % I * deepest;
@@ -167,12 +171,17 @@ void weight_grad(const Factors<S>& f, S* dh, Schedule schedule, int64_t workspac
     });
   } else {
     const int64_t room = std::clamp<int64_t>(SLICE / f.R, 64, 4096);
-    const int64_t i_parts = f.I <= 2 * 64 ? 1 : round_up(ceil_div(f.I, 256), tasks), i_size = ceil_div(f.I, i_parts);
+    const int64_t each = rows_together(f.I), units = ceil_div(f.O, each);
+    const int64_t long_rows = f.I <= 2 * 64 ? 1 : round_up(ceil_div(f.I, 256), 2);
+    const int64_t few_rows = std::bit_floor(uint64_t(std::min(ceil_div(f.I, 12), ceil_div(4, units))));
+    const int64_t i_parts = std::max(long_rows, few_rows), i_size = ceil_div(f.I, i_parts);
     const int64_t wanted = std::max(ceil_div(tasks, i_parts), f.O * i_size / room);
-    const int64_t o_parts = std::clamp<int64_t>(wanted, 1, f.O);
+    const int64_t o_parts = std::clamp<int64_t>(wanted, 1, units);
     at::parallel_for(0, o_parts * i_parts, grain(o_parts * i_parts), [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t)
-        generate_slice<S, T>(f, share(f.O, t / i_parts, o_parts), share(f.I, t % i_parts, i_parts), dh);
+      for (int64_t t = begin; t < end; ++t) {
+        const Range own = share(units, t / i_parts, o_parts), o{own.begin * each, std::min(f.O, own.end * each)};
+        generate_slice<S, T>(f, o, share(f.I, t % i_parts, i_parts), dh);
+      }
       release<T>();
     });
   }
