@@ -31,7 +31,7 @@ constexpr int64_t packed_ld(int64_t k) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+inline int64_t round_up(int64_t n, int64_t step) { return ceil_div(n, step) * step; }
 
 #if defined(FASTHYPER_PLAIN_PRODUCTS)
 

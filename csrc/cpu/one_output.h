@@ -52,35 +52,21 @@ class Panel {
   Scratch<float> packed_;
 };
 
-// Rows with the features side by side.
-class Contiguous {
- public:
-  explicit Contiguous(const Rows<const float>& t) : t_(t), copy_(t.feature == 1 ? 0 : TILE * t.features) {}
-
-  Left<float> rows(int64_t q0, int64_t q1) {
-    if (!copy_) return {t_.row(q0), t_.instance};
-    pack(t_.row(q0), t_.instance, t_.feature, (float*)copy_, t_.features, q1 - q0, t_.features);
-    return {copy_, t_.features};
-  }
-
- private:
-  Rows<const float> t_;
-  Scratch<float> copy_;
-};
-
-// Calls f(first, last) for tiles of instances, in parallel, with what make() gave the thread.
-template <class Make, class F>
-void over_tiles(const Factors<float>& f, Make&& make, F&& run) {
+// Calls f(first, last, tile) for tiles of instances, in parallel; `tile` holds what a Panel multiplies at a time.
+template <class F>
+void over_tiles(const Factors<float>& f, F&& run) {
   const int64_t tiles = ceil_div(f.B, TILE);
   at::parallel_for(0, tiles, tasks_per_thread(tiles, f.B * f.R * f.I), [&](int64_t begin, int64_t end) {
-    auto own = make();
-    for (int64_t t = begin; t < end; ++t) run(own, t * TILE, std::min(f.B, (t + 1) * TILE));
+    const Scratch<float> tile(TILE * SPAN);
+    for (int64_t t = begin; t < end; ++t) run(t * TILE, std::min(f.B, (t + 1) * TILE), (float*)tile);
   });
 }
 
+// Whether this file serves: x and z can be read as they lie, and H, which may be packed, is not too large.
 template <class S>
 bool one_output(const Factors<S>& f, Schedule schedule) {
-  return std::is_same_v<S, float> && f.O == 1 && f.N == 1 && schedule == Schedule::project && f.I * f.R <= MOST;
+  const bool in_place = readable<S, float>(f.x.feature, f.I) && readable<S, float>(f.z.feature, f.R);
+  return in_place && f.O == 1 && f.N == 1 && schedule == Schedule::project && f.I * f.R <= MOST;
 }
 
 // A row that all instances share, n zeros where there is none.
@@ -94,50 +80,37 @@ inline Scratch<float> row_of(const float* data, int64_t stride, int64_t n) {
 inline void apply_one_output(const Factors<float>& f, const float* base_bias, Rows<float> y) {
   const Panel h(f.h, f.si, f.sr, f.I, f.R);
   const auto bias = row_of(f.bias.data, f.bias.s1, f.R), base = row_of(f.base.data, f.base.s1, f.I);
-  struct Own {
-    Contiguous x, z;
-    Scratch<float> tile;
-  };
-  over_tiles(
-      f, [&] { return Own{Contiguous(f.x), Contiguous(f.z), Scratch<float>(TILE * SPAN)}; },
-      [&](Own& own, int64_t b0, int64_t b1) {
-        const auto x = own.x.rows(b0, b1), z = own.z.rows(b0, b1);
-        float* const to = y.row(b0);  // an output is contiguous
-        for (int64_t b = 0; b < b1 - b0; ++b) {
-          float sum = base_bias ? *base_bias : 0.f;
-          if (f.base.data) sum += dot(x.data + b * x.ld, base, f.I);
-          if (f.bias.data) sum += dot(z.data + b * z.ld, bias, f.R);
-          to[b] = sum;
-        }
-        for (int64_t r = 0, width; r < f.R; r += width) {
-          width = h.multiply(x, b1 - b0, f.I, r, own.tile);
-          for (int64_t b = 0; b < b1 - b0; ++b) to[b] += dot(own.tile + b * SPAN, z.data + b * z.ld + r, width);
-        }
-      });
+  over_tiles(f, [&](int64_t b0, int64_t b1, float* tile) {
+    const Left<float> x{f.x.row(b0), f.x.instance}, z{f.z.row(b0), f.z.instance};
+    float* const to = y.row(b0);  // an output is contiguous
+    for (int64_t b = 0; b < b1 - b0; ++b) {
+      float sum = base_bias ? *base_bias : 0.f;
+      if (f.base.data) sum += dot(x.data + b * x.ld, base, f.I);
+      if (f.bias.data) sum += dot(z.data + b * z.ld, bias, f.R);
+      to[b] = sum;
+    }
+    for (int64_t r = 0, width; r < f.R; r += width) {
+      width = h.multiply(x, b1 - b0, f.I, r, tile);
+      for (int64_t b = 0; b < b1 - b0; ++b) to[b] += dot(tile + b * SPAN, z.data + b * z.ld + r, width);
+    }
+  });
 }
 
 // out = g (u · h + shared)
 inline void scaled_product(
     const Factors<float>& f, const Rows<const float>& u, const Panel& h, const float* shared, Rows<float> out) {
-  struct Own {
-    Contiguous u;
-    Scratch<float> tile;
-  };
-  over_tiles(
-      f, [&] { return Own{Contiguous(u), Scratch<float>(TILE * SPAN)}; },
-      [&](Own& own, int64_t b0, int64_t b1) {
-        const auto rows = own.u.rows(b0, b1);
-        const float* const g = f.g.row(b0);
-        for (int64_t c = 0, width; c < h.n; c += width) {
-          width = h.multiply(rows, b1 - b0, u.features, c, own.tile);
-          float* to = out.row(b0) + c;
-          for (int64_t b = 0; b < b1 - b0; ++b, to += out.instance) {
-            const float* const t = own.tile + b * SPAN;
-            const float factor = g[b * f.g.instance];
-            for (int64_t k = 0; k < width; ++k) to[k] = factor * (t[k] + shared[c + k]);
-          }
-        }
-      });
+  over_tiles(f, [&](int64_t b0, int64_t b1, float* tile) {
+    const float* const g = f.g.row(b0);
+    for (int64_t c = 0, width; c < h.n; c += width) {
+      width = h.multiply({u.row(b0), u.instance}, b1 - b0, u.features, c, tile);
+      float* to = out.row(b0) + c;
+      for (int64_t b = 0; b < b1 - b0; ++b, to += out.instance) {
+        const float* const t = tile + b * SPAN;
+        const float factor = g[b * f.g.instance];
+        for (int64_t k = 0; k < width; ++k) to[k] = factor * (t[k] + shared[c + k]);
+      }
+    }
+  });
 }
 
 inline void grads_one_output(const Factors<float>& f, Rows<float> dx, Rows<float> dz) {

@@ -93,7 +93,7 @@ struct Tasks {
     group_rows = each * LANES;
     // Very wide problems leave threads idle rather than exceed the workspace.
     const int64_t together = std::max<int64_t>(1, workspace / 2 / (12 * (R + I + O) * LANES * each));
-    grain = std::max((groups * slices + together - 1) / together, tasks_per_thread(groups * slices, rows * R * I * O));
+    grain = std::max(ceil_div(groups * slices, together), tasks_per_thread(groups * slices, rows * R * I * O));
   }
 
   // Calls f(slice, first instance, last instance) in parallel.

@@ -112,17 +112,17 @@ void generate_slice(const Factors<S>& f, Range o, Range i, S* dh) {
   const bool at_once = Q <= 2 * DEPTH && f.R <= COLUMNS;
   const int64_t deepest = at_once ? round_up(Q, 32) : DEPTH;
   Slice<S> slice(dh + (o.begin * f.I + i.begin) * f.R, f.R, rows, f.R, I, f.I, at_once);
-  // Blocks of rows begin anew with every `together` rows o: some products round by how many rows they have.
+  // Blocks of rows begin anew with every `run` of them: some products round by how many rows they have.
   const int64_t run = I * (slice.whole() ? rows_together(f.I) : 1), M = even_share(run, 64, 6);
-  const bool as_it_lies = std::is_same_v<S, T> && f.z.feature == 1 && f.N == 1 && f.R % WIDTH == 0 && K_STEP<T> == 1;
-  Scratch<float> g(o.size() * deepest), x(I * deepest), z(as_it_lies ? 0 : deepest * RP), gx(M * deepest);
+  const bool in_place = readable<S, T>(f.z.feature, f.R) && K_STEP<T> == 1 && f.N == 1 && f.R % WIDTH == 0;
+  Scratch<float> g(o.size() * deepest), x(I * deepest), z(in_place ? 0 : deepest * RP), gx(M * deepest);
   Scratch<float> tile(at_once && !slice.direct() ? M * slice.cols() : 0);
   Scratch<T> left(std::is_same_v<T, float> ? 0 : M * deepest), operand(std::is_same_v<T, float> ? 0 : deepest * RP);
   for (int64_t q = 0; q < Q; q += deepest) {
     const int64_t end = std::min(Q, q + deepest), depth = std::min(deepest, round_up(end - q, 32));
     load_lanes(f.g.columns(o.begin, o.end), q, end, (float*)g, deepest, depth);
     load_lanes(f.x.columns(i.begin, i.end), q, end, (float*)x, deepest, depth);
-    for (int64_t c = 0; c < f.R && !as_it_lies; c += COLUMNS) {  // panels of columns, each contiguous
+    for (int64_t c = 0; c < f.R && !in_place; c += COLUMNS) {  // panels of columns, each contiguous
       load_rows(f.z.columns(c, std::min(f.R, c + COLUMNS)), q, end, z + c * deepest, COLUMNS, depth);
       if constexpr (!std::is_same_v<T, float>) right(z + c * deepest, operand + c * deepest, depth, COLUMNS);
     }
@@ -143,7 +143,7 @@ void generate_slice(const Factors<S>& f, Range o, Range i, S* dh) {
         if constexpr (std::is_same_v<T, float>) b = z + c * deepest;
         else b = operand + c * deepest;
         if constexpr (std::is_same_v<S, T>)
-          if (as_it_lies) b = f.z.row(q) + c, ld = f.z.instance;
+          if (in_place) b = f.z.row(q) + c, ld = f.z.instance;
         gemm(count, std::min(COLUMNS, slice.cols() - c), end - q, a, deepest, b, ld, to + c, slice.ld(), q > 0);
       }
       if (tile) slice.store(m, count, tile);
@@ -159,7 +159,7 @@ void weight_grad(const Factors<S>& f, S* dh, Schedule schedule, int64_t workspac
   const int64_t together = std::max<int64_t>(1, workspace / 2 / (4 * (3 * SLICE + 2 * DEPTH * f.R)));
   const auto grain = [&](int64_t count) { return std::max(tasks_per_thread(count, work), ceil_div(count, together)); };
   if (schedule == Schedule::fold) {
-    const int64_t o_parts = (f.O + 511) / 512, o_size = ceil_div(f.O, o_parts);
+    const int64_t o_parts = ceil_div(f.O, 512), o_size = ceil_div(f.O, o_parts);
     const int64_t total = f.I * f.R, room = std::max(COLUMNS, SLICE / o_size / COLUMNS * COLUMNS);
     const int64_t wanted = ceil_div(tasks, o_parts);
     const int64_t each = std::min(room, round_up(ceil_div(total, wanted), COLUMNS)), parts = ceil_div(total, each);

@@ -80,6 +80,14 @@ def test_any_sizes_and_strides(sizes, dtype, strides, schedule, factors, oracle)
 
 
 @ready
+@pytest.mark.parametrize("strides", ["transposed", "swapped", "sliced", "expanded"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_one_output_of_any_strides(schedule, strides, factors, oracle):
+    args = factors((130, 1, 24, 40, 1), torch.float32, NAMES, strides)
+    check(oracle, args, everything(*args, schedule))
+
+
+@ready
 @pytest.mark.parametrize("schedule", ["auto", *SCHEDULES])
 @pytest.mark.parametrize(
     "sizes", [(2000, 1, 25, 16, 130), (64, 1, 50, 784, 10), (2000, 1, 36, 40, 1), (100, 30, 16, 20, 24)], ids=str
