@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import backends, planner
-from .backends import cpu
+from .backends import cpu, triton
 from .problem import Plan, Problem
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
@@ -65,7 +65,7 @@ def explain(
     except RuntimeError as error:
         raise ValueError(f"device must be a device type such as cpu or cuda, got {device!r}") from error
     compiled = device == "cpu" and DTYPES[dtype] in cpu.DTYPES and backends.backend("auto", torch.device("cpu")) is cpu
-    backend = "cpu" if compiled else "aten"
+    backend = "cpu" if compiled else "triton" if device == "cuda" and DTYPES[dtype] in triton.DTYPES else "aten"
     written_out = batch * in_features * out_features * DTYPES[dtype].itemsize
     lines = [
         f"B = {batch:,}, N = {points:,}, R = {cond:,}, I = {in_features:,}, O = {out_features:,}, {dtype} on {device}, "

@@ -52,7 +52,8 @@ def _contract() -> str:
 
 def _readiness(name: str) -> str:
     why = BACKENDS[name].unavailable()
-    return "ready" if why is None else f"not ready: {why}"
+    remark = getattr(BACKENDS[name], "REMARK", "")
+    return ("ready" if why is None else f"not ready: {why}") + (f" ({remark})" if remark else "")
 
 
 def _best() -> str:

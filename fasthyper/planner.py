@@ -120,6 +120,8 @@ def _tile(elements: float, passes: float, mach: Machine) -> _Cost:
 
 def _apply_cost(p: Problem, schedule: str, mach: Machine) -> _Cost:
     B, N, R, I, O = p.batch, p.points, p.cond_features, p.in_features, p.out_features
+    if _is_kernel(p, schedule):
+        return _gemm(B * N, O, I * R, mach)
     if schedule == "fold":  # x ⊗ z, then one product with K = I·R
         return _tile(B * N * I * R, 2, mach) + _gemm(B * N, O, I * R, mach)
     if schedule == "generate":  # W = z·H, then x·Wᵀ instance by instance
@@ -140,6 +142,11 @@ def _instances(B: int, N: int, m: int, n: int, mach: Machine) -> _Cost:
 def _grads_cost(p: Problem, schedule: str, mach: Machine) -> _Cost:
     B, N, R, I, O = p.batch, p.points, p.cond_features, p.in_features, p.out_features
     dx, dz, dh = p.needs
+    if _is_kernel(p, schedule):
+        together = dx and dz and R <= _ONE_PASS_R and O <= _ONE_PASS_O
+        cost = _gemm(B * N, I * R, O, mach)
+        passes = (dx or dz) * (1 if together else dx + dz) + dh
+        return _Cost(cost.flops * passes, 0.0, cost.seconds * passes, passes)
     if p.backend == "cpu" and schedule == "project" and dh:  # the compiled kernels have no other dH
         rest = _grads_cost(p._replace(needs=(dx, dz, False)), schedule, mach)
         return rest + _grads_cost(p._replace(needs=(False, False, True)), "generate", mach)
@@ -168,6 +175,14 @@ def _grads_cost(p: Problem, schedule: str, mach: Machine) -> _Cost:
         cost += _gemm(O * R, I, p.distinct, mach)
         cost += _gemm(N * O, R, B, mach) if p.shared_x else _tile(B * N * O * R, 2, mach)
     return cost
+
+
+_ONE_PASS_R, _ONE_PASS_O = 128, 256  # up to these the Triton kernels have dx and dz from one product
+
+
+def _is_kernel(p: Problem, schedule: str) -> bool:
+    """Whether the Triton kernels run it: x ⊗ z and g·H are made where they are multiplied, and never moved."""
+    return p.backend == "triton" and schedule == "fold"
 
 
 _ROWS_TOGETHER = 1024  # of (b, n) that meet a packed piece of H in the compiled CPU kernels
@@ -221,11 +236,14 @@ def cost(problem: Problem, schedule: str, mach: Machine, limit: int) -> Plan:
         "generate": B * O * I,
         "project": (N if p.shared_x else B * N) * O * R,
     }[schedule]
-    chunks = max(1.0, size / tile) if p.backend == "aten" else 1.0  # torch calls are what a chunk costs
+    in_chunks = p.backend != "cpu" and not _is_kernel(p, schedule)  # torch calls are what a chunk costs
+    chunks = max(1.0, size / tile) if in_chunks else 1.0
     operands = (B * (N * (I + O) + R) + O * I * R * min(chunks, 4.0)) * p.dtype.itemsize
     workspace = (2 * min(size, tile) + min(O * I * R, tile)) * mach.work_dtype.itemsize
+    if _is_kernel(p, schedule):  # parts of sums, where blocks are too few to fill the device
+        workspace = min(limit // 2, 4 * (B * N * O if p.op == "apply" else O * I * R))
     seconds = c.seconds + operands / mach.memory_bandwidth + c.calls * chunks * mach.launch
-    if mach.work_dtype == torch.float16 and schedule != "generate":
+    if mach.work_dtype == torch.float16 and schedule != "generate" and not _is_kernel(p, schedule):
         seconds = math.inf  # x ⊗ z and x · H may leave the range of float16 where W and y do not
     return Plan(schedule, tile, mach.work_dtype, c.flops, c.bytes + operands, int(workspace), seconds)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import fasthyper
 from fasthyper import backends, planner
+from fasthyper.backends import triton
 from fasthyper.problem import SCHEDULES
 
 settings.register_profile(
@@ -21,7 +23,21 @@ settings.register_profile(
 )
 settings.load_profile("fasthyper")
 
-HOWS = [(name, s) for name in backends.BACKENDS for s in ((None,) if name == "materialised" else (None, *SCHEDULES))]
+DEVICE = os.environ.get("FASTHYPER_TEST_DEVICE", "cpu")
+"""Where factors are: `make gpu` runs the suite of the family on its GPU."""
+
+
+def _hows() -> Iterator[tuple[str, str | None]]:
+    """Every backend that runs here, with every schedule; under Triton's interpreter, its kernels alone."""
+    for name, module in backends.BACKENDS.items():
+        elsewhere = {"cpu": DEVICE != "cpu", "triton": DEVICE == "cpu"}.get(name, False)
+        if triton.interpreting() and DEVICE == "cpu":
+            elsewhere = name != "triton"
+        if not elsewhere and module.unavailable() is None:
+            yield from ((name, s) for s in ((None,) if name == "materialised" else (None, *SCHEDULES)))
+
+
+HOWS = list(_hows())
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -107,7 +123,7 @@ class Factors:
     ) -> list[Tensor]:
         """Factors of sizes (B, N, R, I, O); `lead` puts a batched dimension in front of each."""
         front = () if lead is None else (lead,)
-        ts = [torch.randn(*front, *_shape(name, sizes), dtype=torch.float64).to(dtype) for name in names]
+        ts = [torch.randn(*front, *_shape(name, sizes), dtype=torch.float64).to(DEVICE, dtype) for name in names]
         ts = [_strided(t, name, strides) for t, name in zip(ts, names, strict=True)]
         return [t.requires_grad_(requires_grad) for t in ts]
 

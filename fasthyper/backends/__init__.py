@@ -13,9 +13,11 @@ from typing import NamedTuple
 import torch
 
 from ..problem import AUTO, SCHEDULES
-from . import aten, cpu, materialised
+from . import aten, cpu, materialised, triton
 
-BACKENDS: dict[str, ModuleType] = {"aten": aten, "cpu": cpu, "materialised": materialised}
+BACKENDS: dict[str, ModuleType] = {"aten": aten, "cpu": cpu, "triton": triton, "materialised": materialised}
+_BEST = {"cpu": "cpu", "cuda": "triton"}
+"""The best backend for a type of device, where it can run."""
 
 
 class Choice(NamedTuple):
@@ -67,7 +69,7 @@ def set_backend(name: str, schedule: str | None = None) -> None:
     """Force a backend for the whole process.
 
     Args:
-        name: ``"aten"``, ``"cpu"``, ``"materialised"`` or ``"auto"``, which takes the best for the device.
+        name: ``"aten"``, ``"cpu"``, ``"triton"``, ``"materialised"`` or ``"auto"``, the best for the device.
         schedule: ``"fold"``, ``"generate"``, ``"project"``, or None to let the planner choose.
 
     Raises:
@@ -83,8 +85,8 @@ class use_backend:
     It is resolved in forward and holds for that call's backward, on whatever thread that runs.
 
     Args:
-        name: ``"aten"``, ``"cpu"`` (compiled kernels), ``"materialised"`` (the usual way, W written out, to compare
-            with) or ``"auto"``.
+        name: ``"aten"``, ``"cpu"`` (compiled kernels), ``"triton"`` (GPU kernels), ``"materialised"`` (the usual way,
+            W written out, to compare with) or ``"auto"``.
         schedule: ``"fold"``, ``"generate"``, ``"project"``, or None to let the planner choose.
 
     Raises:
@@ -118,7 +120,10 @@ def backend(name: str, device: torch.device) -> ModuleType:
         ValueError: if the one named does not run on the device.
     """
     if name == AUTO:
-        name = "cpu" if device.type == "cpu" and cpu.unavailable() is None else "aten"
+        best = _BEST.get(device.type)
+        name = best if best and BACKENDS[best].unavailable() is None else "aten"
     elif name == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' must have tensors on the cpu, got x on {device}")
+    elif name == "triton" and device.type != "cuda" and not triton.interpreting():
+        raise ValueError(f"backend 'triton' must have tensors on a GPU, got x on {device}")
     return BACKENDS[name]

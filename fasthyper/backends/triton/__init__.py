@@ -1,0 +1,78 @@
+"""The Triton kernels of `fasthyper.kernels`: x ⊗ z and G = g·H are made and reduced on chip, on NVIDIA and AMD GPUs.
+
+float32, bfloat16 and float16; the schedule `fold` is theirs. What they leave to `aten`: float64, empty problems, and
+`generate` and `project`, which are products of cuBLAS on chunks of the workspace, and win where many points share
+what an instance generates. With TRITON_INTERPRET=1 they run on the CPU, slowly: that is how they are tested.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LEAST = (3, 6)
+REMARK = "its kernels have never run on a GPU: proven by Triton's interpreter and by compiling ahead of time"
+"""What `fasthyper info` says of it."""
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Return why these kernels cannot run here, or None."""
+    if find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    version = importlib.import_module("triton").__version__
+    if tuple(int(n) for n in version.split(".")[:2]) < _LEAST:
+        return f"triton {version} is older than {_LEAST[0]}.{_LEAST[1]}"
+    if interpreting():
+        return None
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return f"{torch.cuda.get_device_name()} is older than sm_80"
+    return None
+
+
+def _kernels() -> Any:
+    """The module that launches them: importing it imports triton, which `import fasthyper` does not."""
+    return importlib.import_module(f"{__name__}.run")
+
+
+def apply(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    base_weight: Tensor | None = None,
+    base_bias: Tensor | None = None,
+    *,
+    schedule: str,
+) -> Tensor:
+    """y (B, N, O) from x (B, N, I), z (B, R), H (O, I, R); bias (O, R), W0 (O, I), b0 (O,) or None."""
+    return _kernels().apply(x, z, weight, bias, base_weight, base_bias, schedule=schedule)
+
+
+def grads(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_weight: Tensor | None,
+    g: Tensor,
+    mask: tuple[bool, ...],
+    *,
+    schedule: str,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, z, H, bias, W0, b0 as asked for by the mask; z is not read for dz alone, nor H for dH alone."""
+    return _kernels().grads(x, z, weight, bias, base_weight, g, mask, schedule=schedule)

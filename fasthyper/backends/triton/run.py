@@ -1,0 +1,261 @@
+"""The op family by the kernels: what is computed, in which pieces, with which tiles.
+
+    y   fold(x, z)      dx, dz   dx_dz, or fold(g, z) and fold(g, x) where all of R and O are no tile
+    dH  weight_grad
+
+A sum is split where its blocks are too few to fill the device; the parts are float32, and `reduce` adds them in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ... import planner
+from ...kernels import tiles
+from ...kernels.tiles import Tile
+from ...problem import Problem
+from .. import aten
+from . import DTYPES, calls, device, tuning
+from .calls import cdiv
+from .tuning import Candidate
+
+
+def _left_to_aten(x: Tensor, R: int, O: int) -> bool:
+    return x.dtype not in DTYPES or 0 in (*x.shape, R, O) or x.shape[0] * x.shape[1] >= 1 << 31
+
+
+def _plan(op: str, x: Tensor, R: int, O: int, schedule: str, needs: tuple[bool, bool, bool] = (True,) * 3) -> str:
+    B, N, I = x.shape
+    shared = B > 1 and x.stride(0) == 0
+    return planner.plan(Problem(op, B, N, R, I, O, x.dtype, "cuda", shared, needs, "triton"), schedule).schedule
+
+
+def apply(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    base_weight: Tensor | None,
+    base_bias: Tensor | None,
+    *,
+    schedule: str,
+) -> Tensor:
+    """y (B, N, O)."""
+    O, _, R = weight.shape
+    if not _left_to_aten(x, R, O):
+        schedule = _plan("apply", x, R, O, schedule)
+        if schedule == "fold":
+            B, N, _ = x.shape
+            y = x.new_empty(B, N, O)
+            with device.current(x):
+                even_z, h = cast(tuple[Tensor, Tensor], _padded(z, weight))
+                _fold(x, _rows(even_z, N), h.permute(1, 2, 0), base_weight, bias, base_bias, y.view(B * N, O))
+            return y
+    return aten.apply(x, z, weight, bias, base_weight, base_bias, schedule=schedule)
+
+
+def grads(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_weight: Tensor | None,
+    g: Tensor,
+    mask: tuple[bool, ...],
+    *,
+    schedule: str,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, z, H, bias, W0, b0 as asked for by the mask."""
+    (B, N, I), O = x.shape, g.shape[2]
+    R = cast(Tensor, z if weight is None else weight).shape[-1]
+    dx, dz, dh = mask[:3]
+    if not _left_to_aten(x, R, O) and (dx or dz or dh):
+        schedule = _plan("grads", x, R, O, schedule, (dx, dz, dh))
+    if _left_to_aten(x, R, O) or schedule != "fold":
+        return aten.grads(x, z, weight, bias, base_weight, g, mask, schedule=schedule)
+    out = [x.new_empty(shape) if k else None for shape, k in zip(((B, N, I), (B, R), (O, I, R)), mask, strict=False)]
+    with device.current(x):
+        even_z, h = _padded(z, weight)
+        if dx or dz:
+            for b in _instances(B, N, R if dz else 0):
+                part = [None if t is None else t[b] for t in (x, even_z, g, *out[:2])]
+                _grads_of_rows(cast(Tensor, part[0]), part[1], cast(Tensor, h), base_weight, bias, *part[2:])
+        if out[2] is not None:
+            _weight_grad(x, cast(Tensor, even_z), g, out[2])
+    rest: tuple[Tensor | None, ...] = (None, None, None)
+    if any(mask[3:]):
+        tile = aten.tile_of(planner.plan(Problem("grads", B, N, R, I, O, x.dtype, x.device.type)))
+        rest = aten.base_grads(x, z, g, R, mask, tile)
+    return *out, *rest
+
+
+def _room() -> int:
+    """Bytes that parts of sums may take."""
+    return planner.get_workspace_limit() // 2
+
+
+def _instances(B: int, N: int, R: int) -> Iterator[slice]:
+    """All instances; blocks of them where there are several points, whose dz is summed from rows in the workspace."""
+    return aten.blocks(B, B if N == 1 else _room() // max(1, N * R * 4))
+
+
+def _padded(z: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """z and H, with R made even where loads of an odd one would be of single numbers and the copies have room."""
+    given = [t for t in (z, weight) if t is not None]
+    R = given[0].shape[-1]
+    width = calls.padded(R)
+    if width == R or sum(t.numel() // R for t in given) * width * given[0].element_size() > _room():
+        return z, weight
+    return _wider(z, width), _wider(weight, width)
+
+
+def _wider(t: Tensor | None, width: int) -> Tensor | None:
+    if t is None:
+        return None
+    out = t.new_empty(*t.shape[:-1], width)
+    rows = t if t.dim() == 3 else t[None]
+    calls.pad_call(rows, out.view(*rows.shape[:-1], width)).launch()
+    return out
+
+
+def _rows(z: Tensor, N: int) -> Tensor:
+    return z[:, None].expand(-1, N, -1)
+
+
+def _grads_of_rows(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    base_weight: Tensor | None,
+    bias: Tensor | None,
+    g: Tensor | None,
+    dx: Tensor | None,
+    dz: Tensor | None,
+) -> None:
+    """dx (B, N, I) and dz (B, R) as asked for."""
+    g = cast(Tensor, g)
+    (B, N, I), O = x.shape, g.shape[2]
+    R = 0 if dz is None else dz.shape[1]
+    per_row = dz if N == 1 or dz is None else torch.empty(B * N, R, dtype=torch.float32, device=x.device)
+    found = () if dx is None or per_row is None else calls.dx_dz_tiles(cast(Tensor, z), weight, R, O, device.of(x).part)
+    if dx is not None and per_row is not None and found:
+        _dx_dz(x, cast(Tensor, z), weight, base_weight, bias, g, dx.view(B * N, I), per_row, found)
+    else:
+        if dx is not None:
+            base = None if base_weight is None else base_weight.T
+            _fold(g, _rows(cast(Tensor, z), N), weight.permute(0, 2, 1), base, None, None, dx.view(B * N, I))
+        if per_row is not None:
+            _fold(g, x, weight, None if bias is None else bias.T, None, None, per_row)
+    if dz is not None and per_row is not None and per_row is not dz:
+        dz.copy_(per_row.view(B, N, R).sum(1))
+
+
+def _precision(x: Tensor) -> str:
+    return calls.precision_of(x.dtype, device.of(x).part, device.allows_tf32())
+
+
+def _per_split(size: int, splits: int, unit: int) -> int:
+    return cdiv(cdiv(size, splits), unit) * unit
+
+
+def _split(out: Tensor, parts: int, launch: Callable[[Tensor], None]) -> None:
+    """Write `out`, or parts of it that `reduce` sums."""
+    if parts == 1:
+        launch(out)
+        return
+    partial = torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
+    launch(partial)
+    calls.reduce_call(partial, out).launch()
+
+
+def _bucket(rows: int) -> int:
+    """Rows by powers of two: what a tile was timed for."""
+    return rows.bit_length()
+
+
+def _fold(u: Tensor, v: Tensor, h: Tensor, a: Tensor | None, c: Tensor | None, d: Tensor | None, out: Tensor) -> None:
+    """Out (B·N, P) from u (B, N, C), v (B, N, K), H (C, K, P), A (P, C), C (P, K), d (P,)."""
+    dev, precision = device.of(u), _precision(u)
+    C, K, P = u.shape[2], v.shape[2], out.shape[1]
+    bits = u.dtype.itemsize * 8
+
+    def predicted(tile: Tile) -> Candidate:
+        together = calls.depths(K, tile.depth, C)[2]
+        columns = min(tile.columns, tiles.power_of_two(P))
+        blocks = cdiv(len(out), tile.rows) * cdiv(P, columns)
+        work = 2.0 * tile.rows * columns * C * calls.padded(K)
+        tile_ = tile._replace(columns=columns)
+        found = tuning.candidate(tile_, blocks, work, cdiv(C, together), out.numel() * 4, _room(), dev.processors, bits)
+        return found._replace(tile=tile)
+
+    def run(chosen: Candidate) -> None:
+        together = calls.depths(K, chosen.tile.depth, C)[2]
+        per_split = _per_split(C, chosen.splits, together)
+        how = (per_split, chosen.tile, dev.part, precision)
+        _split(out, cdiv(C, per_split), lambda to: calls.fold_call(u, v, h, a, c, d, to, *how).launch())
+
+    kind = ("fold", u.dtype, precision, _bucket(len(out)), C, K, P, h.stride(), u.shape[1] > 1)
+    found = calls.fold_tiles(v, h, P, dev.part)
+    run(tuning.choose(kind, [predicted(tile) for tile in found], dev, run))
+
+
+def _dx_dz(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    base: Tensor | None,
+    bias: Tensor | None,
+    g: Tensor,
+    dx: Tensor,
+    dz: Tensor,
+    found: tuple[Tile, ...],
+) -> None:
+    """dx (B·N, I) and dz (B·N, R)."""
+    dev, precision = device.of(x), _precision(x)
+    O, I, R = g.shape[2], dx.shape[1], dz.shape[1]
+    unit = calls.COLLECTED
+    bits = x.dtype.itemsize * 8
+
+    def predicted(tile: Tile) -> Candidate:
+        work = 2.0 * tile.rows * I * tile.depth * tile.columns
+        blocks = cdiv(len(dx), tile.rows)
+        return tuning.candidate(tile, blocks, work, cdiv(I, unit), dz.numel() * 4, _room(), dev.processors, bits)
+
+    def run(chosen: Candidate) -> None:
+        per_split = _per_split(I, chosen.splits, unit)
+        how = (per_split, chosen.tile, dev.part, precision)
+        launch = lambda to: calls.dx_dz_call(x, z, weight, base, bias, g, dx, to, *how).launch()
+        _split(dz, cdiv(I, per_split), launch)
+
+    kind = ("dx_dz", x.dtype, precision, _bucket(len(dx)), I, O, R, weight.stride(), x.shape[1] > 1)
+    run(tuning.choose(kind, [predicted(tile) for tile in found], dev, run))
+
+
+def _weight_grad(x: Tensor, z: Tensor, g: Tensor, dh: Tensor) -> None:
+    """dH (O, I, R)."""
+    dev, precision = device.of(x), _precision(x)
+    O, I, R = dh.shape
+    M = x.shape[0] * x.shape[1]
+    bits = x.dtype.itemsize * 8
+
+    def predicted(tile: Tile) -> Candidate:
+        bi, br, bo = calls.weight_grad_block(I, R, O, tile)
+        work = 2.0 * bi * br * bo * M
+        blocks = cdiv(I, bi) * cdiv(R, br) * cdiv(O, bo)
+        tile_ = tile._replace(rows=bi * br, columns=bo)
+        found = tuning.candidate(
+            tile_, blocks, work, cdiv(M, tile.depth), dh.numel() * 4, _room(), dev.processors, bits
+        )
+        return found._replace(tile=tile)
+
+    def run(chosen: Candidate) -> None:
+        per_split = _per_split(M, chosen.splits, chosen.tile.depth)
+        how = (per_split, chosen.tile, dev.part, precision)
+        _split(dh, cdiv(M, per_split), lambda to: calls.weight_grad_call(x, z, g, to, *how).launch())
+
+    kind = ("weight_grad", x.dtype, precision, _bucket(M), I, O, R, x.shape[1] > 1)
+    run(tuning.choose(kind, [predicted(tile) for tile in calls.weight_grad_tiles(z, g, dev.part)], dev, run))

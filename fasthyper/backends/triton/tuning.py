@@ -1,0 +1,124 @@
+"""Which tile a call takes: timed once for a kind of call, on the device, and kept on disk.
+
+At most `_MOST` tiles are timed, the likeliest, so that the first call of a kind costs their compilation, one to two
+seconds each, and some milliseconds. `FASTHYPER_AUTOTUNE=0` takes the likeliest without timing; so do calls under
+`torch.use_deterministic_algorithms(True)`, whose bits must not depend on a clock, and calls that a CUDA graph
+captures. `FASTHYPER_CACHE` is the folder of what is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+
+from ..._version import __version__
+from ...kernels.tiles import INTERPRETER, Tile
+from .device import Device
+
+_MOST = 3
+_chosen: dict[tuple[str, ...], Tile] = {}
+
+
+class Candidate(NamedTuple):
+    """A tile, parts of a split sum, seconds predicted."""
+
+    tile: Tile
+    splits: int
+    seconds: float
+
+
+def candidate(
+    tile: Tile, blocks: int, work: float, steps: int, partial: int, room: int, processors: int, bits: int
+) -> Candidate:
+    """Predict a tile, with the split that suits it.
+
+    Args:
+        tile: the tile.
+        blocks: of the output.
+        work: flops of one block.
+        steps: along K, of which a split takes some.
+        partial: bytes of one split's output.
+        room: bytes that all splits may take.
+        processors: blocks that run at a time.
+        bits: of an operand.
+    """
+    # Narrow tiles read their operands more often for each product: rates of the matrix units as predicted for sm_90.
+    rate = 4e12 if bits == 16 else 6e11
+    rate *= min(1.0, tile.rows / 256 + 0.3) * min(1.0, tile.columns / 128 + 0.3)
+    best = Candidate(tile, 1, float("inf"))
+    for splits in range(1, max(1, min(steps, room // max(1, partial), 2 * processors // blocks)) + 1):
+        waves = -(-blocks * splits // processors)
+        seconds = waves * work / rate * -(-steps // splits) / steps
+        if splits > 1:
+            seconds += 3e-6 + 2 * splits * partial / 3e12  # a second launch, the parts written and read
+        if seconds < best.seconds:
+            best = Candidate(tile, splits, seconds)
+    return best
+
+
+def choose(
+    kind: tuple[object, ...], candidates: Sequence[Candidate], device: Device, run: Callable[[Candidate], None]
+) -> Candidate:
+    """Return the fastest candidate for this kind of call, timing them if nobody has."""
+    ranked = sorted(candidates, key=lambda c: c.seconds)
+    if len(ranked) == 1 or not _may_time(device):
+        return ranked[0]
+    by_tile = {c.tile: c for c in ranked}
+    key = (device.name, *map(str, kind))
+    if key not in _chosen:
+        _chosen.update(_read(device))
+    if _chosen.get(key) not in by_tile:
+        _chosen[key] = min(ranked[:_MOST], key=lambda c: _time(run, c)).tile
+        _write(device)
+    return by_tile[_chosen[key]]
+
+
+def forget() -> None:
+    """Forget what was timed in this process; what is on disk stays."""
+    _chosen.clear()
+
+
+def _may_time(device: Device) -> bool:
+    if device.part == INTERPRETER or os.environ.get("FASTHYPER_AUTOTUNE") == "0":
+        return False
+    return not (torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing())
+
+
+def _time(run: Callable[[Candidate], None], c: Candidate) -> float:
+    return triton.testing.do_bench(lambda: run(c), warmup=5, rep=20, return_mode="median")
+
+
+def path(device: Device) -> Path:
+    """Return the file that keeps what was timed on a device."""
+    folder = os.environ.get("FASTHYPER_CACHE") or Path.home() / ".cache" / "fasthyper"
+    name = "".join(c if c.isalnum() else "-" for c in f"{device.name} triton {triton.__version__} {__version__}")
+    return Path(folder) / f"tiles {name}.json".replace(" ", "-").lower()
+
+
+def _read(device: Device) -> dict[tuple[str, ...], Tile]:
+    try:
+        kept = json.loads(path(device).read_text())
+        return {(device.name, *key.split(" ")): Tile(*numbers) for key, numbers in kept.items()}
+    except (OSError, ValueError, TypeError, AttributeError):  # none yet, or none that can be read: timed anew
+        return {}
+
+
+def _write(device: Device) -> None:
+    """Keep what is known, others' findings included; whole or not at all, and without it where nothing can be kept."""
+    known = _read(device) | {key: tile for key, tile in _chosen.items() if key[0] == device.name}
+    text = json.dumps({" ".join(key[1:]): tile for key, tile in known.items()}, indent=0)
+    file = path(device)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as scratch:
+            scratch.write(text)
+        os.replace(scratch.name, file)
+    except OSError:
+        return

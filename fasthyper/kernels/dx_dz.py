@@ -1,0 +1,81 @@
+"""dx and dz from one pass: G is made a tile at a time and reduced twice while it is in registers.
+
+    G[m, r]  = Σ_o g[m, o] H[o, i, r]                     for one i after another
+    dx[m, i] = Σ_r G[m, r] z[m, r]  +  Σ_o g[m, o] W0[o, i]
+    dz[m, r] = Σ_i G[m, r] x[m, i]  +  Σ_o g[m, o] bias[o, r]
+
+Rows m are (b, n); dz of several points is summed afterwards. All of O and all of R are one tile.
+"""
+
+import triton
+import triton.language as tl
+
+from .loads import columns, row_offsets, widened
+
+
+@triton.jit
+def dx_dz(g_ptr, z_ptr, x_ptr, h_ptr, h, base_ptr, bias_ptr, dx_ptr, dz_ptr, M, N, I, O, R, per_split,
+          sg_b, sg_n, sg_o, sz_b, sz_r, sx_b, sx_n, sx_i, sh_o, sh_i, sh_r, sw_o, sw_i, sb_o, sb_r,
+          POINTS: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, BI: tl.constexpr,
+          READ: tl.constexpr, EVEN_O: tl.constexpr, EVEN_R: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr,
+          PRECISION: tl.constexpr):  # fmt: skip
+    """BM rows of dx, in columns of this split, and their share of dz.
+
+    READ: H by a descriptor of (o, (i, r)) or of ((i, o), r), in which sh_i leads from i to i + 1, or by pointers.
+    """
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    split = tl.program_id(1)
+    first = split * per_split
+    last = tl.minimum(I, first + per_split)
+    tl.assume(last > first)
+    in_rows = m < M
+    o, r, column = tl.arange(0, BO), tl.arange(0, BR), tl.arange(0, BI)
+    g = widened(columns(g_ptr + row_offsets(m, N, sg_b, sg_n, POINTS), in_rows, o, O, sg_o, EVEN_O), WIDE)
+    z = columns(z_ptr + row_offsets(m, N, sz_b, 0, POINTS), in_rows, r, R, sz_r, EVEN_R).to(tl.float32)
+    x_row = x_ptr + row_offsets(m, N, sx_b, sx_n, POINTS)
+    dx_row = dx_ptr + m.to(tl.int64)[:, None] * I
+
+    if base_ptr is not None:  # what the loop below adds to
+        for i0 in tl.range(first, last, BI):
+            i = i0 + column
+            at = base_ptr + (o.to(tl.int64) * sw_o)[:, None] + (tl.cast(i, tl.int64) * sw_i)[None, :]
+            base = widened(tl.load(at, mask=(o < O)[:, None] & (i < last)[None, :], other=0.0), WIDE)
+            part = tl.dot(g, base, input_precision=PRECISION)
+            inside = in_rows[:, None] & (i < last)[None, :]
+            tl.store(dx_row + i[None, :], part.to(dx_ptr.dtype.element_ty), mask=inside)
+        tl.debug_barrier()
+
+    index = tl.int64 if LONG else tl.int32
+    dx = tl.zeros((BM, BI), tl.float32)
+    dz = tl.zeros((BM, BR), tl.float32)
+    for i in tl.range(first, last):
+        x = tl.load(x_row + tl.cast(i, tl.int64) * sx_i, mask=in_rows, other=0.0).to(tl.float32)
+        if READ == "o_ir":
+            tile = h.load([0, i * sh_i])
+        elif READ == "io_r":
+            tile = h.load([i * sh_i, 0])
+        else:
+            at = h_ptr + tl.cast(i, tl.int64) * sh_i + (o.to(index) * sh_o)[:, None] + (r.to(index) * sh_r)[None, :]
+            if EVEN_O and EVEN_R:
+                tile = tl.load(at)
+            else:
+                tile = tl.load(at, mask=(o < O)[:, None] & (r < R)[None, :], other=0.0)
+        G = tl.dot(g, widened(tile, WIDE), input_precision=PRECISION)
+        dz += G * x[:, None]
+        # Columns of dx are collected, so that they are stored side by side.
+        k = (i - first) % BI
+        dx = tl.where((column == k)[None, :], tl.sum(G * z, 1)[:, None], dx)
+        if (k == BI - 1) | (i == last - 1):
+            to = dx_row + (i - k + column)[None, :]
+            inside = in_rows[:, None] & (column <= k)[None, :]
+            if base_ptr is not None:
+                dx += tl.load(to, mask=inside, other=0.0).to(tl.float32)
+            tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+
+    if bias_ptr is not None:
+        if split == 0:
+            at = bias_ptr + (o.to(tl.int64) * sb_o)[:, None] + (r.to(tl.int64) * sb_r)[None, :]
+            bias = widened(tl.load(at, mask=(o < O)[:, None] & (r < R)[None, :], other=0.0), WIDE)
+            dz = tl.dot(g, bias, dz, input_precision=PRECISION)
+    out = dz_ptr + (tl.cast(split, tl.int64) * M + m)[:, None] * R + r[None, :]
+    tl.store(out, dz.to(dz_ptr.dtype.element_ty), mask=in_rows[:, None] & (r < R)[None, :])
