@@ -1,16 +1,21 @@
-# make test | compare | bench | sanitize | held | format | clean. Everything runs in .venv, which is made on first use.
+# make test | compare | bench | aot | gpu | sanitize | held | format | clean. All but gpu run in .venv, made on first use.
 PYTHON ?= python3
 BIN := .venv/bin
 BUILT := fasthyper/_compiled/build.json
 SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*)
 
-.PHONY: test slow held sanitize lint compare bench format clean
+.PHONY: test interpreted slow held sanitize lint compare bench aot gpu format clean
 
 # One process a core, one thread each: the tests are many and small.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
 test: lint $(BUILT)
 	$(PYTEST)
+	$(MAKE) interpreted
+
+# The Triton kernels by Triton's interpreter, which has to be asked for before triton is imported.
+interpreted: .venv/ready $(BUILT)
+	TRITON_INTERPRET=1 $(PYTEST) -k triton tests/ops tests/backends/test_triton.py
 
 slow: .venv/ready $(BUILT)
 	$(PYTEST) --slow
@@ -41,6 +46,19 @@ compare: .venv/ready $(BUILT)
 
 bench: .venv/ready $(BUILT)
 	$(BIN)/python benchmarks/cpu.py
+
+# The table of all Triton kernels and tiles, compiled for every part; PARTS="sm_90" for one.
+aot: .venv/ready
+	$(BIN)/python -m fasthyper.backends.triton.aot $(PARTS)
+
+# On a machine with a GPU, with its own Python and what is installed there: build, tests, workloads, within ten minutes.
+GPU_PYTHON ?= python3
+gpu:
+	$(GPU_PYTHON) setup.py --quiet build_ext --inplace || true
+	FASTHYPER_TEST_DEVICE=cuda PYTHONPATH=. timeout 200 $(GPU_PYTHON) -m pytest -q --numprocesses 6 \
+		tests/ops tests/backends/test_triton.py \
+		tests/backends/test_gpu.py || echo "TESTS FAILED on the GPU"
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py --budget 330
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

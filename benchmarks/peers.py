@@ -106,12 +106,12 @@ PEERS = (
 )
 
 
-def factors(w: Workload, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+def factors(w: Workload, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], Tensor]:
     """x, z and H, which want gradients, and the gradient of y."""
     torch.manual_seed(0)
     shapes = ((w.B, w.N, w.I), (w.B, w.R), (w.O, w.I, w.R))
-    inputs = [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
-    return inputs, torch.randn(w.B, w.N, w.O, dtype=dtype)
+    inputs = [torch.randn(shape, dtype=dtype, device=device).requires_grad_() for shape in shapes]
+    return inputs, torch.randn(w.B, w.N, w.O, dtype=dtype, device=device)
 
 
 def step(way: Way, inputs: list[Tensor], g: Tensor, instances: int | None = None) -> Step:

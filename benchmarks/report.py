@@ -31,11 +31,14 @@ class Figure(NamedTuple):
     floors: dict[str, str]
 
 
-def _mean(rows: Rows) -> tuple[float, str]:
+def mean(rows: Rows) -> tuple[float, str]:
+    """The geometric mean of the speed-ups."""
     return geometric_mean([row.speed_up for row in rows]), f"{len(rows)} workloads"
 
 
-def _extreme(of: Callable[[Row], float], pick: Callable[..., Row] = min) -> Callable[[Rows], tuple[float, str]]:
+def extreme(of: Callable[[Row], float], pick: Callable[..., Row] = min) -> Callable[[Rows], tuple[float, str]]:
+    """The least or the most of something, and the workload where."""
+
     def figure(rows: Rows) -> tuple[float, str]:
         row = pick(rows, key=of)
         return of(row), row.workload.label
@@ -43,7 +46,8 @@ def _extreme(of: Callable[[Row], float], pick: Callable[..., Row] = min) -> Call
     return figure
 
 
-def _per_sample(row: Row) -> bool:
+def per_sample(row: Row) -> bool:
+    """Whether N = 1."""
     return row.workload.N == 1
 
 
@@ -52,23 +56,23 @@ def _heavy(row: Row, narrow: bool) -> bool:
     return row.share is not None and w.head >= HEAVY and (min(w.I, w.O) < NARROW) == narrow
 
 
-_LEAST_SPEED, _LEAST_SHARE = _extreme(lambda row: row.speed_up), _extreme(lambda row: row.share)
+_LEAST_SPEED, _LEAST_SHARE = extreme(lambda row: row.speed_up), extreme(lambda row: row.share)
 
 FIGURES = (
     Figure(
         "speed-up at N = 1 and O ≥ 16, geometric mean",
-        lambda row: _per_sample(row) and row.workload.O >= 16 and not row.workload.extra,
-        _mean,
+        lambda row: per_sample(row) and row.workload.O >= 16 and not row.workload.extra,
+        mean,
         {"float32": "≥ 2.0", "bfloat16": "≥ 3.5 (AMX)"},
     ),
     Figure(
         "speed-up at N = 1, geometric mean",
-        lambda row: _per_sample(row) and not row.workload.extra,
-        _mean,
+        lambda row: per_sample(row) and not row.workload.extra,
+        mean,
         {"float32": "≥ 1.6", "bfloat16": "≥ 2.2 (AMX)"},
     ),
-    Figure("speed-up at N = 1, least", _per_sample, _LEAST_SPEED, {"float32": "≥ 0.95"}),
-    Figure("speed-up at N > 1, least", lambda row: not _per_sample(row), _LEAST_SPEED, {"float32": "≥ 0.9"}),
+    Figure("speed-up at N = 1, least", per_sample, _LEAST_SPEED, {"float32": "≥ 0.95"}),
+    Figure("speed-up at N > 1, least", lambda row: not per_sample(row), _LEAST_SPEED, {"float32": "≥ 0.9"}),
     Figure(
         "share of sgemm, R·I·O ≥ 2¹⁸ and min(I, O) ≥ 32, least",
         lambda row: _heavy(row, narrow=False),
@@ -84,24 +88,24 @@ FIGURES = (
     Figure(
         "temporary memory by the profiler, MiB, most",
         lambda row: OURS in row.temporary,
-        _extreme(lambda row: row.temporary[OURS] / MIB, max),
+        extreme(lambda row: row.temporary[OURS] / MIB, max),
         {"float32": "≤ 40", "bfloat16": "≤ 40"},
     ),
     Figure(
         "temporary memory, resident, MiB, most",
         lambda row: row.resident is not None,
-        _extreme(lambda row: row.resident / MIB, max),
+        extreme(lambda row: row.resident / MIB, max),
         {"float32": "≤ 40", "bfloat16": "≤ 40"},
     ),
-    Figure("noise: our time over our time, least", lambda row: True, _extreme(lambda row: row.noise), {}),
-    Figure("noise: our time over our time, most", lambda row: True, _extreme(lambda row: row.noise, max), {}),
+    Figure("noise: our time over our time, least", lambda row: True, extreme(lambda row: row.noise), {}),
+    Figure("noise: our time over our time, most", lambda row: True, extreme(lambda row: row.noise, max), {}),
 )
 
 
-def figures(rows: Rows, dtype: str) -> list[tuple[str, float | None, str, str]]:
+def figures(rows: Rows, dtype: str, of: tuple[Figure, ...] = FIGURES) -> list[tuple[str, float | None, str, str]]:
     """The summary: text, figure (None where no row is among it), where it was seen or of how many, floor."""
     lines = []
-    for figure in FIGURES:
+    for figure in of:
         among = [row for row in rows if figure.among(row)]
         value, where = figure.of(among) if among else (None, "")
         lines.append((figure.text, value, where, figure.floors.get(dtype, "")))
@@ -164,14 +168,14 @@ def _peer_cells(row: Row, names: list[str]) -> list[str]:
     return [row.workload.label, *(ms(row.seconds[n]) if n in row.seconds else row.dropped.get(n, "") for n in names)]
 
 
-def full(rows: Rows, dtype: str, where: str) -> str:
+def full(rows: Rows, dtype: str, where: str, title: str | None = None, figures_of: tuple[Figure, ...] = FIGURES) -> str:
     """The report: what it was measured on, the summary, the table, every peer's time."""
     names = [peer.name for peer in PEERS]
     scaled = [f"{row.workload.name} {row.workload.published:,}" for row in rows if row.workload.published]
     rates = [row.rate / 1e9 for row in rows if row.rate]
     summary = [
         [text, "" if value is None else f"{value:.2f}", floor, place]
-        for text, value, place, floor in figures(rows, dtype)
+        for text, value, place, floor in figures(rows, dtype, figures_of)
     ]
     notes = [
         "Gradients of x, z and the head; runs interleaved; medians, lower quartiles under a millisecond.",
@@ -187,7 +191,7 @@ def full(rows: Rows, dtype: str, where: str) -> str:
     )
     return "\n".join(
         [
-            f"# Forward + backward on a CPU, {dtype}\n",
+            title or f"# Forward + backward on a CPU, {dtype}\n",
             f"{where}\n",
             f"{' '.join(notes)}\n",
             table(["figure", "measured", "floor", "where"], summary),

@@ -142,10 +142,11 @@ def products(dtype: torch.dtype) -> dict[str, Step]:
     return steps
 
 
-def _unfit(peer: Peer, w: Workload, itemsize: int) -> str | None:
+def unfit(peer: Peer, w: Workload, itemsize: int, most: int = MAX_BYTES) -> str | None:
+    """Why a peer is not measured, or None."""
     if peer.per_sample and w.N > 1:
         return "N = 1 only"
-    if (size := peer.numbers(w) * itemsize) > MAX_BYTES:
+    if (size := peer.numbers(w) * itemsize) > most:
         return f"{size / 2**30:.0f} GiB"
     return None
 
@@ -156,7 +157,7 @@ def _fit(
     """The peers worth measuring, by name, each checked, with the time of a first try. Notes why others are not."""
     tried: dict[str, tuple[Step, float]] = {}
     for peer in peers:
-        if why := _unfit(peer, w, factors[1].element_size()):
+        if why := unfit(peer, w, factors[1].element_size()):
             dropped[peer.name] = why
             continue
         way = peer.function()
