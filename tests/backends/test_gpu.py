@@ -114,7 +114,7 @@ def test_a_side_stream():
     check(results, exact(fresh, g), g.dtype)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
 def test_a_device_that_is_not_the_current_one():
     tensors, g = inputs(*SIZES[0], device="cuda:1")
     assert torch.cuda.current_device() == 0

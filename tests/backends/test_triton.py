@@ -210,13 +210,14 @@ class TestTuning:
         ours = self.candidates(tuning)
         timed = []
         monkeypatch.setattr(tuning, "_time", lambda run, c: (timed.append(c), c.seconds)[1] * -1)
-        assert tuning.choose(("fold", 1), ours, device, lambda c: None) is ours[2]
+        kind = ("fold", torch.bfloat16, (64, 1), True)
+        assert tuning.choose(kind, ours, device, lambda c: None) is ours[2]
         assert timed == [ours[4], ours[3], ours[2]]
         kept = json.loads(tuning.path(device).read_text())
-        assert kept == {"fold 1": list(ours[2].tile)}
+        assert kept == {"fold torch.bfloat16 (64, 1) True": list(ours[2].tile)}
         tuning.forget()  # as in another process
         monkeypatch.setattr(tuning, "_time", lambda run, c: pytest.fail("timed again"))
-        assert tuning.choose(("fold", 1), ours, device, lambda c: None) is ours[2]
+        assert tuning.choose(kind, ours, device, lambda c: None) is ours[2]
 
     @pytest.mark.parametrize("text", ["", "{", "[]", '{"fold 1": 3}', '{"fold 1": [1, 2, 3, 4, 5]}'])
     def test_a_file_of_something_else_is_timed_anew(self, text, tuning, device, monkeypatch):

@@ -79,13 +79,7 @@ def grads(
         return aten.grads(x, z, weight, bias, base_weight, g, mask, schedule=schedule)
     out = [x.new_empty(shape) if k else None for shape, k in zip(((B, N, I), (B, R), (O, I, R)), mask, strict=False)]
     with device.current(x):
-        even_z, h = _padded(z, weight)
-        if dx or dz:
-            for b in _instances(B, N, R if dz else 0):
-                part = [None if t is None else t[b] for t in (x, even_z, g, *out[:2])]
-                _grads_of_rows(cast(Tensor, part[0]), part[1], cast(Tensor, h), base_weight, bias, *part[2:])
-        if out[2] is not None:
-            _weight_grad(x, cast(Tensor, even_z), g, out[2])
+        _grads(x, *_padded(z, weight), bias, base_weight, g, *out)
     rest: tuple[Tensor | None, ...] = (None, None, None)
     if any(mask[3:]):
         tile = aten.tile_of(planner.plan(Problem("grads", B, N, R, I, O, x.dtype, x.device.type)))
@@ -93,14 +87,34 @@ def grads(
     return *out, *rest
 
 
+def _grads(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_weight: Tensor | None,
+    g: Tensor,
+    dx: Tensor | None,
+    dz: Tensor | None,
+    dh: Tensor | None,
+) -> None:
+    """dx (B, N, I), dz (B, R) and dH (O, I, R) as asked for."""
+    if dx is not None or dz is not None:
+        for b in _instances(len(x), x.shape[1], 0 if dz is None else dz.shape[1]):
+            part = [None if t is None else t[b] for t in (x, z, g, dx, dz)]
+            _grads_of_rows(cast(Tensor, part[0]), part[1], cast(Tensor, weight), base_weight, bias, *part[2:])
+    if dh is not None:
+        _weight_grad(x, cast(Tensor, z), g, dh)
+
+
 def _room() -> int:
-    """Bytes that parts of sums may take."""
+    """Bytes that parts of sums may take; copies with even rows, and rows of dz, half of that each."""
     return planner.get_workspace_limit() // 2
 
 
 def _instances(B: int, N: int, R: int) -> Iterator[slice]:
     """All instances; blocks of them where there are several points, whose dz is summed from rows in the workspace."""
-    return aten.blocks(B, B if N == 1 else _room() // max(1, N * R * 4))
+    return aten.blocks(B, B if N == 1 else _room() // 2 // max(1, N * R * 4))
 
 
 def _padded(z: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -108,7 +122,7 @@ def _padded(z: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, Ten
     given = [t for t in (z, weight) if t is not None]
     R = given[0].shape[-1]
     width = calls.padded(R)
-    if width == R or sum(t.numel() // R for t in given) * width * given[0].element_size() > _room():
+    if width == R or sum(t.numel() // R for t in given) * width * given[0].element_size() > _room() // 2:
         return z, weight
     return _wider(z, width), _wider(weight, width)
 

@@ -8,6 +8,7 @@ captures. `FASTHYPER_CACHE` is the folder of what is kept.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import tempfile
@@ -23,7 +24,7 @@ from ...kernels.tiles import INTERPRETER, Tile
 from .device import Device
 
 _MOST = 3
-_chosen: dict[tuple[str, ...], Tile] = {}
+_chosen: dict[tuple[str, str], Tile] = {}  # by device and kind of call
 
 
 class Candidate(NamedTuple):
@@ -34,6 +35,7 @@ class Candidate(NamedTuple):
     seconds: float
 
 
+@functools.lru_cache(maxsize=4096)
 def candidate(
     tile: Tile, blocks: int, work: float, steps: int, partial: int, room: int, processors: int, bits: int
 ) -> Candidate:
@@ -71,7 +73,7 @@ def choose(
     if len(ranked) == 1 or not _may_time(device):
         return ranked[0]
     by_tile = {c.tile: c for c in ranked}
-    key = (device.name, *map(str, kind))
+    key = (device.name, " ".join(map(str, kind)))
     if key not in _chosen:
         _chosen.update(_read(device))
     if _chosen.get(key) not in by_tile:
@@ -102,10 +104,10 @@ def path(device: Device) -> Path:
     return Path(folder) / f"tiles {name}.json".replace(" ", "-").lower()
 
 
-def _read(device: Device) -> dict[tuple[str, ...], Tile]:
+def _read(device: Device) -> dict[tuple[str, str], Tile]:
     try:
         kept = json.loads(path(device).read_text())
-        return {(device.name, *key.split(" ")): Tile(*numbers) for key, numbers in kept.items()}
+        return {(device.name, kind): Tile(*numbers) for kind, numbers in kept.items()}
     except (OSError, ValueError, TypeError, AttributeError):  # none yet, or none that can be read: timed anew
         return {}
 
@@ -113,7 +115,7 @@ def _read(device: Device) -> dict[tuple[str, ...], Tile]:
 def _write(device: Device) -> None:
     """Keep what is known, others' findings included; whole or not at all, and without it where nothing can be kept."""
     known = _read(device) | {key: tile for key, tile in _chosen.items() if key[0] == device.name}
-    text = json.dumps({" ".join(key[1:]): tile for key, tile in known.items()}, indent=0)
+    text = json.dumps({kind: tile for (_, kind), tile in known.items()}, indent=0)
     file = path(device)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
