@@ -14,6 +14,7 @@ import dataclasses
 import random
 import subprocess
 import time
+from collections.abc import Callable
 from datetime import date
 from statistics import median
 
@@ -40,6 +41,7 @@ from workloads import WORKLOADS, Workload
 
 import fasthyper
 
+DEVICE = "cuda"
 MAX_BYTES = 40 << 30
 ROUNDS = 25
 RATE = 8192  # side of the square product whose rate is the machine's
@@ -78,6 +80,15 @@ FIGURES = (
     ),
     Figure("noise: our time over our time, least", lambda r: True, extreme(lambda r: r.noise), {}),
     Figure("noise: our time over our time, most", lambda r: True, extreme(lambda r: r.noise, max), {}),
+)
+
+
+NOTES = (
+    "Gradients of x, z and the head; every way a CUDA graph; replays interleaved, with an empty last-level cache; "
+    f"medians of {ROUNDS}.",
+    "again: our time over our time, the noise.",
+    f"share of cuBLAS: 3·2·B·R·I·O flops over our time and over the rate of one product of {RATE}³.",
+    "MiB: peak temporary memory as torch's allocator sees it, results apart.",
 )
 
 
@@ -131,10 +142,10 @@ def products_rate(dtype: torch.dtype, clock: Clock) -> float:
     return 2 * RATE**3 / median(clock(graph) for _ in range(20))
 
 
-def measure(w: Workload, dtype: torch.dtype, rate: float | None, clock: Clock, until: float) -> Row:
+def measure(w: Workload, dtype: torch.dtype, rate: float, clock: Callable[..., float], until: float) -> Row:
     """Measure a workload; compiled peers only while there is time to compile them."""
     torch._dynamo.reset()
-    inputs, g = factors(w, dtype, "cuda")
+    inputs, g = factors(w, dtype, DEVICE)
     truth = Truth(inputs, g)
     ways: dict[str, Step] = {OURS: step(fused, inputs, g)}
     dropped: dict[str, str] = {}
@@ -218,7 +229,8 @@ def main(given: list[str] | None = None) -> None:
     where = machine(args.dtype)
     if len(rows) < len(wanted):
         where += f" Left out for time: {'; '.join(w.label for w in wanted[len(rows) :])}."
-    report = full(rows, "", where, title=f"# Forward + backward on a GPU, {args.dtype}\n", figures_of=FIGURES)
+    title = f"# Forward + backward on a GPU, {args.dtype}"
+    report = full(rows, "", where, title, FIGURES, NOTES).replace("share of sgemm", "share of cuBLAS")
     print("\n" + report)
     if args.only is not None:
         return

@@ -168,8 +168,15 @@ def _peer_cells(row: Row, names: list[str]) -> list[str]:
     return [row.workload.label, *(ms(row.seconds[n]) if n in row.seconds else row.dropped.get(n, "") for n in names)]
 
 
-def full(rows: Rows, dtype: str, where: str, title: str | None = None, figures_of: tuple[Figure, ...] = FIGURES) -> str:
-    """The report: what it was measured on, the summary, the table, every peer's time."""
+def full(
+    rows: Rows,
+    dtype: str,
+    where: str,
+    title: str | None = None,
+    figures_of: tuple[Figure, ...] = FIGURES,
+    notes: Iterable[str] = (),
+) -> str:
+    """The report: what it was measured on, the summary, the table, every peer's time; of a CPU unless told otherwise."""
     names = [peer.name for peer in PEERS]
     scaled = [f"{row.workload.name} {row.workload.published:,}" for row in rows if row.workload.published]
     rates = [row.rate / 1e9 for row in rows if row.rate]
@@ -177,7 +184,7 @@ def full(rows: Rows, dtype: str, where: str, title: str | None = None, figures_o
         [text, "" if value is None else f"{value:.2f}", floor, place]
         for text, value, place, floor in figures(rows, dtype, figures_of)
     ]
-    notes = [
+    notes = list(notes) or [
         "Gradients of x, z and the head; runs interleaved; medians, lower quartiles under a millisecond.",
         "again: our time over our time, the noise.",
         "share of sgemm: 3·2·B·R·I·O flops over our time and over the rate of torch.mm in the same run"
@@ -191,7 +198,7 @@ def full(rows: Rows, dtype: str, where: str, title: str | None = None, figures_o
     )
     return "\n".join(
         [
-            title or f"# Forward + backward on a CPU, {dtype}\n",
+            f"{title or f'# Forward + backward on a CPU, {dtype}'}\n",
             f"{where}\n",
             f"{' '.join(notes)}\n",
             table(["figure", "measured", "floor", "where"], summary),

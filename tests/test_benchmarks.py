@@ -15,6 +15,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 with pytest.MonkeyPatch.context() as path:  # scripts, which import one another
     path.syspath_prepend(str(ROOT / "benchmarks"))
     import cpu
+    import gpu
     import peers
     import report
     import resident
@@ -164,3 +165,52 @@ def test_a_report_has_every_part():
 def test_an_unknown_name_is_refused():
     with pytest.raises(SystemExit, match="no workload has 'nonesuch'"):
         cpu.main(["--only", "nonesuch"])
+
+
+class TestGPU:
+    """The script for a GPU, with a CPU in its place: graphs are calls, and clocks the CPU's."""
+
+    @pytest.fixture
+    def pretended(self, monkeypatch):
+        monkeypatch.setattr(gpu, "DEVICE", "cpu")
+        monkeypatch.setattr(gpu, "captured", lambda run: run)
+        monkeypatch.setattr(gpu, "temporary_bytes", lambda run: 3 * report.MIB)
+
+    def test_a_workload_is_measured(self, pretended):
+        row = gpu.measure(dataclasses.replace(TINY, B=32), torch.float32, 1e12, timing.clock, 0.0)
+        assert {timing.OURS, timing.AGAIN, "materialise + bmm", "F.bilinear"} <= {*row.seconds, *row.dropped}
+        assert row.dropped["compiled einsum, one"] == "no time"
+        assert row.temporary[timing.OURS] == 3 * report.MIB
+        text = report.full([row], "", "here.", "# On a GPU", gpu.FIGURES, gpu.NOTES)
+        assert "# On a GPU\n" in text
+        assert "| temporary memory, MiB, most | 3.00 | ≤ 64 |" in text
+
+    def test_a_peer_that_fails_is_dropped_and_ours_is_not(self, pretended, monkeypatch):
+        def broken(run):
+            raise torch.OutOfMemoryError("too much")
+
+        graphs = iter([lambda run: run])  # ours alone
+        monkeypatch.setattr(gpu, "captured", lambda run: next(graphs, broken)(run))
+        row = gpu.measure(TINY, torch.float32, 1e12, timing.clock, 0.0)
+        assert row.peers == {}
+        assert row.dropped["materialise + bmm"] == "OutOfMemoryError"
+        monkeypatch.setattr(gpu, "captured", broken)
+        with pytest.raises(torch.OutOfMemoryError):
+            gpu.measure(TINY, torch.float32, 1e12, timing.clock, 0.0)
+
+    def test_the_summary(self):
+        rows = [
+            made_up(B=1 << 16, speed_up=2.0, share=0.7),
+            made_up(B=1 << 16, O=128, speed_up=8.0, share=0.8),
+            made_up(speed_up=0.5, N=2),
+        ]
+        lines = {text: (value, floor) for text, value, _, floor in report.figures(rows, "", gpu.FIGURES)}
+        assert [value for value, _ in lines.values()] == [
+            pytest.approx(4.0), 2.0, None, None, 0.5, pytest.approx(0.8), pytest.approx(0.7), 1.0, 1.0, 1.0
+        ]  # fmt: skip
+        assert next(iter(lines.values()))[1] == "≥ 1.7"
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_without_a_gpu_it_says_so(self):
+        with pytest.raises(SystemExit, match="there is no GPU here"):
+            gpu.main([])
