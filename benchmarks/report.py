@@ -176,7 +176,7 @@ def full(
     figures_of: tuple[Figure, ...] = FIGURES,
     notes: Iterable[str] = (),
 ) -> str:
-    """The report: what it was measured on, the summary, the table, every peer's time; of a CPU unless told otherwise."""
+    """What it was measured on, the summary, the table, every peer's time; of a CPU unless told otherwise."""
     names = [peer.name for peer in PEERS]
     scaled = [f"{row.workload.name} {row.workload.published:,}" for row in rows if row.workload.published]
     rates = [row.rate / 1e9 for row in rows if row.rate]
