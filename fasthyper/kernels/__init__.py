@@ -4,7 +4,7 @@
     dx_dz.py        dx and dz from one pass over G = g·H
     weight_grad.py  dH
     reduce.py       the second stage of a split sum
-    pad.py          rows of H made long enough for wide loads
+    pad.py          z and H with rows that wide loads can begin at
     loads.py        how tiles of the factors are read
     tiles.py        which tiles each part may take
 

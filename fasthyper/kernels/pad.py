@@ -1,13 +1,19 @@
-"""out[o, i, r] = H[o, i, r], and zeros up to a multiple of 16 bytes: rows that wide loads can begin at."""
+"""Copies of z and of H with zeros behind their R features, up to W: rows that wide loads can begin at. One launch."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def pad(h_ptr, out_ptr, rows, I, R, W, sh_o, sh_i, sh_r, BJ: tl.constexpr):
-    """BJ numbers of out, (rows, W) with rows (o, i)."""
+def pad(z_ptr, h_ptr, z_out_ptr, h_out_ptr, B, OI, I, R, W, sz_b, sz_r, sh_o, sh_i, sh_r, BJ: tl.constexpr):
+    """BJ numbers of the copies, one behind the other: rows b of z, then rows (o, i) of H. Either may be None."""
     j = tl.program_id(0).to(tl.int64) * BJ + tl.arange(0, BJ)
     row, r = j // W, j % W
-    at = h_ptr + (row // I) * sh_o + (row % I) * sh_i + r * sh_r
-    tl.store(out_ptr + j, tl.load(at, mask=(row < rows) & (r < R), other=0.0), mask=row < rows)
+    if z_ptr is not None:
+        inside = row < B
+        z = tl.load(z_ptr + row * sz_b + r * sz_r, mask=inside & (r < R), other=0.0)
+        tl.store(z_out_ptr + j, z, mask=inside)
+    if h_ptr is not None:
+        inside = (row >= B) & (row < B + OI)
+        at = h_ptr + ((row - B) // I) * sh_o + ((row - B) % I) * sh_i + r * sh_r
+        tl.store(h_out_ptr + (j - B * W), tl.load(at, mask=inside & (r < R), other=0.0), mask=inside)

@@ -32,8 +32,8 @@ def test_every_tile_is_clean(part, dtype, allow_tf32, kind):
     cases = list(aot.cases(part, dtype, allow_tf32, kind))
     assert cases
     faults = {}
-    for name, call, generated in cases:
-        found = aot.report(call, part).faults(part, generated)
+    for name, call, operand in cases:
+        found = aot.report(call, part).faults(part, operand)
         if found:
             faults[name] = found
     assert not faults
@@ -44,13 +44,13 @@ def test_a_fault_is_seen():
     case = next(aot.cases("sm_80", torch.bfloat16, False, "even"))
     call = case.call
     wide = call._replace(constants={**call.constants, "BM": 512}, warps=4)
-    assert any("spills" in fault for fault in aot.report(wide, "sm_80").faults("sm_80", True))
+    assert any("spills" in fault for fault in aot.report(wide, "sm_80").faults("sm_80", "generated"))
     good = aot.report(call, "sm_80")
-    assert good.faults("sm_80", True) == []
-    assert good._replace(warnings=("C7515",)).faults("sm_80", True) == ["ptxas warns of C7515"]
-    assert good._replace(products=0).faults("sm_80", True) == ["uses no matrix unit"]
-    assert len(good._replace(shared=1 << 20).faults("sm_80", True)) == 1
-    assert "through shared memory" in good.faults("sm_90", True)[0]
+    assert good.faults("sm_80", "generated") == []
+    assert good._replace(warnings=("C7515",)).faults("sm_80", "generated") == ["ptxas warns of C7515"]
+    assert good._replace(products=0).faults("sm_80", "generated") == ["uses no matrix unit"]
+    assert len(good._replace(shared=1 << 20).faults("sm_80", "generated")) == 1
+    assert "through shared memory" in good.faults("sm_90", "generated")[0]
 
 
 def test_a_call_is_compiled_as_it_is_launched():

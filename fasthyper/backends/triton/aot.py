@@ -29,8 +29,10 @@ from .calls import (
     dx_dz_tiles,
     fold_call,
     fold_tiles,
+    pad_call,
     padded,
     precision_of,
+    reduce_call,
     weight_grad_call,
     weight_grad_tiles,
 )
@@ -66,15 +68,15 @@ class Report(NamedTuple):
     from_registers: int
     warnings: tuple[str, ...]
 
-    def faults(self, part: str, generated: bool) -> list[str]:
-        """What is wrong with it, in words; `generated`: whether the left operand is generated, of 16 bits."""
+    def faults(self, part: str, operand: str) -> list[str]:
+        """What is wrong with it, in words; `operand` is a case's."""
         serialised = [w for w in self.warnings if w in WARNINGS]
         faults = {
             f"spills {self.spilled} bytes": self.spilled > 0,
             f"wants {self.shared} bytes of shared memory of {SHARED[part]}": self.shared > SHARED[part],
-            "uses no matrix unit": self.products == 0,
+            "uses no matrix unit": bool(operand) and self.products == 0,
             "takes the generated operand through shared memory": part == "sm_90"
-            and generated
+            and operand == "generated"
             and self.from_registers == 0,
             f"ptxas warns of {', '.join(serialised)}": bool(serialised),
         }
@@ -154,11 +156,18 @@ def _ptxas(text: str, part: str) -> str:
 
 
 class Case(NamedTuple):
-    """A call to compile: what it computes, and what the compiler is to be asked."""
+    """A call to compile.
+
+    Args:
+        name: part, dtype, kind of sizes, kernel, tile.
+        call: the call.
+        operand: the left one of its products: ``"generated"``, of 16 bits, which belongs in registers; ``"stored"``;
+            empty where there are no products.
+    """
 
     name: str
     call: Call
-    generated: bool
+    operand: str
 
 
 # R, I, O: even; a tail of R; odd sizes, padded; few features, several columns a step; few outputs.
@@ -195,6 +204,7 @@ def cases(part: str, dtype: torch.dtype, allow_tf32: bool, kind: str) -> Iterato
     base, bias, b0 = (new(O, I), new(O, R), new(O)) if variant == "affine" else (None, None, None)
     rows = z[:, None].expand(-1, N, -1)
     transposed = lambda t: None if t is None else t.T
+    generated = "generated" if bits == 16 else "stored"
     folds = {
         "y": (x, rows, h.permute(1, 2, 0), base, bias, b0, O),
         "dx": (g, rows, h.permute(0, 2, 1), transposed(base), None, None, I),
@@ -206,17 +216,22 @@ def cases(part: str, dtype: torch.dtype, allow_tf32: bool, kind: str) -> Iterato
         out = torch.empty(B * N, P, dtype=dtype, device="meta")
         for tile in fold_tiles(v, head, P, part):
             call = fold_call(u, v, head, a, c, d, out, u.shape[2], tile, *how)
-            yield Case(f"{text} fold {role} {tuple(tile)}", call, bits == 16)
+            yield Case(f"{text} fold {role} {tuple(tile)}", call, generated)
     dx, dz = (torch.empty(B * N, n, dtype=dtype, device="meta") for n in (I, R))
     for tile in dx_dz_tiles(z, h, R, O, part):
         call = dx_dz_call(x, z, h, base, bias, g, dx, dz, I, tile, *how)
-        yield Case(f"{text} dx_dz {tuple(tile)}", call, False)
+        yield Case(f"{text} dx_dz {tuple(tile)}", call, "stored")
     for parts in (1, 2):
         shape = (O, I, R) if parts == 1 else (parts, O, I, R)
         out = torch.empty(shape, dtype=dtype if parts == 1 else torch.float32, device="meta")
         for tile in weight_grad_tiles(z, g, part):
             call = weight_grad_call(x, z, g, out, B * N // parts // 64 * 64, tile, *how)
-            yield Case(f"{text} weight_grad{'' if parts == 1 else ', split'} {tuple(tile)}", call, bits == 16)
+            yield Case(f"{text} weight_grad{'' if parts == 1 else ', split'} {tuple(tile)}", call, generated)
+
+    if kind == "odd":
+        yield Case(f"{text} pad", pad_call(new(B, R), new(O, I, R), z, h), "")
+    partial = torch.empty(4, O, I, R, dtype=torch.float32, device="meta")
+    yield Case(f"{text} reduce", reduce_call(partial, new(O, I, R)), "")
 
 
 PRECISIONS = ((torch.bfloat16, False), (torch.float16, False), (torch.float32, False), (torch.float32, True))
@@ -230,9 +245,9 @@ def main() -> None:
             if allow_tf32 and part.startswith("gfx"):
                 continue
             for kind in kinds():
-                for name, call, generated in cases(part, dtype, allow_tf32, kind):
+                for name, call, operand in cases(part, dtype, allow_tf32, kind):
                     r = report(call, part)
-                    faults = "; ".join(r.faults(part, generated)) or "clean"
+                    faults = "; ".join(r.faults(part, operand)) or "clean"
                     numbers = f"{r.registers:4d} registers {r.spilled:5d} spilled {r.shared / 1024:6.1f} KiB"
                     print(f"{name:<84}{numbers} {r.products:4d} products  {faults}", flush=True)
 

@@ -287,9 +287,12 @@ def reduce_call(partial: Tensor, out: Tensor) -> Call:
     return Call(reduce.reduce, (cdiv(out.numel(), 1024), 1, 1), args, {"BJ": 1024}, 4, 1)
 
 
-def pad_call(h: Tensor, out: Tensor) -> Call:
-    """H (O, I, R) into out (O, I, W), contiguous, with zeros behind R."""
-    O, I, R = h.shape
-    args = {"h_ptr": h, "out_ptr": out, "rows": O * I, "I": I, "R": R, "W": out.shape[2]}
-    strides = _named("sh_o sh_i sh_r", *h.stride())
-    return Call(pad.pad, (cdiv(out.numel(), 1024), 1, 1), args | strides, {"BJ": 1024}, 4, 1)
+def pad_call(z: Tensor | None, h: Tensor | None, z_out: Tensor | None, h_out: Tensor | None) -> Call:
+    """z (B, R) and H (O, I, R), or one of them, into (B, W) and (O, I, W), contiguous, with zeros behind R."""
+    given, out = (z, z_out) if h is None else (h, h_out)
+    R, W = given.shape[-1], out.shape[-1]  # type: ignore[union-attr]
+    B, (O, I) = 0 if z is None else len(z), (0, 1) if h is None else h.shape[:2]
+    tensors = {"z_ptr": z, "h_ptr": h, "z_out_ptr": z_out, "h_out_ptr": h_out}
+    sizes = _named("B OI I R W", B, O * I, I, R, W)
+    strides = _named("sz_b sz_r sh_o sh_i sh_r", *_strides(z, 0, 1), *_strides(h, 0, 1, 2))
+    return Call(pad.pad, (cdiv((B + O * I) * W, 1024), 1, 1), tensors | sizes | strides, {"BJ": 1024}, 4, 1)

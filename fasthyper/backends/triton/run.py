@@ -124,16 +124,9 @@ def _padded(z: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, Ten
     width = calls.padded(R)
     if width == R or sum(t.numel() // R for t in given) * width * given[0].element_size() > _room() // 2:
         return z, weight
-    return _wider(z, width), _wider(weight, width)
-
-
-def _wider(t: Tensor | None, width: int) -> Tensor | None:
-    if t is None:
-        return None
-    out = t.new_empty(*t.shape[:-1], width)
-    rows = t if t.dim() == 3 else t[None]
-    calls.pad_call(rows, out.view(*rows.shape[:-1], width)).launch()
-    return out
+    wider = [None if t is None else t.new_empty(*t.shape[:-1], width) for t in (z, weight)]
+    calls.pad_call(z, weight, *wider).launch()
+    return wider[0], wider[1]
 
 
 def _rows(z: Tensor, N: int) -> Tensor:
