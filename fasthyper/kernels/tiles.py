@@ -49,12 +49,17 @@ _WEIGHT_GRAD: dict[str, tuple[Tile, ...]] = {
     "sm_90": (Tile(256, 128, 64, 8, 3), Tile(256, 64, 64, 8, 3), Tile(128, 64, 64, 4, 3)),
     "gfx942": (Tile(128, 64, 64, 4, 3), Tile(128, 64, 32, 4, 2)),
 }
-# float32, in TF32 once or three times.
-_FOLD_32 = (Tile(128, 128, 32, 8, 2), Tile(128, 64, 32, 8, 2), Tile(64, 32, 32, 8, 2))
-_FOLD_32_SM_80 = (Tile(64, 64, 32, 8, 2), Tile(64, 32, 32, 8, 2))
-_WEIGHT_GRAD_32 = (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2))
 _FOLD["sm_100"] = (_FOLD["sm_90"][0], Tile(256, 64, 64, 8, 3), *_FOLD["sm_90"][2:])  # with four stages it spills
 _WEIGHT_GRAD["sm_100"] = _WEIGHT_GRAD["sm_90"]
+# float32, in TF32 once or three times; where a part has no list, that of sm_90 is clean.
+_FOLD_32 = {
+    "sm_80": (Tile(64, 64, 32, 8, 2), Tile(64, 32, 32, 8, 2)),
+    "sm_90": (Tile(128, 128, 32, 8, 2), Tile(128, 64, 32, 8, 2), Tile(64, 32, 32, 8, 2)),
+}
+_WEIGHT_GRAD_32 = {
+    "sm_90": (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2)),
+    "sm_100": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 2)),
+}
 
 
 def _not_wider(tiles: tuple[Tile, ...], columns: int) -> tuple[Tile, ...]:
@@ -67,16 +72,14 @@ def fold_tiles(part: str, bits: int, P: int) -> tuple[Tile, ...]:
     """Tiles of `fold` for operands of so many bits and P outputs, the widest first."""
     if part == INTERPRETER:
         return _INTERPRETED
-    if bits == 32:
-        return _not_wider(_FOLD_32_SM_80 if part == "sm_80" else _FOLD_32, P)
-    return _not_wider(_FOLD[part], P)
+    return _not_wider(_FOLD_32.get(part, _FOLD_32["sm_90"]) if bits == 32 else _FOLD[part], P)
 
 
 def weight_grad_tiles(part: str, bits: int, O: int) -> tuple[Tile, ...]:
     """Tiles of `weight_grad` for operands of so many bits and O outputs, the widest first."""
     if part == INTERPRETER:
         return _INTERPRETED
-    return _not_wider(_WEIGHT_GRAD_32 if bits == 32 else _WEIGHT_GRAD[part], O)
+    return _not_wider(_WEIGHT_GRAD_32.get(part, _WEIGHT_GRAD_32["sm_90"]) if bits == 32 else _WEIGHT_GRAD[part], O)
 
 
 def dx_dz_tiles(part: str, bits: int, R: int, O: int) -> tuple[Tile, ...]:
