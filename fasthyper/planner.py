@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from .kernels.tiles import dx_dz_tiles
 from .problem import AUTO, SCHEDULES, Machine, Plan, Problem
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -143,7 +144,7 @@ def _grads_cost(p: Problem, schedule: str, mach: Machine) -> _Cost:
     B, N, R, I, O = p.batch, p.points, p.cond_features, p.in_features, p.out_features
     dx, dz, dh = p.needs
     if _is_kernel(p, schedule):
-        together = dx and dz and R <= _ONE_PASS_R and O <= _ONE_PASS_O
+        together = dx and dz and dx_dz_tiles("sm_90", p.dtype.itemsize * 8, R, O)
         cost = _gemm(B * N, I * R, O, mach)
         passes = (dx or dz) * (1 if together else dx + dz) + dh
         return _Cost(cost.flops * passes, 0.0, cost.seconds * passes, passes)
@@ -175,9 +176,6 @@ def _grads_cost(p: Problem, schedule: str, mach: Machine) -> _Cost:
         cost += _gemm(O * R, I, p.distinct, mach)
         cost += _gemm(N * O, R, B, mach) if p.shared_x else _tile(B * N * O * R, 2, mach)
     return cost
-
-
-_ONE_PASS_R, _ONE_PASS_O = 128, 256  # up to these the Triton kernels have dx and dz from one product
 
 
 def _is_kernel(p: Problem, schedule: str) -> bool:

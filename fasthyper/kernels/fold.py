@@ -11,7 +11,7 @@ dz   (b, n)     g   x   o   i   r   biasᵀ               (summed over n afterwa
 import triton
 import triton.language as tl
 
-from .loads import columns, power_of_two_above, row_offsets, widened
+from .loads import columns, into_range, larger, row_offsets, widened
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def head_tile(h_ptr, h, c, k0, p0, C, K, P, sh_c, sh_k, sh_p,
 def add_products(acc, u_row, v_row, h_ptr, h, in_rows, first, last, k0, p0, C, K, P, su_c, sv_k, sh_c, sh_k, sh_p,
                  BK: tl.constexpr, BP: tl.constexpr, CB: tl.constexpr, READ: tl.constexpr,
                  EVEN_C: tl.constexpr, EVEN_K: tl.constexpr, CLAMP_K: tl.constexpr, CLAMP_P: tl.constexpr,
-                 LONG: tl.constexpr, WIDE: tl.constexpr, SCALED: tl.constexpr, shrink,
+                 LONG: tl.constexpr, WIDE: tl.constexpr, SCALED: tl.constexpr, factor,
                  PRECISION: tl.constexpr):  # fmt: skip
     """acc += Σ_c (u[:, c] v[:, k0 + 0..BK]) H(c, k0 + 0..BK, p0 + 0..BP) for c in [first, last)."""
     v = widened(columns(v_row, in_rows, k0 + tl.arange(0, BK), K, sv_k, EVEN_K), WIDE)
@@ -59,12 +59,12 @@ def add_products(acc, u_row, v_row, h_ptr, h, in_rows, first, last, k0, p0, C, K
         if CB == 1:
             u = widened(tl.load(u_row + tl.cast(c, tl.int64) * su_c, mask=in_rows, other=0.0), WIDE)
             if SCALED:
-                u *= shrink
+                u = (u.to(tl.float32) * factor).to(u.dtype)
             a = u[:, None] * v
         else:
             u = widened(columns(u_row, in_rows, c + tl.arange(0, CB), C, su_c, EVEN_C), WIDE)
             if SCALED:
-                u *= shrink
+                u = (u.to(tl.float32) * factor[:, None]).to(u.dtype)
             a = tl.reshape(u[:, :, None] * v[:, None, :], (u.shape[0], CB * BK))
         tile = head_tile(h_ptr, h, c, k0, p0, C, K, P, sh_c, sh_k, sh_p, BK, BP, CB, READ, CLAMP_K, CLAMP_P, LONG,
                          WIDE)  # fmt: skip
@@ -88,14 +88,16 @@ def add_plain_product(acc, row, a_ptr, in_rows, p0, J, P, s_j, sa_p, sa_j,
 
 
 @triton.jit
-def largest(row, in_rows, first, last, J, s_j, BM: tl.constexpr, BJ: tl.constexpr):
-    """The largest finite absolute value of the columns [first, last)."""
-    most = tl.zeros((BM, BJ), tl.float32)
-    for j0 in tl.range(first, last, BJ):
-        j = j0 + tl.arange(0, BJ)
-        t = tl.abs(columns(row, in_rows, j, J, s_j, False).to(tl.float32))
-        most = tl.maximum(most, tl.where(t < float("inf"), t, 0.0))
-    return tl.max(most)
+def largest(row, in_rows, first, last, s_j, BM: tl.constexpr):
+    """The largest absolute value of each row in the columns [first, last).
+
+    Column by column, as the loop over c reads u: a reduction over tiles would settle their layout, and v would not
+    stay in registers for it.
+    """
+    most = tl.zeros((BM,), tl.float32)
+    for j in tl.range(first, last):
+        most = larger(most, tl.load(row + tl.cast(j, tl.int64) * s_j, mask=in_rows, other=0.0))
+    return most
 
 
 @triton.jit
@@ -108,7 +110,7 @@ def fold(u_ptr, v_ptr, h_ptr, h, h_tail, a_ptr, c_ptr, d_ptr, out_ptr, M, N, C, 
     """One tile (BM, BP) of out; of a split's part of it where per_split < C, for `reduce` to sum.
 
     K is cut into pieces of BK and a tail of TAIL; K_shared: columns of v that C has, which is not padded. SCALED:
-    where a product u·v might leave the range of float16, all of the tile's are made smaller by a power of two.
+    rows of u are multiplied by powers of two that keep u·v in the range of float16.
     """
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     p0 = tl.program_id(1) * BP
@@ -122,24 +124,23 @@ def fold(u_ptr, v_ptr, h_ptr, h, h_tail, a_ptr, c_ptr, d_ptr, out_ptr, M, N, C, 
     whole = K // BK * BK if TAIL > 0 else K
     tl.assume(whole > 0)
 
-    scale = tl.cast(1.0, tl.float32)
+    factor = tl.full((BM,), 1.0, tl.float32)
     if SCALED:
-        most_u = largest(u_row, in_rows, first, last, C, su_c, BM, BK)
-        most_v = largest(v_row, in_rows, 0, K, K, sv_k, BM, BK)
-        scale = power_of_two_above(most_u * most_v / 32768.0)
-    shrink = (1.0 / scale).to(u_ptr.dtype.element_ty) if SCALED else 1.0  # exact
+        most_u = largest(u_row, in_rows, first, last, su_c, BM)
+        most_v = largest(v_row, in_rows, 0, K, sv_k, BM)
+        factor = into_range(most_u, most_v)
 
     acc = tl.zeros((BM, BP), tl.float32)
     for k0 in tl.range(0, whole, BK):
         acc = add_products(acc, u_row, v_row, h_ptr, h, in_rows, first, last, k0, p0, C, K, P, su_c, sv_k, sh_c, sh_k,
                            sh_p, BK, BP, CB, READ, EVEN_C, EVEN_K or TAIL > 0, CLAMP_K and TAIL == 0, CLAMP_P, LONG,
-                           WIDE, SCALED, shrink, PRECISION)  # fmt: skip
+                           WIDE, SCALED, factor, PRECISION)  # fmt: skip
     if TAIL > 0:
         acc = add_products(acc, u_row, v_row, h_ptr, h_tail, in_rows, first, last, whole, p0, C, K, P, su_c, sv_k, sh_c,
-                           sh_k, sh_p, TAIL, BP, CB, READ, EVEN_C, EVEN_K, CLAMP_K, CLAMP_P, LONG, WIDE, SCALED, shrink,
+                           sh_k, sh_p, TAIL, BP, CB, READ, EVEN_C, EVEN_K, CLAMP_K, CLAMP_P, LONG, WIDE, SCALED, factor,
                            PRECISION)  # fmt: skip
     if SCALED:
-        acc *= scale
+        acc /= factor[:, None]
 
     p = p0 + tl.arange(0, BP)
     if split == 0:
@@ -150,6 +151,6 @@ def fold(u_ptr, v_ptr, h_ptr, h, h_tail, a_ptr, c_ptr, d_ptr, out_ptr, M, N, C, 
                 acc, v_row, c_ptr, in_rows, p0, K_shared, P, sv_k, sc_p, sc_k, 32, BP, WIDE, PRECISION
             )
         if d_ptr is not None:
-            acc += tl.load(d_ptr + p * sd_p, mask=p < P, other=0.0).to(tl.float32)[None, :]
+            acc += tl.load(d_ptr + p.to(tl.int64) * sd_p, mask=p < P, other=0.0).to(tl.float32)[None, :]
     to = out_ptr + (tl.cast(split, tl.int64) * M + m)[:, None] * P + p[None, :]
     tl.store(to, acc.to(out_ptr.dtype.element_ty), mask=in_rows[:, None] & (p < P)[None, :])

@@ -31,6 +31,18 @@ def widened(tile, WIDE: tl.constexpr):
 
 
 @triton.jit
-def power_of_two_above(t):
-    """1 where t ≤ 1, else a power of two from t on: what to divide by without rounding."""
-    return tl.where(t > 1.0, tl.exp2(tl.ceil(tl.log2(t))), 1.0)
+def into_range(most_u, most_v):
+    """A power of two: u times it, and its products with v, use the range of float16 and do not leave it.
+
+    Of the largest absolute values: u comes to 2^14 at most, a product to 2^15.
+    """
+    top_u, top_v = tl.ceil(tl.log2(most_u)), tl.ceil(tl.log2(most_v))
+    factor = tl.exp2(tl.minimum(15.0 - top_v, 14.0) - top_u)
+    return tl.where(most_u > 0.0, factor, 1.0)  # without v it is finite, without u it is not
+
+
+@triton.jit
+def larger(most, t):
+    """The larger of most and |t|, of what is finite: the rest spoils its own results and nobody else's."""
+    size = tl.abs(t.to(tl.float32))
+    return tl.maximum(most, tl.where(size < float("inf"), size, 0.0))

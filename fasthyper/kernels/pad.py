@@ -16,4 +16,4 @@ def pad(z_ptr, h_ptr, z_out_ptr, h_out_ptr, B, OI, I, R, W, sz_b, sz_r, sh_o, sh
     if h_ptr is not None:
         inside = (row >= B) & (row < B + OI)
         at = h_ptr + ((row - B) // I) * sh_o + ((row - B) % I) * sh_i + r * sh_r
-        tl.store(h_out_ptr + (j - B * W), tl.load(at, mask=inside & (r < R), other=0.0), mask=inside)
+        tl.store(h_out_ptr + (row - B) * W + r, tl.load(at, mask=inside & (r < R), other=0.0), mask=inside)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 PARTS = ("sm_80", "sm_90", "sm_100", "gfx942")
 INTERPRETER = "interpreter"
-SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-"""Bytes of shared memory that one block may have."""
+SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+"""Bytes of shared memory that one block may have; of sm_80, what sm_86, sm_89 and sm_120 have, which take its tiles."""
 
 
 class Tile(NamedTuple):
@@ -91,8 +91,7 @@ def dx_dz_tiles(part: str, bits: int, R: int, O: int) -> tuple[Tile, ...]:
     if O <= 16 or r > 128 or o > 256:
         return ()
     if bits == 32:
-        fits = r * o <= 1024 if part == "sm_80" else r <= 64 and o <= 64
-        return (tile(64, 2),) if fits else ()
+        return (tile(64, 2),) if r * o <= (1024 if part == "sm_80" else 2048) else ()
     if part == "gfx942":
         return (tile(64, 3),) if r * o <= 8192 else ()
     if part == "sm_80":

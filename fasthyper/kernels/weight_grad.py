@@ -8,7 +8,7 @@ A split of the batch writes its float32 part for `reduce` to sum in order: no at
 import triton
 import triton.language as tl
 
-from .loads import power_of_two_above, row_offsets, widened
+from .loads import into_range, larger, row_offsets, widened
 
 
 @triton.jit
@@ -28,8 +28,8 @@ def weight_grad(x_ptr, z_ptr, g_ptr, z_rows, g_rows, out_ptr, M, N, I, O, R, per
                 SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One tile of dH, BI·BR rows and BO columns, of a split's rows of the batch.
 
-    z_rows, g_rows: descriptors, or None to read by pointers. SCALED: columns of x are scaled to at most one, so that
-    x·z stays in the range of float16.
+    z_rows, g_rows: descriptors, or None to read by pointers. SCALED: columns of x are multiplied by powers of two that
+    keep x·z in the range of float16, where products of one column span at most 2^29.
     """
     pieces = tl.cdiv(R, BR)
     i0 = tl.program_id(0) // pieces * BI
@@ -42,12 +42,11 @@ def weight_grad(x_ptr, z_ptr, g_ptr, z_rows, g_rows, out_ptr, M, N, I, O, R, per
     i, r, o, k = i0 + tl.arange(0, BI), r0 + tl.arange(0, BR), o0 + tl.arange(0, BO), tl.arange(0, BM)
 
     if SCALED:
-        most = tl.zeros((BI,), tl.float32)
+        most_x, most_z = tl.zeros((BI, BM), tl.float32), tl.zeros((BR, BM), tl.float32)
         for m0 in tl.range(first, last, BM):
-            x = transposed(x_ptr, m0 + k, M, N, sx_b, sx_n, i, I, sx_i, POINTS, EVEN_I)
-            most = tl.maximum(most, tl.max(tl.abs(x.to(tl.float32)), 1))
-        scale = power_of_two_above(most)
-        shrink = (1.0 / scale).to(x_ptr.dtype.element_ty)  # exact
+            most_x = larger(most_x, transposed(x_ptr, m0 + k, M, N, sx_b, sx_n, i, I, sx_i, POINTS, EVEN_I))
+            most_z = larger(most_z, transposed(z_ptr, m0 + k, M, N, sz_b, 0, r, R, sz_r, POINTS, EVEN_R))
+        factor = into_range(tl.max(most_x, 1), tl.max(most_z))
 
     acc = tl.zeros((BI * BR, BO), tl.float32)
     for m0 in tl.range(first, last, BM):
@@ -66,13 +65,13 @@ def weight_grad(x_ptr, z_ptr, g_ptr, z_rows, g_rows, out_ptr, M, N, I, O, R, per
                 g = tl.load(at, mask=(m < M)[:, None] & (o < O)[None, :], other=0.0)
         x = widened(transposed(x_ptr, m, M, N, sx_b, sx_n, i, I, sx_i, POINTS, EVEN_I), WIDE)
         if SCALED:
-            x *= shrink[:, None]
+            x = (x.to(tl.float32) * factor[:, None]).to(x.dtype)
         a = tl.reshape(x[:, None, :] * widened(z, WIDE)[None, :, :], (BI * BR, BM))
         acc = tl.dot(a, widened(g, WIDE), acc, input_precision=PRECISION)
 
     j = tl.arange(0, BI * BR)
     if SCALED:
-        acc *= tl.reshape(tl.broadcast_to(scale[:, None], (BI, BR)), (BI * BR,))[:, None]
+        acc /= tl.reshape(tl.broadcast_to(factor[:, None], (BI, BR)), (BI * BR,))[:, None]
     row_i, row_r = i0 + j // BR, r0 + j % BR
     inside = ((row_i < I) & (row_r < R))[:, None] & (o < O)[None, :]
     to = out_ptr + (split * O + o).to(tl.int64)[None, :] * I * R + (row_i.to(tl.int64) * R + row_r)[:, None]

@@ -70,7 +70,9 @@ def test_float32_is_as_exact_as_the_usual_way_and_tf32_is_not():
     assert 1e-5 < errors["high"] < 2e-3
 
 
-@pytest.mark.parametrize("sizes", [*SIZES, (200000, 1, 64, 32, 32)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [*SIZES, (200000, 1, 64, 32, 32), (300000, 1, 25, 32, 32), (1, 200000, 64, 2, 2)], ids=str
+)
 def test_temporary_memory_has_a_limit(sizes):
     tensors, g = inputs(*sizes)
     step(tensors, g)  # tiles are timed, libraries are set up
@@ -80,7 +82,7 @@ def test_temporary_memory_has_a_limit(sizes):
     results = step(tensors, g)
     torch.cuda.synchronize()
     kept = sum(t.untyped_storage().nbytes() for t in results)
-    assert torch.cuda.max_memory_allocated() - before - kept <= 64 * MIB
+    assert torch.cuda.max_memory_allocated() - before - kept <= 33 * MIB
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -155,6 +157,8 @@ def test_one_launch_for_each_of_y_dxdz_and_dh(sizes):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step(tensors, g)
         torch.cuda.synchronize()
-    names = [event.name for event in profile.events() if "mem" not in event.name.lower()]
-    assert {"fold", "dx_dz", "weight_grad"} <= set(names)
-    assert len(names) <= 6
+    on_device = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [name for name in on_device if not name.lower().startswith("mem")]
+    assert {"fold", "dx_dz", "weight_grad"} <= set(kernels)
+    assert set(kernels) <= {"fold", "dx_dz", "weight_grad", "reduce"}
+    assert len(kernels) <= 6

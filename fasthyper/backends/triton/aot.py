@@ -25,6 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...kernels.tiles import PARTS, SHARED
 from .calls import (
     Call,
+    cdiv,
     dx_dz_call,
     dx_dz_tiles,
     fold_call,
@@ -183,13 +184,16 @@ class Case(NamedTuple):
     operand: str
 
 
-# R, I, O: even; a tail of R; odd sizes, padded; few features, several columns a step; few outputs.
+# R, I, O: even; as large as dx_dz takes; a tail of R; odd sizes, padded; few features, several columns a step; few
+# outputs; ones, which the compiler takes for constants.
 _SIZES = {
     "even": (128, 64, 128),
+    "large": (128, 64, 256),
     "tail": (144, 48, 48),
     "odd": (101, 101, 50),
     "few": (25, 64, 64),
     "skinny": (32, 64, 10),
+    "ones": (16, 1, 24),
 }
 CENTRAL = ("even", "even, affine")
 """Kinds of sizes that every tile is compiled for in the ordinary tests; the rest with --slow."""
@@ -197,14 +201,14 @@ CENTRAL = ("even", "even, affine")
 
 def kinds() -> list[str]:
     """Names of the kinds of sizes that `cases` knows."""
-    return [*_SIZES, "even, affine", "even, points", "even, strided"]
+    return [*_SIZES, "even, affine", "odd, affine", "few, affine", "even, points", "even, strided"]
 
 
 def cases(part: str, dtype: torch.dtype, allow_tf32: bool, kind: str) -> Iterator[Case]:
     """Every kernel with every tile that a part may take, for one kind of sizes. Tensors are meta."""
     sizes, _, variant = kind.partition(", ")
     R, I, O = _SIZES[sizes]
-    B, N = 4800, 3 if variant == "points" else 1
+    B, N = 1 if sizes == "ones" else 4800, 3 if variant == "points" else 1
     bits, W = dtype.itemsize * 8, padded(R)
     precision = precision_of(dtype, part, allow_tf32)
 
@@ -238,7 +242,7 @@ def cases(part: str, dtype: torch.dtype, allow_tf32: bool, kind: str) -> Iterato
         shape = (O, I, R) if parts == 1 else (parts, O, I, R)
         out = torch.empty(shape, dtype=dtype if parts == 1 else torch.float32, device="meta")
         for tile in weight_grad_tiles(z, g, part):
-            call = weight_grad_call(x, z, g, out, B * N // parts // 64 * 64, tile, *how)
+            call = weight_grad_call(x, z, g, out, cdiv(B * N // parts, 64) * 64, tile, *how)
             yield Case(f"{text} weight_grad{'' if parts == 1 else ', split'} {tuple(tile)}", call, generated)
 
     if kind == "odd":

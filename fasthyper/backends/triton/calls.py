@@ -16,7 +16,7 @@ from ...kernels import dx_dz, fold, pad, reduce, tiles, weight_grad
 from ...kernels.tiles import INTERPRETER, Tile, power_of_two
 
 _INT32 = 1 << 31
-_DESCRIPTORS = ("sm_90", "sm_100", "sm_120", INTERPRETER)
+_DESCRIPTORS = ("sm_90", "sm_100", INTERPRETER)
 
 
 class Call(NamedTuple):
@@ -160,7 +160,7 @@ def fold_call(
         "TAIL": tail,
         "CB": cb,
         "READ": read,
-        "EVEN_C": per_split % cb == 0 and C % cb == 0,
+        "EVEN_C": C % cb == 0,
         "EVEN_K": K % (tail or depth) == 0,
         "CLAMP_K": h.shape[1] < padded(K),
         "CLAMP_P": h.shape[2] % columns != 0,

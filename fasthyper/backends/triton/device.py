@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -44,9 +45,15 @@ def of(t: Tensor) -> Device:
     return _of(t.device.index)
 
 
-def current(t: Tensor) -> contextlib.AbstractContextManager[object]:
+@contextlib.contextmanager
+def current(t: Tensor) -> Iterator[None]:
     """Make the tensor's device the current one: Triton launches there, on its current stream."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+    if not t.is_cuda:
+        yield
+        return
+    with torch.cuda.device(t.device):
+        torch.cuda.set_device(t.device)  # also where it is current already: a new thread has no context yet
+        yield
 
 
 def allows_tf32() -> bool:

@@ -8,6 +8,7 @@ A sum is split where its blocks are too few to fill the device; the parts are fl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import cast
 
@@ -52,8 +53,9 @@ def apply(
             B, N, _ = x.shape
             y = x.new_empty(B, N, O)
             with device.current(x):
-                even_z, h = cast(tuple[Tensor, Tensor], _padded(z, weight))
-                _fold(x, _rows(even_z, N), h.permute(1, 2, 0), base_weight, bias, base_bias, y.view(B * N, O))
+                for b, even_z, h in _padded_blocks(z, weight, _instances(B, N, z, 0)):
+                    out = y[b].view(-1, O)
+                    _fold(x[b], _rows(cast(Tensor, even_z), N), h.permute(1, 2, 0), base_weight, bias, base_bias, out)
             return y
     return aten.apply(x, z, weight, bias, base_weight, base_bias, schedule=schedule)
 
@@ -79,7 +81,7 @@ def grads(
         return aten.grads(x, z, weight, bias, base_weight, g, mask, schedule=schedule)
     out = [x.new_empty(shape) if k else None for shape, k in zip(((B, N, I), (B, R), (O, I, R)), mask, strict=False)]
     with device.current(x):
-        _grads(x, *_padded(z, weight), bias, base_weight, g, *out)
+        _grads(x, z, weight, bias, base_weight, g, *out)
     rest: tuple[Tensor | None, ...] = (None, None, None)
     if any(mask[3:]):
         tile = aten.tile_of(planner.plan(Problem("grads", B, N, R, I, O, x.dtype, x.device.type)))
@@ -99,41 +101,63 @@ def _grads(
     dh: Tensor | None,
 ) -> None:
     """dx (B, N, I), dz (B, R) and dH (O, I, R) as asked for."""
+    (B, N, _), even_z = x.shape, None
     if dx is not None or dz is not None:
-        for b in _instances(len(x), x.shape[1], 0 if dz is None else dz.shape[1]):
-            part = [None if t is None else t[b] for t in (x, z, g, dx, dz)]
-            _grads_of_rows(cast(Tensor, part[0]), part[1], cast(Tensor, weight), base_weight, bias, *part[2:])
+        of = z if z is not None else cast(Tensor, dz)
+        for b, even_z, h in _padded_blocks(z, cast(Tensor, weight), _instances(B, N, of, 0 if dz is None else 4)):
+            part = [None if t is None else t[b] for t in (g, dx, dz)]
+            _dx_and_dz(x[b], even_z, h, base_weight, bias, *part)
     if dh is not None:
-        _weight_grad(x, cast(Tensor, z), g, dh)
+        whole = even_z if even_z is not None and len(even_z) == B else _padded(z, None)[0]
+        _weight_grad(x, cast(Tensor, whole), g, dh)
 
 
 def _room() -> int:
-    """Bytes that parts of sums may take; copies with even rows, and rows of dz, half of that each."""
+    """Bytes that parts of sums may take; copies with even R, and rows of dz, half of that each."""
     return planner.get_workspace_limit() // 2
 
 
-def _instances(B: int, N: int, R: int) -> Iterator[slice]:
-    """All instances; blocks of them where there are several points, whose dz is summed from rows in the workspace."""
-    return aten.blocks(B, B if N == 1 else _room() // 2 // max(1, N * R * 4))
+def _instances(B: int, N: int, z: Tensor, per_number: int) -> Iterator[slice]:
+    """Blocks of instances: all of them, unless copies of z or rows of dz, of so many bytes a number, need more room.
+
+    Only of an odd R are there copies, and only of several points rows.
+    """
+    R = z.shape[1]
+    copies = calls.padded(R) * z.element_size() if R % 16 else 0
+    rows = N * R * per_number if N > 1 else 0
+    return aten.blocks(B, min(B, _room() // 2 // max(1, copies, rows)))
+
+
+def _padded_blocks(
+    z: Tensor | None, weight: Tensor, blocks: Iterator[slice]
+) -> Iterator[tuple[slice, Tensor | None, Tensor]]:
+    """Blocks of z with an even R, and H with the same."""
+    h: Tensor | None = None
+    for b in blocks:
+        even_z, even_h = _padded(None if z is None else z[b], weight if h is None else None)
+        h = even_h if h is None else h
+        yield b, even_z, cast(Tensor, h)
 
 
 def _padded(z: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """z and H, with R made even where loads of an odd one would be of single numbers and the copies have room."""
-    given = [t for t in (z, weight) if t is not None]
-    R = given[0].shape[-1]
-    width = calls.padded(R)
-    if width == R or sum(t.numel() // R for t in given) * width * given[0].element_size() > _room() // 2:
-        return z, weight
-    wider = [None if t is None else t.new_empty(*t.shape[:-1], width) for t in (z, weight)]
-    calls.pad_call(z, weight, *wider).launch()
-    return wider[0], wider[1]
+    """z and H, with R made even where loads of an odd one would be of single numbers: each if its copy has room."""
+    out: list[Tensor | None] = [None, None]
+    for i, t in enumerate((z, weight)):
+        if t is not None and t.shape[-1] % 16:
+            shape = (*t.shape[:-1], calls.padded(t.shape[-1]))
+            if math.prod(shape) * t.element_size() <= _room() // 2:
+                out[i] = t.new_empty(shape)
+    if any(t is not None for t in out):
+        given = [t if o is not None else None for t, o in zip((z, weight), out, strict=True)]
+        calls.pad_call(*given, *out).launch()
+    return (z if out[0] is None else out[0]), (weight if out[1] is None else out[1])
 
 
 def _rows(z: Tensor, N: int) -> Tensor:
     return z[:, None].expand(-1, N, -1)
 
 
-def _grads_of_rows(
+def _dx_and_dz(
     x: Tensor,
     z: Tensor | None,
     weight: Tensor,
@@ -143,22 +167,43 @@ def _grads_of_rows(
     dx: Tensor | None,
     dz: Tensor | None,
 ) -> None:
-    """dx (B, N, I) and dz (B, R) as asked for."""
+    """dx (B, N, I) and dz (B, R) as asked for; dz of several points is summed from rows, of some points at a time."""
+    B, N, I = x.shape
     g = cast(Tensor, g)
-    (B, N, I), O = x.shape, g.shape[2]
-    R = 0 if dz is None else dz.shape[1]
-    per_row = dz if N == 1 or dz is None else torch.empty(B * N, R, dtype=torch.float32, device=x.device)
-    found = () if dx is None or per_row is None else calls.dx_dz_tiles(cast(Tensor, z), weight, R, O, device.of(x).part)
-    if dx is not None and per_row is not None and found:
-        _dx_dz(x, cast(Tensor, z), weight, base_weight, bias, g, dx.view(B * N, I), per_row, found)
-    else:
-        if dx is not None:
-            base = None if base_weight is None else base_weight.T
-            _fold(g, _rows(cast(Tensor, z), N), weight.permute(0, 2, 1), base, None, None, dx.view(B * N, I))
-        if per_row is not None:
-            _fold(g, x, weight, None if bias is None else bias.T, None, None, per_row)
-    if dz is not None and per_row is not None and per_row is not dz:
-        dz.copy_(per_row.view(B, N, R).sum(1))
+    if dz is None or N == 1:
+        _grads_of_rows(x, z, weight, base_weight, bias, g, None if dx is None else dx.view(-1, I), dz)
+        return
+    total = torch.zeros(dz.shape, dtype=torch.float32, device=dz.device)
+    for n in aten.blocks(N, _room() // 2 // (4 * B * dz.shape[1])):  # all, or B is one
+        rows = torch.empty(B * (n.stop - n.start), dz.shape[1], dtype=torch.float32, device=dz.device)
+        dx_n = None if dx is None else dx[:, n].view(-1, I)
+        _grads_of_rows(x[:, n], z, weight, base_weight, bias, g[:, n], dx_n, rows)
+        total += rows.view(B, -1, rows.shape[1]).sum(1)
+    dz.copy_(total)
+
+
+def _grads_of_rows(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    base_weight: Tensor | None,
+    bias: Tensor | None,
+    g: Tensor,
+    dx: Tensor | None,
+    dz: Tensor | None,
+) -> None:
+    """dx (B·N, I) and dz (B·N, R), in one pass where that can be."""
+    N, O = x.shape[1], g.shape[2]
+    found: tuple[Tile, ...] = ()
+    if dx is not None and dz is not None:
+        found = calls.dx_dz_tiles(cast(Tensor, z), weight, dz.shape[1], O, device.of(x).part)
+        if found:
+            return _dx_dz(x, cast(Tensor, z), weight, base_weight, bias, g, dx, dz, found)
+    if dx is not None:
+        base = None if base_weight is None else base_weight.T
+        _fold(g, _rows(cast(Tensor, z), N), weight.permute(0, 2, 1), base, None, None, dx)
+    if dz is not None:
+        _fold(g, x, weight, None if bias is None else bias.T, None, None, dz)
 
 
 def _precision(x: Tensor) -> str:

@@ -3,7 +3,7 @@
 At most `_MOST` tiles are timed, the likeliest, so that the first call of a kind costs their compilation, one to two
 seconds each, and some milliseconds. `FASTHYPER_AUTOTUNE=0` takes the likeliest without timing; so do calls under
 `torch.use_deterministic_algorithms(True)`, whose bits must not depend on a clock, and calls that a CUDA graph
-captures. `FASTHYPER_CACHE` is the folder of what is kept.
+captures before they were ever made. `FASTHYPER_CACHE` is the folder of what is kept.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ...kernels.tiles import INTERPRETER, Tile
 from .device import Device
 
 _MOST = 3
+_RUNS, _SLEEP = 5, 4_000_000  # cycles: about two milliseconds, in which Python launches the runs
 _chosen: dict[tuple[str, str], Tile] = {}  # by device and kind of call
 
 
@@ -70,13 +71,15 @@ def choose(
 ) -> Candidate:
     """Return the fastest candidate for this kind of call, timing them if nobody has."""
     ranked = sorted(candidates, key=lambda c: c.seconds)
-    if len(ranked) == 1 or not _may_time(device):
+    if len(ranked) == 1 or not _may_differ(device):
         return ranked[0]
     by_tile = {c.tile: c for c in ranked}
     key = (device.name, " ".join(map(str, kind)))
-    if key not in _chosen:
-        _chosen.update(_read(device))
+    if key not in _chosen:  # what this process has taken stays, whatever another has found since
+        _chosen.update({k: tile for k, tile in _read(device).items() if k not in _chosen})
     if _chosen.get(key) not in by_tile:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return ranked[0]
         _chosen[key] = min(ranked[:_MOST], key=lambda c: _time(run, c)).tile
         _write(device)
     return by_tile[_chosen[key]]
@@ -87,19 +90,31 @@ def forget() -> None:
     _chosen.clear()
 
 
-def _may_time(device: Device) -> bool:
-    if device.part == INTERPRETER or os.environ.get("FASTHYPER_AUTOTUNE") == "0":
-        return False
-    return not (torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing())
+def _may_differ(device: Device) -> bool:
+    """Whether a clock may decide."""
+    asked = device.part != INTERPRETER and os.environ.get("FASTHYPER_AUTOTUNE") != "0"
+    return asked and not torch.are_deterministic_algorithms_enabled()
 
 
 def _time(run: Callable[[Candidate], None], c: Candidate) -> float:
-    return triton.testing.do_bench(lambda: run(c), warmup=5, rep=20, return_mode="median")
+    """Seconds of one run; the device sleeps first, so that all runs are in its queue before it begins."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    try:
+        run(c)
+        torch.cuda._sleep(_SLEEP)
+        start.record()
+        for _ in range(_RUNS):
+            run(c)
+        end.record()
+        end.synchronize()
+    except Exception:  # a tile that does not fit this device after all
+        return float("inf")
+    return start.elapsed_time(end) / _RUNS
 
 
 def path(device: Device) -> Path:
     """Return the file that keeps what was timed on a device."""
-    folder = os.environ.get("FASTHYPER_CACHE") or Path.home() / ".cache" / "fasthyper"
+    folder = os.environ.get("FASTHYPER_CACHE") or os.path.expanduser("~/.cache/fasthyper")
     name = "".join(c if c.isalnum() else "-" for c in f"{device.name} triton {triton.__version__} {__version__}")
     return Path(folder) / f"tiles {name}.json".replace(" ", "-").lower()
 
@@ -116,8 +131,8 @@ def _write(device: Device) -> None:
     """Keep what is known, others' findings included; whole or not at all, and without it where nothing can be kept."""
     known = _read(device) | {key: tile for key, tile in _chosen.items() if key[0] == device.name}
     text = json.dumps({kind: tile for (_, kind), tile in known.items()}, indent=0)
-    file = path(device)
     try:
+        file = path(device)
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as scratch:
             scratch.write(text)
