@@ -54,12 +54,15 @@ aot: .venv/ready
 # On a machine with a GPU, with its own Python and what is installed there: build, tests, workloads, within ten minutes.
 # Tests take the likeliest tile, or each would wait for three to be compiled.
 GPU_PYTHON ?= python3
+OUT ?= benchmarks/results
+ON_GPU := FASTHYPER_TEST_DEVICE=cuda FASTHYPER_AUTOTUNE=0 PYTHONPATH=.
 gpu:
-	timeout 100 $(GPU_PYTHON) setup.py --quiet build_ext --inplace || echo "without compiled CPU kernels"
-	FASTHYPER_TEST_DEVICE=cuda FASTHYPER_AUTOTUNE=0 PYTHONPATH=. timeout 180 $(GPU_PYTHON) -m pytest -q \
-		--numprocesses auto --maxprocesses 12 -k "triton or gpu" tests/ops tests/backends/test_triton.py \
-		tests/backends/test_gpu.py || echo "TESTS FAILED on the GPU"
-	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py --budget 270
+	timeout 90 $(GPU_PYTHON) setup.py --quiet build_ext --inplace || echo "without compiled CPU kernels"
+	$(ON_GPU) timeout -s INT -k 5 90 $(GPU_PYTHON) -m pytest -q --numprocesses 6 tests/backends/test_gpu.py \
+		|| echo "TESTS FAILED on the GPU"
+	$(ON_GPU) timeout -s INT -k 5 120 $(GPU_PYTHON) -m pytest -q --numprocesses auto --maxprocesses 12 -k triton \
+		--durations 5 tests/ops tests/backends/test_triton.py || echo "TESTS FAILED on the GPU"
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py --budget 230 --out $(OUT)
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

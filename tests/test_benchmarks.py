@@ -167,6 +167,12 @@ def test_an_unknown_name_is_refused():
         cpu.main(["--only", "nonesuch"])
 
 
+def way(run):
+    """Name of the function that a step calls."""
+    cells_of = dict(zip(run.__code__.co_freevars, run.__closure__, strict=True))
+    return cells_of["way"].cell_contents.__name__
+
+
 class TestGPU:
     """The script for a GPU, with a CPU in its place: graphs are calls, and clocks the CPU's."""
 
@@ -194,9 +200,16 @@ class TestGPU:
         row = gpu.measure(TINY, torch.float32, 1e12, timing.clock, 0.0)
         assert row.peers == {}
         assert row.dropped["materialise + bmm"] == "OutOfMemoryError"
+        with pytest.raises(ValueError, match="empty"):  # without a peer there is no row: main() says so and goes on
+            report.cells(row)
         monkeypatch.setattr(gpu, "captured", broken)
         with pytest.raises(torch.OutOfMemoryError):
             gpu.measure(TINY, torch.float32, 1e12, timing.clock, 0.0)
+
+    def test_ours_far_ahead_still_has_a_peer_to_be_ahead_of(self, pretended):
+        slower = {"fused": 1e-3}
+        row = gpu.measure(TINY, torch.float32, 1e12, lambda run: slower.get(way(run), 1.0), 0.0)
+        assert row.speed_up == pytest.approx(1000)
 
     def test_the_summary(self):
         rows = [
