@@ -143,12 +143,13 @@ def fold(u_ptr, v_ptr, h_ptr, h, h_tail, a_ptr, c_ptr, d_ptr, out_ptr, M, N, C, 
         acc /= factor[:, None]
 
     p = p0 + tl.arange(0, BP)
+    BJ: tl.constexpr = u_ptr.dtype.element_ty.primitive_bitwidth  # 16 or 32, as registers allow
     if split == 0:
         if a_ptr is not None:
-            acc = add_plain_product(acc, u_row, a_ptr, in_rows, p0, C, P, su_c, sa_p, sa_c, 32, BP, WIDE, PRECISION)
+            acc = add_plain_product(acc, u_row, a_ptr, in_rows, p0, C, P, su_c, sa_p, sa_c, BJ, BP, WIDE, PRECISION)
         if c_ptr is not None:
             acc = add_plain_product(
-                acc, v_row, c_ptr, in_rows, p0, K_shared, P, sv_k, sc_p, sc_k, 32, BP, WIDE, PRECISION
+                acc, v_row, c_ptr, in_rows, p0, K_shared, P, sv_k, sc_p, sc_k, BJ, BP, WIDE, PRECISION
             )
         if d_ptr is not None:
             acc += tl.load(d_ptr + p.to(tl.int64) * sd_p, mask=p < P, other=0.0).to(tl.float32)[None, :]

@@ -242,7 +242,7 @@ def cases(part: str, dtype: torch.dtype, allow_tf32: bool, kind: str) -> Iterato
         shape = (O, I, R) if parts == 1 else (parts, O, I, R)
         out = torch.empty(shape, dtype=dtype if parts == 1 else torch.float32, device="meta")
         for tile in weight_grad_tiles(z, g, part):
-            call = weight_grad_call(x, z, g, out, cdiv(B * N // parts, 64) * 64, tile, *how)
+            call = weight_grad_call(x, z, g, out, cdiv(cdiv(B * N, parts), 64) * 64, tile, *how)
             yield Case(f"{text} weight_grad{'' if parts == 1 else ', split'} {tuple(tile)}", call, generated)
 
     if kind == "odd":
