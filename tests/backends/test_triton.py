@@ -94,13 +94,26 @@ def test_the_same_bits_every_time(sizes, factors):
 
 
 @ready
-@pytest.mark.parametrize("sizes", [(40, 1, 33, 40, 7), (5, 9, 20, 7, 8)], ids=str)
-def test_a_workspace_too_small_for_anything(sizes, factors, oracle, monkeypatch):
-    """No room to pad odd sizes or for parts of sums; dz of several points is summed an instance at a time."""
+@pytest.mark.parametrize(
+    ("room", "sizes"),
+    [
+        (1000, (20, 1, 33, 9, 7)),  # for nothing
+        (1000, (5, 9, 20, 7, 8)),  # dz of several points is summed an instance at a time
+        (600, (2, 40, 20, 3, 8)),  # and some points at a time
+        (8000, (20, 1, 33, 9, 7)),  # for a copy of z with an even R, and not of H
+        (4000, (100, 1, 5, 3, 4)),  # of H, and of some instances of z
+    ],
+    ids=str,
+)
+def test_little_workspace(room, sizes, factors, oracle, monkeypatch):
+    """No room for parts of sums, or to make odd sizes even; what would be read beyond H is not a number."""
     from fasthyper.backends.triton import run
 
-    monkeypatch.setattr(run, "_room", lambda: 1000)
+    monkeypatch.setattr(run, "_room", lambda: room)
     args = factors(sizes, torch.float32, NAMES)
+    behind = torch.full((args[2].numel() + 1000,), float("nan"), device=args[2].device)
+    behind[: args[2].numel()] = args[2].flatten()
+    args[2] = behind[: args[2].numel()].view_as(args[2])
     check(oracle, args, everything(*args))
 
 

@@ -8,7 +8,6 @@ A sum is split where its blocks are too few to fill the device; the parts are fl
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import cast
 
@@ -131,22 +130,27 @@ def _instances(B: int, N: int, z: Tensor, per_number: int) -> Iterator[slice]:
 def _padded_blocks(
     z: Tensor | None, weight: Tensor, blocks: Iterator[slice]
 ) -> Iterator[tuple[slice, Tensor | None, Tensor]]:
-    """Blocks of z with an even R, and H with the same."""
+    """Blocks of z with an even R, and H with the same; as they are where a copy of H has no room."""
     h: Tensor | None = None
     for b in blocks:
-        even_z, even_h = _padded(None if z is None else z[b], weight if h is None else None)
-        h = even_h if h is None else h
-        yield b, even_z, cast(Tensor, h)
+        part = None if z is None else z[b]
+        if _has_room(weight):
+            part, even_h = _padded(part, weight if h is None else None)
+            h = even_h if h is None else h
+        yield b, part, weight if h is None else h
+
+
+def _has_room(t: Tensor) -> bool:
+    """Whether a copy with an even R would be no more than its share of the workspace."""
+    return t.numel() // t.shape[-1] * calls.padded(t.shape[-1]) * t.element_size() <= _room() // 2
 
 
 def _padded(z: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """z and H, with R made even where loads of an odd one would be of single numbers: each if its copy has room."""
     out: list[Tensor | None] = [None, None]
     for i, t in enumerate((z, weight)):
-        if t is not None and t.shape[-1] % 16:
-            shape = (*t.shape[:-1], calls.padded(t.shape[-1]))
-            if math.prod(shape) * t.element_size() <= _room() // 2:
-                out[i] = t.new_empty(shape)
+        if t is not None and t.shape[-1] % 16 and _has_room(t):
+            out[i] = t.new_empty(*t.shape[:-1], calls.padded(t.shape[-1]))
     if any(t is not None for t in out):
         given = [t if o is not None else None for t, o in zip((z, weight), out, strict=True)]
         calls.pad_call(*given, *out).launch()
