@@ -1,11 +1,13 @@
 """x ⊗ z, folded into the K dimension of one product. The generated operand stays in registers.
 
-out[m, p] = Σ_c Σ_k u[m, c] v[m, k] H(c, k, p)  +  Σ_c u[m, c] A(p, c)  +  Σ_k v[m, k] C(p, k)  +  d[p]
+    out[m, p] = Σ_c Σ_k u[m, c] v[m, k] H(c, k, p)  +  Σ_c u[m, c] A(p, c)  +  Σ_k v[m, k] C(p, k)  +  d[p]
 
-m       u   v   c   k   p     A    C     d
-y    (b, n)     x   z   i   r   o    W0   bias   b0
-dx   (b, n)     g   z   o   r   i    W0ᵀ
-dz   (b, n)     g   x   o   i   r   biasᵀ               (summed over n afterwards)
+            m       u   v   c   k   p     A     C     d
+    y    (b, n)     x   z   i   r   o    W0    bias   b0
+    dx   (b, n)     g   z   o   r   i    W0ᵀ
+    dz   (b, n)     g   x   o   i   r    biasᵀ
+
+dz of several points is summed over n afterwards.
 """
 
 import triton

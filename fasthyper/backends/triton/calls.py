@@ -235,11 +235,8 @@ def weight_grad_block(I: int, R: int, O: int, tile: Tile) -> tuple[int, int, int
     """How many i, r and o one tile of `weight_grad` has."""
     br = min(64, power_of_two(R), tile.rows)
     bi = min(tile.rows // br, power_of_two(I, 1))
-    return (
-        max(min(64, tile.rows) // br, bi),
-        br,
-        min(tile.columns, power_of_two(O)),
-    )  # a product takes 64 rows at a time
+    least = min(64, tile.rows) // br  # a product takes 64 rows at a time
+    return max(least, bi), br, min(tile.columns, power_of_two(O))
 
 
 def weight_grad_tiles(z: Tensor, g: Tensor, part: str) -> tuple[Tile, ...]:
