@@ -45,6 +45,20 @@ class Problem(NamedTuple):
     needs: tuple[bool, bool, bool] = (True, True, True)
     backend: str = "aten"
 
+    @classmethod
+    def of(
+        cls,
+        op: str,
+        x: torch.Tensor,
+        R: int,
+        O: int,
+        needs: tuple[bool, bool, bool] = (True,) * 3,
+        backend: str = "aten",
+    ) -> Problem:
+        """The problem of a call with x (B, N, I)."""
+        B, N, I = x.shape
+        return cls(op, B, N, R, I, O, x.dtype, x.device.type, B > 1 and x.stride(0) == 0, needs, backend)
+
     @property
     def distinct(self) -> int:
         """Distinct rows of x."""

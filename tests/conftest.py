@@ -197,6 +197,12 @@ class Oracle:
         for got, truth, scale in itertools.zip_longest(actual, formula(*tensors), formula(*absolute)):
             self.check(got, truth, scale, tensors[0].dtype)
 
+    def check_linear(self, args: list[Tensor], results) -> None:
+        """Check y and the gradients of x, z, H, bias, W0 and b0, of (x, z, weight, bias, base_weight, g)."""
+        y = lambda tensors: self.linear(*(t.detach().double() for t in tensors[:5]))
+        self.check(results[0], y(args), y([t.abs() for t in args]), args[0].dtype)
+        self.check_all(results[1:], self.linear_grads, *args)
+
 
 @pytest.fixture(scope="session")
 def oracle() -> Oracle:

@@ -25,11 +25,6 @@ def unavailable() -> str | None:
     return compiled.load(f"cpu_{torch.backends.cpu.get_cpu_capability().lower()}")
 
 
-def _problem(op: str, x: Tensor, R: int, O: int, needs: tuple[bool, bool, bool] = (True, True, True)) -> Problem:
-    B, N, I = x.shape
-    return Problem(op, B, N, R, I, O, x.dtype, "cpu", B > 1 and x.stride(0) == 0, needs, "cpu")
-
-
 def _left_to_aten(x: Tensor, R: int, O: int) -> bool:
     return x.dtype not in DTYPES or 0 in (*x.shape, R, O)
 
@@ -67,7 +62,7 @@ def apply(
     tensors = (x, z, weight, bias, base_weight, base_bias)
     if _left_to_aten(x, R, O):
         return aten.apply(*tensors, schedule=schedule)
-    problem = _problem("apply", x, R, O)
+    problem = Problem.of("apply", x, R, O, backend="cpu")
     plan = planner.plan(problem, schedule)
     if _shares_products(problem, plan):
         return aten.apply(*tensors, schedule=plan.schedule)
@@ -96,7 +91,7 @@ def grads(
         return aten.grads(*tensors, mask, schedule=schedule)
     dx, dz, dh = mask[:3]
     out: list[Tensor | None] = [None] * 3
-    problem = _problem("grads", x, R, O, (dx, dz, dh))
+    problem = Problem.of("grads", x, R, O, (dx, dz, dh), "cpu")
     if dx or dz or dh:
         plan = planner.plan(problem, schedule)
         if _shares_products(problem, plan):

@@ -47,24 +47,13 @@ def everything(x, z, weight, bias, base_weight, g, schedule="auto"):
     return y, *cpu.grads(x, z, weight, bias, base_weight, g, ALL, schedule=schedule)
 
 
-def check(oracle, args, results):
-    formulas = (
-        lambda x, z, weight, bias, base_weight, g: oracle.linear(
-            x.double(), z.double(), weight.double(), bias.double(), base_weight.double()
-        ),
-        oracle.linear_grads,
-    )
-    oracle.check(results[0], formulas[0](*args), formulas[0](*(t.abs() for t in args)), args[0].dtype)
-    oracle.check_all(results[1:], formulas[1], *args)
-
-
 @ready
 @pytest.mark.parametrize("schedule", ["auto", *SCHEDULES])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sizes_around_every_block(sizes, dtype, schedule, factors, oracle):
     args = factors(sizes, dtype, NAMES)
-    check(oracle, args, everything(*args, schedule))
+    oracle.check_linear(args, everything(*args, schedule))
 
 
 @ready
@@ -76,7 +65,7 @@ def test_sizes_around_every_block(sizes, dtype, schedule, factors, oracle):
 )
 def test_any_sizes_and_strides(sizes, dtype, strides, schedule, factors, oracle):
     args = factors(sizes, dtype, NAMES, strides)
-    check(oracle, args, everything(*args, schedule))
+    oracle.check_linear(args, everything(*args, schedule))
 
 
 @ready
@@ -85,7 +74,7 @@ def test_any_sizes_and_strides(sizes, dtype, strides, schedule, factors, oracle)
 def test_one_output_of_any_strides(schedule, strides, factors, oracle):
     # Expanded, all terms of a sum are one number and round the same way: by n/4 eps at worst, which 16 eps must hold.
     args = factors((66, 1, 24, 40, 1), torch.float32, NAMES, strides)
-    check(oracle, args, everything(*args, schedule))
+    oracle.check_linear(args, everything(*args, schedule))
 
 
 @ready

@@ -45,19 +45,12 @@ def everything(x, z, weight, bias, base_weight, g, schedule="fold"):
     return y, *triton.grads(x, z, weight, bias, base_weight, g, ALL, schedule=schedule)
 
 
-def check(oracle, args, results):
-    linear = lambda x, z, weight, bias, base_weight, g: oracle.linear(x, z, weight, bias, base_weight)
-    exact = [t.double() for t in args]
-    oracle.check(results[0], linear(*exact), linear(*(t.abs() for t in exact)), args[0].dtype)
-    oracle.check_all(results[1:], oracle.linear_grads, *args)
-
-
 @ready
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sizes_around_every_tile(sizes, dtype, factors, oracle):
     args = factors(sizes, dtype, NAMES)
-    check(oracle, args, everything(*args))
+    oracle.check_linear(args, everything(*args))
 
 
 @ready
@@ -70,7 +63,7 @@ def test_sizes_around_every_tile(sizes, dtype, factors, oracle):
 )
 def test_any_sizes_and_strides(sizes, dtype, strides, factors, oracle):
     args = factors(sizes, dtype, NAMES, strides)
-    check(oracle, args, everything(*args))
+    oracle.check_linear(args, everything(*args))
 
 
 @ready
@@ -115,7 +108,7 @@ def test_little_workspace(room, sizes, factors, oracle, monkeypatch):
     behind = torch.full((args[2].numel() + 1000,), float("nan"), device=args[2].device)
     behind[: args[2].numel()] = args[2].flatten()
     args[2] = behind[: args[2].numel()].view_as(args[2])
-    check(oracle, args, everything(*args))
+    oracle.check_linear(args, everything(*args))
 
 
 @ready
@@ -181,7 +174,7 @@ def test_offsets_beyond_32_bits(which, factors, oracle):
 def test_float64_and_nothing_are_left_to_aten(factors, oracle):
     for sizes, dtype in (((4, 2, 5, 3, 6), torch.float64), ((4, 0, 5, 3, 6), torch.float32)):
         args = factors(sizes, dtype, NAMES)
-        check(oracle, args, everything(*args))
+        oracle.check_linear(args, everything(*args))
 
 
 def test_auto_takes_it_for_a_gpu(monkeypatch):
@@ -299,12 +292,12 @@ class TestTuning:
         from fasthyper.kernels.tiles import Tile
 
         tile = Tile(256, 64, 64, 8, 4)
-        work = 2.0 * 256 * 64 * 128 * 64
-        few = tuning.candidate(tile, 2, work, 64, 1 << 16, 16 << 20, 132, 16)
-        many = tuning.candidate(tile, 13200, work, 64, 1 << 16, 16 << 20, 132, 16)
+        block = tuning.Block(2, 256, 64, 128 * 64, 64)
+        few = tuning.candidate(tile, block, 1 << 16, 16 << 20, 132, 16)
+        many = tuning.candidate(tile, block._replace(blocks=13200), 1 << 16, 16 << 20, 132, 16)
         assert few.splits > 8
         assert many.splits == 1
-        assert tuning.candidate(tile, 2, work, 64, 1 << 16, 1 << 17, 132, 16).splits <= 2  # no room for more
+        assert tuning.candidate(tile, block, 1 << 16, 1 << 17, 132, 16).splits <= 2  # no room for more
 
 
 class TestPrecision:

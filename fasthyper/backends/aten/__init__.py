@@ -34,11 +34,6 @@ def tile_of(plan: Plan) -> Tile:
     return Tile(plan.tile, plan.work_dtype, torch.float32 if low else plan.work_dtype)
 
 
-def _problem(op: str, x: Tensor, R: int, O: int, needs: tuple[bool, bool, bool] = (True, True, True)) -> Problem:
-    B, N, I = x.shape
-    return Problem(op, B, N, R, I, O, x.dtype, x.device.type, B > 1 and x.stride(0) == 0, needs)
-
-
 def _is_one_tile(x: Tensor, weight: Tensor | None, g: Tensor | None, O: int, plan: Plan) -> bool:
     """Whether all of W is a tile and nothing has to be converted: then the loops of `generate` only cost time.
 
@@ -64,7 +59,7 @@ def apply(
 ) -> Tensor:
     """y (B, N, O) from x (B, N, I), z (B, R), H (O, I, R); bias (O, R), W0 (O, I), b0 (O,) or None."""
     O, _, R = weight.shape
-    plan = planner.plan(_problem("apply", x, R, O), schedule)
+    plan = planner.plan(Problem.of("apply", x, R, O), schedule)
     if schedule == AUTO and _is_one_tile(x, weight, None, O, plan):
         return materialised.apply(x, z, weight, bias, base_weight, base_bias, schedule=schedule)
     tile = tile_of(plan)
@@ -93,7 +88,7 @@ def grads(
         cast(Tensor, weight),
     )  # absent only where nothing that is asked for reads them
     R = (z if weight is None else weight).shape[-1]
-    plan = planner.plan(_problem("grads", x, R, O, (mask[0], mask[1], mask[2])), schedule)
+    plan = planner.plan(Problem.of("grads", x, R, O, (mask[0], mask[1], mask[2])), schedule)
     if schedule == AUTO and _is_one_tile(x, weight, g, O, plan):
         return materialised.grads(x, z, weight, bias, base_weight, g, mask, schedule=schedule)
     tile = tile_of(plan)

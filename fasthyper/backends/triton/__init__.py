@@ -16,6 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import planner
+from ...problem import Problem
+from .. import aten
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST = (3, 6)
 REMARK = "its kernels have never run on a GPU: proven by Triton's interpreter and by compiling ahead of time"
@@ -49,6 +53,17 @@ def _kernels() -> Any:
     return importlib.import_module(f"{__name__}.run")
 
 
+def _schedule(
+    op: str, x: Tensor, R: int, O: int, schedule: str, needs: tuple[bool, bool, bool] = (True,) * 3
+) -> tuple[str, bool]:
+    """The schedule of a call, and whether these kernels run it; else `aten` does."""
+    if x.dtype not in DTYPES or 0 in (*x.shape, R, O) or x.shape[0] * x.shape[1] >= 1 << 31 or not any(needs):
+        return schedule, False
+    problem = Problem.of(op, x, R, O, needs, "triton")._replace(device="cuda")  # under the interpreter, too
+    schedule = planner.plan(problem, schedule).schedule
+    return schedule, schedule == "fold"
+
+
 def apply(
     x: Tensor,
     z: Tensor,
@@ -60,7 +75,13 @@ def apply(
     schedule: str,
 ) -> Tensor:
     """y (B, N, O) from x (B, N, I), z (B, R), H (O, I, R); bias (O, R), W0 (O, I), b0 (O,) or None."""
-    return _kernels().apply(x, z, weight, bias, base_weight, base_bias, schedule=schedule)
+    O, _, R = weight.shape
+    schedule, ours = _schedule("apply", x, R, O, schedule)
+    if not ours:
+        return aten.apply(x, z, weight, bias, base_weight, base_bias, schedule=schedule)
+    y = x.new_empty(x.shape[0], x.shape[1], O)
+    _kernels().apply(x, z, weight, bias, base_weight, base_bias, y)
+    return y
 
 
 def grads(
@@ -75,4 +96,14 @@ def grads(
     schedule: str,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, z, H, bias, W0, b0 as asked for by the mask; z is not read for dz alone, nor H for dH alone."""
-    return _kernels().grads(x, z, weight, bias, base_weight, g, mask, schedule=schedule)
+    (B, N, I), O = x.shape, g.shape[2]
+    R = (z if weight is None else weight).shape[-1]  # type: ignore[union-attr]
+    schedule, ours = _schedule("grads", x, R, O, schedule, (mask[0], mask[1], mask[2]))
+    if not ours:
+        return aten.grads(x, z, weight, bias, base_weight, g, mask, schedule=schedule)
+    out = [x.new_empty(shape) if k else None for shape, k in zip(((B, N, I), (B, R), (O, I, R)), mask, strict=False)]
+    _kernels().grads(x, z, weight, bias, base_weight, g, *out)
+    rest: tuple[Tensor | None, ...] = (None, None, None)
+    if any(mask[3:]):
+        rest = aten.base_grads(x, z, g, R, mask, aten.tile_of(planner.plan(Problem.of("grads", x, R, O))))
+    return *out, *rest

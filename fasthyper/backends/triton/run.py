@@ -8,7 +8,7 @@ A sum is split where its blocks are too few to fill the device; the parts are fl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -17,21 +17,10 @@ from torch import Tensor
 from ... import planner
 from ...kernels import tiles
 from ...kernels.tiles import Tile
-from ...problem import Problem
 from .. import aten
-from . import DTYPES, calls, device, tuning
-from .calls import cdiv
-from .tuning import Candidate
-
-
-def _left_to_aten(x: Tensor, R: int, O: int) -> bool:
-    return x.dtype not in DTYPES or 0 in (*x.shape, R, O) or x.shape[0] * x.shape[1] >= 1 << 31
-
-
-def _plan(op: str, x: Tensor, R: int, O: int, schedule: str, needs: tuple[bool, bool, bool] = (True,) * 3) -> str:
-    B, N, I = x.shape
-    shared = B > 1 and x.stride(0) == 0
-    return planner.plan(Problem(op, B, N, R, I, O, x.dtype, "cuda", shared, needs, "triton"), schedule).schedule
+from . import calls, device, tuning
+from .calls import Call, cdiv
+from .tuning import Block, Candidate
 
 
 def apply(
@@ -41,54 +30,17 @@ def apply(
     bias: Tensor | None,
     base_weight: Tensor | None,
     base_bias: Tensor | None,
-    *,
-    schedule: str,
-) -> Tensor:
+    y: Tensor,
+) -> None:
     """y (B, N, O)."""
-    O, _, R = weight.shape
-    if not _left_to_aten(x, R, O):
-        schedule = _plan("apply", x, R, O, schedule)
-        if schedule == "fold":
-            B, N, _ = x.shape
-            y = x.new_empty(B, N, O)
-            with device.current(x):
-                for b, even_z, h in _padded_blocks(z, weight, _instances(B, N, z, 0)):
-                    out = y[b].view(-1, O)
-                    _fold(x[b], _rows(cast(Tensor, even_z), N), h.permute(1, 2, 0), base_weight, bias, base_bias, out)
-            return y
-    return aten.apply(x, z, weight, bias, base_weight, base_bias, schedule=schedule)
+    B, N, O = y.shape
+    with device.current(x):
+        for b, even_z, h in _padded_blocks(z, weight, _instances(B, N, z, 0)):
+            rows = _rows(cast(Tensor, even_z), N)
+            _fold(x[b], rows, h.permute(1, 2, 0), base_weight, bias, base_bias, y[b].view(-1, O))
 
 
 def grads(
-    x: Tensor,
-    z: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    base_weight: Tensor | None,
-    g: Tensor,
-    mask: tuple[bool, ...],
-    *,
-    schedule: str,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of x, z, H, bias, W0, b0 as asked for by the mask."""
-    (B, N, I), O = x.shape, g.shape[2]
-    R = cast(Tensor, z if weight is None else weight).shape[-1]
-    dx, dz, dh = mask[:3]
-    if not _left_to_aten(x, R, O) and (dx or dz or dh):
-        schedule = _plan("grads", x, R, O, schedule, (dx, dz, dh))
-    if _left_to_aten(x, R, O) or schedule != "fold":
-        return aten.grads(x, z, weight, bias, base_weight, g, mask, schedule=schedule)
-    out = [x.new_empty(shape) if k else None for shape, k in zip(((B, N, I), (B, R), (O, I, R)), mask, strict=False)]
-    with device.current(x):
-        _grads(x, z, weight, bias, base_weight, g, *out)
-    rest: tuple[Tensor | None, ...] = (None, None, None)
-    if any(mask[3:]):
-        tile = aten.tile_of(planner.plan(Problem("grads", B, N, R, I, O, x.dtype, x.device.type)))
-        rest = aten.base_grads(x, z, g, R, mask, tile)
-    return *out, *rest
-
-
-def _grads(
     x: Tensor,
     z: Tensor | None,
     weight: Tensor | None,
@@ -100,15 +52,16 @@ def _grads(
     dh: Tensor | None,
 ) -> None:
     """dx (B, N, I), dz (B, R) and dH (O, I, R) as asked for."""
-    (B, N, _), even_z = x.shape, None
-    if dx is not None or dz is not None:
-        of = z if z is not None else cast(Tensor, dz)
-        for b, even_z, h in _padded_blocks(z, cast(Tensor, weight), _instances(B, N, of, 0 if dz is None else 4)):
-            part = [None if t is None else t[b] for t in (g, dx, dz)]
-            _dx_and_dz(x[b], even_z, h, base_weight, bias, *part)
-    if dh is not None:
-        whole = even_z if even_z is not None and len(even_z) == B else _padded(z, None)[0]
-        _weight_grad(x, cast(Tensor, whole), g, dh)
+    with device.current(x):
+        (B, N, _), even_z = x.shape, None
+        if dx is not None or dz is not None:
+            of = z if z is not None else cast(Tensor, dz)
+            for b, even_z, h in _padded_blocks(z, cast(Tensor, weight), _instances(B, N, of, 0 if dz is None else 4)):
+                part = [None if t is None else t[b] for t in (g, dx, dz)]
+                _dx_and_dz(x[b], even_z, h, base_weight, bias, *part)
+        if dh is not None:
+            whole = even_z if even_z is not None and len(even_z) == B else _padded(z, None)[0]
+            _weight_grad(x, cast(Tensor, whole), g, dh)
 
 
 def _room() -> int:
@@ -210,53 +163,66 @@ def _grads_of_rows(
         _fold(g, x, weight, None if bias is None else bias.T, None, None, dz)
 
 
-def _precision(x: Tensor) -> str:
-    return calls.precision_of(x.dtype, device.of(x).part, device.allows_tf32())
-
-
-def _per_split(size: int, splits: int, unit: int) -> int:
-    return cdiv(cdiv(size, splits), unit) * unit
-
-
-def _split(out: Tensor, parts: int, launch: Callable[[Tensor], None]) -> None:
-    """Write `out`, or parts of it that `reduce` sums."""
-    if parts == 1:
-        launch(out)
-        return
-    partial = torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
-    launch(partial)
-    calls.reduce_call(partial, out).launch()
-
-
 def _bucket(rows: int) -> int:
     """Rows by powers of two: what a tile was timed for."""
     return rows.bit_length()
 
 
-def _fold(u: Tensor, v: Tensor, h: Tensor, a: Tensor | None, c: Tensor | None, d: Tensor | None, out: Tensor) -> None:
-    """Out (B·N, P) from u (B, N, C), v (B, N, K), H (C, K, P), A (P, C), C (P, K), d (P,)."""
-    dev, precision = device.of(u), _precision(u)
-    C, K, P = u.shape[2], v.shape[2], out.shape[1]
-    bits = u.dtype.itemsize * 8
+def _tuned(
+    kind: tuple[object, ...],
+    found: Sequence[Tile],
+    x: Tensor,
+    out: Tensor,
+    size: int,
+    unit: Callable[[Tile], int],
+    block: Callable[[Tile], tuple[int, int, int, int]],
+    call: Callable[..., Call],
+) -> None:
+    """Launch a call with the tile that suits it, its sum in parts that `reduce` adds where blocks are few.
+
+    Args:
+        kind: of the call, beside dtype and precision.
+        found: the tiles it may take.
+        x: a factor, for its device and dtype.
+        out: where the sum goes.
+        size: what a split cuts.
+        unit: multiples of what a split takes of it.
+        block: blocks, rows, columns and depth that a tile comes to.
+        call: the call, of where its sum goes, what a split takes, tile, part and precision.
+    """
+    dev, bits = device.of(x), x.dtype.itemsize * 8
+    precision = calls.precision_of(x.dtype, dev.part, device.allows_tf32())
 
     def predicted(tile: Tile) -> Candidate:
-        together = calls.depths(K, tile.depth, C)[2]
-        columns = min(tile.columns, tiles.power_of_two(P))
-        blocks = cdiv(len(out), tile.rows) * cdiv(P, columns)
-        work = 2.0 * tile.rows * columns * C * calls.padded(K)
-        tile_ = tile._replace(columns=columns)
-        found = tuning.candidate(tile_, blocks, work, cdiv(C, together), out.numel() * 4, _room(), dev.processors, bits)
-        return found._replace(tile=tile)
+        of_tile = Block(*block(tile), cdiv(size, unit(tile)))
+        return tuning.candidate(tile, of_tile, out.numel() * 4, _room(), dev.processors, bits)
 
     def run(chosen: Candidate) -> None:
-        together = calls.depths(K, chosen.tile.depth, C)[2]
-        per_split = _per_split(C, chosen.splits, together)
+        step = unit(chosen.tile)
+        per_split = cdiv(cdiv(size, chosen.splits), step) * step
         how = (per_split, chosen.tile, dev.part, precision)
-        _split(out, cdiv(C, per_split), lambda to: calls.fold_call(u, v, h, a, c, d, to, *how).launch())
+        parts = cdiv(size, per_split)
+        if parts == 1:
+            return call(out, *how).launch()
+        partial = torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
+        call(partial, *how).launch()
+        calls.reduce_call(partial, out).launch()
 
-    kind = ("fold", u.dtype, precision, _bucket(len(out)), C, K, P, h.stride(), u.shape[1] > 1)
-    found = calls.fold_tiles(v, h, P, dev.part)
-    run(tuning.choose(kind, [predicted(tile) for tile in found], dev, run))
+    run(tuning.choose((*kind, x.dtype, precision), [predicted(tile) for tile in found], dev, run))
+
+
+def _fold(u: Tensor, v: Tensor, h: Tensor, a: Tensor | None, c: Tensor | None, d: Tensor | None, out: Tensor) -> None:
+    """Out (B·N, P) from u (B, N, C), v (B, N, K), H (C, K, P), A (P, C), C (P, K), d (P,)."""
+    M, C, K, P = len(out), u.shape[2], v.shape[2], out.shape[1]
+
+    def block(tile: Tile) -> tuple[int, int, int, int]:
+        columns = min(tile.columns, tiles.power_of_two(P))
+        return cdiv(M, tile.rows) * cdiv(P, columns), tile.rows, columns, C * calls.padded(K)
+
+    kind = ("fold", _bucket(M), C, K, P, h.stride(), u.shape[1] > 1)
+    found = calls.fold_tiles(v, h, P, device.of(u).part)
+    together = lambda tile: calls.depths(K, tile.depth, C)[2]
+    _tuned(kind, found, u, out, C, together, block, lambda to, *how: calls.fold_call(u, v, h, a, c, d, to, *how))
 
 
 def _dx_dz(
@@ -268,50 +234,25 @@ def _dx_dz(
     g: Tensor,
     dx: Tensor,
     dz: Tensor,
-    found: tuple[Tile, ...],
+    found: Sequence[Tile],
 ) -> None:
     """dx (B·N, I) and dz (B·N, R)."""
-    dev, precision = device.of(x), _precision(x)
-    O, I, R = g.shape[2], dx.shape[1], dz.shape[1]
-    unit = calls.COLLECTED
-    bits = x.dtype.itemsize * 8
-
-    def predicted(tile: Tile) -> Candidate:
-        work = 2.0 * tile.rows * I * tile.depth * tile.columns
-        blocks = cdiv(len(dx), tile.rows)
-        return tuning.candidate(tile, blocks, work, cdiv(I, unit), dz.numel() * 4, _room(), dev.processors, bits)
-
-    def run(chosen: Candidate) -> None:
-        per_split = _per_split(I, chosen.splits, unit)
-        how = (per_split, chosen.tile, dev.part, precision)
-        launch = lambda to: calls.dx_dz_call(x, z, weight, base, bias, g, dx, to, *how).launch()
-        _split(dz, cdiv(I, per_split), launch)
-
-    kind = ("dx_dz", x.dtype, precision, _bucket(len(dx)), I, O, R, weight.stride(), x.shape[1] > 1)
-    run(tuning.choose(kind, [predicted(tile) for tile in found], dev, run))
+    (M, I), O, R = dx.shape, g.shape[2], dz.shape[1]
+    block = lambda tile: (cdiv(M, tile.rows), tile.rows, tile.columns, I * tile.depth)
+    kind = ("dx_dz", _bucket(M), I, O, R, weight.stride(), x.shape[1] > 1)
+    call = lambda to, *how: calls.dx_dz_call(x, z, weight, base, bias, g, dx, to, *how)
+    _tuned(kind, found, x, dz, I, lambda tile: calls.COLLECTED, block, call)
 
 
 def _weight_grad(x: Tensor, z: Tensor, g: Tensor, dh: Tensor) -> None:
     """dH (O, I, R)."""
-    dev, precision = device.of(x), _precision(x)
-    O, I, R = dh.shape
-    M = x.shape[0] * x.shape[1]
-    bits = x.dtype.itemsize * 8
+    (O, I, R), M = dh.shape, x.shape[0] * x.shape[1]
 
-    def predicted(tile: Tile) -> Candidate:
+    def block(tile: Tile) -> tuple[int, int, int, int]:
         bi, br, bo = calls.weight_grad_block(I, R, O, tile)
-        work = 2.0 * bi * br * bo * M
-        blocks = cdiv(I, bi) * cdiv(R, br) * cdiv(O, bo)
-        tile_ = tile._replace(rows=bi * br, columns=bo)
-        found = tuning.candidate(
-            tile_, blocks, work, cdiv(M, tile.depth), dh.numel() * 4, _room(), dev.processors, bits
-        )
-        return found._replace(tile=tile)
+        return cdiv(I, bi) * cdiv(R, br) * cdiv(O, bo), bi * br, bo, M
 
-    def run(chosen: Candidate) -> None:
-        per_split = _per_split(M, chosen.splits, chosen.tile.depth)
-        how = (per_split, chosen.tile, dev.part, precision)
-        _split(dh, cdiv(M, per_split), lambda to: calls.weight_grad_call(x, z, g, to, *how).launch())
-
-    kind = ("weight_grad", x.dtype, precision, _bucket(M), I, O, R, x.shape[1] > 1)
-    run(tuning.choose(kind, [predicted(tile) for tile in calls.weight_grad_tiles(z, g, dev.part)], dev, run))
+    kind = ("weight_grad", _bucket(M), I, O, R, x.shape[1] > 1)
+    found = calls.weight_grad_tiles(z, g, device.of(x).part)
+    call = lambda to, *how: calls.weight_grad_call(x, z, g, to, *how)
+    _tuned(kind, found, x, dh, M, lambda tile: tile.depth, block, call)

@@ -36,17 +36,31 @@ class Candidate(NamedTuple):
     seconds: float
 
 
+class Block(NamedTuple):
+    """What a tile comes to in a call: some sides are shorter than the tile's.
+
+    Args:
+        blocks: of the output.
+        rows: of one block.
+        columns: of one block.
+        depth: of the sum, padded.
+        steps: along what a split cuts, of which it takes some.
+    """
+
+    blocks: int
+    rows: int
+    columns: int
+    depth: int
+    steps: int
+
+
 @functools.lru_cache(maxsize=4096)
-def candidate(
-    tile: Tile, blocks: int, work: float, steps: int, partial: int, room: int, processors: int, bits: int
-) -> Candidate:
+def candidate(tile: Tile, block: Block, partial: int, room: int, processors: int, bits: int) -> Candidate:
     """Predict a tile, with the split that suits it.
 
     Args:
         tile: the tile.
-        blocks: of the output.
-        work: flops of one block.
-        steps: along K, of which a split takes some.
+        block: what it comes to.
         partial: bytes of one split's output.
         room: bytes that all splits may take.
         processors: blocks that run at a time.
@@ -54,7 +68,8 @@ def candidate(
     """
     # Narrow tiles read their operands more often for each product: rates of the matrix units as predicted for sm_90.
     rate = 4e12 if bits == 16 else 6e11
-    rate *= min(1.0, tile.rows / 256 + 0.3) * min(1.0, tile.columns / 128 + 0.3)
+    rate *= min(1.0, block.rows / 256 + 0.3) * min(1.0, block.columns / 128 + 0.3)
+    work, steps, blocks = 2.0 * block.rows * block.columns * block.depth, block.steps, block.blocks
     best = Candidate(tile, 1, float("inf"))
     for splits in range(1, max(1, min(steps, room // max(1, partial), 2 * processors // blocks)) + 1):
         waves = -(-blocks * splits // processors)
@@ -109,14 +124,14 @@ def _time(run: Callable[[Candidate], None], c: Candidate) -> float:
         end.synchronize()
     except Exception:  # a tile that does not fit this device after all
         return float("inf")
-    return start.elapsed_time(end) / _RUNS
+    return start.elapsed_time(end) / 1e3 / _RUNS
 
 
 def path(device: Device) -> Path:
     """Return the file that keeps what was timed on a device."""
     folder = os.environ.get("FASTHYPER_CACHE") or os.path.expanduser("~/.cache/fasthyper")
     name = "".join(c if c.isalnum() else "-" for c in f"{device.name} triton {triton.__version__} {__version__}")
-    return Path(folder) / f"tiles {name}.json".replace(" ", "-").lower()
+    return Path(folder) / f"tiles-{name}.json".lower()
 
 
 def _read(device: Device) -> dict[tuple[str, str], Tile]:
