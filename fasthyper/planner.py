@@ -179,8 +179,8 @@ def _grads_cost(p: Problem, schedule: str, mach: Machine) -> _Cost:
 
 
 def _is_kernel(p: Problem, schedule: str) -> bool:
-    """Whether the Triton kernels run it: x ⊗ z and g·H are made where they are multiplied, and never moved."""
-    return p.backend == "triton" and schedule == "fold"
+    """Whether GPU kernels run it: x ⊗ z and g·H are made where they are multiplied, and never moved."""
+    return p.backend in ("triton", "cuda") and schedule == "fold"
 
 
 _ROWS_TOGETHER = 1024  # of (b, n) that meet a packed piece of H in the compiled CPU kernels

@@ -30,7 +30,8 @@ class Problem(NamedTuple):
         device: device type, such as ``"cpu"``.
         shared_x: whether all instances have the same x (a batch stride of zero).
         needs: for ``grads``, which of dx, dz, dH are asked for.
-        backend: whose costs count: ``"aten"`` (which also stands for ``"materialised"``), ``"cpu"`` or ``"triton"``.
+        backend: whose costs count: ``"aten"`` (which also stands for ``"materialised"``), ``"cpu"``, ``"triton"``
+            or ``"cuda"``.
     """
 
     op: str

@@ -10,12 +10,13 @@ from typing import ClassVar
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 import fasthyper
 from fasthyper import backends, planner
-from fasthyper.backends import triton
+from fasthyper.backends import cuda, triton
 from fasthyper.problem import SCHEDULES
 
 settings.register_profile(
@@ -28,11 +29,12 @@ DEVICE = os.environ.get("FASTHYPER_TEST_DEVICE", "cpu")
 
 
 def _hows() -> Iterator[tuple[str, str | None]]:
-    """Every backend that runs here, with every schedule; under Triton's interpreter, its kernels alone."""
+    """Every backend that runs here, with every schedule; where a CPU plays a GPU, that GPU's backend alone."""
+    played = "triton" if triton.interpreting() else "cuda" if cuda.emulating() else None
     for name, module in backends.BACKENDS.items():
-        elsewhere = {"cpu": DEVICE != "cpu", "triton": DEVICE == "cpu"}.get(name, False)
-        if triton.interpreting() and DEVICE == "cpu":
-            elsewhere = name != "triton"
+        elsewhere = {"cpu": DEVICE != "cpu", "triton": DEVICE == "cpu", "cuda": DEVICE == "cpu"}.get(name, False)
+        if played and DEVICE == "cpu":
+            elsewhere = name != played
         if not elsewhere and module.unavailable() is None:
             yield from ((name, s) for s in ((None,) if name == "materialised" else (None, *SCHEDULES)))
 
@@ -110,7 +112,7 @@ class Factors:
     """Random factors by name."""
 
     SIZES, STRIDES = SIZES, ("contiguous", "transposed", "swapped", "sliced", "expanded")
-    NAMES, AFFINE = FACTORS, AFFINE
+    NAMES, AFFINE, DEVICE = FACTORS, AFFINE, DEVICE
 
     def __call__(
         self,
@@ -229,3 +231,59 @@ def tiles():
 def native_low_precision():
     """`with native_low_precision(True):` computes tiles in 16 bits, as on a CPU that multiplies them natively."""
     return lambda native: _planning(_cpu_has_fast=lambda dtype: native)
+
+
+class Fusing:
+    """What makes a backend one that fuses a primary: by the definition, in float64. Its `a` can be told from others."""
+
+    SIGMA: ClassVar = {"relu": torch.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "silu": F.silu, "gelu": F.gelu}
+
+    def __init__(self) -> None:
+        self.mark = 0.25
+        self.calls: list[str] = []
+        self.layers: list[tuple] = []
+        self.masks: list[tuple[bool, ...]] = []
+        self.refused: set[object] = set()  # activations and sizes
+
+    @property
+    def ran(self) -> list[str]:
+        return [call for call in self.calls if call != "fuses"]
+
+    def fuses(self, x, z, first, second, activation):
+        self.calls.append("fuses")
+        assert x.dim() == 3
+        assert len(first) == len(second) == 4
+        return not self.refused & {activation, *x.shape}
+
+    def primary(self, x, z, first, second, activation):
+        self.calls.append("primary")
+        self.layers.append((first, second))
+        x_, z_, *parts = (t if t is None else t.double() for t in (x, z, *first, *second))
+        a = Oracle.linear(x_, z_, *parts[:4])
+        y = Oracle.linear(self.SIGMA[activation](a), z_, *parts[4:])
+        return y.to(x.dtype).contiguous(), (a + self.mark).to(x.dtype).contiguous()
+
+    def primary_grads(self, x, z, first, second, activation, a, g, mask):
+        self.calls.append("primary_grads")
+        self.layers.append((first, second))
+        self.masks.append(mask)
+        self.a = a
+        (J, I, R), O = first[0].shape, second[0].shape[0]
+        shapes = (x.shape, z.shape, (J, I, R), (J, R), (J, I), (J,), (O, J, R), (O, R), (O, J), (O,))
+        given = [x.new_zeros(s) if t is None else t for s, t in zip(shapes, (x, z, *first, *second), strict=True)]
+        leaves = [t.detach().double().requires_grad_() for t in given]
+        with torch.inference_mode(False), torch.enable_grad():  # autograd is over where a backend runs
+            h = Oracle.linear(*leaves[:6])
+            h = h + (a.double() - self.mark - h).detach()  # a as it was kept, and what it depends on
+            y = Oracle.linear(self.SIGMA[activation](h), leaves[1], *leaves[6:])
+            out = torch.autograd.grad(y, leaves, g.double())
+        return tuple(d.to(x.dtype).contiguous() if k else None for d, k in zip(out, mask, strict=True))
+
+
+@pytest.fixture
+def fusing(monkeypatch) -> Fusing:
+    """The backend that auto takes here becomes one that fuses."""
+    fake, best = Fusing(), backends.backend("auto", torch.device(DEVICE))
+    for method in ("fuses", "primary", "primary_grads"):
+        monkeypatch.setattr(best, method, getattr(fake, method), raising=False)
+    return fake

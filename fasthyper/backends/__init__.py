@@ -13,11 +13,19 @@ from typing import NamedTuple
 import torch
 
 from ..problem import AUTO, SCHEDULES
-from . import aten, cpu, materialised, triton
+from . import aten, cpu, cuda, materialised, triton
 
-BACKENDS: dict[str, ModuleType] = {"aten": aten, "cpu": cpu, "triton": triton, "materialised": materialised}
+BACKENDS: dict[str, ModuleType] = {
+    "aten": aten,
+    "cpu": cpu,
+    "triton": triton,
+    "cuda": cuda,
+    "materialised": materialised,
+}
 _BEST = {"cpu": "cpu", "cuda": "triton"}
-"""The best backend for a type of device, where it can run."""
+"""The best backend for a type of device, where it can run. `cuda` is none yet: what it gains was never measured."""
+_ON_GPU = {"triton": triton.interpreting, "cuda": cuda.emulating}
+"""The backends for GPUs, and whether a CPU plays one."""
 
 
 class Choice(NamedTuple):
@@ -69,7 +77,8 @@ def set_backend(name: str, schedule: str | None = None) -> None:
     """Force a backend for the whole process.
 
     Args:
-        name: ``"aten"``, ``"cpu"``, ``"triton"``, ``"materialised"`` or ``"auto"``, the best for the device.
+        name: ``"aten"``, ``"cpu"``, ``"triton"``, ``"cuda"``, ``"materialised"`` or ``"auto"``, the best for the
+            device.
         schedule: ``"fold"``, ``"generate"``, ``"project"``, or None to let the planner choose.
 
     Raises:
@@ -85,8 +94,8 @@ class use_backend:
     It is resolved in forward and holds for that call's backward, on whatever thread that runs.
 
     Args:
-        name: ``"aten"``, ``"cpu"`` (compiled kernels), ``"triton"`` (GPU kernels), ``"materialised"`` (the usual way,
-            W written out, to compare with) or ``"auto"``.
+        name: ``"aten"``, ``"cpu"`` (compiled kernels), ``"triton"`` or ``"cuda"`` (GPU kernels),
+            ``"materialised"`` (the usual way, W written out, to compare with) or ``"auto"``.
         schedule: ``"fold"``, ``"generate"``, ``"project"``, or None to let the planner choose.
 
     Raises:
@@ -124,6 +133,6 @@ def backend(name: str, device: torch.device) -> ModuleType:
         name = best if best and BACKENDS[best].unavailable() is None else "aten"
     elif name == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' must have tensors on the cpu, got x on {device}")
-    elif name == "triton" and device.type != "cuda" and not triton.interpreting():
-        raise ValueError(f"backend 'triton' must have tensors on a GPU, got x on {device}")
+    elif name in _ON_GPU and device.type != "cuda" and not _ON_GPU[name]():
+        raise ValueError(f"backend {name!r} must have tensors on a GPU, got x on {device}")
     return BACKENDS[name]

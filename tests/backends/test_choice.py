@@ -263,7 +263,9 @@ class TestCompiled:
 @pytest.mark.parametrize("force", [use_backend, set_backend])
 @pytest.mark.parametrize("name", ["atem", "", "cuda graphs", None])
 def test_an_unknown_backend(force, name):
-    with pytest.raises(ValueError, match=r"backend must be one of auto, aten, cpu, triton, materialised, got") as error:
+    with pytest.raises(
+        ValueError, match=r"backend must be one of auto, aten, cpu, triton, cuda, materialised, got"
+    ) as error:
         force(name)
     assert repr(name) in str(error.value)
     assert backends.current() == backends.Choice()

@@ -1,0 +1,366 @@
+// dx and dz from one pass: G is made a tile at a time and reduced twice while it is in registers.
+//
+//     G[m, r]  = Σ_o g[m, o] H[o, i, r]                     for one i after another
+//     dx[m, i] = Σ_r G[m, r] z[m, r]  +  Σ_o g[m, o] W0[o, i]
+//     dz[m, r] = Σ_i G[m, r] x[m, i]  +  Σ_o g[m, o] bias[o, r]
+//
+// A block has BM rows and a split's range of i; its warps share the rows (WM) and the i of a tile (WI). R is taken a
+// tile's row at a time, and so is O. bias is H of one more i, for which x is one.
+#pragma once
+#include "tiles.h"
+
+namespace fasthyper {
+
+// Where a result goes: to the tensor, or as a float32 part of it, one split after another.
+template <class T>
+struct Target {
+  T* out;
+  float* partial;
+
+  INLINE bool wanted() const { return out || partial; }
+  DEVICE void store(int64_t at, float value) const {
+    if (partial) partial[at] = value;
+    else out[at] = static_cast<T>(value);
+  }
+};
+
+template <class T>
+struct DxDz {
+  Rows<T> g, z, x;
+  const T *h, *bias, *base;
+  int64_t h_o, h_i, h_r, bias_o, bias_r, base_o, base_i;
+  T* dx;         // (M, I), or null
+  Target<T> dz;  // (M, R), splits before; or null
+  int M, N, I, O, R, per_split;
+  int g_width, h_width, bias_width, base_width, z_width;
+  bool z_aligned, tf32;
+  Activation activation;  // of x: the result is then the gradient of what it is applied to
+};
+
+template <class T, int WM_, int WI_>
+struct DxDzShape {
+  static constexpr int WM = WM_, WI = WI_, BM = 16 * WM, THREADS = 32 * WM * WI, STAGES = 3;
+  static constexpr int NT = per_row<T> / 8;  // columns of G in a warp, by eight
+  // z of a block's rows comes with every stage, so that two blocks' registers fit; of many rows that would be too much
+  // to read again and again.
+  static constexpr bool Z_STAYS = WM > 2;
+
+  INLINE static int rows_of_tile(int O) { return least(per_row<T>, cdiv(O, per_step<T>) * per_step<T>); }
+  INLINE static int g_bytes(int O) { return cdiv(O, per_row<T>) * BM * ROW_BYTES; }
+  INLINE static int stage_bytes(int O) { return (WI * rows_of_tile(O) + (Z_STAYS ? 0 : BM)) * ROW_BYTES; }
+  static constexpr int SUMS = (WI - 1) * BM * per_row<T> * sizeof(float);
+  INLINE static int shared_bytes(int O, int per_split, bool dx) {
+    return g_bytes(O) + STAGES * stage_bytes(O) + SUMS + (dx ? BM * per_split * static_cast<int>(sizeof(float)) : 0);
+  }
+};
+
+// ACTIVE: whether x may be what an activation makes of the rows that are given.
+template <class T, class Shape, bool ACTIVE>
+class DxDzBlock {
+  const DxDz<T>& f;
+  char *const g_tiles, *const stages;
+  float *const sums, *const dx;
+  const int m0, first, last, split;
+  const int lane = thread() % 32, wm = thread() / 32 % Shape::WM, wi = thread() / 32 / Shape::WM;
+  const int inputs;  // of this split, with that of bias
+
+  using Z = uint32_t[Shape::Z_STAYS ? Shape::NT * 4 / per_word<T> : 1];
+
+  // A tile for each wi: input i0 + wi, or columns of W0 from i0 + wi·per_row on; rows of O from o0 on.
+  struct Piece {
+    bool base;
+    int r0, i0, o0;
+  };
+
+ public:
+  DEVICE DxDzBlock(const DxDz<T>& f, char* memory, int block, int split)
+      : f(f),
+        g_tiles(memory),
+        stages(memory + Shape::g_bytes(f.O)),
+        sums(reinterpret_cast<float*>(stages + Shape::STAGES * Shape::stage_bytes(f.O))),
+        dx(sums + Shape::SUMS / sizeof(float)),
+        m0(block * Shape::BM),
+        first(split * f.per_split),
+        last(least(f.I, first + f.per_split)),
+        split(split),
+        inputs(last - first + (f.bias && f.dz.wanted() && split == 0)) {}
+
+  DEVICE void run() {
+    load_tile_of_g();
+    for (int k = thread(); f.dx && k < Shape::BM * f.per_split; k += Shape::THREADS) dx[k] = 0.f;
+    Piece at{false, 0, first, 0}, ahead = at;
+    const int stage_bytes = Shape::stage_bytes(f.O);
+    int stage_at = 0, stage_ahead = 0;
+    const auto bring_next = [&] {
+      if (!done(ahead)) bring(ahead, stages + stage_ahead * stage_bytes);
+      copy_commit();  // in any case: groups are counted as pieces
+      advance(ahead);
+      stage_ahead = stage_ahead + 1 < Shape::STAGES ? stage_ahead + 1 : 0;
+    };
+    for (int k = 0; k < Shape::STAGES - 1; ++k) bring_next();
+
+    Z z;
+    float dz[Shape::NT][4], G[Shape::NT][4], x[2], next_x[2];
+    inputs_of(next_x, at);
+    for (; !done(at); advance(at)) {
+      copy_wait<Shape::STAGES - 2>();
+      sync();
+      bring_next();
+      if (!at.base && at.i0 == first && at.o0 == 0) begin_round(at, z, dz);
+      if (at.o0 == 0) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) x[h] = next_x[h];
+#pragma unroll
+        for (int nt = 0; nt < Shape::NT; ++nt)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) G[nt][e] = 0.f;
+        Piece next = at;
+        next.o0 = f.O;
+        advance(next);
+        inputs_of(next_x, next);
+      }
+      const char* const stage = stages + stage_at * stage_bytes;
+      multiply(G, at, stage);
+      stage_at = stage_at + 1 < Shape::STAGES ? stage_at + 1 : 0;
+      if (at.o0 + per_row<T> < f.O) continue;
+      if (at.base) add_base(G, at);
+      else reduce(G, x, z, dz, at, stage);
+      if (!at.base && at.i0 + Shape::WI >= first + inputs && f.dz.wanted()) end_round(at, dz);
+    }
+    if (f.dx) store_dx();
+  }
+
+ private:
+  // O within inputs within rows of R; then W0, O within columns.
+  DEVICE void advance(Piece& at) const {
+    at.o0 += per_row<T>;
+    if (at.o0 < f.O) return;
+    at.o0 = 0;
+    if (at.base) {
+      at.i0 += Shape::WI * per_row<T>;
+      return;
+    }
+    at.i0 += Shape::WI;
+    if (at.i0 < first + inputs) return;
+    at.i0 = first, at.r0 += per_row<T>;
+    if (at.r0 >= f.R) at.base = true, at.r0 = 0;
+  }
+  DEVICE bool done(const Piece& at) const { return at.base && (!f.base || !f.dx || at.i0 >= last); }
+
+  // x of a lane's two rows and the input of its warp; one for bias.
+  DEVICE void inputs_of(float (&x)[2], const Piece& at) const {
+    const int i = at.i0 + wi;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int m = row_of(h);
+      x[h] = i == last ? 1.f : 0.f;
+      if (at.base || i >= last || m >= f.M || !f.dz.wanted()) continue;
+      x[h] = static_cast<float>(f.x.row(m, f.N)[i * f.x.step]);
+      if (ACTIVE && f.activation != Activation::none)
+        x[h] = static_cast<float>(static_cast<T>(activated(x[h], f.activation)));
+    }
+  }
+
+  // The lane, for addresses that there are no registers to keep.
+  DEVICE int lane_now() const { return Shape::Z_STAYS ? lane : anew(lane); }
+
+  DEVICE int row_of(int h) const { return m0 + 16 * wm + lane / 4 + 8 * h; }
+
+  DEVICE void load_tile_of_g() {
+    for (int tile = 0; tile < cdiv(f.O, per_row<T>); ++tile)
+      load_tile<T>(
+          g_tiles + tile * Shape::BM * ROW_BYTES, Shape::BM, STEPS, f.g_width, f.g.step, thread(), Shape::THREADS,
+          [&](int row, int step) -> Span<T> {
+            const int o = tile * per_row<T> + step * per_step<T>;
+            if (m0 + row >= f.M || o >= f.O) return {nullptr, 0};
+            return {f.g.row(m0 + row, f.N) + o * f.g.step, f.O - o};
+          });
+  }
+
+  DEVICE void bring(const Piece& at, char* to) const {
+    const int rows = Shape::rows_of_tile(f.O);
+    if (!at.base && f.h_width == 16 && at.i0 + Shape::WI <= last) bring_slots(at, to, rows);
+    else bring_tiles(at, to, rows);
+    if (Shape::Z_STAYS || !f.dx || at.base || at.o0 + per_row<T> < f.O) return;
+    load_tile<T>(
+        to + Shape::WI * rows * ROW_BYTES, Shape::BM, STEPS, f.z_width, f.z.step, thread(), Shape::THREADS,
+        [&](int row, int step) -> Span<T> {
+          const int r = at.r0 + step * per_step<T>;
+          if (m0 + row >= f.M || r >= f.R) return {nullptr, 0};
+          return {f.z.row(m0 + row, f.N) + r * f.z.step, f.R - r};
+        });
+  }
+
+  // Tiles of inputs that are all there, of rows read 16 bytes at a time, which is where time is spent.
+  DEVICE void bring_slots(const Piece& at, char* to, int rows) const {
+#pragma unroll
+    for (int k = 0; k < cdiv(per_row<T> * 8, Shape::THREADS); ++k) {
+      const Slot<T, Shape::THREADS> slot(k);
+      if (slot.row >= rows) break;
+      const int r = at.r0 + slot.chunk * slot.NUMBERS, o = at.o0 + slot.row;
+      const T* const from = f.h + o * f.h_o + at.i0 * f.h_i + r;
+#pragma unroll
+      for (int w = 0; w < Shape::WI; ++w) slot.copy(to + w * rows * ROW_BYTES, from + w * f.h_i, o < f.O ? f.R - r : 0);
+    }
+  }
+
+  DEVICE void bring_tiles(const Piece& at, char* to, int rows) const {
+#pragma unroll 1
+    for (int w = 0; w < Shape::WI; ++w) {
+      const int i = at.base ? at.i0 + w * per_row<T> : at.i0 + w;
+      const bool of_bias = !at.base && i == last;
+      if (i >= (at.base ? last : first + inputs)) break;
+      const T* const from = at.base ? f.base + i * f.base_i : of_bias ? f.bias : f.h + i * f.h_i;
+      const int64_t stride = at.base ? f.base_i : of_bias ? f.bias_r : f.h_r;
+      const int64_t row_stride = at.base ? f.base_o : of_bias ? f.bias_o : f.h_o;
+      const int width = at.base ? f.base_width : of_bias ? f.bias_width : f.h_width;
+      const int count = at.base ? last - i : f.R - at.r0;
+      load_tile<T>(
+          to + w * rows * ROW_BYTES, rows, STEPS, width, stride, thread(), Shape::THREADS,
+          [&](int row, int step) -> Span<T> {
+            const int j = step * per_step<T>;
+            if (at.o0 + row >= f.O || j >= count) return {nullptr, 0};
+            return {from + (at.o0 + row) * row_stride + (at.r0 + j) * stride, count - j};
+          });
+    }
+  }
+
+  // dz of a tile's row of R starts anew, and its z is read, as lanes hold columns of G.
+  DEVICE void begin_round(const Piece& at, Z& z, float (&dz)[Shape::NT][4]) const {
+#pragma unroll
+    for (int nt = 0; nt < Shape::NT; ++nt)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) dz[nt][e] = 0.f;
+    if constexpr (Shape::Z_STAYS) {
+      constexpr int words = 2 / per_word<T>;  // of a lane's two columns
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int m = row_of(h);
+        const T* const row = f.dx && m < f.M ? f.z.row(m, f.N) : nullptr;
+#pragma unroll
+        for (int nt = 0; nt < Shape::NT; ++nt)
+#pragma unroll
+          for (int e = 0; e < words; ++e) {
+            const int r = at.r0 + nt * 8 + lane % 4 * 2 + e;
+            z[(nt * 2 + h) * words + e] = row ? word_at<T>({row, f.R}, r, f.z.step, f.z_aligned) : 0;
+          }
+      }
+    }
+  }
+
+  // Columns of z beside a lane's two of G, in row h of its two.
+  DEVICE void z_beside(float (&two)[2], const Z& z, const char* stage, int nt, int h) const {
+    constexpr int words = 2 / per_word<T>;
+    const int lane = lane_now();
+    uint32_t w[words];
+#pragma unroll
+    for (int e = 0; e < words; ++e) {
+      if constexpr (Shape::Z_STAYS) w[e] = z[(nt * 2 + h) * words + e];
+      else
+        w[e] = word_in<T>(
+            stage + Shape::WI * Shape::rows_of_tile(f.O) * ROW_BYTES, 16 * wm + lane / 4 + 8 * h,
+            (nt * 8 + lane % 4 * 2) / per_word<T> + e);
+    }
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      if constexpr (words == 2) two[e] = number(w[e]);
+      else two[e] = half_of(w[0], e, T{});
+    }
+  }
+
+  DEVICE void multiply(float (&G)[Shape::NT][4], const Piece& at, const char* stage) {
+    const int i = at.base ? at.i0 + wi * per_row<T> : at.i0 + wi;
+    const int count = at.base ? last - i : i < first + inputs ? f.R - at.r0 : 0;
+    const char* const g = g_tiles + at.o0 / per_row<T> * Shape::BM * ROW_BYTES;
+    const char* const tile = stage + wi * Shape::rows_of_tile(f.O) * ROW_BYTES;
+    const int lane = lane_now();
+#pragma unroll
+    for (int j = 0; j < STEPS; ++j) {
+      if (at.o0 + j * per_step<T> >= f.O || count <= 0) break;
+      uint32_t words[4];
+      Plain<T> left;
+      left_words(words, g, 16 * wm, j, lane);
+      left.set(words, f.tf32);
+#pragma unroll
+      for (int q = 0; q < Shape::NT / 2; ++q) {
+        if (16 * q >= count) break;
+        right_words_transposed<T>(words, tile, j * per_step<T>, 16 * q, lane);
+        left.accumulate(G[2 * q], words[0], words[1], f.tf32);
+        left.accumulate(G[2 * q + 1], words[2], words[3], f.tf32);
+      }
+    }
+  }
+
+  DEVICE void reduce(
+      const float (&G)[Shape::NT][4], const float (&x)[2], const Z& z, float (&dz)[Shape::NT][4], const Piece& at,
+      const char* stage) {
+    const int i = at.i0 + wi;
+    if (i >= first + inputs) return;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int nt = 0; nt < Shape::NT; ++nt)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) dz[nt][2 * h + e] += G[nt][2 * h + e] * x[h];
+      if (!f.dx || i >= last) continue;
+      float sum = 0.f, beside[2];
+#pragma unroll
+      for (int nt = 0; nt < Shape::NT; ++nt) {
+        z_beside(beside, z, stage, nt, h);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) sum += G[nt][2 * h + e] * beside[e];
+      }
+      sum += shuffle_xor(sum, 1);
+      sum += shuffle_xor(sum, 2);
+      if (lane % 4 == 0) dx[(row_of(h) - m0) * f.per_split + i - first] += sum;
+    }
+  }
+
+  // Here G is a part of dx itself.
+  DEVICE void add_base(const float (&G)[Shape::NT][4], const Piece& at) {
+#pragma unroll
+    for (int nt = 0; nt < Shape::NT; ++nt)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int i = at.i0 + wi * per_row<T> + nt * 8 + lane % 4 * 2 + (e & 1);
+        if (i < last) dx[(row_of(e >> 1) - m0) * f.per_split + i - first] += G[nt][e];
+      }
+  }
+
+  // dz of the warps of a row comes together, in order, and goes out.
+  DEVICE void end_round(const Piece& at, float (&dz)[Shape::NT][4]) {
+    constexpr int size = Shape::NT * 4 * 32;  // of a warp
+    if (wi > 0)
+#pragma unroll
+      for (int nt = 0; nt < Shape::NT; ++nt)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums[((wi - 1) * Shape::WM + wm) * size + (nt * 4 + e) * 32 + lane] = dz[nt][e];
+    sync();
+    if (wi == 0)
+#pragma unroll
+      for (int nt = 0; nt < Shape::NT; ++nt)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          for (int other = 0; other < Shape::WI - 1; ++other)
+            dz[nt][e] += sums[(other * Shape::WM + wm) * size + (nt * 4 + e) * 32 + lane];
+          const int m = row_of(e >> 1), r = at.r0 + nt * 8 + lane % 4 * 2 + (e & 1);
+          if (m < f.M && r < f.R) f.dz.store((static_cast<int64_t>(split) * f.M + m) * f.R + r, dz[nt][e]);
+        }
+    sync();
+  }
+
+  DEVICE void store_dx() {
+    sync();
+    const int count = last - first;
+    for (int k = thread(); k < Shape::BM * count; k += Shape::THREADS) {
+      const int m = m0 + k / count, i = first + k % count;
+      if (m >= f.M) break;
+      float value = dx[(m - m0) * f.per_split + i - first];
+      if (ACTIVE && f.activation != Activation::none)
+        value *= derivative(static_cast<float>(f.x.row(m, f.N)[i * f.x.step]), f.activation);
+      f.dx[static_cast<int64_t>(m) * f.I + i] = static_cast<T>(value);
+    }
+  }
+};
+
+}  // namespace fasthyper

@@ -1,0 +1,16 @@
+// Kernels of all gradients of a layer, for every dtype.
+#include "grads.h"
+
+namespace fasthyper {
+
+template <class T>
+void launch_grads(const DxDz<T>& rows, const WeightGrad<T>& weight, bool wide, Stream stream) {
+  if (wide) run_grads<T, 8, 1, false>(rows, weight, stream);
+  else run_grads<T, 2, 4, false>(rows, weight, stream);
+}
+
+template void launch_grads(const DxDz<float>&, const WeightGrad<float>&, bool, Stream);
+template void launch_grads(const DxDz<bfloat16>&, const WeightGrad<bfloat16>&, bool, Stream);
+template void launch_grads(const DxDz<float16>&, const WeightGrad<float16>&, bool, Stream);
+
+}  // namespace fasthyper

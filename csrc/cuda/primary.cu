@@ -1,0 +1,78 @@
+// A generated primary of two layers: a block takes its rows through both, and nothing waits for another block.
+//
+//     a = x (H1 z + W1)ᵀ + bias1 z + b1          y = σ(a) (H2 z + W2)ᵀ + bias2 z + b2
+//
+// Where x has many features and the batch few rows, the sums of the first layer come in parts from `fold`, and are
+// added here. Backward is grads of the second layer, in which x is σ(a) and dx the gradient of a, then grads of the
+// first.
+#include "grads.h"
+
+namespace fasthyper {
+
+// What the first layer comes to in this block's rows: added up, where it came in parts.
+template <class T>
+DEVICE void add_parts(const Fold<T>& f, int m0, int rows, int threads) {
+  constexpr int LANES = 8;  // to a sum, each with every eighth part
+  const int splits = cdiv(f.C, f.per_split), lane = thread() % LANES;
+  const int64_t size = static_cast<int64_t>(f.M) * f.P;
+  const int here = least(rows, f.M - m0) * f.P;
+  for (int k = thread() / LANES; k < cdiv(here, threads / LANES) * (threads / LANES); k += threads / LANES) {
+    const int64_t at = static_cast<int64_t>(m0) * f.P + k;
+    float sum = 0.f;
+    for (int s = lane; k < here && s < splits; s += LANES) sum += f.partial[s * size + at];
+#pragma unroll
+    for (int mask = 1; mask < LANES; mask *= 2) sum += shuffle_xor(sum, mask);
+    if (lane == 0 && k < here) f.out[at] = static_cast<T>(sum);
+  }
+}
+
+template <class T, class Shape, bool ACTIVE, int NT>
+DEVICE void layer(const Fold<T>& f, int m0, int tiles) {
+  for (int p0 = 0; p0 < f.P; p0 += Shape::BP)
+    FoldBlock<T, Shape, ACTIVE>(f, shared_memory(), tiles, p0, 0)
+        .template run<2, 4, 1, NT>(m0, false, [&](int m, int p, float sum) {
+          if (f.d) sum += static_cast<float>(f.d[p * f.d_p]);
+          f.out[static_cast<int64_t>(m) * f.P + p] = static_cast<T>(sum);
+        });
+}
+
+template <class T, int NT>
+KERNEL(256, (two_at_once<T, 4, NT> ? 2 : 1))
+primary(const GRID_CONSTANT Fold<T> first, const GRID_CONSTANT Fold<T> second, const int tiles) {
+  using Shape = FoldShape<T, 2, 4, 1, NT>;
+  const int m0 = block_x() * Shape::BM;
+  if (first.partial) add_parts(first, m0, Shape::BM, Shape::THREADS);
+  else layer<T, Shape, false, NT>(first, m0, tiles);
+  sync();  // the second reads what the first wrote
+  layer<T, Shape, true, NT>(second, m0, tiles);
+}
+
+template <class T, int NT>
+static void run(const Fold<T>& first, const Fold<T>& second, Stream stream) {
+  using Shape = FoldShape<T, 2, 4, 1, NT>;
+  constexpr int tiles = Shape::AHEAD + 1;
+  const Grid grid{static_cast<unsigned>(cdiv(second.M, Shape::BM))};
+  launch(&primary<T, NT>, grid, Shape::THREADS, Shape::shared_bytes(tiles), stream, first, second, tiles);
+}
+
+template <class T>
+void launch_primary(const Fold<T>& first, const Fold<T>& second, Stream stream) {
+  const int columns = first.P > second.P && !first.partial ? first.P : second.P;
+  if (columns > 32) run<T, 8>(first, second, stream);
+  else if (columns > 16) run<T, 4>(first, second, stream);
+  else run<T, 2>(first, second, stream);
+}
+
+template <class T>
+void launch_active_grads(const DxDz<T>& rows, const WeightGrad<T>& weight, Stream stream) {
+  run_grads<T, 2, 4, true>(rows, weight, stream);
+}
+
+template void launch_primary(const Fold<float>&, const Fold<float>&, Stream);
+template void launch_primary(const Fold<bfloat16>&, const Fold<bfloat16>&, Stream);
+template void launch_primary(const Fold<float16>&, const Fold<float16>&, Stream);
+template void launch_active_grads(const DxDz<float>&, const WeightGrad<float>&, Stream);
+template void launch_active_grads(const DxDz<bfloat16>&, const WeightGrad<bfloat16>&, Stream);
+template void launch_active_grads(const DxDz<float16>&, const WeightGrad<float16>&, Stream);
+
+}  // namespace fasthyper

@@ -1,0 +1,83 @@
+// From torch's tensors, by its stable ABI, to what kernels take.
+#pragma once
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+
+#include "tiles.h"
+
+#ifndef FASTHYPER_EMULATED
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#endif
+
+namespace fasthyper {
+
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+template <class T>
+T* data(const Maybe& t) {
+  return t ? data<T>(*t) : nullptr;
+}
+
+inline int size(const Tensor& t, int axis) { return static_cast<int>(t.size(axis)); }
+
+// x or g, (B, N, I), or z, (B, R): its points are one.
+template <class T>
+Rows<T> rows(const Tensor& t) {
+  const bool points = t.dim() == 3;
+  return {data<T>(t), t.stride(0), points ? t.stride(1) : 0, t.stride(points ? 2 : 1)};
+}
+
+template <class T>
+int width_of(const Rows<T>& rows) {
+  return fasthyper::width_of(rows.data, rows.step, rows.instance, rows.point);
+}
+
+inline int64_t stride(const Maybe& t, int axis) { return t ? t->stride(axis) : 0; }
+
+// The device of a tensor made the current one, and its current stream.
+class On {
+#ifdef FASTHYPER_EMULATED
+ public:
+  explicit On(const Tensor&) {}
+  Stream stream() const { return {}; }
+#else
+  const torch::stable::accelerator::DeviceGuard guard;
+  const int32_t device;
+
+ public:
+  explicit On(const Tensor& t) : guard(t.get_device_index()), device(t.get_device_index()) {}
+  Stream stream() const {
+    void* stream = nullptr;
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "torch was built without CUDA");
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    return static_cast<Stream>(stream);
+  }
+#endif
+};
+
+// Call with a number of the dtype of t.
+template <class Call>
+void by_dtype(const Tensor& t, Call call) {
+  using torch::headeronly::ScalarType;
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return call(float{});
+    case ScalarType::BFloat16:
+      return call(bfloat16{});
+    case ScalarType::Half:
+      return call(float16{});
+    default:
+      STD_TORCH_CHECK(false, "x must be float32, bfloat16 or float16");
+  }
+}
+
+}  // namespace fasthyper

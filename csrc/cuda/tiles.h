@@ -1,0 +1,134 @@
+// Tiles in shared memory: rows of 128 bytes, four steps of the matrix units, whose chunks of 16 bytes are swizzled so
+// that reading one column of eight rows meets every bank once.
+#pragma once
+#include "activation.h"
+#include "numbers.h"
+
+namespace fasthyper {
+
+constexpr int ROW_BYTES = 128;
+
+INLINE int cdiv(int a, int b) { return (a + b - 1) / b; }
+INLINE int least(int a, int b) { return a < b ? a : b; }
+
+// Where a chunk of a row lies.
+INLINE int swizzled(int row, int chunk) { return row * ROW_BYTES + ((chunk ^ (row & 7)) << 4); }
+
+// Rows m = (b, n) of x and g, or of z with a point stride of zero.
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t instance, point, step;
+
+  INLINE const T* row(int m, int N) const {
+    return N == 1 ? data + m * instance : data + m / N * instance + m % N * point;
+  }
+};
+
+// `count` numbers of a row; none, where it is not there.
+template <class T>
+struct Span {
+  const T* first;
+  int count;
+};
+
+// The word of numbers `column` and what follows it in a span; zeros beyond it. aligned: words may be read as such.
+template <class T>
+DEVICE uint32_t word_at(Span<T> of, int column, int64_t step, bool aligned) {
+  if constexpr (per_word<T> == 1) {
+    return column < of.count ? bits(of.first[column * step]) : 0;
+  } else {
+    if (aligned && column + 1 < of.count) return *reinterpret_cast<const uint32_t*>(of.first + column);
+    const T low = column < of.count ? of.first[column * step] : T(0.f);
+    return pair(low, column + 1 < of.count ? of.first[(column + 1) * step] : T(0.f));
+  }
+}
+
+// Bytes that can be read at a time where rows begin at multiples of `strides` and their numbers lie side by side: 16,
+// 8, 4, or those of a number.
+template <class T, class... Strides>
+int width_of(const T* data, int64_t step, Strides... strides) {
+  if (data == nullptr || step != 1) return sizeof(T);
+  for (int width = 16; width > static_cast<int>(sizeof(T)); width /= 2)
+    if (reinterpret_cast<uintptr_t>(data) % width == 0 && ((strides * sizeof(T) % width == 0) && ...)) return width;
+  return sizeof(T);
+}
+
+template <class T, int WIDTH, class Source>
+DEVICE void copy_tile(char* tile, int rows, int steps, int rank, int threads, Source source) {
+  constexpr int units = 32 / WIDTH;  // of a step
+#pragma unroll 1
+  for (int k = rank; k < rows * steps * units; k += threads) {
+    const int unit = k % units, at = k / units, step = at % steps, row = at / steps;
+    const Span<T> from = source(row, step);
+    const int byte = unit * WIDTH, left = from.count * static_cast<int>(sizeof(T)) - byte;
+    char* const to = tile + swizzled(row, 2 * step + byte / 16) + byte % 16;
+    const int valid = left < 0 ? 0 : least(left, WIDTH);
+    copy_async<WIDTH>(to, valid ? reinterpret_cast<const char*>(from.first) + byte : nullptr, valid);
+  }
+}
+
+// Bring a tile: source(row, step) gives the span that a step of a row begins, its numbers `stride` apart. What is wide
+// enough is on the way when this returns.
+template <class T, class Source>
+DEVICE void load_tile(
+    char* tile, int rows, int steps, int width, int64_t stride, int rank, int threads, Source source) {
+  if (width == 16) return copy_tile<T, 16>(tile, rows, steps, rank, threads, source);
+  if (width == 8) return copy_tile<T, 8>(tile, rows, steps, rank, threads, source);
+  if (width == 4 && stride == 1) return copy_tile<T, 4>(tile, rows, steps, rank, threads, source);
+#pragma unroll 1
+  for (int k = rank; k < rows * steps * per_step<T>; k += threads) {
+    const int column = k % per_step<T>, at = k / per_step<T>, step = at % steps, row = at / steps;
+    const Span<T> from = source(row, step);
+    const int byte = column * static_cast<int>(sizeof(T));
+    *reinterpret_cast<T*>(tile + swizzled(row, 2 * step + byte / 16) + byte % 16) =
+        column < from.count ? from.first[column * stride] : T(0.f);
+  }
+}
+
+// A thread's share of a tile whose rows are read 16 bytes at a time: the same chunks of every tile, so that what is
+// known of them is worked out once.
+template <class T, int THREADS>
+struct Slot {
+  static constexpr int NUMBERS = 16 / sizeof(T);
+  int row, chunk, to;
+
+  DEVICE explicit Slot(int k)
+      : row((thread() + k * THREADS) / 8), chunk(thread() % 8), to(swizzled(row, thread() % 8)) {}
+  DEVICE int step() const { return chunk / 2; }
+  DEVICE int column() const { return chunk % 2 * NUMBERS; }  // in its step
+  // `count` of the numbers that begin at `from`.
+  DEVICE void copy(char* tile, const T* from, int count) const {
+    copy_async<16>(tile + to, from, count <= 0 ? 0 : least(count, NUMBERS) * static_cast<int>(sizeof(T)));
+  }
+};
+
+// The words of a step as a warp's lanes hold them. Left: 16 rows. Right: 16 columns, words 0 and 1 of the first eight,
+// 2 and 3 of the others. Here the tile's rows are rows of the left or columns of the right operand ...
+DEVICE void left_words(uint32_t (&w)[4], const char* tile, int row0, int step, int lane) {
+  load_matrices(w, tile + swizzled(row0 + lane % 16, 2 * step + lane / 16));
+}
+DEVICE void right_words(uint32_t (&w)[4], const char* tile, int row0, int step, int lane) {
+  load_matrices(w, tile + swizzled(row0 + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
+}
+
+// ... and here the tile's rows are what is summed over: rows k0 and on, for columns j0 to j0 + 15 of the tile.
+template <class T>
+DEVICE uint32_t word_in(const char* tile, int row, int column) {
+  return *reinterpret_cast<const uint32_t*>(tile + swizzled(row, column / 4) + column % 4 * 4);
+}
+template <class T>
+DEVICE void left_words_transposed(uint32_t (&w)[4], const char* tile, int k0, int j0, int lane) {
+  if constexpr (per_word<T> == 2)
+    load_matrices_transposed(w, tile + swizzled(k0 + lane / 16 * 8 + lane % 8, j0 / 8 + lane / 8 % 2));
+  else
+    for (int q = 0; q < 4; ++q) w[q] = word_in<T>(tile, k0 + lane % 4 + 4 * (q >> 1), j0 + lane / 4 + 8 * (q & 1));
+}
+template <class T>
+DEVICE void right_words_transposed(uint32_t (&w)[4], const char* tile, int k0, int j0, int lane) {
+  if constexpr (per_word<T> == 2) load_matrices_transposed(w, tile + swizzled(k0 + lane % 16, j0 / 8 + lane / 16));
+  else
+    for (int q = 0; q < 4; ++q) w[q] = word_in<T>(tile, k0 + lane % 4 + 4 * (q & 1), j0 + lane / 4 + 8 * (q >> 1));
+}
+
+}  // namespace fasthyper

@@ -1,0 +1,285 @@
+"""The CUDA kernels: how their work is cut, and what they leave to others. What else is asked is in test_kernels.py.
+
+On a GPU where there is one; else by the emulator of csrc/cuda, in a run of its own (`make test`).
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import fasthyper
+from fasthyper.backends import cuda
+from fasthyper.backends.cuda import launch, primaries
+from fasthyper.backends.cuda.device import Device
+
+ready = pytest.mark.skipif(cuda.unavailable() is not None, reason=f"CUDA kernels: {cuda.unavailable()}")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAMES = ("x", "z", "weight", "bias", "base_weight", "g")
+ALL = (True,) * 6
+
+
+def everything(x, z, weight, bias, base_weight, g):
+    """y, dx, dz, dH and the gradients of bias, W0, b0."""
+    y = cuda.apply(x, z, weight, bias, base_weight, schedule="fold")
+    return y, *cuda.grads(x, z, weight, bias, base_weight, g, ALL, schedule="fold")
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The calls of operators, by name and arguments."""
+    seen = []
+
+    class Ops:
+        def __getattr__(self, name):
+            op = getattr(Device.of(torch.empty(0, device=device())).ops, name)
+
+            def call(*args):
+                seen.append((name, args))
+                return op(*args)
+
+            return call if name != "grads_shared" else op
+
+    of = Device.of
+
+    def device():
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    ops = Ops()
+    monkeypatch.setattr(Device, "of", lambda t: of(t)._replace(ops=ops) if t.numel() else of(t))
+    return seen
+
+
+def processors(monkeypatch, count):
+    """Let the device be one of so many multiprocessors, for which a problem is small or large."""
+    of = Device.of
+    monkeypatch.setattr(Device, "of", lambda t: of(t)._replace(processors=count))
+
+
+@ready
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "count"),
+    [
+        ((33, 1, 20, 60, 10), 64),  # y, dz and the parameters' gradients in parts
+        ((6, 50, 70, 40, 33), 64),  # of several points, too
+        ((300, 1, 100, 5, 70), 2),  # blocks of many rows
+        ((5, 60, 30, 40, 12), 2),
+    ],
+    ids=str,
+)
+def test_few_and_many_blocks(sizes, count, dtype, factors, oracle, monkeypatch):
+    processors(monkeypatch, count)
+    args = factors(sizes, dtype, NAMES)
+    oracle.check_linear(args, everything(*args))
+
+
+@ready
+@pytest.mark.parametrize("sizes", [(8500, 1, 3, 4, 2), (8500, 1, 3, 80, 2)], ids=str)
+def test_blocks_go_on_to_further_rows(sizes, factors, oracle, monkeypatch):
+    """With the tiles of H still in shared memory, or too many of them."""
+    processors(monkeypatch, 1000)  # so that blocks have few rows, and are more than run at once
+    monkeypatch.setattr(launch, "_LEAST_WORK", 1 << 30)
+    x, z, weight, *_ = factors(sizes, torch.bfloat16)
+    oracle.check_op("apply", cuda.apply(x, z, weight, schedule="fold"), x, z, weight)
+
+
+@ready
+@pytest.mark.parametrize("mask", list(itertools.product((False, True), repeat=6))[1:], ids=str)
+def test_every_mask(mask, factors):
+    x, z, weight, bias, base_weight, g = factors((20, 2, 6, 7, 9), torch.float32, NAMES)
+    every = cuda.grads(x, z, weight, bias, base_weight, g, ALL, schedule="fold")
+    some = cuda.grads(x, z, weight, bias, base_weight, g, mask, schedule="fold")
+    for wanted, one, part in zip(mask, every, some, strict=True):
+        assert (part is not None) == wanted
+        if wanted:
+            torch.testing.assert_close(part, one)
+
+
+@ready
+def test_one_call_is_one_launch_each_way(factors, launches):
+    """Of the kernels' operators: bias, base and all six gradients are inside."""
+    args = factors((40, 1, 16, 5, 6), torch.float32, (*NAMES[:5], "base_bias", "g"))
+    tensors = [t.requires_grad_() for t in args[:-1]]
+    x, z, weight, bias, base_weight, base_bias = tensors
+    with fasthyper.use_backend("cuda"):
+        y = fasthyper.hyper_linear(x[:, 0], z, weight, bias, base_weight=base_weight, base_bias=base_bias)
+    torch.autograd.grad(y, tensors, args[-1][:, 0])
+    assert [name for name, _ in launches] == ["fold", "grads"]
+
+
+@ready
+def test_float32_is_as_exact_as_torch_is_asked_to_be(factors):
+    x, z, weight = factors((50, 1, 64, 20, 20), torch.float32, NAMES[:3])
+    exact = torch.einsum("bni,br,oir->bno", x.double(), z.double(), weight.double())
+    errors = {}
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            y = cuda.apply(x, z, weight, schedule="fold")
+            errors[precision] = ((y - exact).norm() / exact.norm()).item()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert errors["highest"] < 1e-6
+    assert 1e-5 < errors["high"] < 2e-3
+
+
+@ready
+@pytest.mark.parametrize("neighbour", ["before", "behind"])
+def test_numbers_beside_a_factor_are_not_read(neighbour, factors, oracle):
+    """Not even to be multiplied by zero: what lies around H, z and g is no number."""
+    args = []
+    for t in factors((20, 1, 20, 7, 9), torch.bfloat16, NAMES):
+        room = t.new_full((t.numel() + 64,), float("nan"))
+        at = 64 if neighbour == "before" else 0
+        inside = room[at : at + t.numel()].view_as(t)
+        args.append(inside.copy_(t))
+    oracle.check_linear(args, everything(*args))
+
+
+@ready
+def test_what_has_no_room_is_left_to_others(factors, oracle, monkeypatch, launches):
+    args = factors((30, 8, 20, 7, 9), torch.float32, NAMES)
+    monkeypatch.setattr(launch, "room", lambda: 1000)  # dz of several points comes in rows
+    oracle.check_linear(args, everything(*args))
+    assert [name for name, _ in launches] == ["fold"]
+    wide = factors((3, 1, 4, 5, 3000), torch.float32, NAMES)  # g of a block has no room beside H
+    oracle.check_linear(wide, everything(*wide))
+    assert [name for name, _ in launches] == ["fold", "fold"]
+
+
+def test_auto_does_not_take_it(monkeypatch):
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    for device in ("cuda", "cpu"):
+        assert fasthyper.backends.backend("auto", torch.device(device)) is not cuda
+    assert fasthyper.backends.backend("cuda", torch.device("cuda")) is cuda
+
+
+def test_a_sum_is_split_where_blocks_are_few_and_has_work():
+    room = 16 << 20
+    per_split, wide = launch.fold_launch(64, 784, 50, 10, 132, room)
+    assert (per_split < 784 // 16, wide) == (True, False)
+    assert launch.fold_launch(64, 784, 50, 10, 132, 0) == (784, False)
+    assert launch.fold_launch(64, 10, 10, 10, 132, room) == (10, False)  # too little work to share
+    assert launch.fold_launch(39168, 64, 128, 64, 132, room) == (64, True)
+
+
+def test_the_last_wave_is_split_where_it_would_be_nearly_empty():
+    rows = launch._whole_waves(39168, 64, 132)  # 153 tiles
+    assert rows == 132 * 256
+    assert launch._whole_waves(132 * 256, 64, 132) == 132 * 256
+    assert launch._whole_waves(100 * 256, 64, 132) == 100 * 256
+    assert launch._whole_waves(260 * 256, 64, 132) == 260 * 256  # nearly full
+    assert launch.fold_launch(39168 - rows, 64, 128, 64, 132, 16 << 20, True)[0] == 16
+
+
+@ready
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_the_kernels_for_hopper_take_what_is_large(dtype, factors, oracle, monkeypatch, launches):
+    """And its last wave, of few blocks, in parts."""
+    if not Device.of(torch.empty(1, device="cuda" if torch.cuda.is_available() else "cpu")).hopper:
+        pytest.skip("this GPU is not of compute capability 9.0")
+    monkeypatch.setattr(launch, "_HOPPER_WORK", 1)
+    monkeypatch.setattr(launch, "_LEAST_WORK", 64)
+    args = factors((1100, 1, 24, 17, 16), dtype, NAMES)
+    processors(monkeypatch, 4)
+    oracle.check_linear(args, everything(*args))
+    assert [name for name, _ in launches] == ["fold", "fold", "grads"]
+    assert [call[7] is None for name, call in launches if name == "fold"] == [True, False]  # in parts
+
+
+class TestPrimary:
+    """Whole primaries of two layers, through the Hypernetwork."""
+
+    @staticmethod
+    def models(sizes, activation, dtype, bias, base):
+        """A Hypernetwork, and what is in it; sizes B, N, R, I, J, O."""
+        from fasthyper.nn import HyperLinear, Hypernetwork
+
+        _, _, R, I, J, O = sizes
+        kinds = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "silu": nn.SiLU, "gelu": nn.GELU}
+        make = lambda i, o: HyperLinear(i, o, cond_features=R, bias=bias, base=base)
+        model = Hypernetwork(nn.Linear(4, R), nn.Sequential(make(I, J), kinds[activation](), make(J, O)))
+        for parameter in model.primary.parameters():
+            nn.init.normal_(parameter, std=0.1)  # σ is not flat where most of a lie
+        return model.to("cuda" if torch.cuda.is_available() else "cpu", dtype)
+
+    @ready
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(("bias", "base"), [(True, True), (False, True), (True, False), (False, False)])
+    @pytest.mark.parametrize(
+        ("sizes", "activation"),
+        [
+            ((20, 1, 12, 30, 10, 12), "relu"),
+            ((7, 3, 20, 10, 32, 1), "gelu"),
+            ((64, 1, 50, 40, 10, 12), "tanh"),
+            ((5, 1, 8, 3, 60, 50), "silu"),
+            ((12, 2, 5, 6, 7, 8), "sigmoid"),
+        ],
+        ids=str,
+    )
+    def test_as_exact_as_one_layer_after_the_other(self, sizes, activation, dtype, bias, base, launches, monkeypatch):
+        monkeypatch.setattr(launch, "_LEAST_WORK", 64)  # so that some are split
+        model = self.models(sizes, activation, dtype, bias, base)
+        B, N, _, I, *_ = sizes
+        device = next(model.parameters()).device
+        x = torch.randn(B, N, I, device=device).to(dtype).requires_grad_()
+        cond = torch.randn(B, 4, device=device).to(dtype)
+        tensors = (x, *model.parameters())
+
+        def step(backend, wanted, x, cond):
+            tensors = (x, *wanted.parameters())
+            with fasthyper.use_backend(backend):
+                y = wanted(x, cond)
+            return y, *torch.autograd.grad(y.double().square().sum(), tensors)
+
+        ours = step("cuda", model, x, cond)
+        assert [name for name, _ in launches] == ["primary", "primary_grads"]
+        usual = step("materialised", model, x, cond)
+        double = self.models(sizes, activation, torch.float64, bias, base)
+        double.load_state_dict(model.state_dict())
+        exact = step("aten", double, x.detach().double().requires_grad_(), cond.double())
+        assert len(ours) == len(tensors) + 1
+        for got, one_by_one, truth in zip(ours, usual, exact, strict=True):
+            assert got.dtype == dtype
+            # float32: a fold is one sum over both I and R, and adds up more rounding than two sums do.
+            eps = torch.finfo(dtype).eps * (24 if dtype == torch.float32 else 2)
+            error, allowed = (got.double() - truth).norm(), (one_by_one.double() - truth).norm()
+            assert error <= 2 * allowed + eps * truth.norm()
+
+    @ready
+    def test_masks(self, factors):
+        x, z, g = (torch.randn(shape) for shape in ((20, 2, 6), (20, 8), (20, 2, 3)))
+        first = tuple(torch.randn(shape) for shape in ((5, 6, 8), (5, 8), (5, 6), (5,)))
+        second = tuple(torch.randn(shape) for shape in ((3, 5, 8), (3, 8), (3, 5), (3,)))
+        x, z, g, *layers = (t.to("cuda" if torch.cuda.is_available() else "cpu") for t in (x, z, g, *first, *second))
+        first, second = tuple(layers[:4]), tuple(layers[4:])
+        _, a = cuda.primary(x, z, first, second, "tanh")
+        every = cuda.primary_grads(x, z, first, second, "tanh", a, g, (True,) * 10)
+        for chosen in range(10):
+            mask = tuple(k == chosen for k in range(10))
+            some = cuda.primary_grads(x, z, first, second, "tanh", a, g, mask)
+            assert [t is not None for t in some] == list(mask)
+            torch.testing.assert_close(some[chosen], every[chosen])
+
+    @ready
+    @pytest.mark.parametrize(
+        "sizes", [(4, 1, 8, 5, 65, 3), (4, 1, 8, 5, 6, 65), (0, 1, 8, 5, 6, 3), (1 << 20, 1, 8, 5, 60, 3)], ids=str
+    )
+    def test_what_it_leaves_to_the_layers(self, sizes):
+        B, N, R, I, J, O = sizes
+        meta = lambda *shape: torch.empty(shape, device="meta")
+        x, z = meta(B, N, I), meta(B, R)
+        first = (meta(J, I, R), None, None, None)
+        second = (meta(O, J, R), None, None, None)
+        here = Device.of(torch.empty(1, device="cuda" if torch.cuda.is_available() else "cpu"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Device, "of", lambda t: here)
+            assert not primaries.fuses(x, z, first, second, "relu")
+            assert primaries.fuses(
+                meta(9, 1, 5), meta(9, 8), (meta(6, 5, 8), *[None] * 3), (meta(3, 6, 8), *[None] * 3), "relu"
+            )

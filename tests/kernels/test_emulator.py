@@ -1,0 +1,135 @@
+"""What proves the CUDA kernels without a GPU: the emulator runs what is right, and sees what is not."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths
+
+CSRC = Path(__file__).parents[2] / "csrc" / "cuda"
+pytestmark = [
+    pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler"),
+    pytest.mark.skipif(not CSRC.exists(), reason="the sources are not here"),
+]
+
+# Every kernel gets 64 threads and an array of as many numbers; main prints what each comes to, or why it fails.
+SOURCE = r"""
+#include <cstdio>
+#include "device.h"
+
+namespace fasthyper {
+
+static float* numbers() { return reinterpret_cast<float*>(shared_memory()); }
+
+KERNEL(64, 1) neighbours(float* out, float* in) {
+  numbers()[thread()] = in[thread()];
+  sync();
+  out[thread()] = numbers()[(thread() + 1) % 64];
+}
+KERNEL(64, 1) without_barrier(float* out, float* in) {
+  numbers()[thread()] = in[thread()];
+  out[thread()] = numbers()[(thread() + 1) % 64];
+}
+KERNEL(64, 1) copied(float* out, float* in) {
+  copy_async<4>(numbers() + thread(), in + thread(), thread() == 63 ? 0 : 4);
+  copy_commit();
+  copy_wait<0>();
+  sync();
+  out[thread()] = numbers()[63 - thread()];
+}
+KERNEL(64, 1) copied_and_not_waited_for(float* out, float* in) {
+  copy_async<4>(numbers() + thread(), in + thread(), 4);
+  copy_commit();
+  copy_wait<1>();
+  sync();
+  out[thread()] = numbers()[63 - thread()];
+}
+KERNEL(64, 1) misaligned(float*, float* in) { copy_async<16>(numbers() + 4 * thread(), in + thread(), 16); }
+KERNEL(64, 1) outside(float*, float* in) { copy_async<4>(numbers() + 4096 + thread(), in + thread(), 4); }
+KERNEL(64, 1) deadlock(float* out, float*) {
+  if (thread() != 7) sync();
+  out[thread()] = 1.f;
+}
+KERNEL(64, 1) parted(float* out, float* in) {
+  if (thread() % 2)
+    out[thread()] = shuffle_xor(in[thread()], 1);
+  else
+    sync();
+}
+KERNEL(64, 1) exchanged(float* out, float* in) { out[thread()] = shuffle_xor(in[thread()], 5); }
+
+static void show(const char* name, void (*kernel)(float*, float*)) {
+  alignas(16) float in[256], out[64];
+  for (int k = 0; k < 256; ++k) in[k] = k;
+  try {
+    for (int turn = 0; turn < 8; ++turn) {
+      for (float& v : out) v = -1.f;
+      launch(kernel, Grid{1}, 64, 4096, Stream{}, static_cast<float*>(out), static_cast<float*>(in));
+      float sum = 0.f;
+      for (int k = 0; k < 64; ++k) sum += out[k] * (k + 1);
+      std::printf("%s: %g\n", name, sum);
+    }
+  } catch (const std::exception& error) {
+    std::printf("%s: %s\n", name, error.what());
+  }
+}
+#define SHOW(kernel) show(#kernel, &kernel)
+
+static void show_all() {
+  SHOW(neighbours), SHOW(without_barrier), SHOW(copied), SHOW(copied_and_not_waited_for), SHOW(misaligned);
+  SHOW(outside), SHOW(deadlock), SHOW(parted), SHOW(exchanged);
+}
+
+}  // namespace fasthyper
+
+int main() { fasthyper::show_all(); }
+"""
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory) -> dict[str, set[str]]:
+    """What every kernel printed."""
+    folder = tmp_path_factory.mktemp("emulator")
+    (folder / "toy.cpp").write_text(SOURCE)
+    flags = [flag for path in include_paths() for flag in ("-I", path)]
+    command = ["c++", "-std=c++20", "-O1", "-DFASTHYPER_EMULATED", "-I", str(CSRC), *flags, "toy.cpp", "-o", "toy"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    printed = subprocess.run([str(folder / "toy")], check=True, capture_output=True, text=True).stdout
+    out: dict[str, set[str]] = {}
+    for name, text in re.findall(r"(\w+): (.*)", printed):
+        out.setdefault(name, set()).add(text)
+    return out
+
+
+def weighted(numbers) -> set[str]:
+    return {f"{(torch.tensor(numbers, dtype=torch.float64) * torch.arange(1, 65)).sum().item():g}"}
+
+
+def test_what_is_right_runs(shown):
+    assert shown["neighbours"] == weighted([(k + 1) % 64 for k in range(64)])
+    assert shown["copied"] == weighted([0, *range(62, -1, -1)])
+    assert shown["exchanged"] == weighted([k ^ 5 for k in range(64)])
+
+
+@pytest.mark.parametrize("kernel", ["without_barrier", "copied_and_not_waited_for"])
+def test_a_race_gives_no_numbers(shown, kernel):
+    assert shown[kernel] <= {"nan", "-nan"}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("misaligned", "a copy from a misaligned address"),
+        ("outside", "an address outside of shared memory"),
+        ("deadlock", "deadlock: a thread waits for the block's barrier"),
+        ("parted", "deadlock"),
+    ],
+)
+def test_a_fault_is_an_error(shown, kernel, message):
+    assert len(shown[kernel]) == 1
+    assert message in next(iter(shown[kernel]))
