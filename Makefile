@@ -2,20 +2,25 @@
 PYTHON ?= python3
 BIN := .venv/bin
 BUILT := fasthyper/_compiled/build.json
-SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*)
+SOURCES := $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: test interpreted slow held sanitize lint compare bench aot gpu format clean
+.PHONY: test interpreted emulated slow held sanitize lint compare bench aot gpu format clean
 
 # One process a core, one thread each: the tests are many and small.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
 test: lint $(BUILT)
 	$(PYTEST)
-	$(MAKE) interpreted
+	$(MAKE) interpreted emulated
 
 # The Triton kernels by Triton's interpreter, which has to be asked for before triton is imported.
 interpreted: .venv/ready $(BUILT)
-	TRITON_INTERPRET=1 $(PYTEST) -k triton tests/ops tests/backends/test_triton.py
+	TRITON_INTERPRET=1 $(PYTEST) -k triton tests/ops tests/backends/test_kernels.py tests/backends/test_triton.py
+
+# The CUDA kernels by the emulator of csrc/cuda/emulated.h.
+emulated: .venv/ready $(BUILT)
+	FASTHYPER_EMULATED=1 $(PYTEST) -k cuda tests/ops tests/test_contract.py tests/backends/test_kernels.py \
+		tests/backends/test_cuda.py
 
 slow: .venv/ready $(BUILT)
 	$(PYTEST) --slow
@@ -52,17 +57,23 @@ aot: .venv/ready
 	$(BIN)/python -m fasthyper.backends.triton.aot $(PARTS)
 
 # On a machine with a GPU, with its own Python and what is installed there: build, tests, workloads, within ten minutes.
-# Tests take the likeliest tile, or each would wait for three to be compiled.
+# Tests take the likeliest tile, or each would wait for three to be compiled. TORCH_CUDA_ARCH_LIST=9.0a halves the build.
 GPU_PYTHON ?= python3
 OUT ?= benchmarks/results
 ON_GPU := FASTHYPER_TEST_DEVICE=cuda FASTHYPER_AUTOTUNE=0 PYTHONPATH=.
+GPU_TEST := $(GPU_PYTHON) -m pytest -q --numprocesses auto --maxprocesses 12
+MEMCHECK := compute-sanitizer --error-exitcode 9 --launch-timeout 60
 gpu:
-	timeout 90 $(GPU_PYTHON) setup.py --quiet build_ext --inplace || echo "without compiled CPU kernels"
-	$(ON_GPU) timeout -s INT -k 5 90 $(GPU_PYTHON) -m pytest -q --numprocesses 6 tests/backends/test_gpu.py \
-		|| echo "TESTS FAILED on the GPU"
-	$(ON_GPU) timeout -s INT -k 5 120 $(GPU_PYTHON) -m pytest -q --numprocesses auto --maxprocesses 12 -k triton \
-		--durations 5 tests/ops tests/backends/test_triton.py || echo "TESTS FAILED on the GPU"
-	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py --budget 230 --out $(OUT)
+	timeout 150 $(GPU_PYTHON) setup.py --quiet build_ext --inplace || echo "without compiled kernels"
+	$(ON_GPU) timeout -s INT -k 5 60 $(GPU_TEST) tests/backends/test_gpu.py || echo "TESTS FAILED on the GPU"
+	$(ON_GPU) timeout -s INT -k 5 60 $(GPU_TEST) -k cuda tests/ops tests/backends/test_kernels.py \
+		tests/backends/test_cuda.py tests/kernels/test_hopper.py || echo "TESTS FAILED on the GPU"
+	for tool in memcheck racecheck synccheck; do PYTHONPATH=. timeout 40 $(MEMCHECK) --tool $$tool \
+		$(GPU_PYTHON) benchmarks/sanitized.py || echo "$$tool FAILED on the GPU"; done
+	$(ON_GPU) timeout -s INT -k 5 90 $(GPU_TEST) -k triton --durations 5 tests/ops tests/backends/test_kernels.py \
+		tests/backends/test_triton.py || echo "TESTS FAILED on the GPU"
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu_cuda.py --budget 70 --out $(OUT)
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py --budget 110 --out $(OUT)
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .
@@ -72,13 +83,15 @@ format: .venv/ready
 clean:
 	rm -rf .venv build dist *.egg-info fasthyper/_compiled/*.so fasthyper/_compiled/build.json .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
-# Incremental, after a change of the sources; what the package needs to be built is in the environment already.
+# Incremental, after a change of the sources; what the package needs to be built is in the environment already. With the
+# CUDA kernels for a CPU, which the tests run.
 $(BUILT): setup.py $(SOURCES) | .venv/ready
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	FASTHYPER_EMULATE=1 $(BIN)/python setup.py --quiet build_ext --inplace
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("fasthyper needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools ninja
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	FASTHYPER_EMULATE=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
+		--editable '.[dev]'
 	touch $@

@@ -25,6 +25,8 @@ def load(name: str) -> str | None:
         return f"not built: {record['error']}"
     if record["torch"] != torch.__version__:
         return f"built for torch {record['torch']}, and this is {torch.__version__}: install fasthyper again"
+    if name in (missing := record.get("missing", {})):
+        return f"not built: {missing[name]}"
     library = _FOLDER / f"{name}.so"
     if not library.exists():
         return f"not built: there is no {name}"

@@ -1,0 +1,123 @@
+"""Every kernel of csrc/cuda compiles for every generation of parts, clean, with no GPU at hand."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))
+import cuda_report
+from cuda_report import PARTS, SOURCES, Kernel
+
+pytestmark = pytest.mark.skipif(cuda_report.missing() is not None, reason=str(cuda_report.missing()))
+
+
+@pytest.fixture
+def report(request):
+    """Reports, kept from one run to the next for as long as nothing changes that they are of."""
+    cache = request.config.cache.mkdir("cuda_report")
+    return lambda *args: cuda_report.report(*args[:2], cache, *args[2:])
+
+
+def _files():
+    """All but the libraries, which have no kernels."""
+    files = [path for path in sorted(SOURCES.glob("*.cu")) if not path.stem.endswith("library")]
+    return [pytest.param(path, part, id=f"{path.stem}-{part}") for path in files for part in PARTS]
+
+
+@pytest.mark.parametrize(("source", "part"), _files())
+def test_every_kernel_is_clean(source, part, report):
+    made = report(source, part)
+    assert made.kernels or (source.stem.startswith("hopper") and part != "sm_90a")
+    faults = made.faults(part)
+    assert not faults, "\n".join(faults)
+
+
+TOYS = """
+__global__ void __launch_bounds__(128) clean(float* x) { x[threadIdx.x] *= 2; }
+
+__global__ void unbound(float* x) { x[threadIdx.x] *= 2; }
+
+// More than there are registers for, wanted twice, after all have read.
+__global__ void __launch_bounds__(1024) spills(float* x) {
+  float v[100];
+#pragma unroll
+  for (int i = 0; i < 100; ++i) v[i] = x[i * 1024 + threadIdx.x];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 100; ++i) x[i * 1024 + threadIdx.x] = v[(i + 37) % 100] * v[i];
+}
+
+// Indexed by what is known only as it runs.
+__global__ void __launch_bounds__(128) stack(float* x, const int* at, int n) {
+  float v[32] = {};
+  for (int i = 0; i < n; ++i) v[at[i] & 31] += x[i];
+  x[threadIdx.x] = v[at[n] & 31];
+}
+
+template <int N>
+__global__ void __launch_bounds__(128) fold(float* x) { x[threadIdx.x] *= N; }
+template __global__ void fold<3>(float*);
+
+namespace inner {
+__global__ void __launch_bounds__(128) hopper_fold(float* x) { x[threadIdx.x] *= 2; }
+}
+"""
+
+# A product whose sums are touched before it is waited for, and registers given back by a kernel that never got any.
+SERIAL = """
+__global__ void __launch_bounds__(128) hopper_serial(float* out, unsigned long a, unsigned long b, int n) {
+  float d[4] = {};
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+  for (int i = 0; i < n; ++i) {
+    asm volatile("wgmma.fence.sync.aligned;");
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, 1, 0;"
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %5, p, 1, 1, 0, 0; }"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "l"(a), "l"(b));
+    d[0] *= 2;
+    asm volatile("wgmma.commit_group.sync.aligned;");
+    asm volatile("wgmma.wait_group.sync.aligned 0;");
+  }
+  out[threadIdx.x] = d[0] + d[1] + d[2] + d[3];
+}
+"""
+
+
+def test_faults_are_seen(report, tmp_path):
+    toys = tmp_path / "toys.cu"
+    toys.write_text(TOYS)
+    made = report(toys, "sm_90a")
+    faults = {kernel.name: kernel.faults() for kernel in made.kernels}
+    assert made.told == ()
+    assert faults["clean"] == []
+    assert faults["unbound"] == ["has no launch bound"]
+    assert any("spills" in fault for fault in faults["spills"])
+    assert any("stack" in fault for fault in faults["stack"])
+    assert faults["fold"] == ["has no HMMA"]
+    assert faults["hopper_fold"] == ["has no HGMMA"]
+    assert sum("hopper" in fault for fault in made.faults("sm_90a")) == 1
+    assert not any("hopper" in fault for fault in made.faults("sm_80"))
+    assert report(toys, "sm_90a") == made  # as kept
+
+
+def test_warnings_of_ptxas_are_seen(report, tmp_path):
+    serial = tmp_path / "serial.cu"
+    serial.write_text(SERIAL)
+    made = report(serial, "sm_90a")
+    (kernel,) = made.kernels
+    assert kernel.faults() == []
+    assert "HGMMA" in kernel.instructions
+    assert any("setmaxnreg" in line for line in made.told)
+    assert any("serialized" in line for line in made.told)
+    assert set(made.told) <= set(made.faults("sm_90a"))
+
+
+def test_too_many_registers_are_seen():
+    kernel = Kernel("reduce", "reduce", 168, 512, 0, 0, 0, ())
+    assert kernel.faults() == ["takes 168 registers for each of 512 threads"]
+    assert kernel._replace(threads=384).faults() == []
+    # Counted, but nothing is left of it in the code.
+    assert kernel._replace(threads=128, spilled=8).faults() == []
