@@ -1,0 +1,45 @@
+"""Every CUDA kernel once, on sizes of no tile, for compute-sanitizer to look at: `make gpu` runs it under its tools."""
+
+from __future__ import annotations
+
+import torch
+
+from fasthyper.backends import cuda
+from fasthyper.backends.cuda import launch
+
+# B, N, R, I, O: tails everywhere; parts of sums; and, for the kernels of sm_90a, rows of 16 bytes.
+SIZES = ((70, 1, 25, 7, 20), (9, 5, 64, 12, 70), (150, 1, 8, 9, 12), (300, 1, 72, 24, 40), (40, 7, 128, 16, 136))
+
+
+def layer(B: int, N: int, R: int, I: int, O: int, dtype: torch.dtype) -> None:
+    """Forward and all gradients of a layer."""
+    shapes = ((B, N, I), (B, R), (O, I, R), (O, R), (O, I), (B, N, O))
+    x, z, weight, bias, base_weight, g = (torch.randn(shape, device="cuda").to(dtype) for shape in shapes)
+    y = cuda.apply(x, z, weight, bias, base_weight, schedule="fold")
+    results = (y, *cuda.grads(x, z, weight, bias, base_weight, g, (True,) * 6, schedule="fold"))
+    assert all(bool(t.isfinite().all()) for t in results if t is not None)
+
+
+def primary(B: int, N: int, R: int, I: int, O: int, dtype: torch.dtype) -> None:
+    """Forward and all gradients of two layers, if they are for these kernels."""
+    J = 10
+    made = lambda *shapes: tuple(torch.randn(shape, device="cuda").to(dtype) for shape in shapes)
+    x, z, g = made((B, N, I), (B, R), (B, N, O))
+    first, second = made((J, I, R), (J, R), (J, I), (J,)), made((O, J, R), (O, R), (O, J), (O,))
+    if cuda.fuses(x, z, first, second, "gelu"):
+        _, a = cuda.primary(x, z, first, second, "gelu")
+        cuda.primary_grads(x, z, first, second, "gelu", a, g, (True,) * 10)
+
+
+def main() -> None:
+    """Run them all, and wait for them."""
+    launch._HOPPER_WORK = 0  # small sizes, too, by the kernels for sm_90a
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for sizes in SIZES:
+            layer(*sizes, dtype)
+            primary(*sizes, dtype)
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
