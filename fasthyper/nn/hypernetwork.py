@@ -6,12 +6,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as _modules
 
+from fasthyper.functional import hyper_primary, may_fuse
 from fasthyper.nn.deliver import deliver
 from fasthyper.nn.hyperize import ungenerated
 from fasthyper.nn.linear import HyperLinear
+from fasthyper.ops.primary import Layer, activation_of
 
 _LISTED = 8
+_hooked_everywhere = getattr(_modules, "_has_any_global_hook", lambda: True)
 
 
 class Hypernetwork(nn.Module):
@@ -74,6 +78,8 @@ class Hypernetwork(nn.Module):
             z = self._by_layer(z)
         elif not isinstance(z, Tensor):
             raise TypeError(f"trunk must return a tensor or a dict of tensors, got a {type(z).__name__}")
+        elif not args and not kwargs and may_fuse(x) and (layers := _two_layers(self.primary)):
+            return hyper_primary(x, z, *layers)
         with deliver(z):
             return self.primary(x, *args, **kwargs)
 
@@ -111,3 +117,29 @@ def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, HyperLin
             yield from _layers(child, prefix)
         else:
             yield from _layers(child, f"{prefix}.{name}" if prefix else name)
+
+
+def _two_layers(primary: nn.Module) -> tuple[Layer, Layer, str] | None:
+    """The two layers of a primary and the activation between them, where there is nothing else to its call.
+
+    Looked at in every call: any of it may have been changed since.
+    """
+    if type(primary) is not nn.Sequential or len(primary._modules) != 3 or _hooked_everywhere():
+        return None
+    first, between, second = primary._modules.values()
+    activation = activation_of(between)
+    if activation is None or not (type(first) is type(second) is HyperLinear):
+        return None
+    if not all(map(_calls_forward, (primary, first, between, second))):
+        return None
+    return _parameters(first), _parameters(second), activation
+
+
+def _calls_forward(module: nn.Module) -> bool:
+    """Whether to call a module is to call the forward of its class, and no more."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not (hooks or module._compiled_call_impl or "forward" in vars(module))
+
+
+def _parameters(layer: HyperLinear) -> Layer:
+    return layer.weight, layer.bias, layer.base_weight, layer.base_bias

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import compiled
 from . import autocast, reference
-from .checks import check_factors, check_tensors
-from .dispatch import LIBRARY, MISSING, below, recording, rule, transformed
+from .checks import check_factors, check_shapes
+from .dispatch import LIBRARY, MISSING, below, recording, register, rule, transformed
 from .family import HOW, TAGS, check_mask, ops, resolved, run_apply, run_grads
 
 _BLOCKS = "Tensor x, Tensor z, Tensor weight, Tensor? bias, Tensor? base_weight"
@@ -49,18 +48,15 @@ def _composite_grads(x, z, weight, bias, base_weight, g, mask: list[bool], *how:
     return dx, dz, dh, dbias, dbase, db0
 
 
+def blocks(weight, bias=None, base_weight=None, base_bias=None) -> tuple[tuple, ...]:
+    """Return what a layer adds to its head, each with its name and the shape that it must have."""
+    O, I, R = weight.shape
+    return ("bias", bias, (O, R)), ("base_weight", base_weight, (O, I)), ("base_bias", base_bias, (O,))
+
+
 def _check(x, z, weight, bias=None, base_weight=None, base_bias=None, g=None) -> None:
     check_factors(x, z, weight, g)
-    O, I, R = weight.shape
-    for name, t, shape in (
-        ("bias", bias, (O, R)),
-        ("base_weight", base_weight, (O, I)),
-        ("base_bias", base_bias, (O,)),
-    ):
-        if t is not None:
-            check_tensors(x=x, **{name: t})
-            if t.shape != shape:
-                raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
+    check_shapes(x, blocks(weight, bias, base_weight, base_bias))
 
 
 def _backward(args: tuple[Any, ...], need: tuple[bool, ...], g: Tensor) -> tuple[Tensor | None, ...]:
@@ -122,14 +118,8 @@ def _define() -> None:
         args = (x, z, weight, bias, base_weight, g, mask, *how)
         return below(ops.hyper_linear_grads.default, keys, args)
 
-    for name, real, made_up, derived, composite in (
-        ("hyper_linear", kernel, fake, autograd, _composite),
-        ("hyper_linear_grads", kernel_grads, fake_grads, autograd_grads, _composite_grads),
-    ):
-        LIBRARY.impl(name, real, "CompositeExplicitAutograd")
-        LIBRARY.impl(name, derived, "Autograd", with_keyset=True)
-        LIBRARY.impl(name, composite, "FuncTorchBatched")
-        torch.library.register_fake(f"fasthyper::{name}", made_up, lib=LIBRARY)
+    register("hyper_linear", kernel, fake, autograd, _composite)
+    register("hyper_linear_grads", kernel_grads, fake_grads, autograd_grads, _composite_grads)
 
 
 _define()

@@ -89,3 +89,17 @@ def check_factors(x: Tensor, z: Tensor | None = None, w: Tensor | None = None, g
                     f"({', '.join(AXES[f].upper())}) has shape {tuple(t.shape)}, {_NAMES[other]} "
                     f"({', '.join(AXES[other].upper())}) has shape {tuple(factors[other].shape)}"
                 )
+
+
+def check_shapes(x: Tensor, expected: tuple[tuple[str, Tensor | None, tuple[int, ...]], ...], layer: str = "") -> None:
+    """Check tensors that may be absent, each with its name and the shape that it must have, beside x.
+
+    Raises:
+        TypeError: names the argument, and its layer, that has not the dtype of x.
+        ValueError: names the argument of another shape, or on another device than x.
+    """
+    dtype, device = x.dtype, x.device
+    for name, t, shape in expected:
+        if t is not None and not (t.shape == shape and t.dtype == dtype and t.device == device):
+            check_tensors(x=x, **{name + layer: t})
+            raise ValueError(f"{name}{layer} must have shape {shape}, got {tuple(t.shape)}")

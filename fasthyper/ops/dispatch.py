@@ -72,14 +72,16 @@ def _runs(node: Any) -> bool:
         return True
 
 
-def rule(op: Op, backward: Op, jvp: Op | None = None, unread: tuple[int, ...] = ()) -> Op:
-    """Make the Autograd kernel of an op that returns one tensor.
+def rule(op: Op, backward: Op, jvp: Op | None = None, unread: tuple[int, ...] = (), reread: tuple[int, ...] = ()) -> Op:
+    """Make the Autograd kernel of an op that returns one tensor or several.
 
     Args:
         op: the overload, such as ``torch.ops.fasthyper.apply.default``.
-        backward: ``(args, need, g)`` -> one gradient, or None, for each argument.
+        backward: ``(args, need, g)`` -> one gradient, or None, for each argument. Of an op that returns several
+            tensors it takes a g for each, None where that one met no gradient.
         jvp: ``(args, tangents)`` -> tangent of the output; the tangents of some arguments are None.
         unread: positions of arguments that backward does not read, and that are not kept for it.
+        reread: positions of the outputs that backward reads: kept for it, and the last of its args.
 
     Returns:
         A function of the dispatch keys and the op's arguments, recording them when it has to.
@@ -101,13 +103,15 @@ def rule(op: Op, backward: Op, jvp: Op | None = None, unread: tuple[int, ...] = 
             ctx.is_tensor = tuple(isinstance(a, torch.Tensor) for a in args)
             ctx.is_saved = tuple(t and i not in unread for i, t in enumerate(ctx.is_tensor))
             tensors = [a for a, saved in zip(args, ctx.is_saved, strict=True) if saved]
+            tensors += [output[i] for i in reread]
+            ctx.set_materialize_grads(isinstance(output, torch.Tensor))
             ctx.save_for_backward(*tensors)
             ctx.save_for_forward(*tensors)
             ctx.args = tuple(None if t else a for a, t in zip(args, ctx.is_tensor, strict=True))
 
         @staticmethod
-        def backward(ctx, g):
-            return None, *backward(_args(ctx), _asked_for(ctx), g)
+        def backward(ctx, *g):
+            return None, *backward(_args(ctx), _asked_for(ctx), *g)
 
         @staticmethod
         def jvp(ctx, _, *tangents):
@@ -122,7 +126,8 @@ def rule(op: Op, backward: Op, jvp: Op | None = None, unread: tuple[int, ...] = 
 
     def _args(ctx):
         saved = iter(ctx.saved_tensors)
-        return tuple(next(saved) if s else a for s, a in zip(ctx.is_saved, ctx.args, strict=True))
+        args = [next(saved) if s else a for s, a in zip(ctx.is_saved, ctx.args, strict=True)]
+        return *args, *saved
 
     def autograd(keys, *args):
         if _are_functorch_transforms_active():
@@ -134,3 +139,11 @@ def rule(op: Op, backward: Op, jvp: Op | None = None, unread: tuple[int, ...] = 
         return below(op, keys, args)
 
     return autograd
+
+
+def register(name: str, kernel: Op, fake: Op, autograd: Op, composite: Op) -> None:
+    """Register an op that every transform sees as its composite."""
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+    LIBRARY.impl(name, composite, "FuncTorchBatched")
+    torch.library.register_fake(f"fasthyper::{name}", fake, lib=LIBRARY)

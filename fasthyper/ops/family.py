@@ -22,7 +22,7 @@ from .. import backends
 from ..problem import AUTO
 from . import autocast, reference, rules
 from .checks import check_factors
-from .dispatch import LIBRARY, MISSING, below, recording, rule, transformed
+from .dispatch import LIBRARY, MISSING, below, recording, register, rule, transformed
 
 HOW = 'str backend="", str schedule=""'
 TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -161,10 +161,7 @@ def _define_grads() -> None:
             return _members(x, z, weight, g, mask, *how)
         return below(ops.grads.default, keys, (x, z, weight, g, mask, *how))
 
-    LIBRARY.impl("grads", kernel, "CompositeExplicitAutograd")
-    LIBRARY.impl("grads", autograd, "Autograd", with_keyset=True)
-    LIBRARY.impl("grads", _members, "FuncTorchBatched")
-    torch.library.register_fake("fasthyper::grads", fake, lib=LIBRARY)
+    register("grads", kernel, fake, autograd, _members)
 
 
 for _name in rules.INPUTS:

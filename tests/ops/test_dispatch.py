@@ -70,6 +70,15 @@ for d in over:
 many = make(5)
 close(vmap(f)(*many), vmap(E)(*many))
 close(torch.compile(f, backend="aot_eager", fullgraph=True)(*args), E(*args))
+two = lambda linear: lambda x, z, *rest: linear(torch.tanh(linear(x, z, *rest[:4])), z, *rest[4:])
+layers = (*args, *(torch.randn(s, dtype=torch.float64) for s in ((5, 2, 3), (5, 3), (5, 2), (5,))))
+primary = lambda *a: torch.ops.fasthyper.primary(*a, "tanh")[0]
+close(primary(*layers), two(E)(*layers))
+wrt = (0, 1, 2, 6)
+for d in (lambda f: jacrev(f, wrt), lambda f: jacfwd(f, wrt), lambda f: hessian(lambda *a: (f(*a) ** 2).sum(), wrt)):
+    close(d(primary)(*layers), d(two(E))(*layers))
+close(fasthyper.functional.hyper_primary(x, z, layers[2:6], layers[6:], "tanh"), two(E)(*layers))
+assert not fasthyper.functional.may_fuse(x)
 print("right")
 """
 ERRORS = """
@@ -80,6 +89,7 @@ cases = {
     "cond_grad": (lambda: fasthyper.ops.cond_grad(x, g[:1], w), lambda: fasthyper.ops.cond_grad(x[:, :1], g, w)),
     "weight_grad": (lambda: fasthyper.ops.weight_grad(x, z[:1], g), lambda: fasthyper.ops.weight_grad(x, z, g[:, :1])),
     "grads": (lambda: fasthyper.ops.grads(x, z, w, g[:1]), lambda: fasthyper.ops.grads(x, z[:1], w, g)),
+    "primary": (lambda: torch.ops.fasthyper.primary(x, z, w, *[None] * 3, w[:, :, :1], *[None] * 3, "relu"),),
     "hyper_linear": (lambda: fasthyper.hyper_linear(x, z[:1], w),
                      lambda: torch.ops.fasthyper.hyper_linear(x, z, w, None, None, torch.randn(1)),
                      lambda: torch.ops.fasthyper.hyper_linear(x, z, w, None, torch.randn(6, 1), None)),
