@@ -117,16 +117,17 @@ inline void land(const Box& box) {
       }
 }
 
-// Whether a barrier's phase is over once its bytes have come, which `now` brings.
-inline void advance(Barrier* barrier, bool now) {
+// End a barrier's phase if all arrivals and bytes have come; returns whether it could be over, but for `now`.
+inline bool advance(Barrier* barrier, bool now) {
   auto& state = state_of(barrier);
-  if (state.pending > 0) return;
+  if (state.pending > 0) return false;
   auto& boxes = hopper().boxes;
   int bytes = 0;
   for (const auto& box : boxes)
     if (box.barrier == barrier) bytes += box.field.box_bytes();
   expect(bytes <= state.bytes, "more bytes come than a barrier expects");
-  if (bytes < state.bytes || (bytes > 0 && !now)) return;
+  if (bytes < state.bytes) return false;
+  if (bytes > 0 && !now) return true;
   for (auto box = boxes.begin(); box != boxes.end();) {
     if (box->barrier == barrier) {
       land(*box);
@@ -138,6 +139,7 @@ inline void advance(Barrier* barrier, bool now) {
   state.bytes = 0;
   state.pending = state.arrivals;
   state.phase ^= 1;
+  return false;
 }
 
 }  // namespace emulated
@@ -188,8 +190,7 @@ inline void barrier_wait(Barrier* barrier, int parity) {
         auto& random = emulated::hopper().random;
         random = random * 1664525u + 1013904223u;
         const bool late = random >> 30 == 0;
-        if (late) ++emulated::block->steps;  // it moves, if slowly
-        emulated::advance(barrier, !late);
+        if (emulated::advance(barrier, !late)) ++emulated::block->steps;  // it moves, if slowly
         return emulated::state_of(barrier).phase != parity;
       },
       "a barrier's phase");
