@@ -84,14 +84,16 @@ clean:
 	rm -rf .venv build dist *.egg-info fasthyper/_compiled/*.so fasthyper/_compiled/build.json .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # Incremental, after a change of the sources; what the package needs to be built is in the environment already. With the
-# CUDA kernels for a CPU, which the tests run.
+# CUDA kernels for a CPU, which the tests run, and for one generation of GPUs: the tests compile the others anyway.
+ARCH_LIST ?= 9.0a
+DEVELOPMENT := FASTHYPER_EMULATE=1 TORCH_CUDA_ARCH_LIST="$(ARCH_LIST)"
 $(BUILT): setup.py $(SOURCES) | .venv/ready
-	FASTHYPER_EMULATE=1 $(BIN)/python setup.py --quiet build_ext --inplace
+	$(DEVELOPMENT) $(BIN)/python setup.py --quiet build_ext --inplace
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("fasthyper needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools ninja
-	FASTHYPER_EMULATE=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
+	$(DEVELOPMENT) $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
 		--editable '.[dev]'
 	touch $@
