@@ -4,8 +4,8 @@ FASTHYPER_BUILD=0 leaves them out, =1 insists on them. Left to itself, the build
 torch to be seen, those for CPUs a C++ compiler, those for CUDA nvcc but no GPU. What it cannot make costs nothing
 else; why not, it says in the console and to `fasthyper info`.
 
-TORCH_CUDA_ARCH_LIST and MAX_JOBS are understood as torch does. FASTHYPER_EMULATE=1 adds the kernels for CUDA as the
-C++ compiler makes them, for a CPU that plays a GPU in the tests.
+FASTHYPER_ONLY names the one library to build. TORCH_CUDA_ARCH_LIST and MAX_JOBS are understood as torch does.
+FASTHYPER_EMULATE=1 adds the kernels for CUDA as the C++ compiler makes them, for a CPU that plays a GPU in the tests.
 """
 
 import json
@@ -58,6 +58,8 @@ def obstacle_to(name):
     """Return why there is to be no such library here, or None: what is not to be insisted on."""
     import torch
 
+    if os.environ.get("FASTHYPER_ONLY", name) != name:
+        return "FASTHYPER_ONLY left it out"
     if name == "cuda_emulated":
         return None if os.environ.get("FASTHYPER_EMULATE") == "1" else "it is for tests; FASTHYPER_EMULATE=1 builds it"
     if name == "cuda":

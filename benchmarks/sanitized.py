@@ -1,4 +1,4 @@
-"""Every CUDA kernel once, on sizes of no tile, for compute-sanitizer to look at: `make gpu` runs it under its tools."""
+"""The CUDA kernels on sizes of no tile, for compute-sanitizer to look at: `make gpu` runs it under its tools."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from fasthyper.backends import cuda
 from fasthyper.backends.cuda import launch
 
 # B, N, R, I, O: tails everywhere; parts of sums; and, for the kernels of sm_90a, rows of 16 bytes.
-SIZES = ((70, 1, 25, 7, 20), (9, 5, 64, 12, 70), (150, 1, 8, 9, 12), (300, 1, 72, 24, 40), (40, 7, 128, 16, 136))
+SIZES = (
+    (70, 1, 25, 7, 20),
+    (9, 5, 64, 12, 70),
+    (150, 1, 8, 9, 12),
+    (300, 1, 72, 24, 40),
+    (40, 7, 128, 16, 136),
+    (200, 1, 16, 24, 72),
+    (70, 1, 32, 16, 24),
+    (70, 1, 64, 8, 200),
+)
 
 
 def layer(B: int, N: int, R: int, I: int, O: int, dtype: torch.dtype) -> None:

@@ -5,7 +5,8 @@
 //     dz[m, r] = Σ_i G[m, r] x[m, i]  +  Σ_o g[m, o] bias[o, r]
 //
 // A block has BM rows and a split's range of i; its warps share the rows (WM) and the i of a tile (WI). R is taken a
-// tile's row at a time, and so is O. bias is H of one more i, for which x is one.
+// tile's row at a time, and O 64 at a time. bias is H of one more i, for which x is one. Where O is no more than that,
+// g stays in registers, and a pair of eight columns of G is reduced before the next one is made.
 #pragma once
 #include "tiles.h"
 
@@ -32,7 +33,7 @@ struct DxDz {
   T* dx;         // (M, I), or null
   Target<T> dz;  // (M, R), splits before; or null
   int M, N, I, O, R, per_split;
-  int g_width, h_width, bias_width, base_width, z_width;
+  int g_width, h_width, bias_width, base_width;
   bool z_aligned, tf32;
   Activation activation;  // of x: the result is then the gradient of what it is applied to
 };
@@ -40,14 +41,13 @@ struct DxDz {
 template <class T, int WM_, int WI_>
 struct DxDzShape {
   static constexpr int WM = WM_, WI = WI_, BM = 16 * WM, THREADS = 32 * WM * WI, STAGES = 3;
-  static constexpr int NT = per_row<T> / 8;  // columns of G in a warp, by eight
-  // z of a block's rows comes with every stage, so that two blocks' registers fit; of many rows that would be too much
-  // to read again and again.
-  static constexpr bool Z_STAYS = WM > 2;
+  static constexpr int NT = per_row<T> / 8;                           // columns of G in a warp, by eight
+  static constexpr int DEPTH = 64, STEPS_OF_O = DEPTH / per_step<T>;  // of O at a time
+  static constexpr bool KEEPS_G = WM == 2;                            // then O is DEPTH at most
 
-  INLINE static int rows_of_tile(int O) { return least(per_row<T>, cdiv(O, per_step<T>) * per_step<T>); }
+  INLINE static int rows_of_tile(int O) { return least(DEPTH, cdiv(O, per_step<T>) * per_step<T>); }
   INLINE static int g_bytes(int O) { return cdiv(O, per_row<T>) * BM * ROW_BYTES; }
-  INLINE static int stage_bytes(int O) { return (WI * rows_of_tile(O) + (Z_STAYS ? 0 : BM)) * ROW_BYTES; }
+  INLINE static int stage_bytes(int O) { return WI * rows_of_tile(O) * ROW_BYTES; }
   static constexpr int SUMS = (WI - 1) * BM * per_row<T> * sizeof(float);
   INLINE static int shared_bytes(int O, int per_split, bool dx) {
     return g_bytes(O) + STAGES * stage_bytes(O) + SUMS + (dx ? BM * per_split * static_cast<int>(sizeof(float)) : 0);
@@ -64,7 +64,10 @@ class DxDzBlock {
   const int lane = thread() % 32, wm = thread() / 32 % Shape::WM, wi = thread() / 32 / Shape::WM;
   const int inputs;  // of this split, with that of bias
 
-  using Z = uint32_t[Shape::Z_STAYS ? Shape::NT * 4 / per_word<T> : 1];
+  using Z = uint32_t[Shape::NT * 4 / per_word<T>];
+  using Sums = float[Shape::NT][4];                                   // of 16 rows by a tile's row of R
+  using G16 = float[2][4];                                            // a pair of eight columns of G
+  using Words = uint32_t[Shape::KEEPS_G ? Shape::STEPS_OF_O : 1][4];  // of g
 
   // A tile for each wi: input i0 + wi, or columns of W0 from i0 + wi·per_row on; rows of O from o0 on.
   struct Piece {
@@ -88,44 +91,58 @@ class DxDzBlock {
   DEVICE void run() {
     load_tile_of_g();
     for (int k = thread(); f.dx && k < Shape::BM * f.per_split; k += Shape::THREADS) dx[k] = 0.f;
-    Piece at{false, 0, first, 0}, ahead = at;
+    Piece at{false, 0, first, 0};
     const int stage_bytes = Shape::stage_bytes(f.O);
-    int stage_at = 0, stage_ahead = 0;
-    const auto bring_next = [&] {
-      if (!done(ahead)) bring(ahead, stages + stage_ahead * stage_bytes);
+    int stage_at = 0;
+    const auto bring_ahead = [&](int pieces) {
+      Piece ahead = at;
+      for (int k = 0; k < pieces; ++k) advance(ahead);
+      const int stage = stage_at + pieces;
+      if (!done(ahead)) bring(ahead, stages + (stage < Shape::STAGES ? stage : stage - Shape::STAGES) * stage_bytes);
       copy_commit();  // in any case: groups are counted as pieces
-      advance(ahead);
-      stage_ahead = stage_ahead + 1 < Shape::STAGES ? stage_ahead + 1 : 0;
     };
-    for (int k = 0; k < Shape::STAGES - 1; ++k) bring_next();
+    for (int k = 0; k < Shape::STAGES - 1; ++k) bring_ahead(k);
 
     Z z;
-    float dz[Shape::NT][4], G[Shape::NT][4], x[2], next_x[2];
+    Sums dz, G;
+    Words g;
+    float x[2], next_x[2], dx_of_i[2];
     inputs_of(next_x, at);
-    for (; !done(at); advance(at)) {
+    for (bool begun = false; !done(at); advance(at)) {
       copy_wait<Shape::STAGES - 2>();
       sync();
-      bring_next();
+      bring_ahead(Shape::STAGES - 1);
+      if (Shape::KEEPS_G && !begun) words_of_g(g), begun = true;
       if (!at.base && at.i0 == first && at.o0 == 0) begin_round(at, z, dz);
       if (at.o0 == 0) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) x[h] = next_x[h];
-#pragma unroll
-        for (int nt = 0; nt < Shape::NT; ++nt)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) G[nt][e] = 0.f;
+        for (int h = 0; h < 2; ++h) x[h] = next_x[h], dx_of_i[h] = 0.f;
         Piece next = at;
         next.o0 = f.O;
         advance(next);
         inputs_of(next_x, next);
       }
-      const char* const stage = stages + stage_at * stage_bytes;
-      multiply(G, at, stage);
+      const char* const tile = stages + stage_at * stage_bytes + wi * Shape::rows_of_tile(f.O) * ROW_BYTES;
       stage_at = stage_at + 1 < Shape::STAGES ? stage_at + 1 : 0;
-      if (at.o0 + per_row<T> < f.O) continue;
-      if (at.base) add_base(G, at);
-      else reduce(G, x, z, dz, at, stage);
-      if (!at.base && at.i0 + Shape::WI >= first + inputs && f.dz.wanted()) end_round(at, dz);
+      const int count = columns_of(at);
+      if constexpr (Shape::KEEPS_G) {
+#pragma unroll
+        for (int q = 0; q < Shape::NT / 2; ++q) {
+          if (16 * q >= count) break;
+          G16 pair = {};
+          multiply(pair, g, tile, q);
+          take(pair, q, at, x, z, dz, dx_of_i);
+        }
+      } else {
+        multiply_all(G, at, tile, count);
+        if (at.o0 + Shape::DEPTH < f.O) continue;
+#pragma unroll
+        for (int q = 0; q < Shape::NT / 2; ++q)
+          if (16 * q < count) take(reinterpret_cast<const G16&>(G[2 * q]), q, at, x, z, dz, dx_of_i);
+      }
+      if (at.base) continue;
+      if (f.dx && at.i0 + wi < last) add_to_dx(dx_of_i, at);
+      if (at.i0 + Shape::WI >= first + inputs && f.dz.wanted()) end_round(at, dz);
     }
     if (f.dx) store_dx();
   }
@@ -133,7 +150,7 @@ class DxDzBlock {
  private:
   // O within inputs within rows of R; then W0, O within columns.
   DEVICE void advance(Piece& at) const {
-    at.o0 += per_row<T>;
+    at.o0 += Shape::DEPTH;
     if (at.o0 < f.O) return;
     at.o0 = 0;
     if (at.base) {
@@ -161,9 +178,6 @@ class DxDzBlock {
     }
   }
 
-  // The lane, for addresses that there are no registers to keep.
-  DEVICE int lane_now() const { return Shape::Z_STAYS ? lane : anew(lane); }
-
   DEVICE int row_of(int h) const { return m0 + 16 * wm + lane / 4 + 8 * h; }
 
   DEVICE void load_tile_of_g() {
@@ -181,25 +195,17 @@ class DxDzBlock {
     const int rows = Shape::rows_of_tile(f.O);
     if (!at.base && f.h_width == 16 && at.i0 + Shape::WI <= last) bring_slots(at, to, rows);
     else bring_tiles(at, to, rows);
-    if (Shape::Z_STAYS || !f.dx || at.base || at.o0 + per_row<T> < f.O) return;
-    load_tile<T>(
-        to + Shape::WI * rows * ROW_BYTES, Shape::BM, STEPS, f.z_width, f.z.step, thread(), Shape::THREADS,
-        [&](int row, int step) -> Span<T> {
-          const int r = at.r0 + step * per_step<T>;
-          if (m0 + row >= f.M || r >= f.R) return {nullptr, 0};
-          return {f.z.row(m0 + row, f.N) + r * f.z.step, f.R - r};
-        });
   }
 
   // Tiles of inputs that are all there, of rows read 16 bytes at a time, which is where time is spent.
   DEVICE void bring_slots(const Piece& at, char* to, int rows) const {
 #pragma unroll
-    for (int k = 0; k < cdiv(per_row<T> * 8, Shape::THREADS); ++k) {
+    for (int k = 0; k < cdiv(Shape::DEPTH * 8, Shape::THREADS); ++k) {
       const Slot<T, Shape::THREADS> slot(k);
       if (slot.row >= rows) break;
       const int r = at.r0 + slot.chunk * slot.NUMBERS, o = at.o0 + slot.row;
       const T* const from = f.h + o * f.h_o + at.i0 * f.h_i + r;
-#pragma unroll
+#pragma unroll 1
       for (int w = 0; w < Shape::WI; ++w) slot.copy(to + w * rows * ROW_BYTES, from + w * f.h_i, o < f.O ? f.R - r : 0);
     }
   }
@@ -231,55 +237,70 @@ class DxDzBlock {
     for (int nt = 0; nt < Shape::NT; ++nt)
 #pragma unroll
       for (int e = 0; e < 4; ++e) dz[nt][e] = 0.f;
-    if constexpr (Shape::Z_STAYS) {
-      constexpr int words = 2 / per_word<T>;  // of a lane's two columns
+    constexpr int words = 2 / per_word<T>;  // of a lane's two columns
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int m = row_of(h);
-        const T* const row = f.dx && m < f.M ? f.z.row(m, f.N) : nullptr;
+    for (int h = 0; h < 2; ++h) {
+      const int m = row_of(h);
+      const T* const row = f.dx && m < f.M ? f.z.row(m, f.N) : nullptr;
 #pragma unroll
-        for (int nt = 0; nt < Shape::NT; ++nt)
+      for (int nt = 0; nt < Shape::NT; ++nt)
 #pragma unroll
-          for (int e = 0; e < words; ++e) {
-            const int r = at.r0 + nt * 8 + lane % 4 * 2 + e;
-            z[(nt * 2 + h) * words + e] = row ? word_at<T>({row, f.R}, r, f.z.step, f.z_aligned) : 0;
-          }
-      }
+        for (int e = 0; e < words; ++e) {
+          const int r = at.r0 + nt * 8 + lane % 4 * 2 + e;
+          z[(nt * 2 + h) * words + e] = row ? word_at<T>({row, f.R}, r, f.z.step, f.z_aligned) : 0;
+        }
     }
   }
 
-  // Columns of z beside a lane's two of G, in row h of its two.
-  DEVICE void z_beside(float (&two)[2], const Z& z, const char* stage, int nt, int h) const {
-    constexpr int words = 2 / per_word<T>;
-    const int lane = lane_now();
-    uint32_t w[words];
+  // The number of z beside that of G in column e of a lane's two, row h of its two.
+  DEVICE float z_beside(const Z& z, int nt, int h, int e) const {
+    if constexpr (per_word<T> == 1) return number(z[(nt * 2 + h) * 2 + e]);
+    else return half_of(z[nt * 2 + h], e, T{});
+  }
+
+  // Columns of G that a warp has of a piece: of R, or of W0.
+  DEVICE int columns_of(const Piece& at) const {
+    if (at.base) return last - at.i0 - wi * per_row<T>;
+    return at.i0 + wi < first + inputs ? f.R - at.r0 : 0;
+  }
+
+  DEVICE const char* tile_of_g(int o) const { return g_tiles + o / per_row<T> * Shape::BM * ROW_BYTES; }
+
+  DEVICE void words_of_g(Words& g) const {
 #pragma unroll
-    for (int e = 0; e < words; ++e) {
-      if constexpr (Shape::Z_STAYS) w[e] = z[(nt * 2 + h) * words + e];
-      else
-        w[e] = word_in<T>(
-            stage + Shape::WI * Shape::rows_of_tile(f.O) * ROW_BYTES, 16 * wm + lane / 4 + 8 * h,
-            (nt * 8 + lane % 4 * 2) / per_word<T> + e);
-    }
+    for (int j = 0; j < Shape::STEPS_OF_O; ++j)
+      if (j * per_step<T> < f.O) left_words(g[j], tile_of_g(j * per_step<T>), 16 * wm, j % STEPS, lane);
+  }
+
+  // Columns 16·q and on of G, all of O at once.
+  DEVICE void multiply(G16& G, const Words& g, const char* tile, int q) const {
+    const int lane = anew(this->lane);  // there are no registers to keep addresses
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      if constexpr (words == 2) two[e] = number(w[e]);
-      else two[e] = half_of(w[0], e, T{});
+    for (int j = 0; j < Shape::STEPS_OF_O; ++j) {
+      if (j * per_step<T> >= f.O) break;
+      uint32_t words[4];
+      right_words_transposed<T>(words, tile, j * per_step<T>, 16 * q, lane);
+      Plain<T> left;
+      left.set(g[j], f.tf32);
+      left.accumulate(G[0], words[0], words[1], f.tf32);
+      left.accumulate(G[1], words[2], words[3], f.tf32);
     }
   }
 
-  DEVICE void multiply(float (&G)[Shape::NT][4], const Piece& at, const char* stage) {
-    const int i = at.base ? at.i0 + wi * per_row<T> : at.i0 + wi;
-    const int count = at.base ? last - i : i < first + inputs ? f.R - at.r0 : 0;
-    const char* const g = g_tiles + at.o0 / per_row<T> * Shape::BM * ROW_BYTES;
-    const char* const tile = stage + wi * Shape::rows_of_tile(f.O) * ROW_BYTES;
-    const int lane = lane_now();
+  // All columns of G, a piece of O at a time.
+  DEVICE void multiply_all(Sums& G, const Piece& at, const char* tile, int count) const {
+    if (at.o0 == 0)
 #pragma unroll
-    for (int j = 0; j < STEPS; ++j) {
-      if (at.o0 + j * per_step<T> >= f.O || count <= 0) break;
+      for (int nt = 0; nt < Shape::NT; ++nt)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) G[nt][e] = 0.f;
+#pragma unroll
+    for (int j = 0; j < Shape::STEPS_OF_O; ++j) {
+      const int o = at.o0 + j * per_step<T>;
+      if (o >= f.O || count <= 0) break;
       uint32_t words[4];
       Plain<T> left;
-      left_words(words, g, 16 * wm, j, lane);
+      left_words(words, tile_of_g(o), 16 * wm, j % STEPS, lane);
       left.set(words, f.tf32);
 #pragma unroll
       for (int q = 0; q < Shape::NT / 2; ++q) {
@@ -291,40 +312,33 @@ class DxDzBlock {
     }
   }
 
-  DEVICE void reduce(
-      const float (&G)[Shape::NT][4], const float (&x)[2], const Z& z, float (&dz)[Shape::NT][4], const Piece& at,
-      const char* stage) {
-    const int i = at.i0 + wi;
-    if (i >= first + inputs) return;
+  // Reduce columns 16·q and on of G; of W0, they are a part of dx itself.
+  DEVICE void take(
+      const G16& G, int q, const Piece& at, const float (&x)[2], const Z& z, Sums& dz, float (&dx_of_i)[2]) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
+    for (int n = 0; n < 2; ++n)
 #pragma unroll
-      for (int nt = 0; nt < Shape::NT; ++nt)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) dz[nt][2 * h + e] += G[nt][2 * h + e] * x[h];
-      if (!f.dx || i >= last) continue;
-      float sum = 0.f, beside[2];
-#pragma unroll
-      for (int nt = 0; nt < Shape::NT; ++nt) {
-        z_beside(beside, z, stage, nt, h);
-#pragma unroll
-        for (int e = 0; e < 2; ++e) sum += G[nt][2 * h + e] * beside[e];
+      for (int k = 0; k < 4; ++k) {
+        const int h = k >> 1, e = k & 1, nt = 2 * q + n;
+        if (at.base) {
+          const int i = at.i0 + wi * per_row<T> + nt * 8 + lane % 4 * 2 + e;
+          if (i < last) dx[(row_of(h) - m0) * f.per_split + i - first] += G[n][k];
+        } else {
+          dz[nt][k] += G[n][k] * x[h];
+          dx_of_i[h] += G[n][k] * z_beside(z, nt, h, e);
+        }
       }
-      sum += shuffle_xor(sum, 1);
-      sum += shuffle_xor(sum, 2);
-      if (lane % 4 == 0) dx[(row_of(h) - m0) * f.per_split + i - first] += sum;
-    }
   }
 
-  // Here G is a part of dx itself.
-  DEVICE void add_base(const float (&G)[Shape::NT][4], const Piece& at) {
+  // The four lanes of a row add what they have of an input.
+  DEVICE void add_to_dx(const float (&dx_of_i)[2], const Piece& at) {
 #pragma unroll
-    for (int nt = 0; nt < Shape::NT; ++nt)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int i = at.i0 + wi * per_row<T> + nt * 8 + lane % 4 * 2 + (e & 1);
-        if (i < last) dx[(row_of(e >> 1) - m0) * f.per_split + i - first] += G[nt][e];
-      }
+    for (int h = 0; h < 2; ++h) {
+      float sum = dx_of_i[h];
+      sum += shuffle_xor(sum, 1);
+      sum += shuffle_xor(sum, 2);
+      if (lane % 4 == 0) dx[(row_of(h) - m0) * f.per_split + at.i0 + wi - first] += sum;
+    }
   }
 
   // dz of the warps of a row comes together, in order, and goes out.

@@ -171,6 +171,7 @@ inline char* stacks(int threads, size_t size) {
 
 inline void run(Grid grid, int threads, int shared_bytes, const std::function<void()>& kernel) {
   constexpr size_t stack = 64 << 10;
+  if (shared_bytes > 227 << 10) throw std::runtime_error("emulated kernel: more shared memory than any part has");
   char* const memory = stacks(threads, stack);
   std::vector<char> shared(shared_bytes + 1024);
   for (unsigned z = 0; z < grid.z; ++z)
@@ -292,6 +293,12 @@ struct Product {
   uint32_t b[2];
 };
 
+// Matrix units round sums towards zero.
+inline float cut_off(double sum) {
+  const float nearest = static_cast<float>(sum);
+  return std::isfinite(nearest) && std::fabs(nearest) > std::fabs(sum) ? std::nextafterf(nearest, 0.f) : nearest;
+}
+
 template <int K, class Number>
 void multiply(Product** lanes, Number number) {
   constexpr int per = K / 8;  // numbers in a word
@@ -305,9 +312,9 @@ void multiply(Product** lanes, Number number) {
   for (int l = 0; l < 32; ++l)
     for (int q = 0; q < 4; ++q) {
       const int row = l / 4 + 8 * (q >> 1), column = l % 4 * 2 + (q & 1);
-      float sum = lanes[l]->d[q];
-      for (int k = 0; k < K; ++k) sum += a[row][k] * b[k][column];
-      lanes[l]->d[q] = sum;
+      double sum = lanes[l]->d[q];
+      for (int k = 0; k < K; ++k) sum += static_cast<double>(a[row][k]) * b[k][column];
+      lanes[l]->d[q] = cut_off(sum);
     }
 }
 

@@ -5,7 +5,7 @@ namespace fasthyper {
 
 template <class T>
 void launch_grads(const DxDz<T>& rows, const WeightGrad<T>& weight, bool wide, Stream stream) {
-  if (wide) run_grads<T, 8, 1, false>(rows, weight, stream);
+  if (wide || rows.O > DxDzShape<T, 2, 4>::DEPTH) run_grads<T, 8, 1, false>(rows, weight, stream);
   else run_grads<T, 2, 4, false>(rows, weight, stream);
 }
 

@@ -4,8 +4,17 @@
 
 namespace fasthyper {
 
+// Blocks whose registers fit into a multiprocessor side by side: what ptxas does without spilling.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool two_of_16_bits = false;
+#else
+constexpr bool two_of_16_bits = true;
+#endif
+template <class T, class Shape, bool ACTIVE>
+constexpr int blocks_at_once = Shape::KEEPS_G && (sizeof(T) == 4 || (two_of_16_bits && !ACTIVE)) ? 2 : 1;
+
 template <class T, int WM, int WI, bool ACTIVE>
-KERNEL(32 * WM * WI, (DxDzShape<T, WM, WI>::Z_STAYS ? 1 : 2))
+KERNEL(32 * WM * WI, (blocks_at_once<T, DxDzShape<T, WM, WI>, ACTIVE>))
 grads(
     const GRID_CONSTANT DxDz<T> rows, const GRID_CONSTANT WeightGrad<T> weight, const int row_blocks,
     const int weight_blocks) {

@@ -1,11 +1,11 @@
-// The instructions of sm_90a; hopper_emulated.h has the same names for a CPU. For other parts kernels are empty: ONLY.
+// The instructions of sm_90a; hopper_emulated.h has the same names for a CPU. On other parts kernels trap: ONLY.
 #pragma once
 #include "hopper.h"
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define HOPPER_ONLY(...) __VA_ARGS__
 #else
-#define HOPPER_ONLY(...)
+#define HOPPER_ONLY(...) __trap();
 #endif
 
 namespace fasthyper {

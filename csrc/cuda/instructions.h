@@ -6,9 +6,12 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #define INLINE __host__ __device__ __forceinline__
 #define DEVICE __device__ __forceinline__
@@ -120,13 +123,25 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
+// Let a kernel have as much shared memory as a block may, once for a device: to lower it again could fail another
+// thread's launch.
+inline void allow_shared_memory(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> done;
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device));
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (done.count({kernel, device})) return;
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+  done.insert({kernel, device});
+}
+
 // Run a kernel on a stream of the current device.
 template <class... Parameters, class... Arguments>
 void launch(
     void (*kernel)(Parameters...), Grid grid, int threads, int shared_bytes, Stream stream, const Arguments&... given) {
-  if (shared_bytes > 48 << 10)
-    check(cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  if (shared_bytes > 48 << 10) allow_shared_memory(reinterpret_cast<const void*>(kernel));
   std::tuple<Parameters...> arguments{given...};
   std::apply(
       [&](auto&... each) {

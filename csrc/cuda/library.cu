@@ -96,7 +96,7 @@ static DxDz<T> dx_dz_of(
   if (dz) f.dz = {data<T>(dz), dz_parts};
   f.N = size(x, 1), f.M = size(x, 0) * f.N, f.I = size(x, 2), f.O = size(g, 2), f.R = size(z, 1);
   f.per_split = static_cast<int>(per_split);
-  f.g_width = width_of(f.g), f.z_width = width_of(f.z), f.z_aligned = f.z_width >= 4;
+  f.g_width = width_of(f.g), f.z_aligned = width_of(f.z) >= 4;
   f.h_width = width_of(f.h, f.h_r, f.h_o, f.h_i), f.bias_width = width_of(f.bias, f.bias_r, f.bias_o);
   // Columns of W0 begin where a split does.
   f.base_width = width_of(f.base, f.base_i, f.base_o, per_split < f.I ? per_split : 0);
@@ -164,14 +164,15 @@ static int64_t grads_op(
   return on_hopper;
 }
 
-// The generation of parts whose code runs on the current device: 90 of 9.0. It throws where there is none for it.
+// The generation of parts whose code runs on the current device, 90 of 9.0; of PTX for an older one, that. It throws
+// where there is none for it.
 static int64_t generation_op() {
 #ifdef FASTHYPER_EMULATED
   return 90;
 #else
   cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, reduce<float>));
-  return attributes.binaryVersion;
+  return least(attributes.binaryVersion, attributes.ptxVersion);
 #endif
 }
 

@@ -75,16 +75,18 @@ struct Plain<float> {
   DEVICE void set(const uint32_t (&v)[4], bool) {
     for (int q = 0; q < 4; ++q) fasthyper::split(number(v[q]), high[q], low[q]);
   }
-  // Three products of ten bits give twenty; allowed TF32, one does.
+  // Three products of ten bits give twenty; allowed TF32, one does. Matrix units cut off what a sum is too large for,
+  // so that step by step a long one would drift: each step is summed for itself, and added with rounding.
   DEVICE void accumulate(float (&d)[4], uint32_t b0, uint32_t b1, bool tf32) const {
     uint32_t high0, high1, low0, low1;
     fasthyper::split(number(b0), high0, low0);
     fasthyper::split(number(b1), high1, low1);
-    if (!tf32) {
-      mma(d, low, high0, high1, 0.f);
-      mma(d, high, low0, low1, 0.f);
-    }
-    mma(d, high, high0, high1, 0.f);
+    if (tf32) return mma(d, high, high0, high1, 0.f);
+    float step[4] = {};
+    mma(step, low, high0, high1, 0.f);
+    mma(step, high, low0, low1, 0.f);
+    mma(step, high, high0, high1, 0.f);
+    for (int e = 0; e < 4; ++e) d[e] += step[e];
   }
 };
 

@@ -74,8 +74,7 @@ template <class T, class Source>
 DEVICE void load_tile(
     char* tile, int rows, int steps, int width, int64_t stride, int rank, int threads, Source source) {
   if (width == 16) return copy_tile<T, 16>(tile, rows, steps, rank, threads, source);
-  if (width == 8) return copy_tile<T, 8>(tile, rows, steps, rank, threads, source);
-  if (width == 4 && stride == 1) return copy_tile<T, 4>(tile, rows, steps, rank, threads, source);
+  if (width >= 4 && stride == 1) return copy_tile<T, 4>(tile, rows, steps, rank, threads, source);
 #pragma unroll 1
   for (int k = rank; k < rows * steps * per_step<T>; k += threads) {
     const int column = k % per_step<T>, at = k / per_step<T>, step = at % steps, row = at / steps;

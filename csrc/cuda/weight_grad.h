@@ -124,27 +124,30 @@ class WeightGradBlock {
     for (int j = 0; j < STEPS; ++j) {
       const int m = j * per_step<T>;
       const uint32_t x0 = x[m / per_word<T> + lane % 4], x1 = x[m / per_word<T> + lane % 4 + 4];
-      uint32_t right[Shape::NT / 2][4];
-#pragma unroll
-      for (int q = 0; q < Shape::NT / 2; ++q)
-        if (o0 + 16 * q < f.O) right_words_transposed<T>(right[q], stage + Shape::TILE, m, 16 * q, lane);
+      const int r_here = half * Shape::MT * 16, r_count = (z_is_one ? 1 : f.R) - r0 - r_here;
+      Generated<T> left[Shape::MT];
 #pragma unroll
       for (int mt = 0; mt < Shape::MT; ++mt) {
-        const int r = (half * Shape::MT + mt) * 16;
-        if (r0 + r >= (z_is_one ? 1 : f.R)) break;
+        if (16 * mt >= r_count) break;
         uint32_t z[4];
         if (z_is_one) {
 #pragma unroll
           for (int q = 0; q < 4; ++q) z[q] = lane / 4 == 0 && q % 2 == 0 ? twice(T(1.f)) : 0;
         } else {
-          left_words_transposed<T>(z, stage, m, r, lane);
+          left_words_transposed<T>(z, stage, m, r_here + 16 * mt, lane);
         }
-        Generated<T> left;
-        left.set_columns(z, x0, x1, f.tf32);
+        left[mt].set_columns(z, x0, x1, f.tf32);
+      }
 #pragma unroll
-        for (int nt = 0; nt < Shape::NT; ++nt) {
-          if (o0 + nt / 2 * 16 >= f.O) break;
-          left.accumulate(acc[mt][nt], right[nt / 2][nt % 2 * 2], right[nt / 2][nt % 2 * 2 + 1], f.tf32);
+      for (int q = 0; q < Shape::NT / 2; ++q) {
+        if (o0 + 16 * q >= f.O) break;
+        uint32_t right[4];
+        right_words_transposed<T>(right, stage + Shape::TILE, m, 16 * q, lane);
+#pragma unroll
+        for (int mt = 0; mt < Shape::MT; ++mt) {
+          if (16 * mt >= r_count) break;
+          left[mt].accumulate(acc[mt][2 * q], right[0], right[1], f.tf32);
+          left[mt].accumulate(acc[mt][2 * q + 1], right[2], right[3], f.tf32);
         }
       }
     }

@@ -252,6 +252,22 @@ class TestPrimary:
             assert error <= 2 * allowed + eps * truth.norm()
 
     @ready
+    def test_any_strides(self):
+        """Of a, too: a hook may have kept it in another layout."""
+        torch.manual_seed(0)
+        made = lambda *shapes: tuple(torch.randn(s).to(device) for s in shapes)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        x, z, g = made((20, 2, 6), (20, 8), (20, 2, 3))
+        first, second = made((5, 6, 8), (5, 8), (5, 6), (5,)), made((3, 5, 8), (3, 8), (3, 5), (3,))
+        swapped = lambda t: t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() > 1 else t
+        y, a = cuda.primary(x, z, first, second, "tanh")
+        grads = cuda.primary_grads(x, z, first, second, "tanh", a, g, (True,) * 10)
+        others = tuple(map(swapped, first)), tuple(map(swapped, second))
+        torch.testing.assert_close(cuda.primary(swapped(x), swapped(z), *others, "tanh"), (y, a))
+        again = cuda.primary_grads(swapped(x), swapped(z), *others, "tanh", swapped(a), swapped(g), (True,) * 10)
+        torch.testing.assert_close(again, grads)
+
+    @ready
     def test_masks(self, factors):
         x, z, g = (torch.randn(shape) for shape in ((20, 2, 6), (20, 8), (20, 2, 3)))
         first = tuple(torch.randn(shape) for shape in ((5, 6, 8), (5, 8), (5, 6), (5,)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fasthyper
-from fasthyper.backends import triton
+from fasthyper.backends import cuda, triton
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 needs_kernels = pytest.mark.skipif(triton.unavailable() is not None, reason=f"Triton kernels: {triton.unavailable()}")
@@ -51,6 +51,19 @@ SIZES = [
 def test_published_shapes(sizes, dtype):
     tensors, g = inputs(*sizes, dtype=dtype)
     check(step(tensors, g), exact(tensors, g), dtype if dtype != torch.float32 else torch.float16)
+
+
+@pytest.mark.skipif(cuda.unavailable() is not None, reason=f"CUDA kernels: {cuda.unavailable()}")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [*SIZES, (39168, 1, 128, 64, 64), (40000, 1, 16, 64, 160), (8000, 5, 32, 40, 40)], ids=str
+)
+def test_all_that_the_cuda_kernels_write(sizes, dtype):
+    """Many more blocks than run at once, and every number of the results."""
+    tensors, g = inputs(*sizes, dtype=dtype)
+    with fasthyper.use_backend("cuda"):
+        results = step(tensors, g)
+    check(results, exact(tensors, g), dtype if dtype != torch.float32 else torch.float16)
 
 
 @needs_kernels

@@ -16,6 +16,7 @@ from ... import planner
 from .device import Device, allows_tf32
 
 _ROWS, _WIDE_ROWS = 32, 128  # of a block of the two shapes: csrc/cuda/kernels.h
+_DEEP = 64  # O from which on a block of few rows does not keep g
 _COLUMNS = 64
 _HOPPER_ROWS, _HOPPER_COLUMNS, _HOPPER_BATCH = 256, 128, 64  # of the kernels for sm_90a
 _HOPPER_WORK = 1 << 31  # flops from which their pipelines are worth filling: predicted, not measured
@@ -134,8 +135,7 @@ def _grads_launch(
     wide, inputs = hopper or cdiv(M, _WIDE_ROWS) >= dev.processors, I
     if dx or dz:
         shared = lambda wide, inputs: dev.ops.grads_shared(O, inputs, dtype.itemsize, dx, wide)
-        if shared(wide, _EVEN) > dev.shared:
-            wide = not wide
+        wide = wide or O > _DEEP or shared(False, _EVEN) > dev.shared
         blocks = cdiv(M, _WIDE_ROWS if wide else _ROWS)
         splits = _splits(blocks, I * R, 4 * M * R, dev.processors, room)
         inputs = _even(cdiv(I, splits), I)

@@ -94,7 +94,7 @@ def primary_grads(
     if dz is not None:
         z_parts = torch.empty(1 + cdiv(I, one.inputs), B * N, R, dtype=torch.float32, device=x.device)
     dev.ops.primary_grads(
-        x, z, *first[:3], *second[:3], a, g, dx, dz, z_parts, *out, torch.empty_like(a), parts_of(one, B * N, x),
+        x, z, *first[:3], *second[:3], a, g, dx, dz, z_parts, *out, x.new_empty(B, N, J), parts_of(one, B * N, x),
         parts_of(two, B * N, x), one.inputs, one.rows, two.rows, allows_tf32(), ACTIVATIONS[activation],
     )  # fmt: skip
     return dx, dz, *out
