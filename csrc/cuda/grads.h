@@ -6,15 +6,15 @@ namespace fasthyper {
 
 // Blocks whose registers fit into a multiprocessor side by side: what ptxas does without spilling.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool two_of_16_bits = false;
+constexpr bool two_fit = false;
 #else
-constexpr bool two_of_16_bits = true;
+constexpr bool two_fit = true;
 #endif
-template <class T, class Shape, bool ACTIVE>
-constexpr int blocks_at_once = Shape::KEEPS_G && (sizeof(T) == 4 || (two_of_16_bits && !ACTIVE)) ? 2 : 1;
+template <class Shape, bool ACTIVE>
+constexpr int blocks_at_once = Shape::KEEPS_G && two_fit && !ACTIVE ? 2 : 1;
 
 template <class T, int WM, int WI, bool ACTIVE>
-KERNEL(32 * WM * WI, (blocks_at_once<T, DxDzShape<T, WM, WI>, ACTIVE>))
+KERNEL(32 * WM * WI, (blocks_at_once<DxDzShape<T, WM, WI>, ACTIVE>))
 grads(
     const GRID_CONSTANT DxDz<T> rows, const GRID_CONSTANT WeightGrad<T> weight, const int row_blocks,
     const int weight_blocks) {
