@@ -31,6 +31,7 @@ ROUNDS = 25
 CUDA, TRITON = "cuda", "triton"
 OVER = ["over triton", "over best peer", "share of cuBLAS"]
 COLUMNS = ["case", "ms, cuda", "ms, triton", "ms, best peer", *OVER, "floors"]
+SQUARE = Workload("square", 16_384, 1, 128, 128, 128, "a case of our own: no published one is as large with O ≥ 128")
 SMALL, LARGE = ("qmix", "tiny", "policy", "synthetic", "mnist", "cifar"), 1 << 34
 
 
@@ -136,7 +137,7 @@ def cases(dtype: torch.dtype) -> Iterator[Callable[[], Case]]:
     yield partial(layer, small[0], dtype)
     for sizes in ((64, 50, 784, 10, 12), (5760, 64, 10, 32, 1), (64, 100, 3072, 10, 12)):
         yield partial(primary, *sizes, dtype)
-    for w in large:
+    for w in (*large, SQUARE):
         yield partial(forward, sized(w), dtype)
         yield partial(layer, sized(w), dtype)
     for w in small[1:]:

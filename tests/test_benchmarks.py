@@ -16,6 +16,7 @@ with pytest.MonkeyPatch.context() as path:  # scripts, which import one another
     path.syspath_prepend(str(ROOT / "benchmarks"))
     import cpu
     import gpu
+    import gpu_cuda
     import peers
     import report
     import resident
@@ -227,3 +228,38 @@ class TestGPU:
     def test_without_a_gpu_it_says_so(self):
         with pytest.raises(SystemExit, match="there is no GPU here"):
             gpu.main([])
+
+
+class TestCUDA:
+    """The script for the CUDA kernels, with a CPU in the GPU's place and other backends in theirs."""
+
+    @pytest.fixture
+    def pretended(self, monkeypatch):
+        monkeypatch.setattr(gpu, "DEVICE", "cpu")
+        monkeypatch.setattr(gpu, "captured", lambda run: run)
+        monkeypatch.setattr(gpu_cuda, "CUDA", "aten")
+        monkeypatch.setattr(gpu_cuda, "TRITON", "materialised")
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+    @pytest.mark.parametrize("kind", ["layer", "forward", "primary"])
+    def test_a_case_is_measured(self, kind, pretended):
+        if kind == "primary":
+            case = gpu_cuda.primary(8, 5, 6, 4, 3, torch.float32)
+        else:
+            case = getattr(gpu_cuda, kind)(TINY, torch.float32)
+        seconds = gpu_cuda.measured(case, timing.clock)
+        assert {"aten", "materialised"} < set(seconds)
+        row = gpu_cuda.cells(case, {**dict.fromkeys(seconds, 6.0), "aten": 2.0, "materialised": 3.0}, 1e12)
+        assert len(row) == len(gpu_cuda.COLUMNS)
+        assert row[4] == "1.50"
+        assert row[5].startswith("3.00")
+
+    def test_the_cases_are_those_with_floors(self):
+        names = [make.func.__name__ for make in gpu_cuda.cases(torch.bfloat16)]
+        assert names[:4] == ["layer", "primary", "primary", "primary"]
+        assert names.count("forward") == 2  # qm9, and the square one
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_without_a_gpu_it_says_so(self):
+        with pytest.raises(SystemExit, match="there is no GPU here"):
+            gpu_cuda.main([])

@@ -217,6 +217,11 @@ def test_why_not_with_another_torch(build):
     assert "built for torch 1.0" in compiled.load("cpu_avx2")
 
 
+def test_why_not_where_one_library_is_missing(build):
+    build(torch=torch.__version__, missing={"cuda": "there is no nvcc"})
+    assert compiled.load("cuda") == "not built: there is no nvcc"
+
+
 def test_why_not_for_another_processor(build):
     build(torch=torch.__version__)
     assert "there is no cpu_vsx" in compiled.load("cpu_vsx")
