@@ -230,6 +230,11 @@ def prepare_all(wanted: list[Workload], dtype: torch.dtype) -> None:
                 print(f"{w.label} was not prepared: {error!r}", flush=True)
 
 
+def as_published(w: Workload) -> Workload:
+    """The workload at its published size, for which a GPU is large enough."""
+    return dataclasses.replace(w, B=w.published or w.B, published=None)
+
+
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -248,8 +253,7 @@ def main(given: list[str] | None = None) -> None:
     until = time.monotonic() + args.budget
     dtype, where = getattr(torch, args.dtype), machine(args.dtype)
     wanted = [w for w in WORKLOADS if args.only is None or args.only.lower() in w.label.lower()]
-    # Those that the floors are about first; at their published sizes, for which a GPU is large enough.
-    wanted = [dataclasses.replace(w, B=w.published or w.B, published=None) for w in wanted]
+    wanted = [as_published(w) for w in wanted]  # those that the floors are about first
     wanted.sort(key=lambda w: (w.N > 1, -w.flops))
     prepare_all(wanted, dtype)
     clock = Clock()

@@ -131,15 +131,14 @@ def cases(dtype: torch.dtype) -> Iterator[Callable[[], Case]]:
     """What is measured, the most telling first."""
     single = [w for w in WORKLOADS if w.N == 1]
     small = [w for w in single if any(name in w.label for name in SMALL)]
-    large = [w for w in single if (w.published or w.B) * w.head >= LARGE]
-    sized = lambda w: w if w.published is None else Workload(**{**vars(w), "B": w.published, "published": None})
+    large = [w for w in map(gpu.as_published, single) if w.B * w.head >= LARGE]
     small.sort(key=lambda w: "mmm2" not in w.label)
     yield partial(layer, small[0], dtype)
     for sizes in ((64, 50, 784, 10, 12), (5760, 64, 10, 32, 1), (64, 100, 3072, 10, 12)):
         yield partial(primary, *sizes, dtype)
     for w in (*large, SQUARE):
-        yield partial(forward, sized(w), dtype)
-        yield partial(layer, sized(w), dtype)
+        yield partial(forward, w, dtype)
+        yield partial(layer, w, dtype)
     for w in small[1:]:
         yield partial(layer, w, dtype)
 

@@ -65,7 +65,7 @@ class DxDzBlock {
   const int inputs;  // of this split, with that of bias
 
   using Z = uint32_t[Shape::NT * 4 / per_word<T>];
-  using Sums = float[Shape::NT][4];                                   // of 16 rows by a tile's row of R
+  using Columns = float[Shape::NT][4];                                // of 16 rows by a tile's row of R
   using G16 = float[2][4];                                            // a pair of eight columns of G
   using Words = uint32_t[Shape::KEEPS_G ? Shape::STEPS_OF_O : 1][4];  // of g
 
@@ -104,7 +104,7 @@ class DxDzBlock {
     for (int k = 0; k < Shape::STAGES - 1; ++k) bring_ahead(k);
 
     Z z;
-    Sums dz, G;
+    Columns dz, G;
     Words g;
     float x[2], next_x[2], dx_of_i[2];
     inputs_of(next_x, at);
@@ -232,7 +232,7 @@ class DxDzBlock {
   }
 
   // dz of a tile's row of R starts anew, and its z is read, as lanes hold columns of G.
-  DEVICE void begin_round(const Piece& at, Z& z, float (&dz)[Shape::NT][4]) const {
+  DEVICE void begin_round(const Piece& at, Z& z, Columns& dz) const {
 #pragma unroll
     for (int nt = 0; nt < Shape::NT; ++nt)
 #pragma unroll
@@ -281,14 +281,14 @@ class DxDzBlock {
       uint32_t words[4];
       right_words_transposed<T>(words, tile, j * per_step<T>, 16 * q, lane);
       Plain<T> left;
-      left.set(g[j], f.tf32);
+      left.set(g[j]);
       left.accumulate(G[0], words[0], words[1], f.tf32);
       left.accumulate(G[1], words[2], words[3], f.tf32);
     }
   }
 
   // All columns of G, a piece of O at a time.
-  DEVICE void multiply_all(Sums& G, const Piece& at, const char* tile, int count) const {
+  DEVICE void multiply_all(Columns& G, const Piece& at, const char* tile, int count) const {
     if (at.o0 == 0)
 #pragma unroll
       for (int nt = 0; nt < Shape::NT; ++nt)
@@ -301,7 +301,7 @@ class DxDzBlock {
       uint32_t words[4];
       Plain<T> left;
       left_words(words, tile_of_g(o), 16 * wm, j % STEPS, lane);
-      left.set(words, f.tf32);
+      left.set(words);
 #pragma unroll
       for (int q = 0; q < Shape::NT / 2; ++q) {
         if (16 * q >= count) break;
@@ -314,7 +314,7 @@ class DxDzBlock {
 
   // Reduce columns 16·q and on of G; of W0, they are a part of dx itself.
   DEVICE void take(
-      const G16& G, int q, const Piece& at, const float (&x)[2], const Z& z, Sums& dz, float (&dx_of_i)[2]) {
+      const G16& G, int q, const Piece& at, const float (&x)[2], const Z& z, Columns& dz, float (&dx_of_i)[2]) {
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -342,7 +342,7 @@ class DxDzBlock {
   }
 
   // dz of the warps of a row comes together, in order, and goes out.
-  DEVICE void end_round(const Piece& at, float (&dz)[Shape::NT][4]) {
+  DEVICE void end_round(const Piece& at, Columns& dz) {
     constexpr int size = Shape::NT * 4 * 32;  // of a warp
     if (wi > 0)
 #pragma unroll

@@ -6,13 +6,13 @@
 namespace fasthyper {
 
 template <class T, int WM, int WK, int MT, int NT>
-KERNEL(32 * WM * WK, (two_at_once<T, WK, NT> ? 2 : 1))
+KERNEL(32 * WM * WK, (FoldShape<T, WM, WK, MT, NT>::AT_ONCE))
 fold(const GRID_CONSTANT Fold<T> f, const int tiles) {
   using Shape = FoldShape<T, WM, WK, MT, NT>;
   FoldBlock<T, Shape, false> block(f, shared_memory(), tiles, block_y() * Shape::BP, block_z());
   const int blocks = cdiv(f.M, Shape::BM);
   for (int m = block_x(); m < blocks; m += blocks_x())
-    block.template run<WM, WK, MT, NT>(m * Shape::BM, m != block_x(), [&](int m, int p, float sum) {
+    block.run(m * Shape::BM, m != block_x(), [&](int m, int p, float sum) {
       if (f.d && block_z() == 0) sum += static_cast<float>(f.d[p * f.d_p]);
       if (f.partial) f.partial[(static_cast<int64_t>(block_z()) * f.M + m) * f.P + p] = sum;
       else f.out[static_cast<int64_t>(m) * f.P + p] = static_cast<T>(sum);

@@ -41,20 +41,19 @@ struct Fold {
   }
 };
 
-template <class T, int WM, int WK, int MT, int NT>
+template <class T, int WM_, int WK_, int MT_, int NT_>
 struct FoldShape {
+  static constexpr int WM = WM_, WK = WK_, MT = MT_, NT = NT_;
   static constexpr int BM = 16 * WM * MT, BP = 8 * NT, THREADS = 32 * WM * WK, TILE = BP * ROW_BYTES, AHEAD = 3;
   static constexpr int SUMS = (WK - 1) * BM * BP * sizeof(float);  // what the other warps of a row hand over
+  static constexpr int AT_ONCE = WK > 1 && NT < 8 ? 2 : 1;         // blocks side by side that a part has registers for
   static int shared_bytes(int tiles) { return tiles * TILE + SUMS; }
 };
-
-// Whether a part has registers for two blocks side by side.
-template <class T, int WK, int NT>
-constexpr bool two_at_once = WK > 1 && NT < 8;
 
 // ACTIVE: whether u may be what an activation makes of the rows that are given.
 template <class T, class Shape, bool ACTIVE>
 class FoldBlock {
+  static constexpr int WM = Shape::WM, WK = Shape::WK, MT = Shape::MT, NT = Shape::NT, J = STEPS / WK;
   const Fold<T>& f;
   char* const memory;
   const int tiles, p0, split, first, last;
@@ -79,11 +78,10 @@ class FoldBlock {
         last(least(f.C, first + f.per_split)) {}
 
   // Rows m0 and on; `store(m, p, value)` gets the sums that are in range. again: for other rows than before.
-  template <int WM, int WK, int MT, int NT, class Store>
+  template <class Store>
   DEVICE void run(int m0, bool again, Store store) {
     const int wm = warp % WM, wk = warp / WM, pieces = f.pieces(first, last, split == 0);
     const bool resident = again && pieces <= tiles;
-    constexpr int J = STEPS / WK;
     float acc[MT][NT][4] = {};
     uint32_t v[J][MT][4], u[J][MT][2], next_u[J][MT][2];
     const T *u_row[MT][2], *v_row[MT][2];
@@ -138,7 +136,7 @@ class FoldBlock {
     };
 
     for (int k = 0; k < Shape::AHEAD && !resident; ++k) bring_next(k, k);
-    multipliers<WK, MT>(next_u, at, u_row, wk);
+    multipliers(next_u, at, u_row, wk);
     int k = 0;
     for (; at.kind == product; ++k) {
       const char* const tile = arrived(k);
@@ -148,27 +146,27 @@ class FoldBlock {
         for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
           for (int h = 0; h < 2; ++h) u[jj][mt][h] = next_u[jj][mt][h];
-      if (at.c0 == first) operands<WK, MT>(v, at, f.v, v_row, f.K, f.v_aligned, wk);
+      if (at.c0 == first) operands(v, at, f.v, v_row, f.K, f.v_aligned, wk);
       const Piece now = at;
       advance(at);
-      multipliers<WK, MT>(next_u, at, u_row, wk);
+      multipliers(next_u, at, u_row, wk);
       accumulate(tile, now, [&](int jj, int mt) {
         Generated<T> left;
-        left.set(v[jj][mt], u[jj][mt][0], u[jj][mt][1], f.tf32);
+        left.set(v[jj][mt], u[jj][mt][0], u[jj][mt][1]);
         return left;
       });
     }
     for (; k < pieces; ++k, advance(at)) {
       const char* const tile = arrived(k);
-      if (at.kind == from_u) operands<WK, MT>(v, at, f.u, u_row, f.C, f.u_aligned, wk);
-      else operands<WK, MT>(v, at, f.v, v_row, f.K, f.v_aligned, wk);
+      if (at.kind == from_u) operands(v, at, f.u, u_row, f.C, f.u_aligned, wk);
+      else operands(v, at, f.v, v_row, f.K, f.v_aligned, wk);
       accumulate(tile, at, [&](int jj, int mt) {
         Plain<T> left;
-        left.set(v[jj][mt], f.tf32);
+        left.set(v[jj][mt]);
         return left;
       });
     }
-    if constexpr (WK > 1) add_warps<WM, WK, MT, NT>(acc, wm, wk);
+    if constexpr (WK > 1) add_warps(acc, wm, wk);
     if (wk > 0) return;
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt)
@@ -217,10 +215,12 @@ class FoldBlock {
     return {f.h + (p0 + slot.row) * f.h_p + c * f.h_c + j, c < at.c0 + f.together ? c : last, f.K - j};
   }
   DEVICE void aim(Source& source, const Piece& next) const {
-    if (next.c0 == first) source = aimed(next);
-    if (next.c0 == first) return;
-    source.from += f.together * f.h_c;
-    source.c += f.together;
+    if (next.c0 == first) {
+      source = aimed(next);
+    } else {
+      source.from += f.together * f.h_c;
+      source.c += f.together;
+    }
   }
 
   DEVICE void bring(const Piece& at, const Source& source, char* tile) const {
@@ -248,11 +248,9 @@ class FoldBlock {
   }
 
   // What rows are multiplied by in each step of a piece: numbers of u.
-  template <int WK, int MT>
-  DEVICE void multipliers(
-      uint32_t (&u)[STEPS / WK][MT][2], const Piece& at, const T* const (&u_row)[MT][2], int wk) const {
+  DEVICE void multipliers(uint32_t (&u)[J][MT][2], const Piece& at, const T* const (&u_row)[MT][2], int wk) const {
 #pragma unroll
-    for (int jj = 0; jj < STEPS / WK; ++jj) {
+    for (int jj = 0; jj < J; ++jj) {
       const int64_t at_c = least(which_c(at, jj * WK + wk), last - 1) * f.u.step;  // beyond it the step is left out
 #pragma unroll
       for (int mt = 0; mt < MT; ++mt)
@@ -267,12 +265,11 @@ class FoldBlock {
   }
 
   // The words of each step of a piece, of rows of `of`, `limit` numbers each.
-  template <int WK, int MT>
   DEVICE void operands(
-      uint32_t (&words)[STEPS / WK][MT][4], const Piece& at, const Rows<T>& of, const T* const (&row)[MT][2], int limit,
+      uint32_t (&words)[J][MT][4], const Piece& at, const Rows<T>& of, const T* const (&row)[MT][2], int limit,
       bool aligned, int wk) const {
 #pragma unroll
-    for (int jj = 0; jj < STEPS / WK; ++jj)
+    for (int jj = 0; jj < J; ++jj)
 #pragma unroll
       for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
@@ -290,7 +287,6 @@ class FoldBlock {
   }
 
   // The sums of the warps of a row come together, in order.
-  template <int WM, int WK, int MT, int NT>
   DEVICE void add_warps(float (&acc)[MT][NT][4], int wm, int wk) {
     float* const sums = reinterpret_cast<float*>(memory + tiles * Shape::TILE);
     constexpr int size = MT * NT * 4 * 32;  // of a warp

@@ -63,7 +63,7 @@ DEVICE void split(float v, uint32_t& high, uint32_t& low) {
 template <class T>
 struct Plain {
   uint32_t a[4];
-  DEVICE void set(const uint32_t (&v)[4], bool) {
+  DEVICE void set(const uint32_t (&v)[4]) {
     for (int q = 0; q < 4; ++q) a[q] = v[q];
   }
   DEVICE void accumulate(float (&d)[4], uint32_t b0, uint32_t b1, bool) const { mma(d, a, b0, b1, T{}); }
@@ -72,7 +72,7 @@ struct Plain {
 template <>
 struct Plain<float> {
   uint32_t high[4], low[4];
-  DEVICE void set(const uint32_t (&v)[4], bool) {
+  DEVICE void set(const uint32_t (&v)[4]) {
     for (int q = 0; q < 4; ++q) fasthyper::split(number(v[q]), high[q], low[q]);
   }
   // Three products of ten bits give twenty; allowed TF32, one does. Matrix units cut off what a sum is too large for,
@@ -93,16 +93,13 @@ struct Plain<float> {
 template <class T>
 struct Generated : Plain<T> {
   // u0 and u1 in each half of their words: what rows lane/4 and lane/4 + 8 are multiplied by.
-  DEVICE void set(const uint32_t (&v)[4], uint32_t u0, uint32_t u1, bool tf32) {
-    uint32_t product[4];
-    for (int q = 0; q < 4; ++q) product[q] = times(v[q], q & 1 ? u1 : u0, T{});
-    Plain<T>::set(product, tf32);
-  }
+  DEVICE void set(const uint32_t (&v)[4], uint32_t u0, uint32_t u1) { set(v, {u0, u1, u0, u1}); }
   // The same for columns: what words lane%4 and lane%4 + 4 are multiplied by.
-  DEVICE void set_columns(const uint32_t (&v)[4], uint32_t u0, uint32_t u1, bool tf32) {
+  DEVICE void set_columns(const uint32_t (&v)[4], uint32_t u0, uint32_t u1) { set(v, {u0, u0, u1, u1}); }
+  DEVICE void set(const uint32_t (&v)[4], const uint32_t (&u)[4]) {
     uint32_t product[4];
-    for (int q = 0; q < 4; ++q) product[q] = times(v[q], q >> 1 ? u1 : u0, T{});
-    Plain<T>::set(product, tf32);
+    for (int q = 0; q < 4; ++q) product[q] = times(v[q], u[q], T{});
+    Plain<T>::set(product);
   }
 };
 
@@ -111,8 +108,8 @@ struct Generated : Plain<T> {
 template <>
 struct Generated<float16> {
   uint32_t a[2][4];
-  DEVICE void set(const uint32_t (&v)[4], uint32_t u0, uint32_t u1, bool) { set(v, {u0, u1, u0, u1}); }
-  DEVICE void set_columns(const uint32_t (&v)[4], uint32_t u0, uint32_t u1, bool) { set(v, {u0, u0, u1, u1}); }
+  DEVICE void set(const uint32_t (&v)[4], uint32_t u0, uint32_t u1) { set(v, {u0, u1, u0, u1}); }
+  DEVICE void set_columns(const uint32_t (&v)[4], uint32_t u0, uint32_t u1) { set(v, {u0, u0, u1, u1}); }
   DEVICE void set(const uint32_t (&v)[4], const uint32_t (&u)[4]) {
     for (int q = 0; q < 4; ++q)
       for (int h = 0; h < 2; ++h) a[h][q] = to_tf32(half_of(v[q], h, float16{}) * half_of(u[q], h, float16{}));

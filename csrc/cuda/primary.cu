@@ -26,25 +26,24 @@ DEVICE void add_parts(const Fold<T>& f, int m0, int rows, int threads) {
   }
 }
 
-template <class T, class Shape, bool ACTIVE, int NT>
+template <class T, class Shape, bool ACTIVE>
 DEVICE void layer(const Fold<T>& f, int m0, int tiles) {
   for (int p0 = 0; p0 < f.P; p0 += Shape::BP)
-    FoldBlock<T, Shape, ACTIVE>(f, shared_memory(), tiles, p0, 0)
-        .template run<2, 4, 1, NT>(m0, false, [&](int m, int p, float sum) {
-          if (f.d) sum += static_cast<float>(f.d[p * f.d_p]);
-          f.out[static_cast<int64_t>(m) * f.P + p] = static_cast<T>(sum);
-        });
+    FoldBlock<T, Shape, ACTIVE>(f, shared_memory(), tiles, p0, 0).run(m0, false, [&](int m, int p, float sum) {
+      if (f.d) sum += static_cast<float>(f.d[p * f.d_p]);
+      f.out[static_cast<int64_t>(m) * f.P + p] = static_cast<T>(sum);
+    });
 }
 
 template <class T, int NT>
-KERNEL(256, (two_at_once<T, 4, NT> ? 2 : 1))
+KERNEL(256, (FoldShape<T, 2, 4, 1, NT>::AT_ONCE))
 primary(const GRID_CONSTANT Fold<T> first, const GRID_CONSTANT Fold<T> second, const int tiles) {
   using Shape = FoldShape<T, 2, 4, 1, NT>;
   const int m0 = block_x() * Shape::BM;
   if (first.partial) add_parts(first, m0, Shape::BM, Shape::THREADS);
-  else layer<T, Shape, false, NT>(first, m0, tiles);
+  else layer<T, Shape, false>(first, m0, tiles);
   sync();  // the second reads what the first wrote
-  layer<T, Shape, true, NT>(second, m0, tiles);
+  layer<T, Shape, true>(second, m0, tiles);
 }
 
 template <class T, int NT>

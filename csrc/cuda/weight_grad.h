@@ -136,7 +136,7 @@ class WeightGradBlock {
         } else {
           left_words_transposed<T>(z, stage, m, r_here + 16 * mt, lane);
         }
-        left[mt].set_columns(z, x0, x1, f.tf32);
+        left[mt].set_columns(z, x0, x1);
       }
 #pragma unroll
       for (int q = 0; q < Shape::NT / 2; ++q) {

@@ -21,7 +21,6 @@ from .. import aten, triton
 from . import launch, primaries
 from .device import Device
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REMARK = "only use_backend takes it: its kernels have never run on a GPU, they are proven by an emulator"
 """What `fasthyper info` says of it."""
 
@@ -58,7 +57,7 @@ def _others() -> ModuleType:
 
 def _ours(op: str, x: Tensor, R: int, O: int, schedule: str, needs: tuple[bool, bool, bool] = (True,) * 3) -> bool:
     """Whether a call is folded, which these kernels do."""
-    if x.dtype not in DTYPES or 0 in (*x.shape, R, O) or x.shape[0] * x.shape[1] >= 1 << 31:
+    if not triton.takes(x, R, O):
         return False
     problem = Problem.of(op, x, R, O, needs, "cuda")._replace(device="cuda")  # under the emulator, too
     return planner.plan(problem, schedule).schedule == "fold"

@@ -42,8 +42,3 @@ def _device(index: int) -> Device:
         hopper,
         torch.ops.fasthyper_cuda,
     )
-
-
-def allows_tf32() -> bool:
-    """Whether torch may round operands of float32 products to TF32."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"

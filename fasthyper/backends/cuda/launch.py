@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ... import planner
-from .device import Device, allows_tf32
+from ..triton.device import allows_tf32
+from .device import Device
 
 _ROWS, _WIDE_ROWS = 32, 128  # of a block of the two shapes: csrc/cuda/kernels.h
 _DEEP = 64  # O from which on a block of few rows does not keep g

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from ... import planner
-from .device import Device, allows_tf32
+from ..triton import DTYPES
+from ..triton.device import allows_tf32
+from .device import Device
 from .launch import GradsLaunch, cdiv, fold_launch, grads_launch, parts_of, room
 
 ACTIVATIONS = {"relu": 1, "tanh": 2, "sigmoid": 3, "silu": 4, "gelu": 5}
 """Their numbers in csrc/cuda/activation.h."""
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_HIDDEN = 64
 """J and O up to which a block takes its rows through both layers at once."""
 
@@ -48,8 +49,6 @@ def _launches(
         return None
     one = grads_launch(B, N, R, I, J, dtype, mask[:6], dev)
     two = grads_launch(B, N, R, J, O, dtype, (True, mask[1], *mask[6:]), dev)
-    if one is None or two is None or two.inputs < J:
-        two = None if two is None else two._replace(inputs=J)
     if one is None or two is None or dev.ops.grads_shared(O, J, dtype.itemsize, True, False) > dev.shared:
         return None
     if dev.ops.grads_shared(J, one.inputs, dtype.itemsize, mask[0], False) > dev.shared:

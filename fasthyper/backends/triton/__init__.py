@@ -53,11 +53,16 @@ def _kernels() -> Any:
     return importlib.import_module(f"{__name__}.run")
 
 
+def takes(x: Tensor, R: int, O: int) -> bool:
+    """Whether a call is of the dtypes and sizes that kernels for GPUs have, these and those of `cuda`."""
+    return x.dtype in DTYPES and 0 not in (*x.shape, R, O) and x.shape[0] * x.shape[1] < 1 << 31
+
+
 def _schedule(
     op: str, x: Tensor, R: int, O: int, schedule: str, needs: tuple[bool, bool, bool] = (True,) * 3
 ) -> tuple[str, bool]:
     """The schedule of a call, and whether these kernels run it; else `aten` does."""
-    if x.dtype not in DTYPES or 0 in (*x.shape, R, O) or x.shape[0] * x.shape[1] >= 1 << 31 or not any(needs):
+    if not takes(x, R, O) or not any(needs):
         return schedule, False
     problem = Problem.of(op, x, R, O, needs, "triton")._replace(device="cuda")  # under the interpreter, too
     schedule = planner.plan(problem, schedule).schedule
