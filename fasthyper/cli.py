@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
-from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import (  # noqa: E402
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
@@ -39,53 +38,73 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Weights generated per instance, without ever writing them out.",
 )
-compare = typer.Typer(no_args_is_help=True, help="Compare hypernetworks with the embedding method.")
-app.add_typer(compare, name="compare")
 
 
-@compare.callback()
-def _compare() -> None:
-    """Keep `rotation` a command by name even while it is the only one."""
-
-
-@compare.command()
-def rotation(
-    data: Annotated[str, typer.Option(help="digits, mnist or cifar10.")] = "digits",
+@app.command()
+def compare(
+    name: Annotated[str, typer.Argument(help="An experiment, `all` of them, or `list`.")],
+    preset: Annotated[str, typer.Option(help="quick: minutes on two cores; paper: the full protocol.")] = "quick",
+    data: Annotated[str | None, typer.Option(help="The data set; the default needs no network.")] = None,
     data_home: Annotated[str | None, typer.Option(help="Folder of scikit-learn's downloads.")] = None,
-    depths: Annotated[str | None, typer.Option(help="Layers of f and e, as 2-9 or 2,4,8.")] = None,
+    studies: Annotated[str | None, typer.Option(help="Some of its figures, as depth,rate.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Some of the methods, as hypernetwork,film.")] = None,
+    depths: Annotated[str | None, typer.Option(help="Layers of f and e, as 2-9 or 2,4,8; this figure alone.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Repetitions of each run.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of SGD.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training examples.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     width: Annotated[int | None, typer.Option(help="Hidden units of f and e.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images in a training batch.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples in a training batch.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    out: Annotated[str, typer.Option(help="Folder for runs, table, picture and report.")] = "results/rotation",
+    workers: Annotated[int | None, typer.Option(help="Processes; one a core, or a GPU, unless given.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder for runs, table and report; results/NAME.")] = None,
 ) -> None:
-    """By how much was an image turned? Galanti and Wolf, NeurIPS 2020. What is not given depends on the data.
+    """Compare hypernetworks with other ways to condition a network. Galanti and Wolf, NeurIPS 2020, and beyond.
 
-    Stopped and started again, it goes on where it was.
+    Stopped and started again, it goes on where it was. Under torchrun, its processes share the runs.
     """
-    _require("sklearn", "numpy", "scipy", "matplotlib", "pandas")
-    from fasthyper.experiments import ROTATION, Comparison
+    _require("sklearn", "numpy", "scipy", "matplotlib", "pandas", "jinja2")
+    from fasthyper.experiments import EXPERIMENTS, Comparison
     from fasthyper.experiments.files import check_writable
-    from fasthyper.experiments.runner import FILES
 
+    if name == "list":
+        for experiment in EXPERIMENTS.values():
+            typer.echo(f"{experiment.name:<14}{experiment.title} ({', '.join(experiment.data)})")
+        return
+    if name not in EXPERIMENTS and name != "all":
+        _fail(ValueError(f"name: {name!r} is not an experiment; known are all, {', '.join(EXPERIMENTS)}"))
+    if name == "all" and (data or studies or depths):
+        _fail(ValueError("data, studies and depths: of one experiment, not of all"))
+    folder = Path(out or ("results" if name == "all" else f"results/{name}"))
     try:
-        comparison = Comparison.of(
-            ROTATION,
-            data,
-            depths=depths,
-            seeds=seeds,
-            epochs=epochs,
-            lr=lr,
-            width=width,
-            batch_size=batch_size,
-            device=device,
-        )
-        check_writable(out, *FILES)
+        chosen = {
+            one: Comparison.of(
+                EXPERIMENTS[one],
+                data,
+                preset=preset,
+                studies=_listed(studies),
+                methods=_listed(methods),
+                depths=depths,
+                seeds=seeds,
+                device=device,
+                epochs=epochs,
+                lr=lr,
+                width=width,
+                batch_size=batch_size,
+            )
+            for one in (EXPERIMENTS if name == "all" else [name])
+        }
+        check_writable(folder)
     except ValueError as error:
         _fail(error)
-    _run(comparison, Path(out), data_home)
+    if name != "all":
+        _run(chosen[name], folder, data_home, workers)
+        return
+    from fasthyper.experiments.report import write_gathered
+
+    summaries = [_run(comparison, folder / one, data_home, workers) for one, comparison in chosen.items()]
+    if int(os.environ.get("RANK", "0")) == 0:
+        write_gathered(summaries, folder)
+        typer.echo(f"All of them: {folder / 'report.html'}")
 
 
 @app.command()
@@ -124,64 +143,79 @@ def info() -> None:
     typer.echo(info.report())
 
 
-def _run(comparison: Comparison, out: Path, data_home: str | None) -> None:
+def _listed(text: str | None) -> list[str] | None:
+    return None if text is None else [part.strip() for part in text.split(",")]
+
+
+def _run(comparison: Comparison, out: Path, data_home: str | None, workers: int | None) -> Summary:
     from fasthyper.experiments import DatasetUnavailable, run_comparison
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=120)  # a log has no width of its own, and the table needs this much
-    columns = (
+        console = Console(width=120)  # a log has no width of its own
+    # Runs differ in speed: estimate the time left over several of them.
+    bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("epochs,"),
+        TextColumn("{task.completed:.0f}/{task.total} runs,"),
         TimeElapsedColumn(),
         TextColumn("gone,"),
         TimeRemainingColumn(),
         TextColumn("left"),
+        console=console,
+        speed_estimate_period=120,
     )
-    # Runs differ in speed: estimate the time left over several of them.
-    bar = Progress(*columns, console=console, speed_estimate_period=120)
 
-    def progress(done: int, total: int, run: str) -> None:
+    def progress(done: float, total: int, run: str) -> None:
         if not bar.tasks:
-            bar.add_task(run, total=total)
+            bar.add_task(comparison.experiment.name, total=total)
             bar.start()
-        bar.update(bar.task_ids[0], completed=done, description=run)
+        bar.update(bar.task_ids[0], completed=done, description=f"{comparison.experiment.name}: {run}")
 
     def notify(problem: str) -> None:
         typer.echo(f"warning: {problem}", err=True)
 
     try:
         try:
-            summary = run_comparison(comparison, out, data_home=data_home, progress=progress, notify=notify)
+            summary = run_comparison(
+                comparison, out, data_home=data_home, workers=workers, progress=progress, notify=notify
+            )
         finally:
             if bar.tasks:
                 bar.stop()
     except DatasetUnavailable as error:
         _fail(error, code=1)
+    except ValueError as error:
+        _fail(error)
     except KeyboardInterrupt:
         typer.echo(f"stopped: finished runs are kept in {out}; the same command goes on from there", err=True)
         raise typer.Exit(130) from None
-    _print(console, summary, out)
+    if int(os.environ.get("RANK", "0")) == 0:
+        _print(console, summary, out)
+    return summary
 
 
 def _print(console: Console, summary: Summary, out: Path) -> None:
-    from fasthyper.experiments.report import COLUMNS, table
+    from fasthyper.experiments.report import measured_text, value_text
 
-    # To fit the 80 columns of a terminal: headings in short lines, a method's formula only in the report.
-    title = f"\n{summary.comparison.experiment.title}, {summary.comparison.data}"
-    view = Table(box=None, pad_edge=False, padding=(0, 2 if console.width >= 110 else 1, 0, 0), title=title)
-    for number, column in enumerate(COLUMNS):
-        heading = column if console.width >= 110 else fill(column, 9)
-        view.add_column(heading, justify="right" if number else "left", no_wrap=True)
-    for cells in table(summary):
-        view.add_row(cells[0].split()[0], *cells[1:])
-    console.print(view)
+    for results in summary.results:
+        study = results.study
+        measure = study.measure.label + (" (%)" if study.measure.percent else "")
+        title = f"\n{summary.comparison.experiment.title}, {summary.comparison.data}: {measure}"
+        view = Table(box=None, pad_edge=False, title=title)
+        view.add_column(study.axis.field)
+        by_line: dict[str, list[str]] = {}
+        for row in results.rows():
+            by_line.setdefault(row.line.label, []).append(measured_text(results, row))
+        for value in study.values:
+            view.add_column(value_text(value), justify="right")
+        for label, cells in by_line.items():
+            view.add_row(label, *cells)
+        console.print(view)
     console.print()
-    for finding in summary.findings:
-        console.print(f"{finding.claim}: {finding.verdict}", highlight=False)
-    console.print(f"Report: {out / 'report.md'}", highlight=False, soft_wrap=True)
+    for study, finding in summary.findings:
+        console.print(f"{study.name}: {finding.claim} ({finding.whose}): {finding.verdict}", highlight=False)
+    console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def _fail(error: Exception, code: int = 2) -> NoReturn:

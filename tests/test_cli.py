@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from urllib.error import URLError
 
 import pytest
@@ -13,34 +15,40 @@ from typer.testing import CliRunner
 
 from fasthyper import cli, experiments
 
-FAST = ["--depths", "2", "--seeds", "2", "--epochs", "1", "--width", "8", "--device", "cpu"]
+FAST = ["--depths", "2", "--seeds", "2", "--epochs", "1", "--width", "8", "--device", "cpu", "--workers", "1"]
+FAST += ["--methods", "hypernetwork,embedding"]
+FILES = ["report.html", "runs.jsonl", "summary.csv"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Sweeps that leave the machine's other cores to others."""
+    monkeypatch.setattr("fasthyper.experiments.runner._cores", lambda: 1)
 
 
 def call(*arguments):
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
 
 
-def test_compare_ends_with_a_table_and_a_report(tmp_path):
+def test_compare_ends_with_a_table_the_findings_and_a_report(tmp_path):
     result = call("compare", "rotation", *FAST, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
-    for text in (
-        "N_f or N_e",
-        "N_g or N_q",
-        "peak temporary memory",
-        "hypernetwork",
-        "embedding",
-        "±",
-    ):
-        assert text in result.output
-    assert "4/4 epochs" in result.output
-    assert f"Report: {tmp_path / 'out' / 'report.md'}" in result.output
-    assert sorted(os.listdir(tmp_path / "out")) == ["errors.png", "report.md", "runs.jsonl", "summary.csv"]
+    lines = [line.strip() for line in result.output.splitlines()]
+    assert "Rotation prediction, digits: test error (%)" in lines
+    for label in ("hypernetwork g(x; f(I))", "embedding q(x, e(I))", "guessing"):
+        (row,) = [line for line in lines if line.startswith(label)]
+        assert re.search(r"\d+\.\d \[-?\d+\.\d, \d+\.\d\]$", row)
+    assert any(line.startswith("depth: The hypernetwork wins by a wide margin (the paper): ") for line in lines)
+    assert "4/4 runs" in result.output
+    assert f"Report: {tmp_path / 'out' / 'report.html'}" in lines
+    assert sorted(os.listdir(tmp_path / "out")) == FILES
     again = call("compare", "rotation", *FAST, "--out", tmp_path / "out")
     assert again.exit_code == 0
-    assert "epochs" not in again.output
+    assert "runs," not in again.output
 
 
-def test_a_torn_line_is_a_warning(tmp_path):
+def test_a_torn_line_is_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr("fasthyper.experiments.report.figure_png", lambda results: b"a figure")
     call("compare", "rotation", *FAST, "--out", tmp_path)
     with (tmp_path / "runs.jsonl").open("ab") as file:
         file.write(b'{"config": {"exp')
@@ -49,10 +57,94 @@ def test_a_torn_line_is_a_warning(tmp_path):
     assert f"warning: {tmp_path / 'runs.jsonl'}, line 5: is torn" in result.stderr
 
 
+def test_all_experiments_and_one_report_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("fasthyper.experiments.report.figure_png", lambda results: b"a figure")
+    rotation = experiments.ROTATION
+    studies = lambda preset, data: tuple(s for s in rotation.studies(preset, data) if s.name == "rate")
+    two = {name: replace(rotation, name=name, title=f"The {name}", studies=studies) for name in ("first", "second")}
+    monkeypatch.setattr(experiments, "EXPERIMENTS", two)
+    settings = ["--seeds", "1", "--epochs", "1", "--width", "4", "--device", "cpu", "--workers", "1"]
+    result = call("compare", "all", *settings, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert sorted(os.listdir(tmp_path)) == ["first", "report.html", "second"]
+    for name in two:
+        assert sorted(os.listdir(tmp_path / name)) == FILES
+    page = (tmp_path / "report.html").read_text()
+    assert "The first" in page
+    assert "The second" in page
+    assert result.output.rstrip().endswith(f"All of them: {tmp_path / 'report.html'}")
+
+
+def test_the_list_of_experiments():
+    result = call("compare", "list")
+    assert result.exit_code == 0
+    names = [line.split()[0] for line in result.output.splitlines()]
+    assert names == list(experiments.EXPERIMENTS)
+    assert "Rotation prediction (digits, mnist, cifar10)" in result.output
+
+
+def test_options_reach_the_comparison(tmp_path, monkeypatch):
+    asked = []
+
+    def run(comparison, out, **options):
+        asked.append((comparison, out, options))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(experiments, "run_comparison", run)
+    given = [
+        "--data",
+        "mnist",
+        "--preset",
+        "paper",
+        "--studies",
+        "depth, rate",
+        "--methods",
+        "embedding",
+        "--seeds",
+        "3",
+    ]
+    given += [
+        "--epochs",
+        "2",
+        "--lr",
+        "0.5",
+        "--width",
+        "7",
+        "--batch-size",
+        "9",
+        "--workers",
+        "5",
+        "--data-home",
+        "home",
+    ]
+    result = call("compare", "rotation", *given, "--device", "cpu", "--out", tmp_path / "out")
+    assert (result.exit_code, result.stderr) == (2, "error: enough\n")
+    ((comparison, out, options),) = asked
+    assert (comparison.data, comparison.preset, comparison.device) == ("mnist", "paper", "cpu")
+    assert [study.name for study in comparison.studies] == ["depth", "rate"]
+    for study in comparison.studies:
+        assert (study.methods, study.seeds) == (("embedding",), 3)
+        setting = study.setting
+        assert (setting.epochs, setting.width, setting.batch_size) == (2, 7, 9)
+    assert comparison.studies[0].setting.lr == 0.5
+    assert (out, options["data_home"], options["workers"]) == (tmp_path / "out", "home", 5)
+
+
+@pytest.mark.parametrize("option", ["--data=digits", "--studies=depth", "--depths=2"])
+def test_all_takes_no_options_of_one_experiment(option, tmp_path):
+    result = call("compare", "all", option, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert result.stderr == "error: data, studies and depths: of one experiment, not of all\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
         (["--data", "svhn"], "data"),
+        (["--preset", "slow"], "preset"),
+        (["--studies", "height"], "studies"),
+        (["--methods", "hypernetwork,magic"], "methods"),
         (["--depths", "9-2"], "depths"),
         (["--depths", "1"], "depths"),
         (["--depths", "two"], "depths"),
@@ -64,6 +156,7 @@ def test_a_torn_line_is_a_warning(tmp_path):
         (["--batch-size", "0"], "batch_size"),
         (["--device", "tpu"], "device"),
         (["--device", "cuda"], "device"),
+        (["--workers", "0"], "workers"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, arguments, name):
@@ -106,6 +199,12 @@ def test_stopped_by_hand_it_says_how_to_go_on(tmp_path, monkeypatch):
     result = call("compare", "rotation", *FAST, "--out", tmp_path)
     assert result.exit_code == 130
     assert f"finished runs are kept in {tmp_path}; the same command goes on" in result.stderr
+
+
+def test_an_unknown_experiment_lists_the_known_ones():
+    result = call("compare", "magic")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: name: 'magic' is not an experiment; known are all, rotation")
 
 
 def test_python_m_fasthyper_is_the_command():

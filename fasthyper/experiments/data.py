@@ -1,4 +1,4 @@
-"""The images: digits, which come with scikit-learn, and MNIST and CIFAR10, which it fetches from OpenML."""
+"""The images: digits and two photographs, which come with scikit-learn, and others, which it fetches from OpenML."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ class Images:
     size: int
     train: int
     test: int
+    pixel_max: int
+    """The value of white."""
     openml: tuple[str, int] | None = None
     """OpenML's name and number; None for what comes with scikit-learn. Always version 1."""
 
@@ -44,9 +46,10 @@ class Images:
 
 
 IMAGES: Mapping[str, Images] = {
-    "digits": Images(channels=1, size=8, train=1500, test=297),
-    "mnist": Images(channels=1, size=28, train=60_000, test=10_000, openml=("mnist_784", 554)),
-    "cifar10": Images(channels=3, size=32, train=50_000, test=10_000, openml=("CIFAR_10", 40927)),
+    "digits": Images(channels=1, size=8, train=1500, test=297, pixel_max=16),
+    "mnist": Images(channels=1, size=28, train=60_000, test=10_000, pixel_max=255, openml=("mnist_784", 554)),
+    "fashion": Images(channels=1, size=28, train=60_000, test=10_000, pixel_max=255, openml=("Fashion-MNIST", 40996)),
+    "cifar10": Images(channels=3, size=32, train=50_000, test=10_000, pixel_max=255, openml=("CIFAR_10", 40927)),
 }
 
 
@@ -54,7 +57,7 @@ def load_images(name: str, data_home: str | os.PathLike[str] | None = None) -> S
     """Load the images of a data set; the first `train` ones are for training, as their publishers split them.
 
     Args:
-        name: `"digits"`, `"mnist"` or `"cifar10"`.
+        name: `"digits"`, `"mnist"`, `"fashion"` or `"cifar10"`.
         data_home: the folder in which scikit-learn keeps what it fetched; its own default when None.
 
     Raises:
@@ -66,24 +69,69 @@ def load_images(name: str, data_home: str | os.PathLike[str] | None = None) -> S
         >>> train.shape, test.shape, train.dtype
         (torch.Size([1500, 1, 8, 8]), torch.Size([297, 1, 8, 8]), torch.uint8)
     """
-    if name not in IMAGES:
-        raise ValueError(f"data: {name!r} is not a known data set; known are {', '.join(IMAGES)}")
-    images = IMAGES[name]
-    values = _digits() if images.openml is None else _fetch(name, images, data_home)
-    expected = (images.train + images.test, images.pixels)
-    if values.shape != expected:
-        raise DatasetUnavailable(f"data: {name} has shape {tuple(values.shape)} where {expected} was expected")
+    images = _known(name)
+    values, _ = _stored(name, images, data_home)
     pixels = torch.as_tensor(values, dtype=torch.uint8).view(-1, images.channels, images.size, images.size)
     return Splits(pixels[: images.train], pixels[images.train :])
 
 
-def _digits() -> Any:
+def load_labels(name: str, data_home: str | os.PathLike[str] | None = None) -> Splits:
+    """Load what the images show, `(n,)`, int64 from 0 to 9; arguments and errors as for `load_images`.
+
+    Example:
+        >>> load_labels("digits").train[:4]
+        tensor([0, 1, 2, 3])
+    """
+    images = _known(name)
+    _, labels = _stored(name, images, data_home)
+    classes = torch.as_tensor([int(label) for label in labels])
+    return Splits(classes[: images.train], classes[images.train :])
+
+
+def load_patches(size: int) -> Splits:
+    """Load squares, without overlap, of the two photographs that come with scikit-learn; a quarter is for testing.
+
+    Returns:
+        `(n, 3, size, size)`, uint8, in an order drawn by lot, the same at every call.
+
+    Example:
+        >>> train, test = load_patches(16)
+        >>> train.shape, test.shape
+        (torch.Size([1560, 3, 16, 16]), torch.Size([520, 3, 16, 16]))
+    """
+    from sklearn.datasets import load_sample_images
+
+    photographs = torch.stack([torch.tensor(image) for image in load_sample_images().images]).movedim(3, 1)
+    squares = photographs.unfold(2, size, size).unfold(3, size, size)  # (photographs, 3, rows, columns, size, size)
+    squares = squares.movedim(1, 3).flatten(0, 2).contiguous()
+    squares = squares[torch.randperm(len(squares), generator=torch.Generator().manual_seed(0))]
+    train = len(squares) * 3 // 4
+    return Splits(squares[:train], squares[train:])
+
+
+def _known(name: str) -> Images:
+    if name not in IMAGES:
+        raise ValueError(f"data: {name!r} is not a known data set; known are {', '.join(IMAGES)}")
+    return IMAGES[name]
+
+
+def _stored(name: str, images: Images, data_home: str | os.PathLike[str] | None) -> tuple[Any, Any]:
+    """Pixels, `(n, pixels)`, and classes, `(n,)`, as their publishers store them."""
+    values, labels = _digits() if images.openml is None else _fetch(name, images, data_home)
+    expected = (images.train + images.test, images.pixels)
+    if values.shape != expected:
+        raise DatasetUnavailable(f"data: {name} has shape {tuple(values.shape)} where {expected} was expected")
+    return values, labels
+
+
+def _digits() -> tuple[Any, Any]:
     from sklearn.datasets import load_digits
 
-    return load_digits().data.astype("uint8")
+    digits = load_digits()
+    return digits.data.astype("uint8"), digits.target
 
 
-def _fetch(name: str, images: Images, data_home: str | os.PathLike[str] | None) -> Any:
+def _fetch(name: str, images: Images, data_home: str | os.PathLike[str] | None) -> tuple[Any, Any]:
     from sklearn.datasets import fetch_openml
 
     assert images.openml is not None
@@ -97,7 +145,8 @@ def _fetch(name: str, images: Images, data_home: str | os.PathLike[str] | None) 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns at every attempt; the one error below says it all
-            return fetch_openml(openml, version=1, data_home=str(home), **options).data.astype("uint8")
+            fetched = fetch_openml(openml, version=1, data_home=str(home), **options)
+            return fetched.data.astype("uint8"), fetched.target
     except Exception as error:  # no network, no such server, a page for a file, a damaged cache: all sorts
         # A fetch in vain leaves the folders of its cache, empty.
         remove_empty(Path(folder) for folder, _, _ in os.walk(home / "openml", topdown=False))

@@ -1,24 +1,22 @@
-"""A comparison as data: the experiment (what is compared), the sweep (how much), the run (one point)."""
+"""The vocabulary in which an experiment is declared: its settings, its studies, its task, one run of it."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fasthyper.experiments.data import Splits
-from fasthyper.nn import EmbeddingNetwork, Hypernetwork
+from fasthyper.experiments.methods import ACTIVATIONS, METHODS, Architecture
 
-Model: TypeAlias = Hypernetwork | EmbeddingNetwork
+if TYPE_CHECKING:
+    from fasthyper.experiments.claims import Claim
 
-HYPERNETWORK = "hypernetwork"
-EMBEDDING = "embedding"
-METHODS = (HYPERNETWORK, EMBEDDING)
+OPTIMIZERS = ("sgd", "adam", "adadelta")
+SCHEDULES = ("constant", "cosine")
 
 
 class Batch(NamedTuple):
@@ -30,19 +28,141 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Defaults:
-    """How an experiment is run on one data set unless asked otherwise."""
+class Examples:
+    """Examples numbered from 0: `draw` makes a batch of some, anew at every access, with a generator on the CPU."""
 
-    depths: tuple[int, ...]
-    seeds: int
+    count: int
+    draw: Callable[[Tensor, torch.Generator], Batch]
+
+    @classmethod
+    def of(cls, x: Tensor, cond: Tensor, target: Tensor) -> Examples:
+        """Examples that are always the same: the rows of these tensors."""
+
+        def draw(chosen: Tensor, generator: torch.Generator) -> Batch:
+            chosen = chosen.to(x.device)
+            return Batch(x[chosen], cond[chosen], target[chosen])
+
+        return cls(len(x), draw)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one run learns: its examples, its loss, and what is measured on each test example."""
+
+    train: Examples
+    test: Examples
+    loss: Callable[[Tensor, Tensor], Tensor]
+    """Of outputs and targets, one number."""
+    measure: Callable[[Tensor, Tensor], Mapping[str, Tensor]]
+    """Of outputs and targets, by name; one number for each example, averaged over the test examples."""
+    levels: Mapping[str, float] = field(default_factory=dict)
+    """What to measure against, by name: of a predictor that sees less, say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What decides a run beside the method and the seed. An experiment's own adds to it.
+
+    Raises:
+        ValueError: a count below 1, a depth below 2, a rate that is not finite and positive, an unknown name.
+    """
+
     epochs: int
     lr: float
-    width: int
     batch_size: int
-    setting: Any
-    """A frozen dataclass of JSON values: the experiment's own choices for this data set."""
-    threads: int | None = None
-    """CPU threads of torch; None leaves torch's own number. Small models are faster on one."""
+    optimizer: str = "sgd"
+    momentum: float = 0.0
+    """Of SGD alone."""
+    schedule: str = "constant"
+    """Of the learning rate: it stays, or falls to 0 along a cosine."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        for name, value in asdict(self).items():
+            least = 2 if name == "depth" else 1
+            if is_integer(value) and value < least:
+                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+            if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}: expected a finite number that is not negative, got {value!r}")
+        if self.lr <= 0:
+            raise ValueError(f"lr: expected a positive finite number, got {self.lr!r}")
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("activation", tuple(ACTIVATIONS))):
+            if getattr(self, name, known[0]) not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What a study varies: a field of its setting."""
+
+    field: str
+    label: str
+    log: bool = False
+    """Values are spaced by ratios: a trend is per doubling."""
+    count: str | None = None
+    """Drawn and fitted over this count of parameters of each run ("primary_parameters", "trainable_parameters")."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is compared: a name that `Task.measure` or `Task.levels` gives, less being better."""
+
+    name: str
+    label: str
+    log: bool = False
+    """Compared by ratios, with geometric means; else by differences."""
+    percent: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a figure: what one method's runs measured."""
+
+    method: str
+    measure: str
+    label: str
+    dashed: bool = False
+
+    @property
+    def key(self) -> str:
+        """What claims call it."""
+        return f"{self.method}:{self.measure}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """One figure: methods over the values of one axis, every seed, and what is claimed of them."""
+
+    name: str
+    title: str
+    axis: Axis
+    values: tuple[Any, ...]
+    methods: tuple[str, ...]
+    setting: Setting
+    seeds: int
+    measure: Measure
+    claims: tuple[Claim, ...] = ()
+    levels: tuple[tuple[str, str], ...] = ()
+    """(name, label) of levels drawn as dashed lines."""
+    lines: tuple[Line, ...] = ()
+    """Other lines than one for each method."""
+    published: Mapping[tuple[str, Any], float] = field(default_factory=dict)
+    """By method and value: what others measured."""
+    note: str = ""
+
+    def all_lines(self) -> tuple[Line, ...]:
+        """What its figure and table show."""
+        lines = self.lines or tuple(Line(m, self.measure.name, METHODS[m].label) for m in self.methods)
+        return lines + tuple(Line(self.methods[0], name, label, dashed=True) for name, label in self.levels)
+
+    def only(self, methods: Sequence[str]) -> Study:
+        """The study of those of its methods alone."""
+        lines = tuple(line for line in self.lines if line.method in methods)
+        return replace(self, methods=tuple(m for m in self.methods if m in methods), lines=lines)
+
+    def at(self, value: Any) -> Setting:
+        """The setting at one value of the axis."""
+        return replace(self.setting, **{self.axis.field: value})
 
 
 @dataclass(frozen=True)
@@ -53,32 +173,25 @@ class Run:
     protocol: int
     data: str
     method: str
-    depth: int
     seed: int
-    epochs: int
-    lr: float
-    width: int
-    batch_size: int
     device: str
-    setting: Any
+    setting: Setting
 
     def config(self) -> dict[str, Any]:
         """The run as JSON values."""
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Claims:
-    """What the paper says was found; each is tested on the numbers of a comparison."""
-
-    wins: str
-    hypernetwork_improves: str
-    embedding_flat: str
+def _nothing(data: str, data_home: Any) -> None:
+    """For experiments whose data are drawn from the seed."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is compared, declared; the training loop, the store and the report are the same for all."""
+    """What is compared, declared; training, runs, statistics and reports are the same for all.
+
+    A new experiment is a `Setting`, `architecture` and `task`, and the studies of its presets.
+    """
 
     name: str
     protocol: int
@@ -86,155 +199,19 @@ class Experiment:
     title: str
     source: str
     question: str
-    claims: Claims
     choices: tuple[str, ...]
-    """What was chosen here, the paper and its code being silent or at odds."""
-    defaults: Mapping[str, Defaults]
-    load: Callable[[str, Any], Splits]
-    draw: Callable[[Tensor, Run, torch.Generator], Batch]
-    """Raw examples to a batch; called anew at every access, with a generator on the CPU."""
-    build: Mapping[str, Callable[[Run], Model]]
-    loss: Callable[[Tensor, Tensor], Tensor]
-    wrong: Callable[[Tensor, Tensor], Tensor]
-    """The error of each example, between 0 and 1."""
-    chance: float
+    """What was chosen here, the source being silent or at odds with itself."""
+    data: tuple[str, ...]
+    """The data sets, the default one first."""
+    studies: Callable[[str, str], tuple[Study, ...]]
+    """Of a preset and a data set."""
+    architecture: Callable[[Run], Architecture]
+    task: Callable[[Run, Any], Task]
+    """Of a run and what `load` gave, on the run's device."""
+    load: Callable[[str, Any], Any] = _nothing
+    """Of a data set and the folder of downloads."""
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A sweep: both methods at every depth with every seed. Made by `Comparison.of`, which fills in defaults.
-
-    Raises:
-        ValueError: an unknown data set or device, depths below 2, or a number that is not positive.
-    """
-
-    experiment: Experiment
-    data: str
-    depths: tuple[int, ...]
-    seeds: int
-    epochs: int
-    lr: float
-    width: int
-    batch_size: int
-    device: str
-
-    @classmethod
-    def of(
-        cls,
-        experiment: Experiment,
-        data: str,
-        *,
-        depths: str | tuple[int, ...] | None = None,
-        seeds: int | None = None,
-        epochs: int | None = None,
-        lr: float | None = None,
-        width: int | None = None,
-        batch_size: int | None = None,
-        device: str = "auto",
-    ) -> Comparison:
-        """Fill in what is None by the experiment's defaults for this data set; depths may be text: `2-9`."""
-        defaults = _defaults(experiment, data)
-        if isinstance(depths, str):
-            depths = parse_depths(depths)
-        return cls(
-            experiment=experiment,
-            data=data,
-            depths=defaults.depths if depths is None else tuple(depths),
-            seeds=defaults.seeds if seeds is None else seeds,
-            epochs=defaults.epochs if epochs is None else epochs,
-            lr=defaults.lr if lr is None else lr,
-            width=defaults.width if width is None else width,
-            batch_size=defaults.batch_size if batch_size is None else batch_size,
-            device=resolve_device(device),
-        )
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
-        _defaults(self.experiment, self.data)
-        for name in ("seeds", "epochs", "width", "batch_size"):
-            value = getattr(self, name)
-            if not _is_integer(value) or value < 1:
-                raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
-        if not isinstance(self.lr, (int, float)) or not math.isfinite(self.lr) or self.lr <= 0:
-            raise ValueError(f"lr: expected a positive finite number, got {self.lr!r}")
-        if not self.depths or not all(_is_integer(depth) and depth >= 2 for depth in self.depths):
-            raise ValueError(f"depths: expected integers of at least 2, got {self.depths!r}")
-        if len(set(self.depths)) < len(self.depths):
-            raise ValueError(f"depths: each may be named once, got {self.depths!r}")
-
-    @property
-    def defaults(self) -> Defaults:
-        """The experiment's defaults for this data set."""
-        return self.experiment.defaults[self.data]
-
-    def runs(self) -> list[Run]:
-        """All runs, one seed after the other, so that a sweep cut short still covers every depth."""
-        return [
-            Run(
-                experiment=self.experiment.name,
-                protocol=self.experiment.protocol,
-                data=self.data,
-                method=method,
-                depth=depth,
-                seed=seed,
-                epochs=self.epochs,
-                lr=float(self.lr),
-                width=self.width,
-                batch_size=self.batch_size,
-                device=self.device,
-                setting=self.defaults.setting,
-            )
-            for seed in range(self.seeds)
-            for depth in sorted(self.depths)
-            for method in METHODS
-        ]
-
-
-def parse_depths(text: str) -> tuple[int, ...]:
-    """Read depths: numbers and ranges, with commas between.
-
-    Raises:
-        ValueError: anything else, a range that runs backwards, a depth below 2.
-
-    Example:
-        >>> parse_depths("2-4,8")
-        (2, 3, 4, 8)
-    """
-    depths: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*([0-9]{1,4})\s*(?:-\s*([0-9]{1,4})\s*)?", part)
-        if match is None:
-            raise ValueError(f"depths: expected numbers or ranges such as 2-9 or 2,4,8, got {text!r}")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise ValueError(f"depths: the range {part.strip()!r} runs backwards")
-        if first < 2:
-            raise ValueError(f"depths: expected depths of at least 2, got {text!r}")
-        depths.extend(range(first, last + 1))
-    return tuple(depths)
-
-
-def resolve_device(device: str) -> str:
-    """`"cpu"` or `"cuda"`; `"auto"` takes the GPU where torch sees one.
-
-    Raises:
-        ValueError: another name, or `"cuda"` where torch sees no GPU.
-    """
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device: expected auto, cpu or cuda, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: cuda was asked for, but torch sees no CUDA device here")
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
-
-
-def _defaults(experiment: Experiment, data: str) -> Defaults:
-    if data not in experiment.defaults:
-        known = ", ".join(experiment.defaults)
-        raise ValueError(f"data: {data!r} is not a data set of {experiment.name}; known are {known}")
-    return experiment.defaults[data]
-
-
-def _is_integer(value: object) -> bool:
+def is_integer(value: object) -> bool:
+    """Whether it counts something: True and False do not."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -1,13 +1,12 @@
-"""Run a comparison: what is finished is kept, the rest is trained, the whole is reported."""
+"""Run a comparison: what is finished is kept, the rest is trained, side by side, and the whole is reported."""
 
 from __future__ import annotations
 
 import os
 import platform
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,19 @@ from typing import Any
 import torch
 
 from fasthyper._version import __version__
-from fasthyper.experiments.experiment import Comparison, Run
+from fasthyper.experiments.comparison import Comparison
+from fasthyper.experiments.distributed import Group, launch, torchrun
+from fasthyper.experiments.experiment import Run
 from fasthyper.experiments.files import check_writable
 from fasthyper.experiments.report import REPORT_FILES, write_report
 from fasthyper.experiments.store import Record, RunStore, key
 from fasthyper.experiments.summary import Summary, summarise
-from fasthyper.experiments.training import Metrics, train
+from fasthyper.experiments.training import train
 
 RUNS = "runs.jsonl"
+PARTS = "runs.*.jsonl"
 FILES = (RUNS, *REPORT_FILES)
-# A loss may overflow and be stored as null; a run without any of these is not finished.
-_NEEDED = [field.name for field in fields(Metrics) if not field.name.endswith("_loss")]
+Progress = Callable[[float, int, str], None]
 
 
 def run_comparison(
@@ -33,51 +34,59 @@ def run_comparison(
     out: str | os.PathLike[str],
     *,
     data_home: str | os.PathLike[str] | None = None,
-    progress: Callable[[int, int, str], None] = lambda done, total, run: None,
+    workers: int | None = 1,
+    progress: Progress = lambda done, total, run: None,
     notify: Callable[[str], None] = warnings.warn,
 ) -> Summary:
-    """Run what is missing of a comparison; write `runs.jsonl`, `summary.csv`, `errors.png`, `report.md`.
+    """Run what is missing of a comparison; write `runs.jsonl`, `summary.csv`, `report.html`.
 
-    A run found in `runs.jsonl` with the same configuration is not repeated; runs of other configurations stay
-    there and are left out of the report. A process killed at any moment loses the run it was in, no more.
+    A run found in `out` with the same configuration is not repeated; runs of other configurations stay there and
+    are left out of the report. A process killed at any moment loses the run it was in, no more.
+
+    Processes share the runs that are missing, whichever is free taking the next: `workers` of this machine, or
+    those of a torchrun, on as many machines as it has. There each process keeps what it finishes in its own `out`
+    (`runs.1.jsonl` and so on) until all are done, when process 0 has everything.
 
     Args:
         comparison: the sweep, made by `Comparison.of`.
         out: the folder to write to, made if it does not exist.
         data_home: the folder of scikit-learn's downloads.
-        progress: called with the epochs done, those to do in all, and the run they belong to.
-        notify: called with each sentence about lines of `runs.jsonl` that could not be used.
+        workers: processes to start; None: one for each core, or for each GPU. Of no meaning under torchrun.
+        progress: called with the runs done, those to do in all, and the one they belong to.
+        notify: called with each sentence about lines of a file of runs that could not be used.
 
     Raises:
-        ValueError: `out` cannot be written to.
+        ValueError: `out` cannot be written to, or another process is writing there, or `workers` is below 1.
         DatasetUnavailable: the data are neither here nor to be had; nothing has been written then.
     """
     out = Path(out)
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers: expected at least 1, got {workers!r}")
     check_writable(out, *FILES)
-    store = RunStore(out / RUNS, metrics=_NEEDED)
-    loaded = store.load()
-    for problem in loaded.problems:
-        notify(problem)
-    finished = {key(record["config"]): record for record in loaded.records}
-    runs = comparison.runs()
-    missing = [run for run in runs if key(run.config()) not in finished]
-    if missing:
-        splits = comparison.experiment.load(comparison.data, data_home)
-        out.mkdir(parents=True, exist_ok=True)
-        total = len(missing) * comparison.epochs
-        with _threads(comparison.defaults.threads):
-            for number, run in enumerate(missing):
-                done = iter(range(number * comparison.epochs, total + 1))
-                name = f"{run.method}, depth {run.depth}, seed {run.seed}"
-                progress(next(done), total, name)
-
-                def epoch(done: Iterator[int] = done, name: str = name) -> None:
-                    progress(next(done), total, name)
-
-                metrics = train(comparison.experiment, run, splits, epoch)
-                finished[key(run.config())] = _append(store, run, metrics)
-    summary = summarise(comparison, [finished[key(run.config())] for run in runs])
-    write_report(summary, out)
+    with torchrun(comparison.device) as group:
+        finished = _finished(group, comparison, out, notify)
+        missing = [run for run in comparison.runs() if key(run.config()) not in finished]
+        if missing:
+            source = comparison.experiment.load(comparison.data, data_home)
+            out.mkdir(parents=True, exist_ok=True)
+            number = min(_workers(comparison.device) if workers is None else workers, len(missing))
+            if group.size > 1 or number == 1:
+                threads = _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+                shown = progress if group.rank == 0 else lambda done, total, run: None
+                finished |= _train(group, shown, comparison, out, source, missing, threads)
+            else:
+                with _store(comparison, out / RUNS).locked():
+                    pass  # another comparison at work there is told of here, not by a process within
+                launch(_train, number, progress, comparison, out, source, missing, _cores() // number)
+                finished = _finished(group, comparison, out, notify)
+        if group.rank == 0:
+            _collect(comparison, out, finished)
+        group.gather(None)  # process 0 has it all on its disk: parts may go
+        for part in out.glob(PARTS):
+            _store(comparison, part).remove()
+        summary = summarise(comparison, [finished[key(run.config())] for run in comparison.runs()])
+        if group.rank == 0:
+            write_report(summary, out)
     return summary
 
 
@@ -93,23 +102,91 @@ def versions(device: str) -> dict[str, str]:
     }
 
 
-def _append(store: RunStore, run: Run, metrics: Metrics) -> Record:
-    record: dict[str, Any] = {
-        "config": run.config(),
-        "metrics": asdict(metrics),
-        "versions": versions(run.device),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    store.append(record)
-    return record
+def _finished(group: Group, comparison: Comparison, out: Path, notify: Callable[[str], None]) -> dict[str, Record]:
+    """The runs that are on the disks of the group, by configuration."""
+    records: dict[str, Record] = {}
+    problems: list[str] = []
+    for path in sorted({out / RUNS, *out.glob(PARTS)}):
+        loaded = _store(comparison, path).load()
+        records |= {key(record["config"]): record for record in loaded.records}
+        problems += loaded.problems
+    merged: dict[str, Record] = {}
+    everywhere = group.gather((records, problems))
+    for theirs, _ in everywhere:
+        merged |= theirs
+    if group.rank == 0:
+        for problem in dict.fromkeys(problem for _, found in everywhere for problem in found):
+            notify(problem)
+    return merged
 
 
-@contextmanager
-def _threads(number: int | None) -> Iterator[None]:
+def _train(
+    group: Group,
+    progress: Progress,
+    comparison: Comparison,
+    out: Path,
+    source: Any,
+    missing: list[Run],
+    threads: int,
+) -> dict[str, Record]:
+    """Train runs that no other process of the group has taken; returns what all have found."""
+    out.mkdir(parents=True, exist_ok=True)
+    store = _store(comparison, out / (RUNS if group.rank == 0 else f"runs.{group.rank}.jsonl"))
+    taken, done = group.counter("taken"), group.counter("done")
+    found: dict[str, Record] = {}
     before = torch.get_num_threads()
-    if number is not None:
-        torch.set_num_threads(number)
+    torch.set_num_threads(max(1, threads))
     try:
-        yield
+        with store.locked():
+            while (number := taken(1) - 1) < len(missing):
+                run = missing[number]
+                name = f"{run.method}, seed {run.seed}"
+                shown = 0
+
+                def epoch(share: float, name: str = name) -> None:
+                    nonlocal shown
+                    promille = round(1000 * share)
+                    progress(done(promille - shown) / 1000, len(missing), name)
+                    shown = promille
+
+                metrics = train(comparison.experiment, run, source, epoch)
+                record: Record = {
+                    "config": run.config(),
+                    "metrics": asdict(metrics),
+                    "versions": versions(run.device),
+                    "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                }
+                store.append(record)
+                found[key(run.config())] = record
     finally:
         torch.set_num_threads(before)
+    merged: dict[str, Record] = {}
+    for theirs in group.gather(found):
+        merged |= theirs
+    return merged
+
+
+def _collect(comparison: Comparison, out: Path, finished: Mapping[str, Record]) -> None:
+    """Put into `runs.jsonl` what only other processes' files have."""
+    out.mkdir(parents=True, exist_ok=True)
+    store = _store(comparison, out / RUNS)
+    here = {key(record["config"]) for record in store.load().records}
+    if elsewhere := [record for name, record in finished.items() if name not in here]:
+        with store.locked():
+            for record in elsewhere:
+                store.append(record)
+
+
+def _store(comparison: Comparison, path: Path) -> RunStore:
+    experiment = comparison.experiment
+    return RunStore(path, {"experiment": experiment.name, "protocol": experiment.protocol})
+
+
+def _workers(device: str) -> int:
+    return torch.cuda.device_count() if device == "cuda" else _cores()
+
+
+def _cores() -> int:
+    """Cores to use: no more than torch would, which OMP_NUM_THREADS limits."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, torch.get_num_threads())

@@ -1,21 +1,21 @@
-"""What the runs of a comparison say: means, paired differences, trends, the fate of the paper's claims."""
+"""What the runs of a comparison say: means over seeds, paired differences, trends, exponents, the fate of claims."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from fasthyper.experiments.experiment import EMBEDDING, HYPERNETWORK, METHODS, Comparison
-from fasthyper.experiments.store import Record
+from fasthyper.experiments.comparison import Comparison
+from fasthyper.experiments.experiment import Line, Study
+from fasthyper.experiments.store import Record, key
 
-FLAT = 0.01
-"""Error per layer below which a change is called none: one percentage point."""
+if TYPE_CHECKING:
+    from fasthyper.experiments.claims import Finding
 
-REPRODUCED = "reproduced"
-NOT_REPRODUCED = "not reproduced"
-UNDECIDED = "undecided"
+_TINY = 1e-300
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Interval:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval:
-        """The interval of the mean of independent values.
+        """The interval of the mean of independent values; unbounded, too, where one is not finite.
 
         Example:
             >>> Interval.of([1.0, 2.0, 3.0])
@@ -36,6 +36,8 @@ class Interval:
         """
         from scipy import stats
 
+        if not all(map(math.isfinite, values)):
+            return cls(math.nan, -math.inf, math.inf)
         mean = statistics.fmean(values)
         if len(values) < 2:
             return cls(mean, -math.inf, math.inf)
@@ -43,45 +45,129 @@ class Interval:
         half = float(stats.t.ppf(0.975, len(values) - 1)) * error
         return cls(mean, mean - half, mean + half)
 
+    def map(self, fn: Callable[[float], float]) -> Interval:
+        """The interval of an increasing function of the mean."""
+        return Interval(fn(self.mean), fn(self.low), fn(self.high))
+
+    def __neg__(self) -> Interval:
+        return Interval(-self.mean, -self.high, -self.low)
+
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one depth, over its seeds: the columns of the table."""
+    """One line of a figure at one value, over its seeds: a row of the table."""
 
-    method: str
-    depth: int
+    line: Line
+    value: Any
     seeds: int
+    measured: Interval
     context_parameters: int
     primary_parameters: int
     trainable_parameters: int
-    error_mean: float
-    error_std: float
-    """Sample standard deviation (n - 1); NaN with one seed."""
+    steps: float
     step_seconds: float
-    """Median over seeds of each run's median."""
-    peak_temporary_bytes: int
+    """Median over seeds of each run's median, as the next ones."""
+    peak_temporary_bytes: float
+    fused_seconds: float | None
+    materialised_seconds: float | None
+    materialised_bytes: float | None
+    published: float | None
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One claim of the paper and what these runs say to it."""
+class Results:
+    """What one study found: by line and value, one number for each seed, in the order of the seeds."""
 
-    claim: str
-    verdict: str
+    def __init__(self, study: Study, metrics: Mapping[tuple[str, Any], Sequence[Mapping[str, Any]]]) -> None:
+        self.study = study
+        self.metrics = metrics
+        """By method and value, for each seed."""
+
+    def line(self, name: str) -> Line:
+        """The line that a claim means: `method:measure`, or a method alone for the study's own measure."""
+        method, _, measure = name.partition(":")
+        return Line(method, measure or self.study.measure.name, name)
+
+    def has(self, *names: str) -> bool:
+        """Whether the runs of these lines are part of the study, so that something can be said of them."""
+        return all(self.line(name).method in self.study.methods for name in names)
+
+    def values(self, line: Line, value: Any) -> list[float]:
+        """For each seed; infinite where a run diverged. Logarithms, where the study compares by ratios."""
+        found = (metrics["measures"][line.measure] for metrics in self.metrics[line.method, value])
+        numbers = [math.inf if number is None else number for number in found]
+        return [math.log(max(number, _TINY)) if self.study.measure.log else number for number in numbers]
+
+    def measured(self, line: Line, value: Any) -> Interval:
+        """The mean over seeds, a geometric one where the study compares by ratios."""
+        interval = Interval.of(self.values(line, value))
+        return interval.map(_exp) if self.study.measure.log else interval
+
+    def advantage(self, name: str, over: str, value: Any) -> Interval:
+        """By how much `name` is less than `over`, paired by seed: differences, or logarithms of ratios."""
+        pairs = zip(self.values(self.line(over), value), self.values(self.line(name), value), strict=True)
+        return Interval.of([b - a if math.isfinite(a) and math.isfinite(b) else math.nan for b, a in pairs])
+
+    def trend(self, name: str) -> Interval:
+        """Least-squares change along the axis, seed by seed: per unit, or per doubling where the axis has ratios."""
+        axis = self.study.axis
+        at = [math.log2(value) if axis.log else float(value) for value in self.study.values]
+        return Interval.of(self._slopes(self.line(name), [at] * self.study.seeds))
+
+    def exponent(self, name: str) -> Interval:
+        """Of the power law between the measure and the number of parameters `axis.count`, seed by seed."""
+        return Interval.of(self._exponents(name))
+
+    def exponents_apart(self, name: str, other: str) -> Interval:
+        """The exponent of `name` minus that of `other`, paired by seed."""
+        pairs = zip(self._exponents(name), self._exponents(other), strict=True)
+        return Interval.of([a - b for a, b in pairs])
+
+    def _exponents(self, name: str) -> list[float]:
+        line, count = self.line(name), str(self.study.axis.count)
+        found = [self.metrics[line.method, value] for value in self.study.values]
+        at = [[math.log(metrics[seed][count]) for metrics in found] for seed in range(self.study.seeds)]
+        return self._slopes(line, at)
+
+    def _slopes(self, line: Line, at: Sequence[Sequence[float]]) -> list[float]:
+        by_value = [self.values(line, value) for value in self.study.values]
+        return [_slope(at[seed], [found[seed] for found in by_value]) for seed in range(self.study.seeds)]
+
+    def rows(self) -> list[Row]:
+        """The table, line by line."""
+        return [self._row(line, value) for line in self.study.all_lines() for value in self.study.values]
+
+    def _row(self, line: Line, value: Any) -> Row:
+        found = self.metrics[line.method, value]
+
+        def median(name: str) -> Any:
+            return None if found[0][name] is None else statistics.median(metrics[name] for metrics in found)
+
+        return Row(
+            line=line,
+            value=value,
+            seeds=len(found),
+            measured=self.measured(line, value),
+            context_parameters=found[0]["context_parameters"],
+            primary_parameters=found[0]["primary_parameters"],
+            trainable_parameters=found[0]["trainable_parameters"],
+            steps=median("steps"),
+            step_seconds=median("step_seconds"),
+            peak_temporary_bytes=median("peak_temporary_bytes"),
+            fused_seconds=median("fused_seconds"),
+            materialised_seconds=median("materialised_seconds"),
+            materialised_bytes=median("materialised_bytes"),
+            published=None if line.dashed else self.study.published.get((line.method, value)),
+        )
 
 
 @dataclass(frozen=True)
 class Summary:
-    """All that the table, the picture and the report show."""
+    """All that the tables, the figures and the report show."""
 
     comparison: Comparison
-    rows: list[Row]
-    advantages: Mapping[int, Interval]
-    """By depth: the embedding method's error minus the hypernetwork's, paired by seed."""
-    slopes: Mapping[str, Interval]
-    """By method: least-squares change of the error per added layer, seed by seed; empty with one depth."""
-    findings: list[Finding]
-    versions: list[Mapping[str, str]]
+    results: tuple[Results, ...]
+    findings: tuple[tuple[Study, Finding], ...]
+    versions: tuple[Mapping[str, str], ...]
     """The different sets of versions that the runs were made with."""
 
 
@@ -91,92 +177,32 @@ def summarise(comparison: Comparison, records: Sequence[Record]) -> Summary:
     Raises:
         ValueError: a run that is missing.
     """
-    errors = _errors(records)
-    wanted = {(run.method, run.depth, run.seed) for run in comparison.runs()}
-    if set(errors) != wanted or len(records) != len(wanted):
+    by_run = {key(record["config"]): record for record in records}
+    wanted = {key(run.config()) for run in comparison.runs()}
+    if set(by_run) != wanted or len(records) != len(wanted):
         raise ValueError(f"records: expected the {len(wanted)} runs of the comparison, got {len(records)}")
-    depths, seeds = sorted(comparison.depths), range(comparison.seeds)
-    advantages = {
-        depth: Interval.of([errors[EMBEDDING, depth, s] - errors[HYPERNETWORK, depth, s] for s in seeds])
-        for depth in depths
-    }
-    slopes = {
-        method: Interval.of([_slope(depths, [errors[method, d, s] for d in depths]) for s in seeds])
-        for method in METHODS
-        if len(depths) > 1
-    }
+
+    def metrics(study: Study, method: str, value: Any) -> list[Mapping[str, Any]]:
+        runs = (comparison.run(study, value, method, seed) for seed in range(study.seeds))
+        return [by_run[key(run.config())]["metrics"] for run in runs]
+
+    results = tuple(
+        Results(study, {(m, v): metrics(study, m, v) for m in study.methods for v in study.values})
+        for study in comparison.studies
+    )
+    findings = tuple((r.study, f) for r in results for claim in r.study.claims if (f := claim.judge(r)) is not None)
     versions: list[Mapping[str, str]] = []
     for record in records:
         if record["versions"] not in versions:
             versions.append(record["versions"])
-    return Summary(
-        comparison=comparison,
-        rows=[_row(records, method, depth) for method in METHODS for depth in depths],
-        advantages=advantages,
-        slopes=slopes,
-        findings=_judge(comparison, advantages, slopes),
-        versions=versions,
-    )
+    return Summary(comparison, results, findings, tuple(versions))
 
 
-def _errors(records: Sequence[Record]) -> dict[tuple[str, int, int], float]:
-    return {
-        (record["config"]["method"], record["config"]["depth"], record["config"]["seed"]): record["metrics"][
-            "test_error"
-        ]
-        for record in records
-    }
+def _slope(at: Sequence[float], values: Sequence[float]) -> float:
+    if not all(map(math.isfinite, values)) or len(set(at)) < 2:
+        return math.nan
+    return statistics.linear_regression(at, values).slope
 
 
-def _slope(depths: Sequence[int], errors: Sequence[float]) -> float:
-    return statistics.linear_regression(depths, errors).slope
-
-
-def _row(records: Sequence[Record], method: str, depth: int) -> Row:
-    found = [
-        record["metrics"]
-        for record in records
-        if record["config"]["method"] == method and record["config"]["depth"] == depth
-    ]
-    errors = [metrics["test_error"] for metrics in found]
-    return Row(
-        method=method,
-        depth=depth,
-        seeds=len(found),
-        context_parameters=found[0]["context_parameters"],
-        primary_parameters=found[0]["primary_parameters"],
-        trainable_parameters=found[0]["trainable_parameters"],
-        error_mean=statistics.fmean(errors),
-        error_std=statistics.stdev(errors) if len(errors) > 1 else math.nan,
-        step_seconds=statistics.median(metrics["step_seconds"] for metrics in found),
-        peak_temporary_bytes=max(metrics["peak_temporary_bytes"] for metrics in found),
-    )
-
-
-def _judge(comparison: Comparison, advantages: Mapping[int, Interval], slopes: Mapping[str, Interval]) -> list[Finding]:
-    claims = comparison.experiment.claims
-    unknown = Interval(math.nan, -math.inf, math.inf)  # one depth shows no trend
-    return [
-        Finding(claims.wins, _wins(list(advantages.values()))),
-        Finding(claims.hypernetwork_improves, _improves(slopes.get(HYPERNETWORK, unknown))),
-        Finding(claims.embedding_flat, _does_not_improve(slopes.get(EMBEDDING, unknown))),
-    ]
-
-
-def _wins(advantages: Sequence[Interval]) -> str:
-    """Better at every depth by its whole interval; refuted where a whole interval is worse."""
-    if all(interval.low > 0 for interval in advantages):
-        return REPRODUCED
-    return NOT_REPRODUCED if any(interval.high < 0 for interval in advantages) else UNDECIDED
-
-
-def _improves(slope: Interval) -> str:
-    if slope.high < 0:
-        return REPRODUCED
-    return NOT_REPRODUCED if slope.low > -FLAT else UNDECIDED
-
-
-def _does_not_improve(slope: Interval) -> str:
-    if slope.low > -FLAT:
-        return REPRODUCED
-    return NOT_REPRODUCED if slope.high < 0 else UNDECIDED
+def _exp(value: float) -> float:
+    return math.inf if value > 700 else math.exp(value)

@@ -1,21 +1,26 @@
-"""The one training loop: plain SGD, the error of the last epoch, and what a step costs."""
+"""The one training loop, the measures after the last epoch, and what a step costs."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fasthyper.experiments.data import Splits
-from fasthyper.experiments.experiment import EMBEDDING, Batch, Experiment, Model, Run
+from fasthyper import use_backend
+from fasthyper.experiments.experiment import Batch, Examples, Experiment, Run, Setting, Task
 from fasthyper.experiments.measure import peak_temporary_bytes
-from fasthyper.nn import parameter_report
+from fasthyper.experiments.methods import METHODS, counts
+from fasthyper.nn import Hypernetwork
 
 TEST_BATCH = 1000
+TIMED_STEPS = 15
 
 
 @dataclass(frozen=True)
@@ -23,117 +28,219 @@ class Metrics:
     """What one run found.
 
     Attributes:
-        test_error: share of wrong answers on the test split after the last epoch.
-        test_loss: mean loss there.
-        train_loss: mean loss over the last epoch's training batches.
+        measures: what the task measures, averaged over the test examples after the last epoch, and its levels.
+        train_loss: mean loss over the last epoch.
         context_parameters: N_f or N_e, trainable parameters of f or e.
         primary_parameters: N_g, weights that f generates, or N_q, trainable parameters of q.
         trainable_parameters: all that is trained.
-        step_seconds: median over the training steps: forward, loss, backward and update, without
-            drawing the batch.
+        steps: training steps.
+        step_seconds: median over them: forward, loss, backward and update, without drawing the batch.
         run_seconds: the whole run.
         peak_temporary_bytes: of one forward and backward: see `measure`; outputs and gradients do not count.
+        fused_seconds: of a hypernetwork, as is; median of steps in turns with `materialised_seconds`.
+        materialised_seconds: the same steps with each instance's weights written out; None for other methods.
+        materialised_bytes: `peak_temporary_bytes` then.
     """
 
-    test_error: float
-    test_loss: float
+    measures: dict[str, float]
     train_loss: float
     context_parameters: int
     primary_parameters: int
     trainable_parameters: int
+    steps: int
     step_seconds: float
     run_seconds: float
     peak_temporary_bytes: int
+    fused_seconds: float | None
+    materialised_seconds: float | None
+    materialised_bytes: int | None
 
 
-def train(experiment: Experiment, run: Run, splits: Splits, on_epoch: Callable[[], None] = lambda: None) -> Metrics:
+def train(
+    experiment: Experiment, run: Run, source: Any, on_epoch: Callable[[float], None] = lambda share: None
+) -> Metrics:
     """Train one model and test it once, after the last epoch.
 
-    The seed decides everything: the initial weights, the order of the examples, and all that `draw` draws.
-    The latter two do not depend on the method, so that both methods with one seed make a pair.
+    The seed decides everything: the initial weights, the order of the examples, and all that is drawn. The
+    latter two do not depend on the method, so that all methods with one seed are compared in pairs.
 
     Args:
         experiment: what is compared.
         run: which point of it.
-        splits: raw examples for training and testing; the first dimension counts them.
-        on_epoch: called after every epoch.
+        source: what `experiment.load` gave.
+        on_epoch: called after every epoch with the share of the run that is done.
     """
     begin = time.perf_counter()
     device = torch.device(run.device)
-    train_split, test_split = (split.to(device) for split in splits)
-    model = build(experiment, run).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=run.lr)
+    task = experiment.task(run, source)
+    trainer = Trainer(build(experiment, run).to(device), task, run.setting, device)
+    per_epoch = math.ceil(task.train.count / run.setting.batch_size)
     generator = torch.Generator().manual_seed(3 * run.seed + 1)
-    steps: list[float] = []
+    steps = _steps(experiment, run, task, per_epoch * run.setting.epochs)
+    trainer.schedule(steps)
+    seconds: list[float] = []
     losses: list[Tensor] = []
-    for _ in range(run.epochs):
-        losses.clear()
-        for batch in batches(experiment, run, train_split, generator):
-            start = _clock(device)
-            optimizer.zero_grad()
-            loss = experiment.loss(model(batch.x, batch.cond), batch.target)
-            loss.backward()
-            optimizer.step()
-            steps.append(_clock(device) - start)
-            losses.append(loss.detach())
-        on_epoch()
-    test_error, test_loss = evaluate(experiment, run, model, test_split)
-    optimizer.zero_grad()
-    report = parameter_report(model)
-    context, primary = (report.n_e, report.n_q) if run.method == EMBEDDING else (report.n_f, report.n_g)
-    assert context is not None
-    assert primary is not None
+    batches = _endless(run, task, generator)
+    for step in range(steps):
+        if step % per_epoch == 0:
+            losses.clear()
+            on_epoch(step / steps)
+        batch = next(batches)
+        start = _clock(device)
+        losses.append(trainer.step(batch))
+        seconds.append(_clock(device) - start)
+    on_epoch(1.0)
+    measures = evaluate(run, task, trainer.model)
+    size = counts(trainer.model)
+    cost = _cost(trainer, task, run)
     return Metrics(
-        test_error=test_error,
-        test_loss=test_loss,
+        measures={**measures, **task.levels},
         train_loss=torch.stack(losses).mean().item(),
-        context_parameters=context,
-        primary_parameters=primary,
-        trainable_parameters=report.trainable,
-        step_seconds=statistics.median(steps),
-        peak_temporary_bytes=_peak_of_a_step(experiment, run, model, train_split),
+        context_parameters=size.context,
+        primary_parameters=size.primary,
+        trainable_parameters=size.trainable,
+        steps=steps,
+        step_seconds=statistics.median(seconds),
         run_seconds=time.perf_counter() - begin,
+        **cost,
     )
 
 
-def build(experiment: Experiment, run: Run) -> Model:
+class Trainer:
+    """A model, its optimizer, and one step of training."""
+
+    def __init__(self, model: nn.Module, task: Task, setting: Setting, device: torch.device) -> None:
+        self.model, self.task, self.device, self.cosine = model, task, device, setting.schedule == "cosine"
+        parameters = list(model.parameters())
+        self.optimizer: torch.optim.Optimizer
+        if setting.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(parameters, lr=setting.lr, momentum=setting.momentum)
+        elif setting.optimizer == "adam":
+            self.optimizer = torch.optim.Adam(parameters, lr=setting.lr)
+        else:
+            self.optimizer = torch.optim.Adadelta(parameters, lr=setting.lr)
+        self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+
+    def schedule(self, steps: int) -> None:
+        """Let the learning rate fall over this many steps, where the setting says so."""
+        if self.cosine:
+            self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
+
+    def step(self, batch: Batch) -> Tensor:
+        """Forward, loss, backward, update; returns the loss."""
+        self.optimizer.zero_grad()
+        loss = self.task.loss(self.model(batch.x, batch.cond), batch.target)
+        loss.backward()
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        return loss.detach()
+
+
+def build(experiment: Experiment, run: Run, method: str | None = None) -> nn.Module:
     """The model of a run, on the CPU, in the initial state of its seed; torch's own seed stays as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3 * run.seed)
-        return experiment.build[run.method](run)
+        return METHODS[method or run.method].build(experiment.architecture(run))
 
 
-def batches(experiment: Experiment, run: Run, split: Tensor, generator: torch.Generator) -> Iterator[Batch]:
+def batches(run: Run, examples: Examples, generator: torch.Generator) -> Iterator[Batch]:
     """One epoch: every example once, in random order, the last batch as small as it comes."""
-    for chosen in torch.randperm(len(split), generator=generator).split(run.batch_size):
-        yield experiment.draw(split[chosen.to(split.device)], run, generator)
+    for chosen in torch.randperm(examples.count, generator=generator).split(run.setting.batch_size):
+        yield _on(run.device, examples.draw(chosen, generator))
 
 
 @torch.no_grad()
-def evaluate(experiment: Experiment, run: Run, model: nn.Module, split: Tensor) -> tuple[float, float]:
-    """Mean error and mean loss over a split; what is drawn for it depends on the seed alone."""
+def evaluate(run: Run, task: Task, model: nn.Module) -> dict[str, float]:
+    """Means over the test examples; what is drawn for them depends on the seed alone."""
     generator = torch.Generator().manual_seed(3 * run.seed + 2)
     training = model.training
     model.eval()
-    wrong = loss = 0.0
-    for examples in split.split(TEST_BATCH):
-        batch = experiment.draw(examples, run, generator)
-        y = model(batch.x, batch.cond)
-        wrong += experiment.wrong(y, batch.target).sum().item()
-        loss += experiment.loss(y, batch.target).item() * len(examples)
+    sums: dict[str, float] = {}
+    for chosen in torch.arange(task.test.count).split(TEST_BATCH):
+        batch = _on(run.device, task.test.draw(chosen, generator))
+        for name, values in task.measure(model(batch.x, batch.cond), batch.target).items():
+            sums[name] = sums.get(name, 0.0) + values.double().sum().item()
     model.train(training)
-    return wrong / len(split), loss / len(split)
+    return {name: total / task.test.count for name, total in sums.items()}
 
 
-def _peak_of_a_step(experiment: Experiment, run: Run, model: nn.Module, split: Tensor) -> int:
-    batch = experiment.draw(split[: run.batch_size], run, torch.Generator().manual_seed(0))
+def interleaved(fns: Sequence[Callable[[], Any]], times: int, device: torch.device) -> list[float]:
+    """The median seconds of each function, called in turns, once before the clock runs."""
+    for fn in fns:
+        fn()
+    seconds: list[list[float]] = [[] for _ in fns]
+    for _ in range(times):
+        for fn, found in zip(fns, seconds, strict=True):
+            start = _clock(device)
+            fn()
+            found.append(_clock(device) - start)
+    return [statistics.median(found) for found in seconds]
 
-    def step() -> Tensor:
-        y = model(batch.x, batch.cond)
-        experiment.loss(y, batch.target).backward()
-        return y
 
-    return peak_temporary_bytes(step, run.device)
+def _endless(run: Run, task: Task, generator: torch.Generator) -> Iterator[Batch]:
+    while True:
+        yield from batches(run, task.train, generator)
+
+
+def _steps(experiment: Experiment, run: Run, task: Task, steps: int) -> int:
+    """As many steps as were asked for, or as many as fit into another method's training time."""
+    other = METHODS[run.method].as_long_as
+    if other is None:
+        return steps
+    device = torch.device(run.device)
+    batch = _first(run, task)
+    trainers = [Trainer(build(experiment, run, m).to(device), task, run.setting, device) for m in (other, run.method)]
+    its, own = interleaved([lambda t=t: t.step(batch) for t in trainers], TIMED_STEPS, device)  # type: ignore[misc]
+    return max(1, round(steps * its / own))
+
+
+def _cost(trainer: Trainer, task: Task, run: Run) -> dict[str, Any]:
+    """Memory of a step, and for a hypernetwork time and memory with and without weights written out."""
+    batch = _first(run, task)
+    trainer.optimizer.zero_grad()
+    model = trainer.model
+
+    def peak(context: AbstractContextManager[Any]) -> int:
+        def step() -> Tensor:
+            y = model(batch.x, batch.cond)
+            task.loss(y, batch.target).backward()
+            return y
+
+        with context:
+            step()  # what a first call sets up
+            for parameter in model.parameters():
+                parameter.grad = None
+            return peak_temporary_bytes(step, run.device)
+
+    def step(context: Callable[[], AbstractContextManager[Any]]) -> None:
+        with context():
+            trainer.step(batch)
+
+    found: dict[str, Any] = dict.fromkeys(("fused_seconds", "materialised_seconds", "materialised_bytes"))
+    found["peak_temporary_bytes"] = peak(nullcontext())
+    if isinstance(model, Hypernetwork):
+        found["materialised_bytes"] = peak(use_backend("materialised"))
+        trainer.scheduler = None
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = 0.0  # these steps cost what others do and change nothing
+        ways = (nullcontext, lambda: use_backend("materialised"))
+        found["fused_seconds"], found["materialised_seconds"] = interleaved(
+            [lambda way=way: step(way) for way in ways],  # type: ignore[misc]
+            TIMED_STEPS,
+            trainer.device,
+        )
+    return found
+
+
+def _first(run: Run, task: Task) -> Batch:
+    """A batch as training sees it, to measure on."""
+    chosen = torch.arange(min(run.setting.batch_size, task.train.count))
+    return _on(run.device, task.train.draw(chosen, torch.Generator().manual_seed(0)))
+
+
+def _on(device: str, batch: Batch) -> Batch:
+    return Batch(*(tensor.to(device) for tensor in batch))
 
 
 def _clock(device: torch.device) -> float:

@@ -13,7 +13,7 @@ import sklearn.datasets
 import torch
 
 from fasthyper.experiments import data
-from fasthyper.experiments.data import IMAGES, DatasetUnavailable, Images, load_images
+from fasthyper.experiments.data import IMAGES, DatasetUnavailable, Images, load_images, load_labels, load_patches
 
 
 def test_digits_are_those_of_scikit_learn():
@@ -24,13 +24,34 @@ def test_digits_are_those_of_scikit_learn():
     np.testing.assert_array_equal(torch.cat([train, test])[:, 0].numpy(), expected)
 
 
+def test_labels_go_with_the_images():
+    train, test = load_labels("digits")
+    assert train.dtype == torch.int64
+    np.testing.assert_array_equal(torch.cat([train, test]).numpy(), sklearn.datasets.load_digits().target)
+
+
+def test_patches_are_all_squares_of_the_photographs_each_once():
+    train, test = load_patches(16)
+    assert len(train) == 3 * len(test)
+    found = torch.cat([train, test]).movedim(1, 3).numpy()
+    squares = [
+        photograph[row : row + 16, column : column + 16].tobytes()
+        for photograph in sklearn.datasets.load_sample_images().images
+        for row in range(0, photograph.shape[0] - 15, 16)
+        for column in range(0, photograph.shape[1] - 15, 16)
+    ]
+    assert sorted(np.ascontiguousarray(patch).tobytes() for patch in found) == sorted(squares)
+    assert all(torch.equal(a, b) for a, b in zip(load_patches(16), (train, test), strict=True))
+    assert train.dtype == torch.uint8
+
+
 @pytest.mark.parametrize(("name", "pixels"), [("digits", 64), ("mnist", 784), ("cifar10", 3072)])
 def test_sizes_are_those_of_the_paper(name, pixels):
     assert IMAGES[name].pixels == pixels
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"data: 'imagenet' .* digits, mnist, cifar10"):
+    with pytest.raises(ValueError, match=r"data: 'imagenet' .* digits, mnist, .*cifar10"):
         load_images("imagenet")
 
 
@@ -77,7 +98,9 @@ def test_a_failed_fetch_leaves_what_was_in_the_cache(monkeypatch, tmp_path):
 
 def test_the_files_that_the_error_names_are_all_that_is_needed(monkeypatch, tmp_path):
     """Lay out just those files, with three images for 70,000, and load them with no network."""
-    monkeypatch.setitem(data.IMAGES, "mnist", Images(channels=1, size=28, train=2, test=1, openml=("mnist_784", 554)))
+    monkeypatch.setitem(
+        data.IMAGES, "mnist", Images(channels=1, size=28, train=2, test=1, pixel_max=255, openml=("mnist_784", 554))
+    )
     pixels = np.random.default_rng(0).integers(0, 256, (3, 784))
     names = [f"pixel{i}" for i in range(784)]
     arff = "@RELATION mnist\n" + "".join(f"@ATTRIBUTE {name} INTEGER\n" for name in names)
@@ -123,6 +146,7 @@ def test_the_files_that_the_error_names_are_all_that_is_needed(monkeypatch, tmp_
 def test_other_images_than_expected_are_refused(monkeypatch, tmp_path):
     class Bunch:
         data = np.zeros((20, 784))
+        target = np.zeros(20)
 
     monkeypatch.setattr(sklearn.datasets, "fetch_openml", lambda name, **options: Bunch)
     with pytest.raises(DatasetUnavailable, match=r"\(20, 784\) where \(70000, 784\)"):

@@ -1,86 +1,96 @@
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 
 import pytest
 import torch
+from made_up import DEPTH, PERCENT
+from tiny_experiment import BOTH, SETTING, TINY, TinySetting
 
-from fasthyper.experiments import ROTATION, Comparison
-from fasthyper.experiments.experiment import parse_depths, resolve_device
-
-
-@pytest.mark.parametrize(
-    ("text", "depths"),
-    [("3", (3,)), ("2-9", tuple(range(2, 10))), ("2,4,8", (2, 4, 8)), (" 2 - 3 , 7", (2, 3, 7))],
-)
-def test_depths(text, depths):
-    assert parse_depths(text) == depths
-
-
-@pytest.mark.parametrize(
-    "text", ["", "9-2", "1", "0-3", "-3", "2.5", "a", "2,", "2--4", "2-4-6", "1e3", "٣", "99999999"]
-)
-def test_bad_depths(text):
-    with pytest.raises(ValueError, match="depths: "):
-        Comparison.of(ROTATION, "digits", depths=text)
+from fasthyper.experiments.experiment import Examples, Line, Run, Setting, Study, is_integer
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("depths", ()),
-        ("depths", (1, 2)),
-        ("depths", (2, 2)),
-        ("depths", (2.0,)),
-        ("seeds", 0),
-        ("seeds", True),
         ("epochs", 0),
-        ("epochs", 1.5),
-        ("width", -1),
-        ("batch_size", 0),
+        ("batch_size", -1),
+        ("width", 0),
+        ("depth", 1),
         ("lr", 0.0),
-        ("lr", -1.0),
         ("lr", float("nan")),
-        ("lr", float("inf")),
-        ("lr", "fast"),
-        ("device", "tpu"),
+        ("momentum", -0.5),
+        ("offset", float("inf")),
+        ("optimizer", "lion"),
+        ("schedule", "linear"),
     ],
 )
-def test_bad_values_are_named(name, value):
+def test_a_setting_that_cannot_be_run_is_refused(name, value):
     with pytest.raises(ValueError, match=f"^{name}: "):
-        Comparison.of(ROTATION, "digits", **{name: value})
+        TinySetting(**{**asdict(SETTING), name: value})
 
 
-def test_an_unknown_data_set():
-    with pytest.raises(ValueError, match=r"^data: 'svhn'"):
-        Comparison.of(ROTATION, "svhn")
+def test_the_smallest_settings_are_fine():
+    Setting(epochs=1, lr=1e-9, batch_size=1, momentum=0.0)
+    TinySetting(epochs=1, lr=1e-9, batch_size=1, depth=2, width=1, embedding=1)
 
 
-def test_devices(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert resolve_device("auto") == "cpu"
-    with pytest.raises(ValueError, match="device: cuda was asked for"):
-        resolve_device("cuda")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert resolve_device("auto") == resolve_device("cuda") == "cuda"
-    assert resolve_device("cpu") == "cpu"
+def test_true_counts_nothing():
+    assert is_integer(3)
+    assert not any(map(is_integer, (True, 3.0, "3", None)))
 
 
-def test_the_runs_of_a_comparison():
-    runs = Comparison.of(ROTATION, "digits", depths="3,2", seeds=2, lr=1).runs()
-    assert len(set(runs)) == len(runs) == 8
-    assert [(run.seed, run.depth) for run in runs] == [(s, d) for s in (0, 1) for d in (2, 3) for _ in range(2)]
-    config = json.loads(json.dumps(runs[0].config()))
-    assert config["setting"]["activation"] == "relu"
-    assert config["lr"] == 1.0
-    assert {
-        "experiment",
-        "protocol",
-        "data",
-        "method",
-        "depth",
-        "seed",
-        "epochs",
-        "width",
-        "batch_size",
-    } < set(config)
+def test_examples_are_rows():
+    rows = torch.arange(12.0).view(4, 3), torch.arange(8.0).view(4, 2), torch.arange(4.0).view(4, 1)
+    examples = Examples.of(*rows)
+    assert examples.count == 4
+    chosen = torch.tensor([2, 0])
+    for found, whole in zip(examples.draw(chosen, torch.Generator()), rows, strict=True):
+        assert torch.equal(found, whole[chosen])
+
+
+def study_of(**more):
+    return Study("s", "S", DEPTH, (2, 3), BOTH, SETTING, 2, PERCENT, **more)
+
+
+def test_a_study_draws_a_line_for_each_method_and_level():
+    lines = study_of(levels=(("zero", "answering zero"),)).all_lines()
+    assert [(line.key, line.dashed) for line in lines] == [
+        ("hypernetwork:error", False),
+        ("embedding:error", False),
+        ("hypernetwork:zero", True),
+    ]
+
+
+def test_a_study_may_name_its_own_lines():
+    own = (Line("hypernetwork", "error", "one"), Line("embedding", "apart", "two"))
+    study = study_of(lines=own)
+    assert study.all_lines() == own
+    alone = study.only(["embedding"])
+    assert alone.methods == ("embedding",)
+    assert alone.all_lines() == own[1:]
+
+
+def test_the_setting_at_a_value():
+    study = study_of()
+    assert study.at(7).depth == 7
+    assert asdict(study.at(7)) == {**asdict(SETTING), "depth": 7}
+    with pytest.raises(ValueError, match="depth: expected an integer of at least 2, got 1"):
+        study.at(1)
+
+
+def test_a_run_is_known_by_all_that_decides_its_numbers():
+    run = Run("tiny", 1, "line", "embedding", 3, "cpu", SETTING)
+    assert run.config() == {
+        "experiment": "tiny",
+        "protocol": 1,
+        "data": "line",
+        "method": "embedding",
+        "seed": 3,
+        "device": "cpu",
+        "setting": asdict(SETTING),
+    }
+
+
+def test_data_drawn_from_the_seed_need_no_loading():
+    assert TINY.load("line", None) is None

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import dataclasses
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,15 +11,20 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fasthyper.experiments import ROTATION, Comparison
-from fasthyper.experiments.data import load_images
-from fasthyper.experiments.rotation import draw, nearest_angle, rotate
-from fasthyper.experiments.training import build
-from fasthyper.nn import parameter_report
+from fasthyper.experiments.data import IMAGES, Splits, load_images
+from fasthyper.experiments.methods import ALL, BIASES, EMBEDDING, EQUAL_PARAMETERS, FILM, HYPERNETWORK, METHODS, counts
+from fasthyper.experiments.rotation import examples, nearest_angle, rotate
+from fasthyper.experiments.training import build, evaluate, train
 
 
 def run_of(data="digits", method="hypernetwork", depth=2, seed=0, **options):
     comparison = Comparison.of(ROTATION, data, depths=(depth,), seeds=seed + 1, device="cpu", **options)
     return next(run for run in comparison.runs() if (run.method, run.seed) == (method, seed))
+
+
+def draw(pixels, generator, pixel_max=16):
+    """A batch of all of these images."""
+    return examples(pixels, pixel_max).draw(torch.arange(len(pixels)), generator)
 
 
 @pytest.mark.parametrize("quarter", [0, 1, 2, 3, 4])
@@ -62,42 +67,89 @@ def test_the_target_is_the_nearest_on_the_circle(angle):
 
 
 def test_a_batch_is_the_image_the_turned_image_and_the_angle():
-    run = run_of()
     pixels = load_images("digits").train[:20]
     generator = torch.Generator().manual_seed(7)
-    batch = draw(pixels, run, generator)
+    batch = draw(pixels, generator)
     degrees = 360 * torch.rand(20, generator=torch.Generator().manual_seed(7))
-    cond = ((pixels / 16 - 0.1307) / 0.3081).flatten(1)
-    torch.testing.assert_close(batch.cond, cond)
+    torch.testing.assert_close(batch.cond, ((pixels / 16 - 0.1307) / 0.3081).flatten(1))
     x = (batch.x * 0.3081 + 0.1307).view(20, 1, 8, 8)
     torch.testing.assert_close(x, rotate(pixels / 16, degrees))
     assert torch.equal(batch.target, nearest_angle(degrees))
-    assert not torch.equal(draw(pixels, run, generator).target, batch.target)  # anew at every access
+    assert not torch.equal(draw(pixels, generator).target, batch.target)  # anew at every access
+
+
+def test_examples_are_chosen_by_number():
+    found = examples(load_images("digits").train, 16)
+    assert found.count == 1500
+    chosen = torch.tensor([7, 3])
+    batch = found.draw(chosen, torch.Generator().manual_seed(0))
+    assert batch.x.shape == batch.cond.shape == (2, 64)
+    torch.testing.assert_close(batch.cond, draw(load_images("digits").train[chosen], torch.Generator()).cond)
 
 
 def test_a_small_angle_is_recovered_from_the_batch():
     """Turning x back by the target's angle leaves at most 15 degrees: nearer to I than x turned away."""
-    run = run_of()
-    batch = draw(load_images("digits").train[:200], run, torch.Generator().manual_seed(0))
+    batch = draw(load_images("digits").train[:200], torch.Generator().manual_seed(0))
     back = rotate(batch.x.view(-1, 1, 8, 8), -30.0 * batch.target).flatten(1)
     away = rotate(batch.x.view(-1, 1, 8, 8), 90 - 30.0 * batch.target).flatten(1)
     near = (back - batch.cond).norm(dim=1) < (away - batch.cond).norm(dim=1)
     assert near.float().mean() > 0.97
 
 
+@pytest.mark.parametrize(("data", "white"), [("digits", 16), ("mnist", 255), ("cifar10", 255)])
+def test_white_is_one_before_it_is_normalised(data, white):
+    image = IMAGES[data]
+    pixels = torch.full((1, image.channels, image.size, image.size), white, dtype=torch.uint8)
+    splits = Splits(pixels, pixels)
+    batch = ROTATION.task(run_of(data), splits).train.draw(torch.tensor([0]), torch.Generator())
+    torch.testing.assert_close(batch.cond, torch.full((1, image.pixels), (1 - 0.1307) / 0.3081))
+
+
+def test_the_task_trains_on_one_part_and_tests_on_the_other():
+    splits = load_images("digits")
+    task = ROTATION.task(run_of(), splits)
+    assert (task.train.count, task.test.count) == (1500, 297)
+    assert task.levels == {"guessing": pytest.approx(11 / 12)}
+    y = torch.randn(5, 12)
+    target = torch.tensor([0, 1, 2, 3, 11])
+    assert task.loss(y, target).item() == pytest.approx(-y.log_softmax(1)[range(5), target].mean().item(), rel=1e-5)
+
+
+def test_the_error_is_the_share_of_wrong_answers():
+    run = run_of(seed=1)
+    task = ROTATION.task(run, load_images("digits"))
+
+    class Always(nn.Module):
+        def forward(self, x, cond):
+            return nn.functional.one_hot(torch.full((len(x),), 3), 12).float()
+
+    generator = torch.Generator().manual_seed(3 * run.seed + 2)
+    target = task.test.draw(torch.arange(297), generator).target
+    assert evaluate(run, task, Always()) == {"error": pytest.approx((target != 3).float().mean().item())}
+
+
+def layers_of(*sizes):
+    return sum(i * o + o for i, o in pairwise(sizes))
+
+
 @pytest.mark.parametrize(("data", "d", "width"), [("digits", 64, 50), ("mnist", 784, 50), ("cifar10", 3072, 100)])
 @pytest.mark.parametrize("depth", [2, 5])
 def test_parameter_counts_are_the_papers(data, d, width, depth):
-    hidden = d * width + width + (depth - 2) * (width * width + width)
-    weights = 10 * d + 120
-    report = parameter_report(build(ROTATION, run_of(data, "hypernetwork", depth)))
-    assert report.n_g == weights
-    assert report.n_f == report.trainable == hidden + width * weights + weights
-    e = 10 * d + 10
-    report = parameter_report(build(ROTATION, run_of(data, "embedding", depth)))
-    assert report.n_e == hidden + width * e + e
-    assert report.n_q == (d + e) * 10 + 10 + 10 * 12 + 12
-    assert report.trainable == report.n_e + report.n_q
+    hidden = layers_of(d, *[width] * (depth - 1))
+
+    def count(method):
+        with torch.device("meta"):
+            return counts(METHODS[method].build(ROTATION.architecture(run_of(data, method, depth))))
+
+    generated, e = 10 * d + 120, 10 * d + 10
+    n_f = hidden + layers_of(width, generated)
+    assert count(HYPERNETWORK) == (n_f, generated, n_f)
+    n_e, n_q = hidden + layers_of(width, e), (d + e) * 10 + 10 + 10 * 12 + 12
+    assert count(EMBEDDING) == (n_e, n_q, n_e + n_q)
+    assert count(EQUAL_PARAMETERS).trainable == pytest.approx(n_f, rel=0.03)
+    assert count(EQUAL_PARAMETERS).primary == n_q
+    assert count(FILM).primary == layers_of(d, 10, 12)
+    assert count(BIASES).context == hidden + layers_of(width, 22)
 
 
 def test_the_hypernetwork_is_the_authors_one():
@@ -105,9 +157,10 @@ def test_the_hypernetwork_is_the_authors_one():
     run = run_of(depth=3)
     model = build(ROTATION, run)
     linears = [module for module in model.trunk if isinstance(module, nn.Linear)]
-    assert len(linears) == run.depth - 1
+    assert len(linears) == run.setting.depth - 1
     first, _, last = model.primary
-    batch = draw(load_images("digits").train[:6], run, torch.Generator().manual_seed(0))
+    assert first.bias is last.bias is None
+    batch = draw(load_images("digits").train[:6], torch.Generator().manual_seed(0))
     z = model.trunk(batch.cond)
     w1 = (z @ first.weight.reshape(640, 50).T).view(6, 10, 64) + first.base_weight
     w2 = (z @ last.weight.reshape(120, 50).T).view(6, 12, 10) + last.base_weight
@@ -126,14 +179,15 @@ def test_heads_start_as_linear_layers_do():
 def test_the_embedding_method_is_the_authors_one():
     run = run_of(method="embedding", depth=3)
     model = build(ROTATION, run)
-    batch = draw(load_images("digits").train[:6], run, torch.Generator().manual_seed(0))
+    batch = draw(load_images("digits").train[:6], torch.Generator().manual_seed(0))
     joined = torch.cat([batch.x, model.embed(batch.cond)], dim=1)
     torch.testing.assert_close(model(batch.x, batch.cond), model.primary(joined), atol=1e-5, rtol=1e-5)
 
 
-def test_cifar_uses_elu():
-    assert isinstance(build(ROTATION, run_of("cifar10")).primary[1], nn.ELU)
-    assert isinstance(build(ROTATION, run_of("mnist")).primary[1], nn.ReLU)
+@pytest.mark.parametrize("method", [HYPERNETWORK, EMBEDDING])
+def test_cifar_uses_elu(method):
+    assert isinstance(build(ROTATION, run_of("cifar10", method)).primary[1], nn.ELU)
+    assert isinstance(build(ROTATION, run_of("mnist", method)).primary[1], nn.ReLU)
 
 
 def test_both_methods_start_from_the_same_hidden_layers():
@@ -145,20 +199,33 @@ def test_both_methods_start_from_the_same_hidden_layers():
         assert not torch.equal(hyper[index].weight, other[index].weight)
 
 
-def test_building_leaves_torchs_seed_alone():
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    build(ROTATION, run_of())
-    assert torch.equal(torch.rand(3), expected)
+@pytest.mark.parametrize(("data", "width", "unit"), [("mnist", 50, 10_000), ("cifar10", 100, 10_000)])
+def test_the_full_protocol_is_the_papers(data, width, unit):
+    depth, embedding, rate = ROTATION.studies("paper", data)
+    for study in (depth, embedding, rate):
+        setting = study.setting
+        assert (setting.width, setting.epochs, setting.lr, setting.batch_size) == (width, 10, 0.01, 64)
+        assert (setting.optimizer, setting.momentum, setting.schedule) == ("sgd", 0.0, "constant")
+        assert setting.embedding == 10 * IMAGES[data].pixels + 10
+        assert study.seeds == 100
+    assert depth.values == tuple(range(2, 10))
+    assert depth.methods == ALL
+    assert embedding.values == tuple(unit * i for i in range(1, 9))
+    np.testing.assert_allclose(rate.values, [1e-4 * 10 ** (j / 4) for j in range(2, 10)])
 
 
-def test_the_defaults_are_the_papers():
-    defaults = ROTATION.defaults
-    assert (defaults["mnist"].width, defaults["cifar10"].width) == (50, 100)
-    for name in ("mnist", "cifar10"):
-        assert (defaults[name].epochs, defaults[name].lr, defaults[name].batch_size) == (10, 0.01, 64)
-        assert defaults[name].depths == tuple(range(2, 10))
-    assert (defaults["digits"].depths, defaults["digits"].seeds) == ((2, 3, 4), 5)
-    assert dataclasses.is_dataclass(ROTATION)
-    assert ROTATION.chance == pytest.approx(11 / 12)
+def test_the_quick_protocol_is_part_of_the_full_one():
+    for data in ROTATION.data:
+        for quick, full in zip(ROTATION.studies("quick", data), ROTATION.studies("paper", data), strict=True):
+            assert quick.name == full.name
+            assert quick.name == "rate" or set(quick.values) <= set(full.values)
+            assert (quick.methods, quick.claims) == (full.methods, full.claims)
+            assert quick.seeds < full.seeds
+
+
+def test_the_angle_is_learnt():
+    """A few epochs on digits are enough to do better than guessing, for both of the paper's methods."""
+    splits = load_images("digits")
+    for method in (HYPERNETWORK, EMBEDDING):
+        metrics = train(ROTATION, run_of(method=method, epochs=3, lr=0.05), splits)
+        assert metrics.measures["error"] < 0.8 < metrics.measures["guessing"]

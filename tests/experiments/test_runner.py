@@ -1,100 +1,96 @@
 from __future__ import annotations
 
-import dataclasses
+import fcntl
 import json
 import os
 import random
-import signal
+import re
 import subprocess
 import sys
-import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import tiny_experiment
 import torch
+from tiny_experiment import TINY, comparison_of, lines, numbers
 
-from fasthyper.experiments import ROTATION, Comparison, DatasetUnavailable, run_comparison
-from fasthyper.experiments.data import Splits, load_images
-from fasthyper.experiments.training import batches, build, evaluate, train
+from fasthyper.experiments import DatasetUnavailable, run_comparison, runner
+from fasthyper.experiments.store import RunStore
+from fasthyper.experiments.training import train
 
-
-def tiny(data, data_home):
-    splits = load_images("digits")
-    return Splits(splits.train[:80], splits.test[:30])
-
-
-TINY = dataclasses.replace(ROTATION, load=tiny)
-
-
-def comparison_of(depths="2-3", seeds=2, epochs=2, **options):
-    return Comparison.of(TINY, "digits", depths=depths, seeds=seeds, epochs=epochs, device="cpu", **options)
-
-
-def lines(out):
-    return [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
-
-
-def numbers(records):
-    """What must not change from one time to the next."""
-    return {
-        json.dumps(record["config"], sort_keys=True): (
-            record["metrics"]["test_error"],
-            record["metrics"]["test_loss"],
-            record["metrics"]["train_loss"],
-            record["metrics"]["peak_temporary_bytes"],
-        )
-        for record in records
-    }
+pytestmark = pytest.mark.usefixtures("plain_figures")
 
 
 @pytest.fixture
-def no_notice():
-    def notify(problem):
-        raise AssertionError(problem)
+def trained(tmp_path_factory, monkeypatch):
+    """The configurations of the runs that were begun, in all processes."""
+    log = tmp_path_factory.mktemp("log") / "trained"
+    monkeypatch.setenv("TINY_LOG", str(log))
+    return lambda: log.read_text().splitlines() if log.exists() else []
 
-    return notify
+
+def files(folder):
+    return sorted(os.listdir(folder))
 
 
-def test_everything_is_written(tmp_path, no_notice):
+ALL_FILES = ["report.html", "runs.jsonl", "summary.csv"]
+
+
+def test_everything_is_written(tmp_path, no_notice, trained):
     out = tmp_path / "deep" / "out"
-    seen = []
     comparison = comparison_of()
-    summary = run_comparison(comparison, out, progress=lambda *args: seen.append(args), notify=no_notice)
-    assert sorted(os.listdir(out)) == ["errors.png", "report.md", "runs.jsonl", "summary.csv"]
+    summary = run_comparison(comparison, out, notify=no_notice)
+    assert files(out) == ALL_FILES
     records = lines(out)
     assert [record["config"] for record in records] == [run.config() for run in comparison.runs()]
+    assert len(trained()) == 8
     for record in records:
-        assert {"fasthyper", "torch", "python", "platform"} <= set(record["versions"])
-        assert 0 <= record["metrics"]["test_error"] <= 1
-        assert record["metrics"]["step_seconds"] > 0
-        assert record["date"].startswith("20")
-    assert [done for done, _, _ in seen if done] == sorted(done for done, _, _ in seen if done)
-    assert seen[0] == (0, 16, "hypernetwork, depth 2, seed 0")
-    assert seen[-1] == (16, 16, "embedding, depth 3, seed 1")
-    assert len(summary.rows) == 4
+        assert {"fasthyper", "torch", "python", "platform", "device", "threads"} == set(record["versions"])
+        assert record["metrics"]["measures"]["error"] > 0
+        assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", record["date"])
+    assert len(summary.results[0].rows()) == 2 * 2 + 2
+    assert summary.comparison == comparison
 
 
-def test_finished_runs_are_kept(tmp_path, no_notice):
+def test_progress_is_monotone_and_ends_at_the_total(tmp_path):
+    seen = []
+    run_comparison(comparison_of(epochs=4), tmp_path, progress=lambda *what: seen.append(what))
+    done = [share for share, _, _ in seen]
+    assert done == sorted(done)
+    assert seen[0] == (0, 8, "hypernetwork, seed 0")
+    assert seen[-1] == (8, 8, "embedding, seed 1")
+    assert {total for _, total, _ in seen} == {8}
+    assert 0.25 in done
+
+
+def test_finished_runs_are_kept(tmp_path, no_notice, trained):
     run_comparison(comparison_of(seeds=1), tmp_path, notify=no_notice)
     before = (tmp_path / "runs.jsonl").read_bytes()
-    trained = []
-    run_comparison(comparison_of(), tmp_path, progress=lambda *args: trained.append(args[2]), notify=no_notice)
+    totals = set()
+    run_comparison(comparison_of(), tmp_path, progress=lambda d, total, n: totals.add(total), notify=no_notice)
     assert (tmp_path / "runs.jsonl").read_bytes().startswith(before)
-    assert len(lines(tmp_path)) == 8
-    assert {name.split()[-1] for name in trained} == {"1"}
+    assert len(numbers(lines(tmp_path))) == 8
+    assert totals == {4}
+    assert len(trained()) == len(set(trained())) == 8
 
 
-def test_when_all_is_finished_nothing_is_trained_or_loaded(tmp_path, no_notice):
-    run_comparison(comparison_of(), tmp_path, notify=no_notice)
+def test_when_all_is_finished_nothing_is_trained_or_loaded(tmp_path, no_notice, monkeypatch):
+    first = run_comparison(comparison_of(), tmp_path, notify=no_notice)
     before = (tmp_path / "runs.jsonl").read_bytes()
-    (tmp_path / "report.md").unlink()
+    (tmp_path / "report.html").unlink()
 
-    def no_load(data, data_home):
-        raise AssertionError("loaded")
+    def refuse(*arguments, **options):
+        raise AssertionError("loaded or trained")
 
-    comparison = dataclasses.replace(comparison_of(), experiment=dataclasses.replace(TINY, load=no_load))
-    run_comparison(comparison, tmp_path, notify=no_notice)
+    monkeypatch.setattr(runner, "train", refuse)
+    idle = replace(comparison_of(), experiment=replace(TINY, load=refuse))
+    for workers in (1, 2):
+        summary = run_comparison(idle, tmp_path, workers=workers, progress=refuse, notify=no_notice)
+        assert summary.results[0].rows() == first.results[0].rows()
     assert (tmp_path / "runs.jsonl").read_bytes() == before
-    assert (tmp_path / "report.md").exists()
+    assert files(tmp_path) == ALL_FILES
 
 
 def test_runs_of_another_configuration_are_left_alone(tmp_path, no_notice):
@@ -102,38 +98,52 @@ def test_runs_of_another_configuration_are_left_alone(tmp_path, no_notice):
     before = lines(tmp_path)
     mixed = run_comparison(comparison_of(seeds=1), tmp_path, notify=no_notice)
     assert lines(tmp_path)[:4] == before
-    assert len(lines(tmp_path)) == 8
+    assert len(numbers(lines(tmp_path))) == 8
     alone = run_comparison(comparison_of(seeds=1), tmp_path / "alone", notify=no_notice)
-    assert [row.error_mean for row in mixed.rows] == [row.error_mean for row in alone.rows]
-    assert all(row.seeds == 1 for row in mixed.rows)
+    measured = [[row.measured for row in summary.results[0].rows()] for summary in (mixed, alone)]
+    assert measured[0] == measured[1]
     again = run_comparison(comparison_of(epochs=1, seeds=1), tmp_path, notify=no_notice)
-    assert again.rows == foreign.rows
+    assert again.results[0].rows() == foreign.results[0].rows()
 
 
-def test_another_protocol_is_another_configuration(tmp_path, no_notice):
-    run_comparison(comparison_of(seeds=1), tmp_path, notify=no_notice)
-    newer = dataclasses.replace(comparison_of(seeds=1), experiment=dataclasses.replace(TINY, protocol=2))
-    run_comparison(newer, tmp_path, notify=no_notice)
-    assert len(lines(tmp_path)) == 8
-
-
-def test_torn_and_corrupt_and_double_lines(tmp_path):
-    run_comparison(comparison_of(), tmp_path)
-    whole = (tmp_path / "runs.jsonl").read_bytes()
-    parts = whole.splitlines(keepends=True)
-    expected = numbers(lines(tmp_path))
-    broken = b"".join([*parts[:3], b"garbage\n", parts[1], *parts[3:6], parts[6][:100]])
-    (tmp_path / "runs.jsonl").write_bytes(broken)
+@pytest.mark.parametrize("changes", [{"protocol": 2}, {"name": "other"}])
+def test_another_protocol_or_experiment_is_not_mixed_in(tmp_path, changes):
+    run_comparison(comparison_of(seeds=1), tmp_path)
     problems = []
-    summary = run_comparison(comparison_of(), tmp_path, notify=problems.append)
-    assert len(problems) == 3
-    for number, problem in zip((4, 5, 9), problems, strict=True):
-        assert f"line {number}:" in problem
-    kept = (tmp_path / "runs.jsonl").read_bytes().splitlines()
-    assert kept[3] == b"garbage"
-    del kept[3:5]
-    assert numbers(map(json.loads, kept)) == expected
-    assert all(row.seeds == 2 for row in summary.rows)
+    newer = replace(comparison_of(seeds=1), experiment=replace(TINY, **changes))
+    run_comparison(newer, tmp_path, notify=problems.append)
+    assert len(lines(tmp_path)) == 8
+    assert [re.search(r"line (\d): a run of experiment 'tiny', protocol 1", p)[1] for p in problems] == list("1234")
+
+
+def test_studies_share_runs(tmp_path, trained):
+    comparison = comparison_of(depths=None, seeds=1)
+    summary = run_comparison(comparison, tmp_path)
+    assert len(trained()) == 4 + 2
+    depth, embedding = (results.rows() for results in summary.results)
+    assert embedding[0].measured == embedding[1].measured == embedding[2].measured == depth[0].measured
+    assert embedding[4].measured == depth[2].measured
+
+
+def test_torn_and_corrupt_and_changed_and_double_lines(tmp_path):
+    run_comparison(comparison_of(), tmp_path)
+    parts = (tmp_path / "runs.jsonl").read_bytes().splitlines(keepends=True)
+    expected = numbers(lines(tmp_path))
+    changed = parts[5].replace(b'"steps": 6', b'"steps": 7')
+    assert changed != parts[5]
+    broken = [*parts[:3], b"garbage\n", parts[1], *parts[3:5], changed, parts[6][:100]]
+    (tmp_path / "runs.jsonl").write_bytes(b"".join(broken))
+    problems = []
+    run_comparison(comparison_of(), tmp_path, notify=problems.append)
+    assert [re.search(r"line (\d): (.*);", problem).groups() for problem in problems] == [
+        ("4", "is no finished run, or corrupt"),
+        ("5", "this run is already listed above"),
+        ("8", "is no finished run, or corrupt"),
+        ("9", "is torn, its run was cut off"),
+    ]
+    kept = (tmp_path / "runs.jsonl").read_bytes().splitlines(keepends=True)
+    assert kept[:8] == broken[:8]
+    assert numbers([json.loads(line) for line in kept[:3] + kept[5:7] + kept[8:]]) == expected
 
 
 def test_by_default_problems_are_warnings(tmp_path):
@@ -144,27 +154,24 @@ def test_by_default_problems_are_warnings(tmp_path):
         run_comparison(comparison_of(seeds=1), tmp_path)
 
 
-def test_the_numbers_depend_on_nothing_but_the_seed(tmp_path, no_notice):
-    run_comparison(comparison_of(), tmp_path / "a", notify=no_notice)
-    expected = numbers(lines(tmp_path / "a"))
-    assert len({loss for _, _, loss, _ in expected.values()}) == 8
-
+def test_the_numbers_depend_on_nothing_but_the_configuration(tmp_path):
+    run_comparison(comparison_of(), tmp_path)
+    expected = numbers(lines(tmp_path))
+    assert len({found["train_loss"] for found in expected.values()}) == 8
     runs = comparison_of().runs()
     random.Random(0).shuffle(runs)
-    splits = tiny("digits", None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for run in runs[:3]:
-            torch.manual_seed(123)
-            metrics = train(TINY, run, splits)
-            found = (metrics.test_error, metrics.test_loss, metrics.train_loss, metrics.peak_temporary_bytes)
-            assert found == expected[json.dumps(run.config(), sort_keys=True)]
+        for run in runs[:4]:
+            found = {"config": run.config(), "metrics": vars(train(TINY, run, None))}
+            assert numbers([found]).items() <= expected.items()
     finally:
         torch.set_num_threads(threads)
 
 
-def test_the_number_of_threads_is_put_back(tmp_path):
+def test_the_number_of_threads_is_put_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "_cores", lambda: 3)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -172,136 +179,139 @@ def test_the_number_of_threads_is_put_back(tmp_path):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    assert lines(tmp_path)[0]["versions"]["threads"] == "1"
+    assert {record["versions"]["threads"] for record in lines(tmp_path)} == {"3"}
 
 
-def test_both_methods_see_the_same_data():
-    hypernetwork, embedding = comparison_of(depths="2", seeds=1).runs()
-    splits = tiny("digits", None)
-    for _ in range(2):
-        pair = [
-            list(batches(TINY, run, splits.train, torch.Generator().manual_seed(3 * run.seed + 1)))
-            for run in (hypernetwork, embedding)
-        ]
-        assert [len(batch.target) for batch in pair[0]] == [64, 16]
-        for one, other in zip(*pair, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def test_what_training_and_testing_see_is_drawn_anew(monkeypatch):
-    """Every epoch turns the images by other angles; the test angles depend on the seed, not on the method."""
-    seen = {}
-
-    def spy(pixels, run, generator):
-        batch = ROTATION.draw(pixels, run, generator)
-        seen.setdefault((run.method, run.seed), []).append(batch)
-        return batch
-
-    experiment = dataclasses.replace(TINY, draw=spy)
-    comparison = comparison_of(depths="2", seeds=2)
-    for run in comparison.runs():
-        train(experiment, run, tiny("digits", None))
-    for seed in (0, 1):
-        one, other = seen["hypernetwork", seed], seen["embedding", seed]
-        assert len(one) == 2 * 2 + 1 + 1  # two epochs of two batches, the test, the measurement
-        for a, b in zip(one, other, strict=True):
-            assert torch.equal(a.x, b.x)
-    first, second = seen["hypernetwork", 0], seen["hypernetwork", 1]
-    assert not torch.equal(first[0].x, first[2].x)
-    assert not torch.equal(first[4].x, second[4].x)
-    assert torch.equal(first[4].cond, second[4].cond)
-
-
-def test_training_is_plain_sgd():
-    """One epoch by the loop against the same epoch written out."""
-    run = comparison_of(depths="2", seeds=1, epochs=1, batch_size=40).runs()[1]
-    splits = tiny("digits", None)
-    metrics = train(TINY, run, splits)
-    model = build(TINY, run)
-    generator = torch.Generator().manual_seed(3 * run.seed + 1)
-    losses = []
-    for chosen in torch.randperm(80, generator=generator).split(40):
-        batch = TINY.draw(splits.train[chosen], run, generator)
-        loss = torch.nn.functional.cross_entropy(model(batch.x, batch.cond), batch.target)
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
-        with torch.no_grad():
-            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-                parameter -= run.lr * gradient
-        losses.append(loss.item())
-    assert metrics.train_loss == pytest.approx(sum(losses) / 2, rel=1e-5)
-    error, loss = evaluate(TINY, run, model, splits.test)
-    assert metrics.test_error == pytest.approx(error)
-    assert metrics.test_loss == pytest.approx(loss, rel=1e-5)
-    assert model.training
-
-
-def test_the_error_is_the_share_of_wrong_answers():
-    run = comparison_of(depths="2", seeds=1).runs()[0]
-    splits = tiny("digits", None)
-
-    class Always(torch.nn.Module):
-        def forward(self, x, cond):
-            return torch.nn.functional.one_hot(torch.full((len(x),), 3), 12).float()
-
-    error, _ = evaluate(TINY, run, Always(), splits.test)
-    batch = TINY.draw(splits.test, run, torch.Generator().manual_seed(3 * run.seed + 2))
-    assert error == pytest.approx((batch.target != 3).float().mean().item())
-
-
-def test_data_that_cannot_be_had_write_nothing(tmp_path):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_data_that_cannot_be_had_write_nothing(tmp_path, workers):
     def load(data, data_home):
-        raise DatasetUnavailable("not here")
+        raise DatasetUnavailable(f"{data} is not in {data_home}")
 
-    comparison = dataclasses.replace(comparison_of(), experiment=dataclasses.replace(TINY, load=load))
-    with pytest.raises(DatasetUnavailable):
-        run_comparison(comparison, tmp_path / "out")
+    comparison = replace(comparison_of(), experiment=replace(TINY, load=load))
+    with pytest.raises(DatasetUnavailable, match="line is not in nowhere"):
+        run_comparison(comparison, tmp_path / "out", data_home="nowhere", workers=workers)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_folder_that_cannot_be_written_is_refused_before_training(tmp_path):
+def test_an_output_folder_that_cannot_be_written_is_refused_before_training(tmp_path, trained):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="out: cannot write"):
         run_comparison(comparison_of(), tmp_path / "file")
+    assert trained() == []
 
 
-def test_a_diverging_run_is_a_finished_run(tmp_path, no_notice):
-    comparison = comparison_of(depths="2", seeds=1, lr=1e6)
+@pytest.mark.parametrize("workers", [0, -1])
+def test_workers_are_one_or_more(tmp_path, workers):
+    with pytest.raises(ValueError, match=f"^workers: expected at least 1, got {workers}"):
+        run_comparison(comparison_of(), tmp_path / "out", workers=workers)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_diverging_run_is_a_finished_run(tmp_path, no_notice, trained):
+    comparison = comparison_of(depths="2", seeds=2, lr=1e9)
     run_comparison(comparison, tmp_path, notify=no_notice)
-    assert None in [record["metrics"]["train_loss"] for record in lines(tmp_path)]
+    assert {record["metrics"]["measures"]["error"] for record in lines(tmp_path)} == {None}
     before = (tmp_path / "runs.jsonl").read_bytes()
-    run_comparison(comparison, tmp_path, notify=no_notice)
+    summary = run_comparison(comparison, tmp_path, notify=no_notice)
     assert (tmp_path / "runs.jsonl").read_bytes() == before
+    assert len(trained()) == 4
+    assert {finding.verdict for _, finding in summary.findings} == {"undecided"}
+    assert "diverged" in (tmp_path / "report.html").read_text()
 
 
-@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-def test_killed_half_way_it_goes_on(tmp_path):
+def test_an_exception_while_training_reaches_the_caller(tmp_path, monkeypatch):
+    calls = []
+
+    def fail(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("no more")
+        return train(*arguments)
+
+    monkeypatch.setattr(runner, "train", fail)
+    threads = torch.get_num_threads()
+    with pytest.raises(RuntimeError, match="no more"):
+        run_comparison(comparison_of(), tmp_path)
+    assert torch.get_num_threads() == threads
+    assert len(lines(tmp_path)) == 2
+    monkeypatch.undo()
+    run_comparison(comparison_of(), tmp_path)
+    assert len(numbers(lines(tmp_path))) == 8
+
+
+def part_of(comparison, out, number, runs):
+    """Leave what a torchrun that was killed leaves: what process `number` had finished."""
+    store = RunStore(out / f"runs.{number}.jsonl", {})
+    for run in runs:
+        metrics = vars(train(comparison.experiment, run, None))
+        store.append({"config": run.config(), "metrics": metrics, "versions": {"torch": "part"}})
+
+
+def test_parts_are_picked_up_and_removed(tmp_path, no_notice, trained):
+    comparison = comparison_of()
+    runs = comparison.runs()
+    part_of(comparison, tmp_path, 1, runs[1:3])
+    part_of(comparison, tmp_path, 2, runs[2:4])
+    begun = len(trained())
+    run_comparison(comparison, tmp_path, notify=no_notice)
+    assert len(trained()) - begun == 8 - 3
+    assert len(numbers(lines(tmp_path))) == 8
+    assert sum(record["versions"] == {"torch": "part"} for record in lines(tmp_path)) == 3
+    assert files(tmp_path) == ALL_FILES
+
+
+def test_runs_of_another_configuration_in_a_part_are_kept(tmp_path, no_notice):
+    other = comparison_of(seeds=1, epochs=1)
+    part_of(other, tmp_path, 1, other.runs()[:2])
+    run_comparison(comparison_of(seeds=1), tmp_path, notify=no_notice)
+    assert len(numbers(lines(tmp_path))) == 4 + 2
+    assert files(tmp_path) == ALL_FILES
+
+
+def test_runs_of_another_experiment_in_a_part_are_not_thrown_away(tmp_path):
+    other = replace(comparison_of(seeds=1), experiment=replace(TINY, protocol=2))
+    part_of(other, tmp_path, 1, other.runs()[:1])
+    before = (tmp_path / "runs.1.jsonl").read_bytes()
+    run_comparison(comparison_of(seeds=1), tmp_path, notify=lambda problem: None)
+    kept = [path.read_bytes() for path in tmp_path.glob("runs*.jsonl")]
+    assert any(before in content for content in kept)
+
+
+def test_a_part_that_another_process_writes_is_not_removed(tmp_path, monkeypatch):
+    """A sweep under torchrun goes on while somebody looks at what is finished of it."""
+    monkeypatch.setattr("fasthyper.experiments.store._PAUSE", 0.0)
+    comparison = comparison_of(seeds=1)
+    run_comparison(comparison, tmp_path)
+    part_of(comparison, tmp_path, 1, comparison_of(seeds=2).runs()[-1:])
+    with (tmp_path / "runs.1.jsonl").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(ValueError):  # to refuse is fine, too
+            run_comparison(comparison, tmp_path)
+        assert (tmp_path / "runs.1.jsonl").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_two_sweeps_do_not_write_to_one_folder(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr("fasthyper.experiments.store._PAUSE", 0.0)
+    with (tmp_path / "runs.jsonl").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="out: another process is writing to"):
+            run_comparison(comparison_of(), tmp_path, workers=workers)
+    assert (tmp_path / "runs.jsonl").read_bytes() == b""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL")
+def test_killed_over_and_over_it_goes_on(tmp_path, trained):
     out = tmp_path / "out"
-    arguments = ["--depths", "2", "--seeds", "3", "--epochs", "3", "--device", "cpu", "--out", str(out)]
-    command = [sys.executable, "-m", "fasthyper", "compare", "rotation", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    runs = out / "runs.jsonl"
-    deadline = time.monotonic() + 60
-    while not (runs.exists() and runs.read_bytes().count(b"\n") >= 2):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    kept = runs.read_bytes()
-    finished = kept.count(b"\n")
-    assert 2 <= finished < 6
-    assert os.listdir(out) == ["runs.jsonl"]
-    runs.write_bytes(kept + kept[:57])  # killed in the middle of a line
-
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "tiny_experiment", str(out), "--seeds", "3", "--kills", "12"]
+    env = {**os.environ, "PYTHONPATH": str(Path(tiny_experiment.__file__).parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert f"line {finished + 1}: is torn" in done.stderr
-    assert runs.read_bytes().startswith(kept)
-    records = lines(out)
-    assert len(records) == len(numbers(records)) == 6
-    rows = (out / "summary.csv").read_text().splitlines()
-    assert [row.split(",")[2] for row in rows[1:]] == ["3", "3"]
-
-    uninterrupted = tmp_path / "uninterrupted"
-    run_comparison(Comparison.of(ROTATION, "digits", depths="2", seeds=3, epochs=3, device="cpu"), uninterrupted)
-    assert numbers(lines(uninterrupted)) == numbers(records)
+    kills = int(done.stdout.split()[-1])
+    assert kills >= 1
+    run_comparison(comparison_of(3), out, notify=lambda problem: None)
+    assert len(trained()) <= 12 + kills + 1
+    # A kill may have come while a report was being written: nothing but hidden files may be left of it.
+    assert [name for name in files(out) if not name.startswith(".")] == ALL_FILES
+    run_comparison(comparison_of(3), tmp_path / "uninterrupted")
+    assert numbers(lines(out)) == numbers(lines(tmp_path / "uninterrupted"))

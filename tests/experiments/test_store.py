@@ -3,6 +3,9 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
+import time
 
 import pytest
 from hypothesis import given
@@ -11,14 +14,16 @@ from hypothesis import strategies as st
 from fasthyper.experiments.files import check_writable, write_atomically
 from fasthyper.experiments.store import RunStore, key
 
+EXPECTED = {"experiment": "tiny", "protocol": 1}
+
 
 def record(seed, **metrics):
-    return {"config": {"seed": seed}, "metrics": {"test_error": 0.5, **metrics}, "versions": {}}
+    return {"config": {**EXPECTED, "seed": seed}, "metrics": {"error": 0.5, **metrics}, "versions": {"torch": "2.0"}}
 
 
 @pytest.fixture
 def store(tmp_path):
-    return RunStore(tmp_path / "runs.jsonl", metrics=["test_error"])
+    return RunStore(tmp_path / "runs.jsonl", EXPECTED)
 
 
 def seeds(store):
@@ -27,8 +32,8 @@ def seeds(store):
 
 def test_what_is_appended_is_loaded(store):
     for seed in range(3):
-        store.append(record(seed))
-    assert seeds(store) == [0, 1, 2]
+        store.append({**record(seed), "date": "2020"})
+    assert store.load().records == [{**record(seed), "date": "2020"} for seed in range(3)]
     assert store.load().problems == []
     assert store.path.read_bytes().count(b"\n") == 3
 
@@ -52,12 +57,34 @@ def test_a_file_cut_anywhere_keeps_its_whole_lines_and_goes_on(store):
         torn = cut not in (0, first - 1, first, len(whole) - 1)
         assert len(loaded.problems) == torn
         if torn:
-            assert f"line {1 + (cut > first)}: is torn" in loaded.problems[0]
+            assert f"line {1 + (cut > first)}: " in loaded.problems[0]
         store.append(record(2))
         assert seeds(store) == [*expected, 2]
-        assert store.load().problems == []
-        for line in store.path.read_bytes().splitlines():
-            json.loads(line)
+
+
+@pytest.mark.parametrize("length", [1, 5, 9, 10, 60])
+def test_what_is_left_of_a_torn_line_is_gone_with_the_next(store, length):
+    store.append(record(0))
+    whole = store.path.read_bytes()
+    store.path.write_bytes(whole + whole[:length])
+    assert "line 2: is torn, its run was cut off; skipped" in store.load().problems[0]
+    store.append(record(1))
+    assert store.load().problems == []
+    assert seeds(store) == [0, 1]
+
+
+def test_a_digit_changed_in_a_line_is_seen(store):
+    store.append(record(10, error=0.125))
+    whole = store.path.read_bytes()
+    digits = [place for place, byte in enumerate(whole) if chr(byte).isdigit()]
+    assert len(digits) > 10
+    for place in digits:
+        changed = bytearray(whole)
+        changed[place] = ord("3") if whole[place] != ord("3") else ord("4")
+        store.path.write_bytes(changed)
+        loaded = store.load()
+        assert loaded.records == []
+        assert "line 1: is no finished run, or corrupt; skipped" in loaded.problems[0]
 
 
 @pytest.mark.parametrize(
@@ -69,11 +96,11 @@ def test_a_file_cut_anywhere_keeps_its_whole_lines_and_goes_on(store):
         b"[1]",
         b"null",
         b"{}",
-        b'{"config": {"seed": 1}, "metrics": {}, "versions": {}}',
-        b'{"config": {"seed": 1}, "metrics": {"test_error": null}, "versions": {}}',
-        b'{"config": {"seed": 1}, "metrics": {"test_error": NaN}, "versions": {}}',
-        b'{"config": 1, "metrics": {"test_error": 1}, "versions": {}}',
-        b'{"config": {"seed": 1}, "metrics": {"test_error": 1}}',
+        b"[" * 100_000,
+        b'{"config": {"experiment": "tiny", "protocol": 1}, "metrics": {}, "versions": {}}',
+        b'{"config": {"experiment": "tiny", "protocol": 1}, "metrics": {}, "versions": {}, "digest": 1}',
+        b'{"config": 1, "metrics": {"error": 1}, "versions": {}}',
+        b'{"config": {"seed": 1}, "metrics": {"error": 1}}',
     ],
 )
 def test_a_corrupt_line_is_reported_by_number_and_left_alone(store, line):
@@ -84,16 +111,38 @@ def test_a_corrupt_line_is_reported_by_number_and_left_alone(store, line):
     loaded = store.load()
     assert [entry["config"]["seed"] for entry in loaded.records] == [0, 2]
     (problem,) = loaded.problems
-    assert "line 2: is not a finished run" in problem
+    assert f"{store.path}, line 2: is no finished run, or corrupt" in problem
     assert line in store.path.read_bytes().splitlines()
 
 
+def test_what_somebody_else_wrote_last_is_ended_and_left_alone(store):
+    store.path.write_bytes(b"a note without a line end")
+    store.append(record(0))
+    assert store.path.read_bytes().startswith(b"a note without a line end\n{")
+    assert seeds(store) == [0]
+
+
 def test_of_two_equal_runs_the_first_counts(store):
-    store.append(record(0, test_error=0.1))
-    store.append(record(0, test_error=0.2))
+    store.append(record(0, error=0.1))
+    store.append(record(0, error=0.2))
     loaded = store.load()
-    assert [entry["metrics"]["test_error"] for entry in loaded.records] == [0.1]
+    assert [entry["metrics"]["error"] for entry in loaded.records] == [0.1]
     assert "line 2: this run is already listed" in loaded.problems[0]
+
+
+@pytest.mark.parametrize("other", [{"experiment": "large"}, {"protocol": 2}])
+def test_runs_of_something_else_are_reported_and_left_alone(store, other):
+    foreign = record(0)
+    foreign["config"] |= other
+    store.append(foreign)
+    store.append(record(0))
+    loaded = store.load()
+    assert loaded.records == [record(0)]
+    (problem,) = loaded.problems
+    expected = EXPECTED | other
+    what = f"a run of experiment {expected['experiment']!r}, protocol {expected['protocol']}; skipped"
+    assert problem == f"{store.path}, line 1: {what}"
+    assert store.path.read_bytes().count(b"\n") == 2
 
 
 def test_empty_lines_are_nothing(store):
@@ -104,9 +153,34 @@ def test_empty_lines_are_nothing(store):
 
 
 def test_what_is_not_finite_becomes_null(store):
-    store.append(record(0, train_loss=float("inf"), test_loss=float("nan")))
+    store.append(record(0, loss=float("inf"), measures={"a": float("nan"), "b": [1.0, -float("inf")]}))
     metrics = store.load().records[0]["metrics"]
-    assert metrics == {"test_error": 0.5, "train_loss": None, "test_loss": None}
+    assert metrics == {"error": 0.5, "loss": None, "measures": {"a": None, "b": [1.0, None]}}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="flock")
+def test_two_processes_do_not_write_at_once(store, monkeypatch):
+    monkeypatch.setattr("fasthyper.experiments.store._PAUSE", 0.0)
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.flock(f, 2); print('held', flush=True); input()"
+    command = [sys.executable, "-c", hold, str(store.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match=f"out: another process is writing to {store.path}"), store.locked():
+            pass
+        other.kill()
+    with store.locked():
+        store.append(record(0))
+    assert seeds(store) == [0]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="flock")
+def test_a_lock_is_waited_for(store, monkeypatch):
+    first = RunStore(store.path, EXPECTED).locked()
+    first.__enter__()
+    monkeypatch.setattr(time, "sleep", lambda seconds: first.__exit__(None, None, None))
+    with store.locked():
+        store.append(record(0))
+    assert seeds(store) == [0]
 
 
 values = st.recursive(

@@ -1,0 +1,232 @@
+"""What is claimed of a study, as data, and the verdict that its runs allow."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from fasthyper.experiments.experiment import Measure
+from fasthyper.experiments.methods import EMBEDDING, HYPERNETWORK
+from fasthyper.experiments.summary import Interval, Results
+
+PAPER = "the paper"
+ASKED = "asked here"
+
+YES = {PAPER: "reproduced", ASKED: "holds"}
+NO = {PAPER: "not reproduced", ASKED: "does not hold"}
+UNDECIDED = "undecided"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim, the verdict of these runs, and the numbers that it rests on."""
+
+    claim: str
+    whose: str
+    verdict: str
+    evidence: str
+    rule: str
+    """When the verdict is yes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What somebody says of a study. A verdict is yes, no, or undecided where intervals allow both."""
+
+    text: str
+    whose: str = PAPER
+    rule: ClassVar[str]
+
+    def judge(self, results: Results) -> Finding | None:
+        """The verdict; None where the methods that it speaks of are not part of the study."""
+        raise NotImplementedError
+
+    def found(self, holds: bool | None, evidence: str) -> Finding:
+        """The finding; None leaves it undecided."""
+        words = YES if holds else NO
+        verdict = UNDECIDED if holds is None else words[ASKED if self.whose == ASKED else PAPER]
+        return Finding(self.text, self.whose, verdict, evidence, self.rule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wins(Claim):
+    """One line lies below another at every value of the axis, or at those from `least` on."""
+
+    rule = "at every value compared, the 95 % interval of the paired difference lies on its side"
+    line: str = HYPERNETWORK
+    over: str = EMBEDDING
+    least: float | None = None
+
+    def judge(self, results: Results) -> Finding | None:
+        """Refuted where a whole interval lies on the other side."""
+        study = results.study
+        values = [v for v in study.values if self.least is None or v >= self.least]
+        if not results.has(self.line, self.over) or not values:
+            return None
+        advantages = {value: results.advantage(self.line, self.over, value) for value in values}
+        holds = _all_above([a.low for a in advantages.values()], [a.high for a in advantages.values()])
+        parts = (f"{_at(results, value)}: {_better(study.measure, a)}" for value, a in advantages.items())
+        return self.found(holds, "; ".join(parts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Improves(Claim):
+    """A line falls along the axis."""
+
+    rule = "the 95 % interval of its slope along the axis lies below zero"
+    line: str = HYPERNETWORK
+
+    def judge(self, results: Results) -> Finding | None:
+        """Refuted where the interval leaves no room for a fall worth the name."""
+        if not results.has(self.line):
+            return None
+        trend = results.trend(self.line)
+        holds = True if trend.high < 0 else False if trend.low > -_flat(results) else None
+        return self.found(holds, _change(results, trend))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flat(Claim):
+    """A line does not fall along the axis; to rise is not to fall."""
+
+    rule = "the 95 % interval of its slope leaves room for a fall of less than 1 point (or 2 %) per step of the axis"
+    line: str = EMBEDDING
+
+    def judge(self, results: Results) -> Finding | None:
+        """Refuted where the interval lies below zero."""
+        if not results.has(self.line):
+            return None
+        trend = results.trend(self.line)
+        holds = True if trend.low > -_flat(results) else False if trend.high < 0 else None
+        return self.found(holds, _change(results, trend))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FallsAtEachStep(Claim):
+    """A line falls from each value of the axis to the next."""
+
+    rule = "the mean falls at each step, and no step rises by its whole 95 % interval"
+    line: str
+
+    def judge(self, results: Results) -> Finding | None:
+        """Refuted where a step rises by its whole interval."""
+        if not results.has(self.line) or len(results.study.values) < 2:
+            return None
+        line, values = results.line(self.line), results.study.values
+        found = [results.values(line, value) for value in values]
+        pairs = zip(found[1:], found, strict=False)
+        steps = [Interval.of([a - b for a, b in zip(*pair, strict=True)]) for pair in pairs]
+        rising = [f"{a} to {b}" for a, b, s in zip(values, values[1:], steps, strict=False) if not s.mean < 0]
+        sure = sum(step.high < 0 for step in steps)
+        holds = False if any(step.low > 0 for step in steps) else None if rising else True
+        evidence = f"it falls at {len(steps) - len(rising)} of {len(steps)} steps, for sure at {sure}"
+        return self.found(holds, evidence + (f"; not from {', '.join(rising)}" if rising else ""))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WellBelow(Claim):
+    """One line is at most `share` of another, at every value: for measures compared by ratios."""
+
+    rule = "at every value, the 95 % interval of the ratio lies below the share claimed"
+    line: str
+    than: str
+    share: float = 0.5
+
+    def judge(self, results: Results) -> Finding | None:
+        """Refuted where a whole interval lies above."""
+        if not results.has(self.line, self.than):
+            return None
+        apart = {value: results.advantage(self.line, self.than, value) for value in results.study.values}
+        enough = -math.log(self.share)
+        holds = _all_above([a.low - enough for a in apart.values()], [a.high - enough for a in apart.values()])
+        ratios = {value: (-a).map(_exp) for value, a in apart.items()}
+        return self.found(holds, "; ".join(f"{_at(results, v)}: {_number(r, '.2g')} of it" for v, r in ratios.items()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exponent(Claim):
+    """The power law between a line and the number of parameters, against the exponent that a theorem bounds."""
+
+    rule = "the 95 % interval of the fitted exponent does not lie wholly on the wrong side of the theorem's"
+    line: str
+    bound: float
+    at_least_as_steep: bool
+    """The theorem promises this rate; otherwise it says that none steeper is possible for the whole class."""
+
+    def judge(self, results: Results) -> Finding | None:
+        """Refuted where the interval lies wholly on the other side of the bound."""
+        if not results.has(self.line) or len(results.study.values) < 2:
+            return None
+        fitted = results.exponent(self.line)
+        if not math.isfinite(fitted.low):
+            holds = None
+        elif self.at_least_as_steep:
+            holds = fitted.low <= self.bound
+        else:
+            holds = fitted.high >= self.bound
+        return self.found(holds, f"fitted exponent {_number(fitted, '+.2f')}, the theorem's {self.bound:+.2f}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steeper(Claim):
+    """The power law of one line has a more negative exponent than another's."""
+
+    rule = "the 95 % interval of the paired difference of exponents lies below zero"
+    line: str = HYPERNETWORK
+    than: str = EMBEDDING
+
+    def judge(self, results: Results) -> Finding | None:
+        """Refuted where the interval lies above zero."""
+        if not results.has(self.line, self.than) or len(results.study.values) < 2:
+            return None
+        apart = results.exponents_apart(self.line, self.than)
+        holds = True if apart.high < 0 else False if apart.low > 0 else None
+        own, other = results.exponent(self.line), results.exponent(self.than)
+        evidence = f"{_number(own, '+.2f')} against {_number(other, '+.2f')}, apart by {_number(apart, '+.2f')}"
+        return self.found(holds, evidence)
+
+
+def _all_above(lows: list[float], highs: list[float]) -> bool | None:
+    return True if all(low > 0 for low in lows) else False if any(high < 0 for high in highs) else None
+
+
+def _flat(results: Results) -> float:
+    """The fall per step of the axis below which there is none to speak of."""
+    return math.log(1.02) if results.study.measure.log else 0.01
+
+
+def _at(results: Results, value: Any) -> str:
+    return f"{results.study.axis.field.replace('_', ' ')} {value}"
+
+
+def _better(measure: Measure, advantage: Interval) -> str:
+    if measure.log:
+        return f"less by a factor of {_number(advantage.map(_exp), '.3g')}"
+    return (
+        f"less by {_number(advantage.map(lambda v: 100 * v), '.1f')} points"
+        if measure.percent
+        else (f"less by {_number(advantage, '.3g')}")
+    )
+
+
+def _change(results: Results, trend: Interval) -> str:
+    study = results.study
+    per = "doubling" if study.axis.log else "step of 1"
+    if study.measure.log:
+        return f"{_number(trend.map(lambda v: 100 * (_exp(v) - 1)), '+.1f')} % per {per} of {study.axis.field}"
+    if study.measure.percent:
+        return f"{_number(trend.map(lambda v: 100 * v), '+.1f')} points per {per} of {study.axis.field}"
+    return f"{_number(trend, '+.3g')} per {per} of {study.axis.field}"
+
+
+def _number(interval: Interval, form: str) -> str:
+    if math.isnan(interval.mean):
+        return "unknown (a run diverged, or there is one value only)"
+    if math.isinf(interval.high):
+        return f"{interval.mean:{form}} (one seed, no interval)"
+    return f"{interval.mean:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
+
+
+def _exp(value: float) -> float:
+    return math.inf if value > 700 else math.exp(value)

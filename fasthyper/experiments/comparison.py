@@ -1,0 +1,196 @@
+"""A comparison: some studies of an experiment, chosen and changed, and the runs that they take."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from fasthyper.experiments.experiment import Experiment, Run, Study, is_integer
+from fasthyper.experiments.methods import METHODS
+
+PRESETS = ("quick", "paper")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Some studies of an experiment on one data set. Made by `Comparison.of`."""
+
+    experiment: Experiment
+    preset: str
+    data: str
+    studies: tuple[Study, ...]
+    device: str
+    changed: tuple[str, ...] = ()
+    """What differs from the preset, in words."""
+
+    @classmethod
+    def of(
+        cls,
+        experiment: Experiment,
+        data: str | None = None,
+        *,
+        preset: str = "quick",
+        studies: Sequence[str] | None = None,
+        methods: Sequence[str] | None = None,
+        depths: str | Sequence[int] | None = None,
+        seeds: int | None = None,
+        device: str = "auto",
+        **settings: Any,
+    ) -> Comparison:
+        """Choose from an experiment; what is None or not named stays as the preset has it.
+
+        Args:
+            experiment: what is compared.
+            data: one of `experiment.data`; the first by default.
+            preset: `"quick"`: minutes on two cores; `"paper"`: the full protocol.
+            studies: the names of some; all by default.
+            methods: the names of some; all by default.
+            depths: values of the studies over depth, as `"2-4,8"` or a sequence; the other studies are left out.
+            seeds: repetitions of each run.
+            device: `"auto"`, `"cpu"` or `"cuda"`.
+            **settings: fields of the studies' settings, such as `epochs`, `lr`, `width`.
+
+        Raises:
+            ValueError: an unknown name, a number that cannot be, a setting that no study has.
+
+        Example:
+            >>> from fasthyper.experiments import ROTATION
+            >>> comparison = Comparison.of(ROTATION, depths="2-3", seeds=1, device="cpu", epochs=1)
+            >>> [study.name for study in comparison.studies], comparison.studies[0].values
+            (['depth'], (2, 3))
+        """
+        data = experiment.data[0] if data is None else data
+        _known("preset", preset, PRESETS, "")
+        _known("data", data, experiment.data, f"a data set of {experiment.name}")
+        chosen = experiment.studies(preset, data)
+        if depths is not None:
+            values = parse_depths(depths) if isinstance(depths, str) else tuple(depths)
+            chosen = tuple(replace(s, values=values) for s in chosen if s.axis.field == "depth")
+            if not chosen:
+                raise ValueError(f"depths: {experiment.name} has no study over depth")
+        if studies is not None:
+            for name in studies:
+                _known("studies", name, [s.name for s in chosen], f"a study of {experiment.name}")
+            chosen = tuple(s for s in chosen if s.name in studies)
+        if methods is not None:
+            if not methods:
+                raise ValueError("methods: expected at least one")
+            for name in methods:
+                _known("methods", name, sorted({m for s in chosen for m in s.methods}), "a method compared here")
+            kept = (replace(s, methods=tuple(m for m in s.methods if m in methods)) for s in chosen)
+            chosen = tuple(
+                replace(s, lines=tuple(x for x in s.lines if x.method in methods)) for s in kept if s.methods
+            )
+        if seeds is not None:
+            chosen = tuple(replace(s, seeds=seeds) for s in chosen)
+        settings = {name: value for name, value in settings.items() if value is not None}
+        chosen = tuple(_with(s, settings) for s in chosen)
+        for name in settings:
+            if not any(hasattr(s.setting, name) and s.axis.field != name for s in chosen):
+                raise ValueError(f"{name}: no study here has such a setting to change")
+        words = {"depths": depths, "studies": studies, "methods": methods, "seeds": seeds, **settings}
+        changed = tuple(f"{name} {_text(value)}" for name, value in words.items() if value is not None)
+        return cls(experiment, preset, data, chosen, resolve_device(device), changed)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        if not self.studies:
+            raise ValueError("studies: expected at least one")
+        for study in self.studies:
+            if not is_integer(study.seeds) or study.seeds < 1:
+                raise ValueError(f"seeds: expected an integer of at least 1, got {study.seeds!r}")
+            if not study.values or len(set(study.values)) < len(study.values):
+                raise ValueError(f"{study.axis.field}: expected values, each named once, got {study.values!r}")
+            field = study.axis.field
+            kind = type(getattr(study.setting, field))
+            for value in study.values:
+                if type(value) is not kind:
+                    raise ValueError(f"{field}: expected values of type {kind.__name__}, got {value!r}")
+                study.at(value)
+
+    def runs(self) -> list[Run]:
+        """All runs, each once, one seed after the other, so that a sweep cut short still covers every value."""
+        seeds = range(max(study.seeds for study in self.studies))
+        runs = (
+            self.run(study, value, method, seed)
+            for seed in seeds
+            for study in self.studies
+            if seed < study.seeds
+            for value in study.values
+            for method in study.methods
+        )
+        return list(dict.fromkeys(runs))
+
+    def run(self, study: Study, value: Any, method: str, seed: int) -> Run:
+        """One run of a study; over E, a method without an embedding has one run for all values."""
+        experiment = self.experiment
+        alike = study.axis.field == "embedding" and not METHODS[method].embeds
+        setting = study.setting if alike else study.at(value)
+        return Run(experiment.name, experiment.protocol, self.data, method, seed, self.device, setting)
+
+
+def parse_depths(text: str) -> tuple[int, ...]:
+    """Read depths: numbers and ranges, with commas between.
+
+    Raises:
+        ValueError: anything else, a range that runs backwards, a depth below 2.
+
+    Example:
+        >>> parse_depths("2-4,8")
+        (2, 3, 4, 8)
+    """
+    depths: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,4})\s*(?:-\s*([0-9]{1,4})\s*)?", part)
+        if match is None:
+            raise ValueError(f"depths: expected numbers or ranges such as 2-9 or 2,4,8, got {text!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f"depths: the range {part.strip()!r} runs backwards")
+        if first < 2:
+            raise ValueError(f"depths: expected depths of at least 2, got {text!r}")
+        depths.extend(range(first, last + 1))
+    return tuple(depths)
+
+
+def resolve_device(device: str) -> str:
+    """`"cpu"` or `"cuda"`; `"auto"` takes the GPU where torch sees one.
+
+    Raises:
+        ValueError: another name, or `"cuda"` where torch sees no GPU.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda was asked for, but torch sees no CUDA device here")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _with(study: Study, settings: Mapping[str, Any]) -> Study:
+    """The study with those of the settings that it has; its own axis stays as it is."""
+    types = {f.name: type(getattr(study.setting, f.name)) for f in fields(study.setting)}
+    changes = {}
+    for name, value in settings.items():
+        if name not in types or name == study.axis.field:
+            continue
+        if types[name] is float and is_integer(value):
+            value = float(value)
+        if type(value) is not types[name]:
+            raise ValueError(f"{name}: expected {types[name].__name__}, got {value!r}")
+        changes[name] = value
+    return replace(study, setting=replace(study.setting, **changes))
+
+
+def _known(argument: str, name: str, known: Sequence[str], what: str) -> None:
+    if name not in known:
+        raise ValueError(f"{argument}: {name!r} is not {what or 'known'}; known are {', '.join(known)}")

@@ -1,0 +1,116 @@
+"""Several processes on one sweep, by torch's own distributed engine: of one machine, or torchrun's of several."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# A process waits for the others' last runs, which may take as long as a run does.
+_PATIENCE = timedelta(days=7)
+_SWEEPS = itertools.count()
+
+
+@dataclass(frozen=True)
+class Group:
+    """This process among those that share a sweep; alone, without `store`."""
+
+    rank: int = 0
+    size: int = 1
+    store: dist.Store | None = None
+
+    def gather(self, mine: Any) -> list[Any]:
+        """What each has, in all of them, by rank."""
+        if self.store is None:
+            return [mine]
+        held: list[Any] = [None] * self.size
+        dist.all_gather_object(held, mine)
+        return held
+
+    def counter(self, name: str) -> Callable[[int], int]:
+        """A number that all share: add to it, get the sum."""
+        if self.store is not None:
+            store = self.store
+            return lambda amount: store.add(name, amount)
+        total = 0
+
+        def add(amount: int) -> int:
+            nonlocal total
+            total += amount
+            return total
+
+        return add
+
+
+@contextmanager
+def torchrun(device: str) -> Iterator[Group]:
+    """The group that torchrun started this process in: gloo, or NCCL for a sweep on GPUs; alone without torchrun."""
+    if not dist.is_torchelastic_launched():
+        yield Group()
+        return
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=_PATIENCE)))
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    with _joined(store, rank, size, "nccl" if device == "cuda" else "gloo") as group:
+        yield group
+
+
+def launch(fn: Callable[..., Any], workers: int, progress: Callable[..., None], *arguments: Any) -> None:
+    """Call `fn(group, progress, *arguments)` in new processes; what they tell `progress` is told here.
+
+    The first that fails ends all of them, and so does the end of this one.
+    """
+    told = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    with tempfile.TemporaryDirectory(prefix="fasthyper-") as folder:
+        store = str(Path(folder) / "store")
+        context = torch.multiprocessing.spawn(
+            _enter, (os.getpid(), workers, store, told, fn, arguments), nprocs=workers, join=False
+        )
+        try:
+            while not context.join(timeout=0.1):
+                _tell(told, progress)
+            _tell(told, progress)
+        except BaseException:
+            for process in context.processes:
+                process.terminate()
+            for process in context.processes:
+                process.join()
+            raise
+
+
+def _tell(told: Any, progress: Callable[..., None]) -> None:
+    while not told.empty():
+        progress(*told.get())
+
+
+def _enter(
+    rank: int, parent: int, size: int, path: str, told: Any, fn: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    # torch ends a process with its parent from here on; a parent that was killed before left nobody to work for.
+    if os.getppid() != parent:
+        return
+    # Processes of one machine may share a GPU, where NCCL wants one for each: they talk through gloo.
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    with _joined(dist.FileStore(path, size), rank, size, "gloo") as group:
+        fn(group, lambda *what: told.put(what), *arguments)
+
+
+@contextmanager
+def _joined(store: dist.Store, rank: int, size: int, backend: str) -> Iterator[Group]:
+    # One store may serve several sweeps, one after the other: none may meet what another has left there.
+    store = dist.PrefixStore(f"fasthyper {next(_SWEEPS)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+    try:
+        yield Group(rank, size, store)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,254 @@
+"""How fast does the error fall with the number of parameters, on targets of known smoothness?
+
+Targets are random series on x from [-1, 1] and I from [-1, 1]^2 whose terms fall with their frequency so that they
+are just r times differentiable (in the sense of Sobolev):
+
+    rough        y = Σ_k a_k cos(π k·(x, I) + φ_k),   |a_k| ~ |k|^-(r + m/2),   m = m1 + m2 = 1 + 2
+    separable    y = Σ_{j ≤ w} c_j(I) u_j(x),         linear in a code of w numbers, c_j and u_j series as above
+
+The primary is x -> h -> 1 with biases, h is swept; f and e are as large as the setting says.
+
+Theorems 2 to 5 of Galanti and Wolf, On the Modularity of Hypernetworks, NeurIPS 2020 (arXiv 2002.10006). They bound
+the worst target of a whole class; one target at a time may do better, and training may do worse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fasthyper.experiments.claims import ASKED, Exponent, Steeper, Wins
+from fasthyper.experiments.experiment import Axis, Batch, Examples, Experiment, Measure, Run, Setting, Study, Task
+from fasthyper.experiments.methods import (
+    ALL,
+    BIASES,
+    EMBEDDING,
+    EQUAL_PARAMETERS,
+    EQUAL_TIME,
+    FILM,
+    HYPERNETWORK,
+    PLAIN,
+    Architecture,
+)
+
+M1, M2 = 1, 2
+POINTS = 32
+TESTED = 500
+TERMS = 64
+CODE = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingSetting(Setting):
+    """The target and the sizes."""
+
+    kind: str
+    """rough or separable."""
+    smoothness: int
+    """r."""
+    frequency: int
+    """The highest, in each direction."""
+    instances: int
+    """I drawn in an epoch, each with N = 32 points."""
+    hidden: int
+    """h."""
+    width: int
+    """Hidden units of f and e; with `grows`, for each hidden unit of the primary."""
+    depth: int
+    """Linear layers of f and e, the last one included."""
+    embedding: int
+    """E."""
+    grows: bool = False
+    """Whether f and e grow with h."""
+
+
+def series(dimensions: int, smoothness: int, frequency: int, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """A random function of `(*, dimensions)`, normalised to a mean square near 1."""
+    k = torch.randint(-frequency, frequency + 1, (TERMS, dimensions), generator=generator).float()
+    phase = 2 * math.pi * torch.rand(TERMS, generator=generator)
+    # Frequencies are drawn evenly from a cube, as the terms of a full series are: each falls as its coefficient does.
+    a = k.norm(dim=1).clamp_min(1) ** -(smoothness + dimensions / 2)
+    a = a / (a.square().sum() / 2).sqrt()
+    return lambda at: ((math.pi * at @ k.T + phase).cos() * a).sum(dim=-1)
+
+
+def target(setting: ScalingSetting, generator: torch.Generator) -> Callable[[Tensor, Tensor], Tensor]:
+    """y of x `(B, N, 1)` and I `(B, 2)`: `(B, N, 1)`.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    r, frequency = setting.smoothness, setting.frequency
+    if setting.kind == "rough":
+        whole = series(M1 + M2, r, frequency, generator)
+        return lambda x, cond: whole(torch.cat([x, cond[:, None].expand(-1, x.shape[1], -1)], dim=2))[..., None]
+    if setting.kind == "separable":
+        u = [series(M1, r, frequency, generator) for _ in range(CODE)]
+        c = [series(M2, r, frequency, generator) for _ in range(CODE)]
+        return lambda x, cond: (
+            torch.stack([one(cond)[:, None] * other(x) for one, other in zip(c, u, strict=True)]).sum(dim=0)[..., None]
+            / math.sqrt(CODE)
+        )
+    raise ValueError(f"kind: {setting.kind!r} is not a kind of target; known are rough and separable")
+
+
+def task(run: Run, source: Any) -> Task:
+    """A target drawn for the seed; examples are drawn anew at every access, so that there are always new ones."""
+    setting = run.setting
+    assert isinstance(setting, ScalingSetting)
+    y = target(setting, torch.Generator().manual_seed(run.seed))
+
+    def draw(chosen: Tensor, generator: torch.Generator) -> Batch:
+        x = 2 * torch.rand(len(chosen), POINTS, M1, generator=generator) - 1
+        cond = 2 * torch.rand(len(chosen), M2, generator=generator) - 1
+        return Batch(x, cond, y(x, cond))
+
+    return Task(
+        Examples(setting.instances, draw),
+        Examples(TESTED, draw),
+        F.mse_loss,
+        # The theorems speak of the distance, not of its square; the root is taken of each instance's mean.
+        lambda y, target: {"rmse": (y - target).square().mean(dim=(1, 2)).sqrt()},
+    )
+
+
+def architecture(run: Run) -> Architecture:
+    """g, q: x -> h -> 1; f, e: `depth` layers."""
+    setting = run.setting
+    assert isinstance(setting, ScalingSetting)
+    width = setting.width * setting.hidden if setting.grows else setting.width
+    context = (width,) * (setting.depth - 1)
+    if setting.grows:  # theorem 5: weights are linear in a small code
+        context = (*context[:-1], CODE)
+    return Architecture(
+        cond=M2,
+        x=M1,
+        out=1,
+        context=context,
+        embed_context=(width,) * (setting.depth - 1),
+        hidden=(setting.hidden,),
+        embedding=setting.embedding,
+        context_activation="tanh",
+        generated_bias=True,
+    )
+
+
+def studies(preset: str, data: str) -> tuple[Study, ...]:
+    """Over N_g and N_q with f and e large, and over all parameters, r = 1."""
+    quick = preset == "quick"
+    base = ScalingSetting(
+        epochs=30 if quick else 400,
+        lr=3e-3,
+        batch_size=50,
+        optimizer="adam",
+        schedule="cosine",
+        kind="rough",
+        smoothness=1,
+        frequency=3,
+        instances=2500 if quick else 10_000,
+        hidden=4,
+        width=100,
+        depth=4,
+        embedding=4,
+    )
+    error = Measure("rmse", "root mean squared error (the target's mean square is 1)", log=True)
+    m, r = M1 + M2, base.smoothness
+    return (
+        Study(
+            name="primary",
+            title="Over the parameters of the primary, r = 1",
+            axis=Axis("hidden", "hidden units of the primary", log=True, count="primary_parameters"),
+            values=(2, 4, 8, 16) if quick else (2, 4, 8, 16, 32, 64, 128),
+            methods=ALL,
+            setting=base,
+            seeds=3 if quick else 20,
+            measure=error,
+            claims=(
+                Steeper(text="The error falls faster with N_g than with N_q"),
+                Exponent(
+                    text="Theorem 4: a hypernetwork's error falls at least as N_g^(-r/m1)",
+                    line=HYPERNETWORK,
+                    bound=-r / M1,
+                    at_least_as_steep=True,
+                ),
+                Exponent(
+                    text="Theorem 2: with E bounded, the embedding method's falls no faster than N_q^(-r/(m1+m2))",
+                    line=EMBEDDING,
+                    bound=-r / m,
+                    at_least_as_steep=False,
+                ),
+                Exponent(
+                    text="Theorem 3: with any E, no faster than N_q^(-r/min(m, 2 m1))",
+                    line=EMBEDDING,
+                    bound=-r / min(m, 2 * M1),
+                    at_least_as_steep=False,
+                ),
+                Wins(text="It wins where both train as many parameters", over=EQUAL_PARAMETERS, whose=ASKED),
+                Wins(text="It wins where both train for as long", over=EQUAL_TIME, whose=ASKED),
+                Wins(text="It wins over FiLM", over=FILM, whose=ASKED),
+                Wins(text="It wins over generating biases only", over=BIASES, whose=ASKED),
+            ),
+            note="Wins compare at equal h, where N_q is larger than N_g; exponents are fitted over N_g and N_q.",
+        ),
+        Study(
+            name="total",
+            title="Over all parameters, weights linear in a code of 3 numbers, r = 1",
+            axis=Axis("hidden", "hidden units of the primary", log=True, count="trainable_parameters"),
+            values=(4, 8, 16) if quick else (4, 8, 16, 32, 64),
+            methods=(HYPERNETWORK, EMBEDDING, PLAIN),
+            setting=replace(base, kind="separable", width=4, depth=3, grows=True),
+            seeds=3 if quick else 20,
+            measure=error,
+            claims=(
+                Steeper(text="Theorem 5: over all parameters, its error falls faster than the embedding method's"),
+                Exponent(
+                    text="Theorem 5: the hypernetwork's falls at least as N^(-r/max(m1, m2))",
+                    line=HYPERNETWORK,
+                    bound=-r / max(M1, M2),
+                    at_least_as_steep=True,
+                ),
+                Exponent(
+                    text="Theorem 1: that of one network of x and I falls no faster than N^(-r/(m1+m2))",
+                    line=PLAIN,
+                    bound=-r / m,
+                    at_least_as_steep=False,
+                ),
+            ),
+        ),
+    )
+
+
+SCALING = Experiment(
+    name="scaling",
+    protocol=1,
+    title="Scaling",
+    source=(
+        "theorems 1 to 5 of Tomer Galanti and Lior Wolf, On the Modularity of Hypernetworks, NeurIPS 2020"
+        " (arXiv 2002.10006)"
+    ),
+    question=(
+        "The theorems bound how many parameters an error takes in the worst case: N_g = O(ε^(-m1/r)) for the primary"
+        " of a hypernetwork, N_q = Ω(ε^(-(m1+m2)/r)) for that of the embedding method, where x has m1 numbers, I has"
+        " m2, and targets are r times differentiable. Here the exponents of trained networks are fitted, on random"
+        " targets of that smoothness with m1 = 1, m2 = 2."
+    ),
+    choices=(
+        "A theorem bounds the worst target of a class and the best network; here are typical targets and trained"
+        " networks. An exponent on the far side of a bound is no contradiction, only a finding.",
+        "Targets are series of 64 terms up to frequency 3 in each direction, their amplitudes falling as the power of"
+        " the frequency that smoothness r = 1 allows; examples are drawn anew at every access, 32 points of each I.",
+        "f and e: three hidden layers of 100, ReLU, E = 4; for theorem 5 they grow with the primary and f ends in a"
+        " code of 3 numbers in which weights are linear.",
+        "Adam at 0.003, falling along a cosine.",
+    ),
+    data=("series",),
+    studies=studies,
+    architecture=architecture,
+    task=task,
+)

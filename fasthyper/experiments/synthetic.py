@@ -1,0 +1,236 @@
+"""Synthetic targets: y as one number, of x and a condition I that are both drawn at random.
+
+    type I     y = <x, h(I)>   h: d -> 300 -> 300 -> d, sigmoid within, softmax at the end
+    type II    y = h(x, I)     h: 2 d -> 100 -> 50 -> 50 -> 1, ELU
+    type III   y = h(x ⊙ I)    h: d -> 100 -> 100 -> 50 -> 1, ELU
+
+h has He-uniform weights, drawn anew for each seed; one x for each I. g, q: d -> 10 -> 1, ReLU.
+
+Galanti and Wolf, On the Modularity of Hypernetworks, NeurIPS 2020 (arXiv 2002.10006), appendix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fasthyper.experiments.claims import ASKED, Claim, Flat, Improves, Wins
+from fasthyper.experiments.experiment import Axis, Examples, Experiment, Measure, Run, Setting, Study, Task
+from fasthyper.experiments.methods import (
+    ALL,
+    BIASES,
+    EMBEDDING,
+    EQUAL_PARAMETERS,
+    EQUAL_TIME,
+    FILM,
+    HYPERNETWORK,
+    TENFOLD,
+    Architecture,
+)
+
+HIDDEN = 10
+TESTED = 10_000
+TYPES = ("type I", "type II", "type III")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticSetting(Setting):
+    """Sizes of the data and the networks."""
+
+    d: int
+    """Numbers in x, and in I."""
+    samples: int
+    depth: int
+    """Linear layers of f and e, the last one included."""
+    width: int
+    """Units of their hidden layers, but for the last one of f, which has `factor` times as many."""
+    embedding: int
+    """E is `factor` times this."""
+    factor: int = 1
+    """i of the paper's sweep over the dimension of the embedding."""
+    kind: str = TYPES[0]
+    """Of the target."""
+
+
+def target(kind: str, d: int, generator: torch.Generator) -> Callable[[Tensor, Tensor], Tensor]:
+    """A target y(x, I) of random weights: `(n, d)` and `(n, d)` to `(n, 1)`.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    if kind == "type I":
+        h = _he_uniform((d, 300, 300, d), nn.Sigmoid, generator)
+        return lambda x, cond: (x * h(cond).softmax(dim=1)).sum(dim=1, keepdim=True)
+    if kind == "type II":
+        h = _he_uniform((2 * d, 100, 50, 50, 1), nn.ELU, generator)
+        return lambda x, cond: h(torch.cat([x, cond], dim=1))
+    if kind == "type III":
+        h = _he_uniform((d, 100, 100, 50, 1), nn.ELU, generator)
+        return lambda x, cond: h(x * cond)
+    raise ValueError(f"kind: {kind!r} is not a type of target; known are {', '.join(TYPES)}")
+
+
+@torch.no_grad()
+def task(run: Run, source: Any) -> Task:
+    """Examples drawn for the seed, and what is reached without looking at I.
+
+    With y and y' of the same x and independent I, half of E[(y - y')²] is E[Var(y | x)]: what is left to
+    the best predictor that ignores I.
+    """
+    setting = run.setting
+    assert isinstance(setting, SyntheticSetting)
+    generator = torch.Generator().manual_seed(run.seed)
+    y = target(setting.kind, setting.d, generator)
+
+    def normal(count: int) -> Tensor:
+        return torch.randn(count, setting.d, generator=generator)
+
+    def examples(count: int) -> tuple[Tensor, Tensor, Tensor]:
+        x, cond = normal(count), normal(count)
+        return x.to(run.device), cond.to(run.device), y(x, cond).to(run.device)
+
+    train, test = examples(setting.samples), examples(TESTED)
+    x = test[0].cpu()
+    ignores = (test[2].cpu() - y(x, normal(TESTED))).square().mean() / 2
+    return Task(
+        Examples.of(*train),
+        Examples.of(*test),
+        F.mse_loss,
+        lambda y, target: {"mse": (y - target).square().mean(dim=1)},
+        levels={"ignores": ignores.item(), "constant": test[2].var().item()},
+    )
+
+
+def architecture(run: Run) -> Architecture:
+    """g, q: d -> 10 -> 1; f: depth layers, the last hidden one `factor` times as wide; e: all as wide."""
+    setting = run.setting
+    assert isinstance(setting, SyntheticSetting)
+    others = (setting.width,) * (setting.depth - 2)
+    return Architecture(
+        cond=setting.d,
+        x=setting.d,
+        out=1,
+        context=(*others, setting.factor * setting.width),
+        embed_context=(*others, setting.width),
+        hidden=(HIDDEN,),
+        embedding=setting.factor * setting.embedding,
+    )
+
+
+def studies(preset: str, data: str) -> tuple[Study, ...]:
+    """For each type of target, over depth and over the dimension of the embedding."""
+    quick = preset == "quick"
+    depth = SyntheticSetting(
+        epochs=20 if quick else 100,
+        lr=0.01,
+        batch_size=200,
+        d=20 if quick else 1000,
+        samples=10_000 if quick else 30_000,
+        depth=3,
+        width=100,
+        embedding=200 if quick else 10_000,
+    )
+    dimension = replace(depth, d=20 if quick else 100, embedding=20 if quick else 100)
+    return tuple(
+        study
+        for kind in TYPES
+        for study in (
+            Study(
+                name=f"depth {kind}",
+                title=f"{kind.capitalize()}, over the depth of f and e",
+                axis=Axis("depth", "depth of f and e (linear layers)"),
+                values=(3, 4) if quick else tuple(range(2, 10)),
+                methods=ALL,
+                setting=replace(depth, kind=kind),
+                seeds=3 if quick else 100,
+                measure=_MSE,
+                levels=_LEVELS,
+                claims=(
+                    Wins(text="The hypernetwork wins from depth 3 on", least=3),
+                    Improves(text="The hypernetwork improves with depth"),
+                    Flat(text="The embedding method does not improve with depth"),
+                    *_BELOW,
+                    Wins(text="It wins where both train as many parameters", over=EQUAL_PARAMETERS, whose=ASKED),
+                    Wins(text="It wins where both train for as long", over=EQUAL_TIME, whose=ASKED),
+                    Wins(text="It wins over FiLM", over=FILM, whose=ASKED),
+                    Wins(text="It wins over generating biases only", over=BIASES, whose=ASKED),
+                ),
+            ),
+            Study(
+                name=f"dimension {kind}",
+                title=f"{kind.capitalize()}, over the dimension of the embedding",
+                axis=Axis("factor", "i: f's last hidden layer has 100 i units, E is d i or 10 d i", log=True),
+                values=(1, 4) if quick else tuple(range(1, 9)),
+                methods=(HYPERNETWORK, EMBEDDING, TENFOLD),
+                setting=replace(dimension, kind=kind),
+                seeds=3 if quick else 100,
+                measure=_MSE,
+                levels=_LEVELS,
+                claims=(
+                    Wins(text="The hypernetwork wins by far, E being d i"),
+                    Wins(text="The hypernetwork wins by far, E being 10 d i", over=TENFOLD),
+                    Flat(text="The embedding method does not improve with the dimension of the embedding, d i"),
+                    Flat(text="Nor with 10 d i", line=TENFOLD),
+                ),
+            ),
+        )
+    )
+
+
+_MSE = Measure("mse", "mean squared error", log=True)
+_LEVELS = (("ignores", "the best predictor that ignores I"), ("constant", "the best constant"))
+_BELOW: tuple[Claim, ...] = (
+    Wins(text="It does better than any predictor that ignores I", over=f"{HYPERNETWORK}:ignores", whose=ASKED),
+    Wins(
+        text="So does the embedding method",
+        line=EMBEDDING,
+        over=f"{EMBEDDING}:ignores",
+        whose=ASKED,
+    ),
+)
+
+
+def _he_uniform(sizes: tuple[int, ...], activation: type[nn.Module], generator: torch.Generator) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(sizes):
+        layer = nn.Linear(inputs, outputs)
+        nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=generator)
+        nn.init.zeros_(layer.bias)
+        layers += [layer, activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+SYNTHETIC = Experiment(
+    name="synthetic",
+    protocol=1,
+    title="Synthetic targets",
+    source="Tomer Galanti and Lior Wolf, On the Modularity of Hypernetworks, NeurIPS 2020 (arXiv 2002.10006), appendix",
+    question=(
+        "y is a number that depends on x and on a condition I through a network of random weights: linear in x with"
+        " a softmax of I (type I), of both together (type II), or of their product (type III). x and I are normal,"
+        " with one x for each I. Who learns it better: a small network whose weights I generates, or one that is"
+        " given an encoding of I?"
+    ),
+    choices=(
+        "The paper plots the mean squared error alone. Beside it stands what the best predictor that ignores I"
+        " reaches: an error above that line has used nothing of I, whatever its rank.",
+        "Epochs (100; 20 in the quick preset) and the number of test examples (10,000) are open in the paper; batches"
+        " of 200, SGD at 0.01 and 30,000 samples are its own, biases of the targets are 0.",
+        "Sigmoid and softmax in type I as in the paper; its code's readme says ELU.",
+        "The paper gives E as 100 i and as 1000 i in the sweep over its dimension, where d = 100: both are run, as"
+        " d i and 10 d i.",
+        "The quick preset has d = 20 and 10,000 samples (the paper: d = 1000 over depth, 100 over the dimension of the"
+        " embedding, 30,000 samples), and E = 200 over depth (10,000): targets that can be learned within minutes.",
+        "The initialisation of f, e and q is torch's default, of f's last layer, too.",
+    ),
+    data=("normal",),
+    studies=studies,
+    architecture=architecture,
+    task=task,
+)

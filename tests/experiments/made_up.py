@@ -1,0 +1,85 @@
+"""Results that nobody trained: records and summaries of a study with the numbers that a test wants."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from tiny_experiment import BOTH, SETTING, TINY
+
+from fasthyper.experiments.comparison import Comparison
+from fasthyper.experiments.experiment import Axis, Measure, Study
+from fasthyper.experiments.methods import HYPERNETWORK
+from fasthyper.experiments.summary import summarise
+
+DEPTH = Axis("depth", "layers of f and e")
+PERCENT = Measure("error", "test error", percent=True)
+PLAIN = Measure("error", "distance")
+LOG = Measure("error", "squared error", log=True)
+JITTER = 0.002 * np.array([-1.0, 0.0, 1.0])[:, None]
+"""Of three seeds."""
+
+
+def study_of(errors, values=(2, 3), *, axis=DEPTH, measure=PERCENT, **more):
+    """A study of the methods and seeds of `errors`: by method, or `method:measure`, an array (seeds, values)."""
+    methods = tuple(dict.fromkeys(name.split(":")[0] for name in errors))
+    seeds = len(next(iter(errors.values())))
+    return Study(
+        name="made-up",
+        title="Made up",
+        axis=axis,
+        values=values,
+        methods=methods,
+        setting=SETTING,
+        seeds=seeds,
+        measure=measure,
+        **more,
+    )
+
+
+def comparison_of(study, **changes):
+    return Comparison(replace(TINY, **changes), "quick", TINY.data[0], (study,), "cpu", ("seeds 3",))
+
+
+def records_of(comparison, errors, counts=lambda run: 100, **extra):
+    """A record for each run; `counts` of it is the number of its primary's parameters."""
+    (study,) = comparison.studies
+    records = []
+    for run in comparison.runs():
+        at = study.values.index(getattr(run.setting, study.axis.field))
+        measures = {}
+        for name, numbers in errors.items():
+            method, _, measure = name.partition(":")
+            if method == run.method:
+                number = np.asarray(numbers, dtype=float)[run.seed, at]
+                measures[measure or study.measure.name] = float(number) if np.isfinite(number) else None
+        hyper = run.method == HYPERNETWORK
+        metrics = {
+            "measures": {**measures, **extra},
+            "train_loss": 0.5,
+            "context_parameters": 1000 * (at + 1),
+            "primary_parameters": counts(run),
+            "trainable_parameters": 2000,
+            "steps": 12 + run.seed,
+            "step_seconds": 0.001 * (run.seed + 1),
+            "run_seconds": 1.0,
+            "peak_temporary_bytes": 2048 + run.seed,
+            "fused_seconds": 0.001 * (run.seed + 1) if hyper else None,
+            "materialised_seconds": 0.004 * (run.seed + 1) if hyper else None,
+            "materialised_bytes": 8192 if hyper else None,
+        }
+        records.append({"config": run.config(), "metrics": metrics, "versions": {"torch": "2"}})
+    return records
+
+
+def summary_of(errors, values=(2, 3), *, counts=lambda run: 100, extra=None, changes=None, **study):
+    comparison = comparison_of(study_of(errors, values, **study), **(changes or {}))
+    return summarise(comparison, records_of(comparison, errors, counts, **(extra or {})))
+
+
+def results_of(errors, values=(2, 3), **options):
+    return summary_of(errors, values, **options).results[0]
+
+
+def pair(hypernetwork, embedding):
+    return dict(zip(BOTH, map(np.asarray, (hypernetwork, embedding)), strict=True))

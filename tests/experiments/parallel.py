@@ -1,0 +1,57 @@
+"""What the processes that test_distributed starts do; they import it by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from fasthyper.experiments.distributed import Group, torchrun
+
+
+def conversation(group: Group) -> str:
+    """Use all that a group offers, and say what came of it."""
+    gathered = group.gather(f"r{group.rank}")
+    add = group.counter("heard")
+    for _ in range(10):
+        add(1)
+    group.gather(None)
+    return f"of {group.size} {gathered} {add(0)}"
+
+
+def talk(group, progress, folder):
+    Path(folder, str(group.rank)).write_text(f"0 {conversation(group)}")
+    time.sleep(group.rank)
+    for number in range(10):
+        progress(group.rank, number)
+    os._exit(0)
+
+
+def second_fails(group, progress, folder):
+    Path(folder, str(group.rank)).write_text(str(os.getpid()))
+    group.gather(None)
+    if group.rank == 1:
+        raise RuntimeError("the second worker fails")
+    time.sleep(600)
+
+
+def end(process):
+    """Kill a process and all of its group, and wait for it."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for pipe in filter(None, (process.stdout, process.stderr)):
+        pipe.close()
+
+
+def main(folder):
+    for _ in range(2):
+        with torchrun("cpu") as group, Path(folder, str(group.rank)).open("a") as file:
+            file.write(f"{group.rank} {conversation(group)}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

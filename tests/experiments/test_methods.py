@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from torch import nn
+
+from fasthyper.experiments import ROTATION, Comparison
+from fasthyper.experiments.methods import (
+    ALL,
+    BIASES,
+    DEEPONET,
+    EMBEDDING,
+    EQUAL_PARAMETERS,
+    EQUAL_TIME,
+    FILM,
+    HYPERNETWORK,
+    METHODS,
+    PAIR,
+    PLAIN,
+    Architecture,
+    counts,
+)
+from fasthyper.nn import HyperLinear
+
+SMALL = Architecture(cond=5, x=3, out=2, context=(7, 6), hidden=(4,), embedding=8)
+DEEP = replace(SMALL, hidden=(4, 9), activation="tanh", context_activation="elu")
+BIASED = replace(DEEP, generated_bias=True)
+B, N = 6, 11
+
+
+def build(name, architecture):
+    return METHODS[name].build(architecture).double()
+
+
+def inputs(a, *points):
+    return torch.randn(B, *points, a.x, dtype=torch.float64), torch.randn(B, a.cond, dtype=torch.float64)
+
+
+def linears(module):
+    return [m for m in module.modules() if isinstance(m, nn.Linear)]
+
+
+def act(name):
+    return {"relu": torch.relu, "elu": F.elu, "tanh": torch.tanh}[name]
+
+
+def context_of(a, model, cond):
+    """f or e written out: the hidden layers, each with its activation, of these modules."""
+    for layer in linears(model):
+        cond = act(a.context_activation)(F.linear(cond, layer.weight, layer.bias))
+    return cond
+
+
+def through(a, layers, x):
+    """A network written out: an activation between any two layers."""
+    for number, layer in enumerate(layers):
+        x = act(a.activation)(layer(x)) if number + 1 < len(layers) else layer(x)
+    return x
+
+
+@pytest.mark.parametrize("a", [SMALL, DEEP])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != PAIR])
+def test_shapes(name, a):
+    model = build(name, a)
+    for points in ((), (1,), (N,), (2, 5)):
+        x, cond = inputs(a, *points)
+        y = model(x, cond)
+        assert y.shape == (B, *points, a.out)
+        y.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != PAIR])
+def test_points_and_instances_do_not_mix(name):
+    model = build(name, DEEP)
+    x, cond = inputs(DEEP, N)
+    y = model(x, cond)
+    torch.testing.assert_close(model(x[2:3, 4:5], cond[2:3]), y[2:3, 4:5])
+    torch.testing.assert_close(model(x[:, 0], cond), y[:, 0])
+    other = cond.clone()
+    other[0] += 1
+    moved = (model(x, other) - y).abs().amax((1, 2))
+    assert moved[0] > 0
+    assert moved[1:].max() < 1e-12
+
+
+@pytest.mark.parametrize("a", [SMALL, DEEP, BIASED])
+def test_a_hypernetwork_applies_the_weights_that_f_gives(a):
+    model = build(HYPERNETWORK, a)
+    heads = [m for m in model.primary.modules() if isinstance(m, HyperLinear)]
+    x, cond = inputs(a, N)
+    z = context_of(a, model.trunk, cond)
+
+    def layer(head):
+        def apply(x):
+            weight = torch.einsum("br,oir->boi", z, head.weight) + head.base_weight
+            y = torch.einsum("bni,boi->bno", x, weight)
+            if head.bias is None:
+                assert head.base_bias is None
+                return y
+            return y + (torch.einsum("br,or->bo", z, head.bias) + head.base_bias)[:, None]
+
+        return apply
+
+    assert all((head.bias is not None) == a.generated_bias for head in heads)
+    torch.testing.assert_close(model(x, cond), through(a, [layer(head) for head in heads], x))
+
+
+@pytest.mark.parametrize("a", [SMALL, DEEP, replace(DEEP, embed_context=(3,)), replace(DEEP, embed_context=())])
+@pytest.mark.parametrize("name", [EMBEDDING, EQUAL_TIME])
+def test_the_embedding_method_concatenates(name, a):
+    model = build(name, a)
+    x, cond = inputs(a, N)
+    *hidden, last = linears(model.embed)
+    assert [layer.out_features for layer in hidden] == list(a.context if a.embed_context is None else a.embed_context)
+    e = last(context_of(a, nn.ModuleList(hidden), cond))
+    assert e.shape == (B, a.embedding)
+    joined = torch.cat([x, e[:, None].expand(-1, N, -1)], dim=2)
+    torch.testing.assert_close(model(x, cond), through(a, linears(model.primary), joined))
+
+
+@pytest.mark.parametrize("a", [SMALL, DEEP])
+def test_film_scales_and_shifts_hidden_units(a):
+    model = build(FILM, a)
+    x, cond = inputs(a, N)
+    *hidden, last = linears(model.context)
+    numbers = last(context_of(a, nn.ModuleList(hidden), cond))
+    units = sum(a.hidden)
+    assert numbers.shape == (B, 2 * units)
+    layers, at, h = list(model.primary), 0, x
+    for layer in layers[:-1]:
+        size = layer.out_features
+        gamma = 1 + numbers[:, None, at : at + size]
+        beta = numbers[:, None, units + at : units + at + size]
+        h = act(a.activation)(gamma * layer(h) + beta)
+        at += size
+    torch.testing.assert_close(model(x, cond), layers[-1](h))
+
+
+@pytest.mark.parametrize("a", [SMALL, DEEP])
+def test_biases_alone_are_generated(a):
+    model = build(BIASES, a)
+    x, cond = inputs(a, N)
+    *hidden, last = linears(model.context)
+    numbers = last(context_of(a, nn.ModuleList(hidden), cond))
+    shifts = numbers.split([*a.hidden, a.out], dim=1)
+    assert all(layer.bias is None for layer in model.primary)
+    layers = [
+        lambda h, layer=layer, shift=shift: h @ layer.weight.T + shift[:, None]
+        for layer, shift in zip(model.primary, shifts, strict=True)
+    ]
+    torch.testing.assert_close(model(x, cond), through(a, layers, x))
+
+
+@pytest.mark.parametrize("a", [SMALL, DEEP])
+def test_a_deeponet_is_an_inner_product(a):
+    model = build(DEEPONET, a)
+    x, cond = inputs(a, N)
+    shared = [m for m in linears(model.primary) if not isinstance(m, HyperLinear)]
+    (head,) = [m for m in model.primary.modules() if isinstance(m, HyperLinear)]
+    t = act(a.activation)(through(a, shared, x))
+    b = torch.einsum("br,opr->bop", context_of(a, model.trunk, cond), head.weight) + head.base_weight
+    assert t.shape[-1] == a.hidden[-1]
+    torch.testing.assert_close(model(x, cond), torch.einsum("bnp,bop->bno", t, b))
+
+
+def test_one_network_sees_both():
+    model = build(PLAIN, DEEP)
+    x, cond = inputs(DEEP, N)
+    joined = torch.cat([x, cond[:, None].expand(-1, N, -1)], dim=2)
+    torch.testing.assert_close(model(x, cond), through(DEEP, linears(model), joined))
+
+
+def test_one_network_may_have_no_condition():
+    alone = replace(SMALL, cond=0)
+    model = METHODS[PLAIN].build(alone)
+    assert model(torch.randn(B, N, 3), torch.zeros(B, 0)).shape == (B, N, 2)
+
+
+def test_a_pair_is_two_networks_of_x_alone():
+    model = build(PAIR, SMALL)
+    x, cond = inputs(SMALL)
+    y = model(x, cond)
+    assert y.shape == (B, 2, SMALL.out)
+    for number, network in enumerate(model.primary):
+        torch.testing.assert_close(y[:, number], through(SMALL, linears(network), x))
+    assert not torch.equal(y[:, 0], y[:, 1])
+    assert torch.equal(model(x, cond + 1), y)
+
+
+def layers_of(*sizes, bias=True):
+    return sum(i * o + o * bias for i, o in pairwise(sizes))
+
+
+@pytest.mark.parametrize("a", [SMALL, BIASED])
+def test_counts(a):
+    sizes, context = (a.x, *a.hidden, a.out), layers_of(a.cond, *a.context)
+    r = a.context[-1]
+    generated = layers_of(*sizes, bias=a.generated_bias)
+    units = sum(sizes[1:])
+    expected = {
+        HYPERNETWORK: (context + (r + 1) * generated, generated, context + (r + 1) * generated),
+        EMBEDDING: (context + layers_of(r, a.embedding), layers_of(a.x + a.embedding, *sizes[1:])),
+        FILM: (context + layers_of(r, 2 * sum(a.hidden)), layers_of(*sizes)),
+        BIASES: (context + layers_of(r, units), layers_of(*sizes, bias=False)),
+        PLAIN: (0, layers_of(a.x + a.cond, *sizes[1:])),
+        PAIR: (0, 2 * layers_of(*sizes)),
+    }
+    for name, numbers in expected.items():
+        context_, primary, trained = (*numbers, sum(numbers))[:3]
+        assert counts(METHODS[name].build(a)) == (context_, primary, trained), name
+    deeponet = counts(METHODS[DEEPONET].build(a))
+    last = a.hidden[-1] * a.out
+    assert deeponet.primary == last
+    assert deeponet.trainable == context + (r + 1) * last + layers_of(a.x, *a.hidden)
+
+
+def test_what_is_frozen_is_not_trained():
+    model = METHODS[EMBEDDING].build(SMALL)
+    whole = counts(model)
+    model.embed.requires_grad_(False)
+    assert counts(model) == (0, whole.primary, whole.primary)
+
+
+def rotations():
+    for data in ROTATION.data:
+        sweep = Comparison.of(ROTATION, data, depths=(2, 5, 9), seeds=1, methods=[HYPERNETWORK], device="cpu")
+        yield from map(ROTATION.architecture, sweep.runs())
+
+
+@pytest.mark.parametrize("a", [*rotations(), replace(SMALL, hidden=(40,)), replace(BIASED, context=(90, 60, 80))])
+def test_equal_parameters_are_equal(a):
+    with torch.device("meta"):
+        target, found = (counts(METHODS[name].build(a)).trainable for name in (HYPERNETWORK, EQUAL_PARAMETERS))
+        model = METHODS[EQUAL_PARAMETERS].build(a)
+    assert found == pytest.approx(target, rel=0.03)
+    widths = {layer.out_features for layer in linears(model.embed)[:-1]}
+    assert len(widths) == 1
+    assert len(linears(model.embed)) == len(a.context) + 1
+
+
+def test_without_a_hidden_layer_there_is_no_width_to_fit():
+    with pytest.raises(ValueError, match="context: e has no hidden layer"):
+        METHODS[EQUAL_PARAMETERS].build(replace(SMALL, context=()))
+
+
+@pytest.mark.parametrize("name", [HYPERNETWORK, DEEPONET])
+def test_generated_heads_start_as_linear_layers_do(name):
+    a = replace(BIASED, x=40, out=30, context=(20, 50), hidden=(40,))
+    model = METHODS[name].build(a)
+    bound = 1 / math.sqrt(50)
+    reference = nn.Linear(50, 5000)
+    assert max(p.abs().max().item() for p in reference.parameters()) == pytest.approx(bound, rel=1e-3)
+    heads = [m for m in model.modules() if isinstance(m, HyperLinear)]
+    for parameter in (p for head in heads for p in head.parameters()):
+        values = parameter.detach().flatten()
+        assert values.abs().max() <= bound
+        assert stats.kstest(values.numpy(), stats.uniform(-bound, 2 * bound).cdf).pvalue > 1e-3
+        if len(values) > 1000:
+            assert values.std().item() == pytest.approx(reference.weight.std().item(), rel=0.05)
+
+
+def test_all_of_the_papers_and_reviewers_methods_are_told_apart():
+    assert set(ALL) <= set(METHODS)
+    for attribute in ("label", "colour", "marker"):
+        assert len({getattr(METHODS[name], attribute) for name in (*ALL, DEEPONET, PLAIN)}) == len(ALL) + 2
+    assert {EMBEDDING, EQUAL_PARAMETERS, EQUAL_TIME} <= {name for name in METHODS if METHODS[name].embeds}
+    assert not any(METHODS[name].embeds for name in (HYPERNETWORK, FILM, BIASES, DEEPONET, PLAIN, PAIR))
+    assert {name: METHODS[name].as_long_as for name in METHODS if METHODS[name].as_long_as} == {
+        EQUAL_TIME: HYPERNETWORK
+    }

@@ -1,0 +1,159 @@
+"""An experiment of milliseconds a run, for this process and for others: `python -m tiny_experiment OUT`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fasthyper.experiments import Comparison, run_comparison
+from fasthyper.experiments.claims import ASKED, Flat, Improves, Wins
+from fasthyper.experiments.experiment import Axis, Examples, Experiment, Measure, Setting, Study, Task
+from fasthyper.experiments.methods import EMBEDDING, EQUAL_TIME, HYPERNETWORK, Architecture
+from fasthyper.experiments.store import key
+
+BOTH = (HYPERNETWORK, EMBEDDING)
+TRAIN, TEST = 40, 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinySetting(Setting):
+    depth: int = 2
+    width: int = 6
+    embedding: int = 4
+    offset: float = 0.0
+
+
+SETTING = TinySetting(epochs=2, lr=0.05, batch_size=16)
+
+
+def studies(preset, data):
+    error = Measure("error", "squared error", log=True)
+    seeds = 2 if preset == "quick" else 9
+    return (
+        Study(
+            name="depth",
+            title="Over depth",
+            axis=Axis("depth", "layers"),
+            values=(2, 3),
+            methods=(*BOTH, EQUAL_TIME),
+            setting=SETTING,
+            seeds=seeds,
+            measure=error,
+            levels=(("zero", "answering zero"),),
+            claims=(Wins(text="It wins"), Improves(text="It improves"), Flat(text="It stays", whose=ASKED)),
+        ),
+        Study(
+            name="embedding",
+            title="Over the embedding",
+            axis=Axis("embedding", "E", log=True),
+            values=(2, 4, 8),
+            methods=BOTH,
+            setting=SETTING,
+            seeds=seeds,
+            measure=error,
+        ),
+    )
+
+
+def architecture(run):
+    setting = run.setting
+    context = (setting.width,) * (setting.depth - 1)
+    return Architecture(cond=3, x=2, out=1, context=context, hidden=(5,), embedding=setting.embedding)
+
+
+def rows(first, count, offset):
+    """x, I and sin(I · x) of these rows, whatever the others."""
+    x, cond = torch.rand(1000, 5, generator=torch.Generator().manual_seed(3))[first : first + count].split([2, 3], 1)
+    return x, cond, ((x * cond[:, :2]).sum(1, keepdim=True) + cond[:, 2:]).sin() + offset
+
+
+def task(run, source):
+    if path := os.environ.get("TINY_LOG"):
+        with open(path, "a") as file:
+            file.write(key(run.config()) + "\n")
+    train, test = (Examples.of(*rows(first, count, run.setting.offset)) for first, count in ((0, TRAIN), (500, TEST)))
+
+    def measure(y, target):
+        return {"error": (y - target).square().mean(1), "apart": (y - target).abs().mean(1)}
+
+    return Task(train, test, torch.nn.functional.mse_loss, measure, levels={"zero": 0.7})
+
+
+TINY = Experiment(
+    name="tiny",
+    protocol=1,
+    title="A tiny experiment",
+    source="Nobody, Nowhere",
+    question="Does the machinery work?",
+    choices=("It is small.", "It is <quick> & dirty."),
+    data=("line", "curve"),
+    studies=studies,
+    architecture=architecture,
+    task=task,
+)
+
+
+def comparison_of(seeds=2, depths="2-3", methods=BOTH, **options):
+    return Comparison.of(TINY, depths=depths, methods=methods, seeds=seeds, device="cpu", **options)
+
+
+def lines(out):
+    return [json.loads(line) for line in (Path(out) / "runs.jsonl").read_text().splitlines()]
+
+
+def numbers(records):
+    """What must not change from one time to the next, by configuration; every run counts once."""
+    found = {
+        key(record["config"]): {k: v for k, v in record["metrics"].items() if not k.endswith("seconds")}
+        for record in records
+    }
+    assert len(found) == len(records)
+    return found
+
+
+def killed_over_and_over(out, seeds, kills):
+    """Start the sweep in a fork, kill it after a random while, and again; returns how often it was killed."""
+    chance = random.Random(0)
+    killed = 0
+    while killed < kills:
+        child = os.fork()
+        if child == 0:
+            run_comparison(comparison_of(seeds), out, notify=print)
+            os._exit(0)
+        time.sleep(chance.uniform(0.01, 0.35))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status):
+            break
+        killed += 1
+    return killed
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", nargs="+")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--kills", type=int, default=0)
+    given = parser.parse_args()
+    if hasattr(os, "sched_setaffinity"):
+        allowed = sorted(os.sched_getaffinity(0))[: int(os.environ.get("LOCAL_WORLD_SIZE", given.workers))]
+        os.sched_setaffinity(0, allowed)  # a thread for each process
+    if given.kills:
+        print(killed_over_and_over(given.out[0], given.seeds, given.kills))
+        return
+    for out in given.out:
+        run_comparison(comparison_of(given.seeds), out, workers=given.workers)
+        print(f"finished {out}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
