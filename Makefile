@@ -46,8 +46,10 @@ lint: .venv/ready
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(BIN)/mypy
 
+# NAME=rotation for one experiment.
+NAME ?= all
 compare: .venv/ready $(BUILT)
-	$(BIN)/fasthyper compare rotation
+	$(BIN)/fasthyper compare $(NAME)
 
 bench: .venv/ready $(BUILT)
 	$(BIN)/python benchmarks/cpu.py
