@@ -94,9 +94,9 @@ def task(run: Run, source: Source) -> Task:
         Examples.of(split.flatten(1).to(run.device), cond.to(run.device), target.to(run.device))
         for split, cond, target in parts
     )
-    return (
-        Task(train, test, _pair_loss, _pair_measure) if setting.check == "A1" else Task(train, test, F.mse_loss, _mse)
-    )
+    spread = (targets[1] - targets[0].mean(dim=0)).norm(dim=1).mean().item()
+    loss, measure = (_pair_loss, _pair_measure) if setting.check == "A1" else (F.mse_loss, _mse)
+    return Task(train, test, loss, measure, levels={"spread": spread})
 
 
 def architecture(run: Run) -> Architecture:

@@ -127,7 +127,7 @@ def architecture(run: Run) -> Architecture:
 def studies(preset: str, data: str) -> tuple[Study, ...]:
     """Over depth."""
     quick = preset == "quick"
-    epochs = {"patches": 25 if quick else 200, "cifar10": 1 if quick else 10}[data]
+    epochs = {"patches": 35 if quick else 200, "cifar10": 1 if quick else 10}[data]
     return (
         Study(
             name="depth",
@@ -136,7 +136,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
             values=(2, 4) if quick else tuple(range(2, 8)),
             methods=ALL,
             setting=ColorizationSetting(
-                epochs=epochs, lr=3e-3, batch_size=32, optimizer="adam", depth=2, width=100, points=64
+                epochs=epochs, lr=1e-3, batch_size=32, optimizer="adam", depth=2, width=100, points=64
             ),
             seeds=4 if quick else 30,
             measure=Measure("mse", "mean squared error (colours from -1 to 1)", log=True),
@@ -168,7 +168,7 @@ COLORIZATION = Experiment(
         "The patches are 16 × 16 squares without overlap of the two photographs that come with scikit-learn, three"
         " quarters for training, drawn by lot once and for all: not in the paper, and no download.",
         "Positions run from -1 to 1 before they are raised to powers; 64 pixels of an image are drawn anew at every"
-        " access, in training and testing; Adam at 0.003, batches of 32 images: all open in the paper.",
+        " access, in training and testing; Adam at 0.001, batches of 32 images: all open in the paper.",
         "q has biases, which its N_q of 4,950 leaves out.",
     ),
     data=("patches", "cifar10"),

@@ -144,6 +144,8 @@ class Study:
     claims: tuple[Claim, ...] = ()
     levels: tuple[tuple[str, str], ...] = ()
     """(name, label) of levels drawn as dashed lines."""
+    also: tuple[tuple[str, str], ...] = ()
+    """(name, heading) of further measures and levels, for the table alone."""
     lines: tuple[Line, ...] = ()
     """Other lines than one for each method."""
     published: Mapping[tuple[str, Any], float] = field(default_factory=dict)

@@ -48,8 +48,9 @@ def columns(study: Study) -> list[str]:
     """The headings of a study's table."""
     published = ["published"] if study.published else []
     measure = study.measure.label + (" (%)" if study.measure.percent else "")
+    also = [heading for _, heading in study.also]
     sizes = ["N_f or N_e", "N_g or N_q", "trained in all", "steps"]
-    return ["method", study.axis.field, measure, *published, *sizes, "ms per step", "peak KiB"]
+    return ["method", study.axis.field, measure, *published, *also, *sizes, "ms per step", "peak KiB"]
 
 
 def table(results: Results) -> list[list[str]]:
@@ -59,9 +60,10 @@ def table(results: Results) -> list[list[str]]:
     for row in results.rows():
         published = ["" if row.published is None else f"{row.published:.3g}"] if study.published else []
         cost = (
-            [""] * 6
+            [""] * (6 + len(study.also))
             if row.line.dashed
             else [
+                *(f"{results.also(row, name):.3g}" for name, _ in study.also),
                 f"{row.context_parameters:,}",
                 f"{row.primary_parameters:,}",
                 f"{row.trainable_parameters:,}",

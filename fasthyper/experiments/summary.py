@@ -102,6 +102,10 @@ class Results:
         interval = Interval.of(self.values(line, value))
         return interval.map(_exp) if self.study.measure.log else interval
 
+    def also(self, row: Row, measure: str) -> float:
+        """Another measure of a row's runs: its mean, a geometric one where the study compares by ratios."""
+        return self.measured(Line(row.line.method, measure, measure), row.value).mean
+
     def advantage(self, name: str, over: str, value: Any) -> Interval:
         """By how much `name` is less than `over`, paired by seed: differences, or logarithms of ratios."""
         pairs = zip(self.values(self.line(over), value), self.values(self.line(name), value), strict=True)

@@ -114,9 +114,9 @@ class Trainer:
         parameters = list(model.parameters())
         self.optimizer: torch.optim.Optimizer
         if setting.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(parameters, lr=setting.lr, momentum=setting.momentum)
+            self.optimizer = torch.optim.SGD(parameters, lr=setting.lr, momentum=setting.momentum, fused=True)
         elif setting.optimizer == "adam":
-            self.optimizer = torch.optim.Adam(parameters, lr=setting.lr)
+            self.optimizer = torch.optim.Adam(parameters, lr=setting.lr, fused=True)
         else:
             self.optimizer = torch.optim.Adadelta(parameters, lr=setting.lr)
         self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = None

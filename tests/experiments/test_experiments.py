@@ -1,0 +1,249 @@
+"""What every experiment must be, and what is particular to each but rotation, which has a file of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fasthyper.experiments import EXPERIMENTS, METHODS, Comparison, run_comparison
+from fasthyper.experiments.assumptions import convolutional_target
+from fasthyper.experiments.colorization import examples, grey, position_features
+from fasthyper.experiments.comparison import PRESETS
+from fasthyper.experiments.data import Splits, load_images
+from fasthyper.experiments.methods import counts
+from fasthyper.experiments.operators import chebyshev, derivative
+from fasthyper.experiments.scaling import series, target
+from fasthyper.experiments.synthetic import TYPES
+from fasthyper.experiments.synthetic import target as synthetic_target
+from fasthyper.experiments.training import train
+
+WITHOUT_DOWNLOAD = {"rotation", "synthetic", "colorization", "operators", "scaling", "assumptions"}
+POINTS = [(e, preset, data) for e in EXPERIMENTS.values() for preset in PRESETS for data in e.data]
+
+
+def of(name, **options):
+    return Comparison.of(EXPERIMENTS[name], device="cpu", **options)
+
+
+def test_all_of_the_paper_and_beyond():
+    assert set(EXPERIMENTS) == WITHOUT_DOWNLOAD
+
+
+@pytest.mark.parametrize(("experiment", "preset", "data"), POINTS, ids=lambda p: getattr(p, "name", p))
+def test_every_study_can_be_built_and_judged(experiment, preset, data):
+    comparison = Comparison.of(experiment, data, preset=preset, device="cpu")
+    names = [study.name for study in comparison.studies]
+    assert len(set(names)) == len(names)
+    for study in comparison.studies:
+        assert study.methods
+        assert set(study.methods) <= set(METHODS)
+        for claim in study.claims:
+            for field in ("line", "over", "than"):
+                assert getattr(claim, field, study.methods[0]).split(":")[0] in study.methods
+        for value in study.values:
+            for method in study.methods:
+                run = comparison.run(study, value, method, seed=0)
+                assert json.loads(json.dumps(run.config())) == run.config()
+                with torch.device("meta"):
+                    assert counts(METHODS[method].build(experiment.architecture(run))).trainable > 0
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_runs_from_end_to_end(name, tmp_path):
+    experiment = EXPERIMENTS[name]
+    whole = Comparison.of(experiment, device="cpu", seeds=1, epochs=1)
+    small = {"samples": 400, "functions": 50, "instances": 100}
+    studies = []
+    for study in whole.studies:
+        less = {key: value for key, value in small.items() if hasattr(study.setting, key)}
+        values = study.values if isinstance(study.values[0], str) else study.values[:2]
+        studies.append(replace(study, setting=replace(study.setting, **less), values=values))
+    if name == "synthetic":
+        studies = studies[:1] + studies[-1:]
+    problems = []
+    summary = run_comparison(replace(whole, studies=tuple(studies)), tmp_path, notify=problems.append)
+    assert not problems
+    assert len(summary.findings) == sum(len(study.claims) for study in studies)
+    assert {finding.verdict for _, finding in summary.findings} <= {"undecided"}  # one seed decides nothing
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(studies)
+    assert all(study.title in page for study in studies)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_best_that_ignores_the_condition(kind):
+    comparison = of("synthetic", seeds=1)
+    study = next(s for s in comparison.studies if s.setting.kind == kind)
+    run = comparison.run(study, study.values[0], "hypernetwork", seed=0)
+    levels = EXPERIMENTS["synthetic"].task(run, None).levels
+    y = synthetic_target(kind, run.setting.d, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    x, cond = (torch.randn(300, run.setting.d, generator=generator) for _ in range(2))
+    with torch.no_grad():
+        found = torch.stack([y(one.expand(300, -1), cond)[:, 0] for one in x])  # (x, I)
+    assert levels["ignores_mse"] == pytest.approx(found.var(dim=1).mean().item(), rel=0.15)
+    assert levels["constant_mse"] == pytest.approx(found.var().item(), rel=0.3)
+    assert levels["ignores"] == pytest.approx(levels["ignores_mse"] / levels["constant_mse"])
+
+
+def test_the_synthetic_targets_are_those_of_the_paper():
+    generator = torch.Generator().manual_seed(0)
+    x, cond = torch.randn(5, 30), torch.randn(5, 30)
+    linear = synthetic_target("type I", 30, generator)
+    assert torch.allclose(linear(2 * x, cond), 2 * linear(x, cond), atol=1e-5)
+    assert torch.allclose(linear(torch.ones(5, 30), cond), torch.ones(5, 1))  # a softmax sums to 1
+    product = synthetic_target("type III", 30, generator)
+    assert torch.allclose(product(x, cond), product(cond, x), atol=1e-6)
+    both = synthetic_target("type II", 30, generator)
+    assert not torch.allclose(both(x, cond), both(cond, x), atol=1e-3)
+    with pytest.raises(ValueError, match="kind: 'type IV'"):
+        synthetic_target("type IV", 30, generator)
+
+
+def test_the_sizes_of_the_paper():
+    sizes = {}
+    for name in ("synthetic", "colorization", "operators"):
+        comparison = of(name, preset="paper")
+        study = comparison.studies[0]
+        for method in ("hypernetwork", "embedding"):
+            run = comparison.run(study, study.values[0], method, seed=0)
+            with torch.device("meta"):
+                sizes[name, method] = counts(METHODS[method].build(EXPERIMENTS[name].architecture(run))).primary
+    assert sizes["synthetic", "hypernetwork"] == 10_010
+    assert sizes["synthetic", "embedding"] == (1000 + 10_000) * 10 + 10 + 10 + 1
+    assert sizes["colorization", "hypernetwork"] == 450
+    assert sizes["colorization", "embedding"] == 4950 + 13  # its biases
+    assert sizes["operators", "hypernetwork"] == 681
+
+
+def test_the_sweep_over_the_dimension_of_the_embedding():
+    """f: 100 -> 100 -> 100 i -> 1010; e: 100 -> 100 -> 100 -> 100 i, or 1000 i."""
+    comparison = of("synthetic", preset="paper")
+    study = next(s for s in comparison.studies if s.name == "dimension type I")
+    assert study.values == tuple(range(1, 9))
+    with torch.device("meta"):
+        built = {
+            method: METHODS[method].build(EXPERIMENTS["synthetic"].architecture(comparison.run(study, 3, method, 0)))
+            for method in study.methods
+        }
+    assert [tuple(p.shape) for p in built["hypernetwork"].trunk.parameters()][::2] == [(100, 100), (300, 100)]
+    assert counts(built["hypernetwork"]).primary == 1010
+    for method, e in (("embedding", 300), ("embedding_tenfold", 3000)):
+        assert [tuple(p.shape) for p in built[method].embed.parameters()][::2] == [(100, 100), (100, 100), (e, 100)]
+
+
+def test_positions():
+    features = position_features(3)
+    assert features.shape == (9, 42)
+    i, j = -1.0, 1.0  # the first row, the last column
+    expected = [i, j]
+    for k in range(10):
+        expected += [i**k + j, j**k + i, i**k - j, j**k - i]
+    assert features[2].tolist() == pytest.approx(expected)
+
+
+def test_a_pixel_keeps_its_colour_and_its_place():
+    pixels = torch.randint(256, (4, 3, 5, 5), dtype=torch.uint8)
+    batch = examples(pixels, points=7).draw(torch.tensor([3, 1]), torch.Generator().manual_seed(0))
+    assert batch.x.shape == (2, 7, 42)
+    assert batch.cond.shape == (2, 25)
+    line = torch.linspace(-1, 1, 5)
+    for b, image in enumerate((3, 1)):
+        assert torch.allclose(batch.cond[b], (grey(pixels.float()) / 127.5 - 1)[image].flatten(), atol=1e-5)
+        for n in range(7):
+            i, j = ((line - batch.x[b, n, k]).abs().argmin() for k in (0, 1))
+            assert torch.allclose(batch.target[b, n], pixels[image, :, i, j].float() / 127.5 - 1)
+
+
+def test_chebyshev_series():
+    c = torch.randn(3, 21, dtype=torch.float64)
+    at = 2 * torch.rand(3, 9, dtype=torch.float64) - 1
+    values, slopes = chebyshev(c, at), chebyshev(derivative(c), at)
+    for b in range(3):
+        one = np.polynomial.chebyshev.Chebyshev(c[b].numpy())
+        assert np.allclose(values[b], one(at[b].numpy()))
+        assert np.allclose(slopes[b], one.deriv()(at[b].numpy()))
+
+
+def test_an_operator_learns_from_what_it_sees():
+    comparison = of("operators", seeds=1)
+    (study,) = comparison.studies
+    tasks = {op: EXPERIMENTS["operators"].task(comparison.run(study, op, "film", 0), None) for op in study.values}
+    batches = {op: t.test.draw(torch.arange(20), torch.Generator().manual_seed(5)) for op, t in tasks.items()}
+    one, other = batches.values()
+    assert torch.equal(one.cond, other.cond)
+    assert torch.equal(one.x, other.x)
+    sensors = torch.linspace(-1, 1, 100)
+    near = torch.stack(
+        [torch.from_numpy(np.interp(x[:, 0], sensors, seen)) for x, seen in zip(one.x, one.cond, strict=True)]
+    )
+    assert np.corrcoef(near.flatten(), one.target.flatten())[0, 1] > 0.95
+    assert 0.5 < one.target.std() < 2
+    assert 0.3 < other.target.std() < 3
+    measured = tasks["identity"].measure(torch.zeros(20, 50, 1), one.target)["relative_l2"]
+    assert torch.allclose(measured, torch.ones(20))
+
+
+@pytest.mark.parametrize("dimensions", [1, 3])
+def test_a_series_is_as_smooth_as_it_says(dimensions):
+    """Its mean square is near 1; a rougher one has a larger derivative."""
+    at = 2 * torch.rand(20_000, dimensions) - 1
+    rms, slopes = {}, {}
+    for r in (1, 3):
+        found = [series(dimensions, r, 8, torch.Generator().manual_seed(seed)) for seed in range(5)]
+        rms[r] = math.sqrt(sum(f(at).square().mean().item() for f in found) / 5)
+        step = torch.zeros(dimensions)
+        step[0] = 1e-3
+        slopes[r] = sum(((f(at + step) - f(at)) / 1e-3).square().mean().sqrt().item() for f in found)
+    assert all(0.7 < value < 1.4 for value in rms.values())
+    assert slopes[1] > 1.2 * slopes[3]
+
+
+def test_a_separable_target_is_linear_in_a_small_code():
+    setting = of("scaling", seeds=1).studies[1].setting
+    y = target(setting, torch.Generator().manual_seed(0))
+    x = torch.linspace(-1, 1, 50)[None, :, None].expand(40, -1, -1)
+    cond = 2 * torch.rand(40, 2) - 1
+    assert torch.linalg.matrix_rank(y(x, cond)[:, :, 0], rtol=1e-4) == 3
+    rough = target(replace(setting, kind="rough"), torch.Generator().manual_seed(0))
+    assert torch.linalg.matrix_rank(rough(x, cond)[:, :, 0], rtol=1e-4) > 3
+
+
+def test_the_random_network_of_the_first_assumption():
+    network = convolutional_target(1, 28, torch.Generator().manual_seed(0))
+    kernels = [m.kernel_size for m in network if isinstance(m, nn.Conv2d)]
+    assert kernels == [(10, 10), (10, 10)]
+    assert network(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    assert convolutional_target(3, 32, torch.Generator().manual_seed(0))(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_two_networks_learn_apart_from_each_other():
+    """Their losses are summed: each has the gradients that it would have alone."""
+    comparison = of("assumptions", seeds=1, epochs=1)
+    run = comparison.run(comparison.studies[0], "digits", "pair", 0)
+    experiment = EXPERIMENTS["assumptions"]
+    source = experiment.load("digits", None)
+    source = source._replace(images=Splits(*(s[:64] for s in source.images)))
+    task = experiment.task(run, source)
+    batch = task.train.draw(torch.arange(32), torch.Generator())
+    model = METHODS["pair"].build(experiment.architecture(run))
+    task.loss(model(batch.x, batch.cond), batch.target).backward()
+    for network in model.primary:
+        alone = torch.nn.functional.mse_loss(network(batch.x), batch.target)
+        gradients = torch.autograd.grad(alone, list(network.parameters()))
+        for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+            assert torch.allclose(parameter.grad, gradient, atol=1e-7)
+
+
+def test_hidden_neurons_learn_labels():
+    comparison = of("assumptions", seeds=1, epochs=3)
+    experiment = EXPERIMENTS["assumptions"]
+    metrics = train(experiment, comparison.run(comparison.studies[1], 29, "plain", 0), experiment.load("digits", None))
+    assert metrics.measures["mse"] < 0.08  # to answer the share of each class errs by 0.09
+    assert len(load_images("digits").test) == 297
