@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from fasthyper.experiments.experiment import Measure
 from fasthyper.experiments.methods import EMBEDDING, HYPERNETWORK
-from fasthyper.experiments.summary import Interval, Results
+from fasthyper.experiments.summary import Interval, Results, exp
 
 PAPER = "the paper"
 ASKED = "asked here"
@@ -141,7 +141,7 @@ class WellBelow(Claim):
         apart = {value: results.advantage(self.line, self.than, value) for value in results.study.values}
         enough = -math.log(self.share)
         holds = _all_above([a.low - enough for a in apart.values()], [a.high - enough for a in apart.values()])
-        ratios = {value: (-a).map(_exp) for value, a in apart.items()}
+        ratios = {value: (-a).map(exp) for value, a in apart.items()}
         return self.found(holds, "; ".join(f"{_at(results, v)}: {_number(r, '.2g')} of it" for v, r in ratios.items()))
 
 
@@ -203,7 +203,7 @@ def _at(results: Results, value: Any) -> str:
 
 def _better(measure: Measure, advantage: Interval) -> str:
     if measure.log:
-        return f"less by a factor of {_number(advantage.map(_exp), '.3g')}"
+        return f"less by a factor of {_number(advantage.map(exp), '.3g')}"
     return (
         f"less by {_number(advantage.map(lambda v: 100 * v), '.1f')} points"
         if measure.percent
@@ -215,7 +215,7 @@ def _change(results: Results, trend: Interval) -> str:
     study = results.study
     per = "doubling" if study.axis.log else "step of 1"
     if study.measure.log:
-        return f"{_number(trend.map(lambda v: 100 * (_exp(v) - 1)), '+.1f')} % per {per} of {study.axis.field}"
+        return f"{_number(trend.map(lambda v: 100 * (exp(v) - 1)), '+.1f')} % per {per} of {study.axis.field}"
     if study.measure.percent:
         return f"{_number(trend.map(lambda v: 100 * v), '+.1f')} points per {per} of {study.axis.field}"
     return f"{_number(trend, '+.3g')} per {per} of {study.axis.field}"
@@ -227,7 +227,3 @@ def _number(interval: Interval, form: str) -> str:
     if math.isinf(interval.high):
         return f"{interval.mean:{form}} (one seed, no interval)"
     return f"{interval.mean:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
-
-
-def _exp(value: float) -> float:
-    return math.inf if value > 700 else math.exp(value)

@@ -15,7 +15,7 @@ from fasthyper.experiments.experiment import Study
 from fasthyper.experiments.figures import figure_png
 from fasthyper.experiments.files import write_atomically
 from fasthyper.experiments.methods import HYPERNETWORK
-from fasthyper.experiments.summary import Interval, Results, Row, Summary
+from fasthyper.experiments.summary import Interval, Results, Row, Summary, exp
 
 REPORT_FILES = ("summary.csv", "report.html")
 PACKAGE, TEMPLATE = "fasthyper.experiments", "report.html"
@@ -48,9 +48,10 @@ def columns(study: Study) -> list[str]:
     """The headings of a study's table."""
     published = ["published"] if study.published else []
     measure = study.measure.label + (" (%)" if study.measure.percent else "")
+    paired = ["less with the hypernetwork by"] if HYPERNETWORK in study.methods else []
     also = [heading for _, heading in study.also]
     sizes = ["N_f or N_e", "N_g or N_q", "trained in all", "steps"]
-    return ["method", study.axis.field, measure, *published, *also, *sizes, "ms per step", "peak KiB"]
+    return ["method", study.axis.field, measure, *paired, *published, *also, *sizes, "ms per step", "peak KiB"]
 
 
 def table(results: Results) -> list[list[str]]:
@@ -72,7 +73,8 @@ def table(results: Results) -> list[list[str]]:
                 f"{row.peak_temporary_bytes / 2**10:,.0f}",
             ]
         )
-        cells.append([row.line.label, value_text(row.value), measured_text(results, row), *published, *cost])
+        paired = [_paired(results, row)] if HYPERNETWORK in study.methods else []
+        cells.append([row.line.label, value_text(row.value), measured_text(results, row), *paired, *published, *cost])
     return cells
 
 
@@ -125,6 +127,17 @@ def measured_text(results: Results, row: Row) -> str:
     if measure.percent:
         interval, form = interval.map(lambda value: 100 * value), ".1f"
     return _interval(interval, form)
+
+
+def _paired(results: Results, row: Row) -> str:
+    """By how much the hypernetwork's error is less, seed by seed: a factor, or a difference."""
+    if row.line.method == HYPERNETWORK and not row.line.dashed:
+        return ""
+    measure = results.study.measure
+    advantage = results.advantage(HYPERNETWORK, row.line.key, row.value)
+    if measure.log:
+        return "× " + _interval(advantage.map(exp), ".3g")
+    return _interval(advantage.map(lambda value: 100 * value) if measure.percent else advantage, ".1f")
 
 
 def value_text(value: Any) -> str:

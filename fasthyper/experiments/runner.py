@@ -6,7 +6,7 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from fasthyper.experiments.files import check_writable
 from fasthyper.experiments.report import REPORT_FILES, write_report
 from fasthyper.experiments.store import Record, RunStore, key
 from fasthyper.experiments.summary import Summary, summarise
-from fasthyper.experiments.training import train
+from fasthyper.experiments.training import Metrics, train
 
 RUNS = "runs.jsonl"
 PARTS = "runs.*.jsonl"
 FILES = (RUNS, *REPORT_FILES)
+_METRICS = [field.name for field in fields(Metrics)]
 Progress = Callable[[float, int, str], None]
 
 
@@ -179,7 +180,7 @@ def _collect(comparison: Comparison, out: Path, finished: Mapping[str, Record]) 
 
 def _store(comparison: Comparison, path: Path) -> RunStore:
     experiment = comparison.experiment
-    return RunStore(path, {"experiment": experiment.name, "protocol": experiment.protocol})
+    return RunStore(path, {"experiment": experiment.name, "protocol": experiment.protocol}, _METRICS)
 
 
 def _workers(device: str) -> int:

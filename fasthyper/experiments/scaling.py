@@ -143,7 +143,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
     """Over N_g and N_q with f and e large, and over all parameters, r = 1."""
     quick = preset == "quick"
     base = ScalingSetting(
-        epochs=30 if quick else 400,
+        epochs=16 if quick else 400,
         lr=3e-3,
         batch_size=50,
         optimizer="adam",

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +37,7 @@ class RunStore:
     Args:
         path: the file; it need not exist.
         expected: entries of `config` without which a record is of something else.
+        metrics: the names of all metrics; with other ones a record is of other code. None takes any.
 
     Example:
         >>> import tempfile
@@ -48,9 +49,12 @@ class RunStore:
         >>> folder.cleanup()
     """
 
-    def __init__(self, path: str | os.PathLike[str], expected: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], expected: Mapping[str, Any], metrics: Collection[str] | None = None
+    ) -> None:
         self.path = Path(path)
         self.expected = expected
+        self.metrics = None if metrics is None else set(metrics)
 
     def remove(self) -> None:
         """Delete the file, unless another process is writing to it or runs of something else are there."""
@@ -106,6 +110,8 @@ class RunStore:
                 what = ", ".join(f"{name} {record['config'].get(name)!r}" for name in self.expected)
                 loaded.problems.append(f"{self.path}, line {number}: a run of {what}; skipped")
                 loaded.foreign = True
+            elif self.metrics is not None and self.metrics != set(record["metrics"]):
+                loaded.problems.append(f"{self.path}, line {number}: its metrics are of other code; skipped")
             elif (name := key(record["config"])) in seen:
                 loaded.problems.append(f"{self.path}, line {number}: this run is already listed above; skipped")
             else:

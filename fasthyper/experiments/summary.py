@@ -100,7 +100,7 @@ class Results:
     def measured(self, line: Line, value: Any) -> Interval:
         """The mean over seeds, a geometric one where the study compares by ratios."""
         interval = Interval.of(self.values(line, value))
-        return interval.map(_exp) if self.study.measure.log else interval
+        return interval.map(exp) if self.study.measure.log else interval
 
     def also(self, row: Row, measure: str) -> float:
         """Another measure of a row's runs: its mean, a geometric one where the study compares by ratios."""
@@ -208,5 +208,6 @@ def _slope(at: Sequence[float], values: Sequence[float]) -> float:
     return statistics.linear_regression(at, values).slope
 
 
-def _exp(value: float) -> float:
+def exp(value: float) -> float:
+    """e to the power of what may be too large for it."""
     return math.inf if value > 700 else math.exp(value)

@@ -115,6 +115,12 @@ def test_a_fall_at_each_step(errors, expected):
     assert verdict(claim, errors, errors, values=(2, 3, 4)) == expected
 
 
+def test_one_seed_does_not_show_a_fall_at_each_step():
+    claim = FallsAtEachStep(text="t", line="hypernetwork")
+    errors = np.array([[0.3, 0.2, 0.1]])
+    assert verdict(claim, errors, errors, values=(2, 3, 4)) == UNDECIDED
+
+
 def test_the_evidence_of_a_fall_names_the_steps_that_do_not():
     claim = FallsAtEachStep(text="t", line="hypernetwork")
     errors = JITTER * [1, 2, 1] + [0.3, 0.1, 0.2]

@@ -24,6 +24,7 @@ from fasthyper.experiments.report import (
     write_gathered,
     write_report,
 )
+from fasthyper.experiments.summary import Interval
 
 HYPER, EMBED = JITTER * [1, 2] + [0.2, 0.1], JITTER * [1, 1] + 0.5
 CLAIMS = (Wins(text="It wins"), Improves(text="It rises", line="embedding"), Flat(text="It lasts", whose=ASKED))
@@ -175,16 +176,30 @@ def test_the_csv_leaves_empty_what_is_not_finite():
 
 def test_the_table():
     published = {("embedding", 3): 0.45}
-    results = results_of(pair(HYPER, EMBED), published=published, levels=(("zero", "nothing"),), extra={"zero": 0.7})
-    assert columns(results.study)[:4] == ["method", "depth", "test error (%)", "published"]
+    extra = {"zero": 0.7, "raw": 0.125}
+    results = results_of(
+        pair(HYPER, EMBED), published=published, levels=(("zero", "nothing"),), also=(("raw", "as it is"),), extra=extra
+    )
+    paired = "less with the hypernetwork by"
+    assert columns(results.study)[:6] == ["method", "depth", "test error (%)", paired, "published", "as it is"]
     rows = table(results)
     assert all(len(row) == len(columns(results.study)) for row in rows)
     interval = results.rows()[0].measured
     numbers = f"20.0 [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-    cost = ["1,000", "100", "2,000", "13", "2.00", "2"]
-    assert rows[0] == ["hypernetwork g(x; f(I))", "2", numbers, "", *cost]
-    assert rows[3][3] == "0.45"
-    assert rows[4] == ["nothing", "2", "70.0 [70.0, 70.0]", "", *[""] * 6]
+    cost = ["0.125", "1,000", "100", "2,000", "13", "2.00", "2"]
+    assert rows[0] == ["hypernetwork g(x; f(I))", "2", numbers, "", "", *cost]
+    apart = results.advantage("hypernetwork", "embedding", 3)
+    assert rows[3][3] == f"{100 * apart.mean:.1f} [{100 * apart.low:.1f}, {100 * apart.high:.1f}]"
+    assert rows[3][4] == "0.45"
+    less = Interval.of([70 - 100 * number for number in HYPER[:, 0]])
+    assert rows[4][:3] == ["nothing", "2", "70.0 [70.0, 70.0]"]
+    assert rows[4][3:] == [f"{less.mean:.1f} [{less.low:.1f}, {less.high:.1f}]", *[""] * 8]
+
+
+def test_the_table_gives_factors_where_a_study_compares_by_ratios():
+    results = results_of(pair(HYPER[:1], EMBED[:1]), measure=LOG)
+    factor = EMBED[0, 1] / HYPER[0, 1]
+    assert [row[3] for row in table(results)] == ["", "", f"× {EMBED[0, 0] / HYPER[0, 0]:.3g}", f"× {factor:.3g}"]
 
 
 def test_the_table_of_steps_with_and_without_weights_written_out(summary):

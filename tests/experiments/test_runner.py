@@ -106,6 +106,24 @@ def test_runs_of_another_configuration_are_left_alone(tmp_path, no_notice):
     assert again.results[0].rows() == foreign.results[0].rows()
 
 
+def test_a_run_that_lacks_a_metric_is_of_other_code_and_is_run_again_once(tmp_path, no_notice, trained):
+    run_comparison(comparison_of(), tmp_path, notify=no_notice)
+    store = RunStore(tmp_path / "older" / "runs.jsonl", {})
+    store.path.parent.mkdir()
+    for record in lines(tmp_path):
+        del record["digest"]
+        if record["config"]["seed"] == 0:
+            del record["metrics"]["steps"]
+        store.append(record)
+    before = len(trained())
+    for _ in range(2):
+        problems = []
+        run_comparison(comparison_of(), store.path.parent, notify=problems.append)
+        assert len(trained()) == before + 4
+        assert len(problems) == 4
+        assert all("of other code" in problem for problem in problems)
+
+
 @pytest.mark.parametrize("changes", [{"protocol": 2}, {"name": "other"}])
 def test_another_protocol_or_experiment_is_not_mixed_in(tmp_path, changes):
     run_comparison(comparison_of(seeds=1), tmp_path)
