@@ -12,9 +12,12 @@ from fasthyper.experiments.summary import Interval, Results, exp
 
 PAPER = "the paper"
 ASKED = "asked here"
+THEOREM = "a theorem"
 
-YES = {PAPER: "reproduced", ASKED: "holds"}
-NO = {PAPER: "not reproduced", ASKED: "does not hold"}
+# Of whom the claim is; another paper's are reproduced, too.
+YES = {ASKED: "holds", THEOREM: "in line"}
+NO = {ASKED: "does not hold", THEOREM: "not in line"}
+REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
 UNDECIDED = "undecided"
 
 
@@ -44,8 +47,8 @@ class Claim:
 
     def found(self, holds: bool | None, evidence: str) -> Finding:
         """The finding; None leaves it undecided."""
-        words = YES if holds else NO
-        verdict = UNDECIDED if holds is None else words[ASKED if self.whose == ASKED else PAPER]
+        words, otherwise = (YES, REPRODUCED) if holds else (NO, NOT_REPRODUCED)
+        verdict = UNDECIDED if holds is None else words.get(self.whose, otherwise)
         return Finding(self.text, self.whose, verdict, evidence, self.rule)
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasthyper.experiments.claims import ASKED, Exponent, Steeper, Wins
+from fasthyper.experiments.claims import ASKED, THEOREM, Exponent, Steeper, Wins
 from fasthyper.experiments.experiment import Axis, Batch, Examples, Experiment, Measure, Run, Setting, Study, Task
 from fasthyper.experiments.methods import (
     ALL,
@@ -167,7 +167,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
             values=(2, 4, 8, 16) if quick else (2, 4, 8, 16, 32, 64, 128),
             methods=ALL,
             setting=base,
-            seeds=3 if quick else 20,
+            seeds=4 if quick else 20,
             measure=error,
             claims=(
                 Steeper(text="The error falls faster with N_g than with N_q"),
@@ -176,18 +176,21 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
                     line=HYPERNETWORK,
                     bound=-r / M1,
                     at_least_as_steep=True,
+                    whose=THEOREM,
                 ),
                 Exponent(
                     text="Theorem 2: with E bounded, the embedding method's falls no faster than N_q^(-r/(m1+m2))",
                     line=EMBEDDING,
                     bound=-r / m,
                     at_least_as_steep=False,
+                    whose=THEOREM,
                 ),
                 Exponent(
                     text="Theorem 3: with any E, no faster than N_q^(-r/min(m, 2 m1))",
                     line=EMBEDDING,
                     bound=-r / min(m, 2 * M1),
                     at_least_as_steep=False,
+                    whose=THEOREM,
                 ),
                 Wins(text="It wins where both train as many parameters", over=EQUAL_PARAMETERS, whose=ASKED),
                 Wins(text="It wins where both train for as long", over=EQUAL_TIME, whose=ASKED),
@@ -203,21 +206,26 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
             values=(4, 8, 16) if quick else (4, 8, 16, 32, 64),
             methods=(HYPERNETWORK, EMBEDDING, PLAIN),
             setting=replace(base, kind="separable", width=4, depth=3, grows=True),
-            seeds=3 if quick else 20,
+            seeds=4 if quick else 20,
             measure=error,
             claims=(
-                Steeper(text="Theorem 5: over all parameters, its error falls faster than the embedding method's"),
+                Steeper(
+                    text="Theorem 5: over all parameters, its error falls faster than the embedding method's",
+                    whose=THEOREM,
+                ),
                 Exponent(
                     text="Theorem 5: the hypernetwork's falls at least as N^(-r/max(m1, m2))",
                     line=HYPERNETWORK,
                     bound=-r / max(M1, M2),
                     at_least_as_steep=True,
+                    whose=THEOREM,
                 ),
                 Exponent(
                     text="Theorem 1: that of one network of x and I falls no faster than N^(-r/(m1+m2))",
                     line=PLAIN,
                     bound=-r / m,
                     at_least_as_steep=False,
+                    whose=THEOREM,
                 ),
             ),
         ),
