@@ -157,7 +157,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
         depth=4,
         embedding=4,
     )
-    error = Measure("rmse", "root mean squared error (the target's mean square is 1)", log=True)
+    error = Measure("rmse", "root mean squared error (target: 1)", log=True)
     m, r = M1 + M2, base.smoothness
     return (
         Study(
