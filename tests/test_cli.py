@@ -38,7 +38,10 @@ def test_compare_ends_with_a_table_the_findings_and_a_report(tmp_path):
     for label in ("hypernetwork g(x; f(I))", "embedding q(x, e(I))", "guessing"):
         (row,) = [line for line in lines if line.startswith(label)]
         assert re.search(r"\d+\.\d \[-?\d+\.\d, \d+\.\d\]$", row)
-    assert any(line.startswith("depth: The hypernetwork wins by a wide margin (the paper): ") for line in lines)
+    assert any(
+        line.startswith("depth: The hypernetwork wins by a wide margin (10 points at least) (the paper): ")
+        for line in lines
+    )
     assert "4/4 runs" in result.output
     assert f"Report: {tmp_path / 'out' / 'report.html'}" in lines
     assert sorted(os.listdir(tmp_path / "out")) == FILES

@@ -56,19 +56,26 @@ class Claim:
 class Wins(Claim):
     """One line lies below another at every value of the axis, or at those from `least` on."""
 
-    rule = "at every value compared, the 95 % interval of the paired difference lies on its side"
+    rule = (
+        "at every value compared, the 95 % interval of the paired difference (or ratio) lies beyond the margin claimed"
+    )
     line: str = HYPERNETWORK
     over: str = EMBEDDING
     least: float | None = None
+    margin: float | None = None
+    """The least difference, or ratio where the study compares by ratios, that is a win; any, if None."""
 
     def judge(self, results: Results) -> Finding | None:
-        """Refuted where a whole interval lies on the other side."""
+        """Refuted where a whole interval lies short of the margin."""
         study = results.study
         values = [v for v in study.values if self.least is None or v >= self.least]
         if not results.has(self.line, self.over) or not values:
             return None
         advantages = {value: results.advantage(self.line, self.over, value) for value in values}
-        holds = _all_above([a.low for a in advantages.values()], [a.high for a in advantages.values()])
+        margin = 0.0 if self.margin is None else math.log(self.margin) if study.measure.log else self.margin
+        holds = _all_above(
+            [a.low - margin for a in advantages.values()], [a.high - margin for a in advantages.values()]
+        )
         parts = (f"{_at(results, value)}: {_better(study.measure, a)}" for value, a in advantages.items())
         return self.found(holds, "; ".join(parts))
 
@@ -205,18 +212,18 @@ def _at(results: Results, value: Any) -> str:
 
 
 def _better(measure: Measure, advantage: Interval) -> str:
+    """By how much it is less, or more."""
+    word, advantage = ("more", -advantage) if advantage.mean < 0 else ("less", advantage)
     if measure.log:
-        return f"less by a factor of {_number(advantage.map(exp), '.3g')}"
-    return (
-        f"less by {_number(advantage.map(lambda v: 100 * v), '.1f')} points"
-        if measure.percent
-        else (f"less by {_number(advantage, '.3g')}")
-    )
+        return f"{word} by a factor of {_number(advantage.map(exp), '.3g')}"
+    if measure.percent:
+        return f"{word} by {_number(advantage.map(lambda v: 100 * v), '.1f')} points"
+    return f"{word} by {_number(advantage, '.3g')}"
 
 
 def _change(results: Results, trend: Interval) -> str:
     study = results.study
-    per = "doubling" if study.axis.log else "step of 1"
+    per = "doubling" if study.axis.log else "unit"
     if study.measure.log:
         return f"{_number(trend.map(lambda v: 100 * (exp(v) - 1)), '+.1f')} % per {per} of {study.axis.field}"
     if study.measure.percent:

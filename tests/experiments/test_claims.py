@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from made_up import JITTER, LOG, PLAIN, pair, results_of, summary_of
+from made_up import JITTER, LOG, PERCENT, PLAIN, pair, results_of, summary_of
 
 from fasthyper.experiments.claims import (
     ASKED,
@@ -113,6 +113,32 @@ def test_a_trend_over_ratios_is_judged_per_doubling():
 def test_a_fall_at_each_step(errors, expected):
     claim = FallsAtEachStep(text="t", line="hypernetwork")
     assert verdict(claim, errors, errors, values=(2, 3, 4)) == expected
+
+
+@pytest.mark.parametrize(
+    ("margin", "measure", "expected"),
+    [
+        (0.2, PERCENT, YES),
+        (0.4, PERCENT, NO),
+        (0.3, PERCENT, UNDECIDED),
+        (1.5, LOG, YES),
+        (2.5, LOG, NO),
+    ],
+)
+def test_a_win_by_a_margin(margin, measure, expected):
+    errors = (
+        (JITTER * [1, 2] + 0.3, JITTER * [-1, 1] + 0.6)
+        if measure is PERCENT
+        else (np.exp(JITTER) * [0.3, 0.3], np.exp(2 * JITTER) * [0.6, 0.59])
+    )
+    assert verdict(Wins(text="t", margin=margin), *errors, measure=measure) == expected
+
+
+def test_the_evidence_says_less_or_more():
+    one, other = results_of(pair(JITTER * [1, 1] + 0.2, JITTER * [1, 1] + 0.5)), np.array([[0.2, 0.2], [0.2, 0.2]])
+    assert Wins(text="t").judge(one).evidence.startswith("depth 2: less by 30.0 [")
+    worse = results_of(pair(4 * other, other), measure=LOG)
+    assert Wins(text="t").judge(worse).evidence.startswith("depth 2: more by a factor of 4 [4, 4]; ")
 
 
 def test_one_seed_does_not_show_a_fall_at_each_step():
