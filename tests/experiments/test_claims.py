@@ -274,7 +274,7 @@ def test_evidence_in_points_distances_and_factors():
 
 def test_the_evidence_of_a_trend():
     claim = Improves(text="t")
-    assert claim.judge(results_of(pair(DOWN, LEVEL))).evidence.endswith(" points per step of 1 of depth")
+    assert claim.judge(results_of(pair(DOWN, LEVEL))).evidence.endswith(" points per unit of depth")
     assert claim.judge(results_of(pair(DOWN, LEVEL))).evidence.startswith("-10.0 [")
     halves = np.exp(JITTER) * [0.4, 0.2]
     found = claim.judge(results_of(pair(halves, halves), (4, 8), axis=Axis("width", "w", log=True), measure=LOG))
