@@ -72,8 +72,8 @@ def compare(
         return
     if name not in EXPERIMENTS and name != "all":
         _fail(ValueError(f"name: {name!r} is not an experiment; known are all, {', '.join(EXPERIMENTS)}"))
-    if name == "all" and (data or studies or depths):
-        _fail(ValueError("data, studies and depths: of one experiment, not of all"))
+    if name == "all" and any((data, studies, methods, depths, lr, width, batch_size)):
+        _fail(ValueError("data, studies, methods, depths, lr, width and batch-size: of one experiment, not of all"))
     folder = Path(out or ("results" if name == "all" else f"results/{name}"))
     try:
         chosen = {
@@ -102,7 +102,7 @@ def compare(
     from fasthyper.experiments.report import write_gathered
 
     summaries = [_run(comparison, folder / one, data_home, workers) for one, comparison in chosen.items()]
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _first():
         write_gathered(summaries, folder)
         typer.echo(f"All of them: {folder / 'report.html'}")
 
@@ -190,9 +190,16 @@ def _run(comparison: Comparison, out: Path, data_home: str | None, workers: int 
     except KeyboardInterrupt:
         typer.echo(f"stopped: finished runs are kept in {out}; the same command goes on from there", err=True)
         raise typer.Exit(130) from None
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _first():
         _print(console, summary, out)
     return summary
+
+
+def _first() -> bool:
+    """Whether this is the process that speaks: under torchrun, number 0."""
+    from torch.distributed import is_torchelastic_launched
+
+    return not is_torchelastic_launched() or os.environ.get("RANK", "0") == "0"
 
 
 def _print(console: Console, summary: Summary, out: Path) -> None:

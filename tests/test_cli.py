@@ -66,7 +66,7 @@ def test_all_experiments_and_one_report_of_them(tmp_path, monkeypatch):
     studies = lambda preset, data: tuple(s for s in rotation.studies(preset, data) if s.name == "rate")
     two = {name: replace(rotation, name=name, title=f"The {name}", studies=studies) for name in ("first", "second")}
     monkeypatch.setattr(experiments, "EXPERIMENTS", two)
-    settings = ["--seeds", "1", "--epochs", "1", "--width", "4", "--device", "cpu", "--workers", "1"]
+    settings = ["--seeds", "1", "--epochs", "1", "--device", "cpu", "--workers", "1"]
     result = call("compare", "all", *settings, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert sorted(os.listdir(tmp_path)) == ["first", "report.html", "second"]
@@ -133,11 +133,14 @@ def test_options_reach_the_comparison(tmp_path, monkeypatch):
     assert (out, options["data_home"], options["workers"]) == (tmp_path / "out", "home", 5)
 
 
-@pytest.mark.parametrize("option", ["--data=digits", "--studies=depth", "--depths=2"])
+@pytest.mark.parametrize("option", ["--data=digits", "--studies=depth", "--depths=2", "--methods=film", "--width=8"])
 def test_all_takes_no_options_of_one_experiment(option, tmp_path):
     result = call("compare", "all", option, "--out", tmp_path / "out")
     assert result.exit_code == 2
-    assert result.stderr == "error: data, studies and depths: of one experiment, not of all\n"
+    assert (
+        result.stderr
+        == "error: data, studies, methods, depths, lr, width and batch-size: of one experiment, not of all\n"
+    )
     assert list(tmp_path.iterdir()) == []
 
 

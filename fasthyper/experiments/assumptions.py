@@ -11,7 +11,7 @@ authors' code.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,18 @@ from torch import Tensor, nn
 
 from fasthyper.experiments.claims import FallsAtEachStep, WellBelow
 from fasthyper.experiments.data import IMAGES, Splits, load_images, load_labels
-from fasthyper.experiments.experiment import Axis, Examples, Experiment, Line, Measure, Run, Setting, Study, Task
+from fasthyper.experiments.experiment import (
+    Axis,
+    Examples,
+    Experiment,
+    Line,
+    Measure,
+    Run,
+    Setting,
+    Study,
+    Task,
+    stream,
+)
 from fasthyper.experiments.methods import PAIR, PLAIN, Architecture
 
 CLASSES = 10
@@ -38,6 +49,8 @@ class Source(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class AssumptionSetting(Setting):
     """Which check on what, and the hidden layer."""
+
+    DEFINING: ClassVar[tuple[str, ...]] = ("check", "inputs")
 
     check: str
     """A1 or A2."""
@@ -77,7 +90,7 @@ def task(run: Run, source: Source) -> Task:
     """A1: the random network's answers; A2: the labels."""
     setting = run.setting
     assert isinstance(setting, AssumptionSetting)
-    generator = torch.Generator().manual_seed(run.seed)
+    generator = torch.Generator().manual_seed(stream(run.seed, "task"))
     counts = [len(split) for split in source.images]
     if setting.inputs == NOISE:
         splits = [2 * torch.rand(count, 1, SIZE, SIZE, generator=generator) - 1 for count in counts]
@@ -200,6 +213,8 @@ ASSUMPTIONS = Experiment(
         " stride 2, twice) do not fit otherwise; on 3 × 32 × 32 the second kernel is 10, too.",
         "The target's convolutions have 10 and 20 channels with ReLU after each, batches are 64: open in the paper.",
         "Distances are of outputs on test inputs, averaged; noise is uniform on [-1, 1]^(28×28), as many as images.",
+        "In A1, well closer is taken as less than half as far. At the quick preset A2 tries ten of the widths from 1 to"
+        " 29, steps of several neurons among them.",
         "Digits are few, so that A2 takes 20 epochs of them instead of 2. Fashion-MNIST is --data fashion.",
         "No hypernetwork takes part, so that the other methods have no place here.",
     ),

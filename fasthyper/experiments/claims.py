@@ -100,7 +100,7 @@ class Improves(Claim):
 class Flat(Claim):
     """A line does not fall along the axis; to rise is not to fall."""
 
-    rule = "the 95 % interval of its slope leaves room for a fall of less than 1 point (or 2 %) per step of the axis"
+    rule = "the 95 % interval of its slope excludes a fall of 1 point (2 %) or more per unit, or per doubling"
     line: str = EMBEDDING
 
     def judge(self, results: Results) -> Finding | None:
@@ -116,7 +116,7 @@ class Flat(Claim):
 class FallsAtEachStep(Claim):
     """A line falls from each value of the axis to the next."""
 
-    rule = "the mean over several seeds falls at each step"
+    rule = "at each step, the 95 % interval of the paired difference lies below zero"
     line: str
 
     def judge(self, results: Results) -> Finding | None:
@@ -129,8 +129,7 @@ class FallsAtEachStep(Claim):
         steps = [Interval.of([a - b for a, b in zip(*pair, strict=True)]) for pair in pairs]
         rising = [f"{a} to {b}" for a, b, s in zip(values, values[1:], steps, strict=False) if not s.mean < 0]
         sure = sum(step.high < 0 for step in steps)
-        known = all(math.isfinite(step.high) for step in steps)
-        holds = False if any(step.low > 0 for step in steps) else True if known and not rising else None
+        holds = False if any(step.low > 0 for step in steps) else True if sure == len(steps) else None
         evidence = f"it falls at {len(steps) - len(rising)} of {len(steps)} steps, for sure at {sure}"
         return self.found(holds, evidence + (f"; not from {', '.join(rising)}" if rising else ""))
 
@@ -159,7 +158,7 @@ class WellBelow(Claim):
 class Exponent(Claim):
     """The power law between a line and the number of parameters, against the exponent that a theorem bounds."""
 
-    rule = "the 95 % interval of the fitted exponent does not lie wholly on the wrong side of the theorem's"
+    rule = "the 95 % interval of the fitted exponent lies on the side of the theorem's that it promises or allows"
     line: str
     bound: float
     at_least_as_steep: bool
@@ -170,12 +169,10 @@ class Exponent(Claim):
         if not results.has(self.line) or len(results.study.values) < 2:
             return None
         fitted = results.exponent(self.line)
-        if not math.isfinite(fitted.low):
-            holds = None
-        elif self.at_least_as_steep:
-            holds = fitted.low <= self.bound
+        if self.at_least_as_steep:
+            holds = True if fitted.high <= self.bound else False if fitted.low > self.bound else None
         else:
-            holds = fitted.high >= self.bound
+            holds = True if fitted.low >= self.bound else False if fitted.high < self.bound else None
         return self.found(holds, f"fitted exponent {_number(fitted, '+.2f')}, the theorem's {self.bound:+.2f}")
 
 

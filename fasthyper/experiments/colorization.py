@@ -167,7 +167,8 @@ COLORIZATION = Experiment(
     ),
     choices=(
         "The patches are 16 × 16 squares without overlap of the two photographs that come with scikit-learn, three"
-        " quarters for training, drawn by lot once and for all: not in the paper, and no download.",
+        " quarters for training, drawn by lot once and for all, so that those for testing have neighbours among them:"
+        " not in the paper, and no download.",
         "Positions run from -1 to 1 before they are raised to powers; 64 pixels of an image are drawn anew at every"
         " access, in training and testing; Adam at 0.001, batches of 32 images: all open in the paper.",
         "q has biases, which its N_q of 4,950 leaves out.",

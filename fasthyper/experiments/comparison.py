@@ -81,13 +81,13 @@ class Comparison:
                 raise ValueError("methods: expected at least one")
             for name in methods:
                 _known("methods", name, sorted({m for s in chosen for m in s.methods}), "a method compared here")
-            kept = (replace(s, methods=tuple(m for m in s.methods if m in methods)) for s in chosen)
-            chosen = tuple(
-                replace(s, lines=tuple(x for x in s.lines if x.method in methods)) for s in kept if s.methods
-            )
+            chosen = tuple(s for s in (s.only(methods) for s in chosen) if s.methods)
         if seeds is not None:
             chosen = tuple(replace(s, seeds=seeds) for s in chosen)
         settings = {name: value for name, value in settings.items() if value is not None}
+        for name in settings:
+            if any(name in s.setting.DEFINING for s in chosen):
+                raise ValueError(f"{name}: it says what a study is about, and is not to be changed")
         chosen = tuple(_with(s, settings) for s in chosen)
         for name in settings:
             if not any(hasattr(s.setting, name) and s.axis.field != name for s in chosen):

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 # A process waits for the others' last runs, which may take as long as a run does.
 _PATIENCE = timedelta(days=7)
+_MEETING = timedelta(minutes=10)
 _SWEEPS = itertools.count()
 
 
@@ -52,19 +53,33 @@ class Group:
 
 
 @contextmanager
-def torchrun(device: str) -> Iterator[Group]:
-    """The group that torchrun started this process in: gloo, or NCCL for a sweep on GPUs; alone without torchrun."""
+def torchrun(device: str, sweep: str) -> Iterator[Group]:
+    """The group that torchrun started this process in: gloo, or NCCL for a sweep on GPUs; alone without torchrun.
+
+    Raises:
+        ValueError: a process has another sweep than process 0, or a machine has fewer GPUs than processes.
+    """
     if not dist.is_torchelastic_launched():
         yield Group()
         return
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=_PATIENCE)))
+    # One store may serve several sweeps, and several starts: none may meet what another has left there.
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"fasthyper {restart} {next(_SWEEPS)}", store)
+    if rank == 0:
+        store.set("sweep", sweep)
+    store.wait(["sweep"], _MEETING)
+    if store.get("sweep").decode() != sweep:
+        raise ValueError("torchrun: this process was started with another comparison, device or version than process 0")
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise ValueError(f"torchrun: --nproc-per-node may be {torch.cuda.device_count()} at most, one for each GPU")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with _joined(store, rank, size, "nccl" if device == "cuda" else "gloo") as group:
         yield group
 
 
-def launch(fn: Callable[..., Any], workers: int, progress: Callable[..., None], *arguments: Any) -> None:
+def launch(fn: Callable[..., Any], workers: int, device: str, progress: Callable[..., None], *arguments: Any) -> None:
     """Call `fn(group, progress, *arguments)` in new processes; what they tell `progress` is told here.
 
     The first that fails ends all of them, and so does the end of this one.
@@ -72,9 +87,8 @@ def launch(fn: Callable[..., Any], workers: int, progress: Callable[..., None], 
     told = torch.multiprocessing.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="fasthyper-") as folder:
         store = str(Path(folder) / "store")
-        context = torch.multiprocessing.spawn(
-            _enter, (os.getpid(), workers, store, told, fn, arguments), nprocs=workers, join=False
-        )
+        given = (os.getpid(), workers, device, store, told, fn, arguments)
+        context = torch.multiprocessing.spawn(_enter, given, nprocs=workers, join=False)
         try:
             while not context.join(timeout=0.1):
                 _tell(told, progress)
@@ -93,13 +107,20 @@ def _tell(told: Any, progress: Callable[..., None]) -> None:
 
 
 def _enter(
-    rank: int, parent: int, size: int, path: str, told: Any, fn: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int,
+    parent: int,
+    size: int,
+    device: str,
+    path: str,
+    told: Any,
+    fn: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
     # torch ends a process with its parent from here on; a parent that was killed before left nobody to work for.
     if os.getppid() != parent:
         return
     # Processes of one machine may share a GPU, where NCCL wants one for each: they talk through gloo.
-    if torch.cuda.is_available():
+    if device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
     with _joined(dist.FileStore(path, size), rank, size, "gloo") as group:
         fn(group, lambda *what: told.put(what), *arguments)
@@ -107,8 +128,6 @@ def _enter(
 
 @contextmanager
 def _joined(store: dist.Store, rank: int, size: int, backend: str) -> Iterator[Group]:
-    # One store may serve several sweeps, one after the other: none may meet what another has left there.
-    store = dist.PrefixStore(f"fasthyper {next(_SWEEPS)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     try:
         yield Group(rank, size, store)

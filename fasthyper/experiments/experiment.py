@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 
 OPTIMIZERS = ("sgd", "adam", "adadelta")
 SCHEDULES = ("constant", "cosine")
+
+
+_PURPOSES = ("weights", "order", "test", "task")
+
+
+def stream(seed: int, purpose: str) -> int:
+    """The seed of one of the streams of a run: were two the same, weights might equal what they are to learn."""
+    return len(_PURPOSES) * seed + _PURPOSES.index(purpose)
 
 
 class Batch(NamedTuple):
@@ -63,9 +71,14 @@ class Task:
 class Setting:
     """What decides a run beside the method and the seed. An experiment's own adds to it.
 
+    Fields are annotated as int or float where they are numbers, and those of `DEFINING` are not to be changed from
+    outside: the titles and claims of a study speak of them.
+
     Raises:
         ValueError: a count below 1, a depth below 2, a rate that is not finite and positive, an unknown name.
     """
+
+    DEFINING: ClassVar[tuple[str, ...]] = ()
 
     epochs: int
     lr: float
@@ -78,11 +91,14 @@ class Setting:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
-        for name, value in asdict(self).items():
+        for entry in fields(self):
+            name, value = entry.name, getattr(self, entry.name)
             least = 2 if name == "depth" else 1
-            if is_integer(value) and value < least:
+            if entry.type in (int, "int") and not (is_integer(value) and value >= least):
                 raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
-            if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
+            if entry.type in (float, "float") and not (
+                isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
+            ):
                 raise ValueError(f"{name}: expected a finite number that is not negative, got {value!r}")
         if self.lr <= 0:
             raise ValueError(f"lr: expected a positive finite number, got {self.lr!r}")
@@ -197,7 +213,7 @@ class Experiment:
 
     name: str
     protocol: int
-    """Raised when a change of the code changes the numbers: older runs are then not mixed with newer ones."""
+    """Raised when a change of the code changes the numbers or what is measured: older runs are not mixed with newer."""
     title: str
     source: str
     question: str

@@ -68,7 +68,7 @@ class Architecture:
 
 
 class Counts(NamedTuple):
-    """Numbers of trainable parameters, but `primary` of a hypernetwork: of generated weights."""
+    """Numbers of trainable parameters, but `primary` counts generated weights, too."""
 
     context: int
     primary: int
@@ -231,7 +231,8 @@ def counts(model: nn.Module) -> Counts:
         report = parameter_report(model)
         assert report.n_f is not None
         assert report.n_g is not None
-        return Counts(report.n_f, report.n_g, report.trainable)
+        assert report.ungenerated is not None
+        return Counts(report.n_f, report.n_g + report.ungenerated, report.trainable)
     primary = _size(model.primary)
     trainable = _size(model)
     return Counts(trainable - primary, primary, trainable)

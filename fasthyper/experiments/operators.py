@@ -14,14 +14,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fasthyper.experiments.claims import ASKED, Wins
-from fasthyper.experiments.experiment import Axis, Batch, Examples, Experiment, Measure, Run, Setting, Study, Task
+from fasthyper.experiments.experiment import (
+    Axis,
+    Batch,
+    Examples,
+    Experiment,
+    Measure,
+    Run,
+    Setting,
+    Study,
+    Task,
+    stream,
+)
 from fasthyper.experiments.methods import (
     ALL,
     BIASES,
@@ -43,6 +54,8 @@ OPERATORS = ("identity", "differentiation")
 @dataclass(frozen=True, kw_only=True)
 class OperatorSetting(Setting):
     """The operator, the functions seen, and the branch."""
+
+    DEFINING: ClassVar[tuple[str, ...]] = ("operator",)
 
     operator: str
     functions: int
@@ -79,7 +92,7 @@ def task(run: Run, source: Any) -> Task:
     """Functions drawn for the seed, at random points."""
     setting = run.setting
     assert isinstance(setting, OperatorSetting)
-    generator = torch.Generator().manual_seed(run.seed)
+    generator = torch.Generator().manual_seed(stream(run.seed, "task"))
     sensors = torch.linspace(-1, 1, SENSORS, dtype=torch.float64)
     if setting.operator not in OPERATORS:
         raise ValueError(f"operator: {setting.operator!r} is not known; known are {', '.join(OPERATORS)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import warnings
@@ -16,7 +17,7 @@ import torch
 from fasthyper._version import __version__
 from fasthyper.experiments.comparison import Comparison
 from fasthyper.experiments.distributed import Group, launch, torchrun
-from fasthyper.experiments.experiment import Run
+from fasthyper.experiments.experiment import Run, is_integer
 from fasthyper.experiments.files import check_writable
 from fasthyper.experiments.report import REPORT_FILES, write_report
 from fasthyper.experiments.store import Record, RunStore, key
@@ -24,7 +25,6 @@ from fasthyper.experiments.summary import Summary, summarise
 from fasthyper.experiments.training import Metrics, train
 
 RUNS = "runs.jsonl"
-PARTS = "runs.*.jsonl"
 FILES = (RUNS, *REPORT_FILES)
 _METRICS = [field.name for field in fields(Metrics)]
 Progress = Callable[[float, int, str], None]
@@ -61,29 +61,31 @@ def run_comparison(
         DatasetUnavailable: the data are neither here nor to be had; nothing has been written then.
     """
     out = Path(out)
-    if workers is not None and workers < 1:
+    if workers is not None and (not is_integer(workers) or workers < 1):
         raise ValueError(f"workers: expected at least 1, got {workers!r}")
     check_writable(out, *FILES)
-    with torchrun(comparison.device) as group:
+    sweep = hashlib.sha256(key([__version__, torch.__version__, *(run.config() for run in comparison.runs())]).encode())
+    with torchrun(comparison.device, sweep.hexdigest()) as group:
         finished = _finished(group, comparison, out, notify)
         missing = [run for run in comparison.runs() if key(run.config()) not in finished]
         if missing:
             source = comparison.experiment.load(comparison.data, data_home)
             out.mkdir(parents=True, exist_ok=True)
             number = min(_workers(comparison.device) if workers is None else workers, len(missing))
-            if group.size > 1 or number == 1:
-                threads = _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            if group.store is not None or number == 1:
+                threads = _threads(1 if group.store is None else int(os.environ["LOCAL_WORLD_SIZE"]))
                 shown = progress if group.rank == 0 else lambda done, total, run: None
                 finished |= _train(group, shown, comparison, out, source, missing, threads)
             else:
                 with _store(comparison, out / RUNS).locked():
                     pass  # another comparison at work there is told of here, not by a process within
-                launch(_train, number, progress, comparison, out, source, missing, _cores() // number)
-                finished = _finished(group, comparison, out, notify)
+                given = (comparison, out, source, missing, _threads(number))
+                launch(_train, number, comparison.device, progress, *given)
+                finished = _finished(group, comparison, out, lambda problem: None)
         if group.rank == 0:
             _collect(comparison, out, finished)
         group.gather(None)  # process 0 has it all on its disk: parts may go
-        for part in out.glob(PARTS):
+        for part in _parts(out):
             _store(comparison, part).remove()
         summary = summarise(comparison, [finished[key(run.config())] for run in comparison.runs()])
         if group.rank == 0:
@@ -107,14 +109,14 @@ def _finished(group: Group, comparison: Comparison, out: Path, notify: Callable[
     """The runs that are on the disks of the group, by configuration."""
     records: dict[str, Record] = {}
     problems: list[str] = []
-    for path in sorted({out / RUNS, *out.glob(PARTS)}):
+    for path in [out / RUNS, *_parts(out)]:
         loaded = _store(comparison, path).load()
         records |= {key(record["config"]): record for record in loaded.records}
         problems += loaded.problems
     merged: dict[str, Record] = {}
     everywhere = group.gather((records, problems))
     for theirs, _ in everywhere:
-        merged |= theirs
+        merged = theirs | merged
     if group.rank == 0:
         for problem in dict.fromkeys(problem for _, found in everywhere for problem in found):
             notify(problem)
@@ -136,7 +138,7 @@ def _train(
     taken, done = group.counter("taken"), group.counter("done")
     found: dict[str, Record] = {}
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads))
+    torch.set_num_threads(threads)
     try:
         with store.locked():
             while (number := taken(1) - 1) < len(missing):
@@ -183,11 +185,19 @@ def _store(comparison: Comparison, path: Path) -> RunStore:
     return RunStore(path, {"experiment": experiment.name, "protocol": experiment.protocol}, _METRICS)
 
 
+def _parts(out: Path) -> list[Path]:
+    """The files of the processes but the first."""
+    return sorted(path for path in out.glob("runs.*.jsonl") if path.name.split(".")[1].isdecimal())
+
+
+def _threads(processes: int) -> int:
+    """Of torch, for each of so many processes on this machine."""
+    return max(1, min(torch.get_num_threads(), _cores() // processes))
+
+
 def _workers(device: str) -> int:
     return torch.cuda.device_count() if device == "cuda" else _cores()
 
 
 def _cores() -> int:
-    """Cores to use: no more than torch would, which OMP_NUM_THREADS limits."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, torch.get_num_threads())
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

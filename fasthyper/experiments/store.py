@@ -112,6 +112,7 @@ class RunStore:
                 loaded.foreign = True
             elif self.metrics is not None and self.metrics != set(record["metrics"]):
                 loaded.problems.append(f"{self.path}, line {number}: its metrics are of other code; skipped")
+                loaded.foreign = True
             elif (name := key(record["config"])) in seen:
                 loaded.problems.append(f"{self.path}, line {number}: this run is already listed above; skipped")
             else:

@@ -14,14 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasthyper.experiments.claims import ASKED, Claim, Flat, Improves, Wins
-from fasthyper.experiments.experiment import Axis, Examples, Experiment, Measure, Run, Setting, Study, Task
+from fasthyper.experiments.experiment import Axis, Examples, Experiment, Measure, Run, Setting, Study, Task, stream
 from fasthyper.experiments.methods import (
     ALL,
     BIASES,
@@ -44,6 +44,8 @@ TYPES = ("type I", "type II", "type III")
 @dataclass(frozen=True, kw_only=True)
 class SyntheticSetting(Setting):
     """Sizes of the data and the networks."""
+
+    DEFINING: ClassVar[tuple[str, ...]] = ("kind",)
 
     d: int
     """Numbers in x, and in I."""
@@ -86,7 +88,7 @@ def task(run: Run, source: Any) -> Task:
     """
     setting = run.setting
     assert isinstance(setting, SyntheticSetting)
-    generator = torch.Generator().manual_seed(run.seed)
+    generator = torch.Generator().manual_seed(stream(run.seed, "task"))
     y = target(setting.kind, setting.d, generator)
 
     def normal(count: int) -> Tensor:
@@ -204,7 +206,7 @@ _BELOW: tuple[Claim, ...] = (
 def _he_uniform(sizes: tuple[int, ...], activation: type[nn.Module], generator: torch.Generator) -> nn.Sequential:
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(sizes):
-        layer = nn.Linear(inputs, outputs)
+        layer = nn.utils.skip_init(nn.Linear, inputs, outputs)  # whose own weights would come of torch's seed
         nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=generator)
         nn.init.zeros_(layer.bias)
         layers += [layer, activation()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fasthyper import use_backend
-from fasthyper.experiments.experiment import Batch, Examples, Experiment, Run, Setting, Task
+from fasthyper.experiments.experiment import Batch, Examples, Experiment, Run, Setting, Task, stream
 from fasthyper.experiments.measure import peak_temporary_bytes
 from fasthyper.experiments.methods import METHODS, counts
 from fasthyper.nn import Hypernetwork
@@ -29,7 +30,7 @@ class Metrics:
 
     Attributes:
         measures: what the task measures, averaged over the test examples after the last epoch, and its levels.
-        train_loss: mean loss over the last epoch.
+        train_loss: mean loss over the last steps, as many as an epoch has.
         context_parameters: N_f or N_e, trainable parameters of f or e.
         primary_parameters: N_g, weights that f generates, or N_q, trainable parameters of q.
         trainable_parameters: all that is trained.
@@ -75,15 +76,14 @@ def train(
     task = experiment.task(run, source)
     trainer = Trainer(build(experiment, run).to(device), task, run.setting, device)
     per_epoch = math.ceil(task.train.count / run.setting.batch_size)
-    generator = torch.Generator().manual_seed(3 * run.seed + 1)
+    generator = torch.Generator().manual_seed(stream(run.seed, "order"))
     steps = _steps(experiment, run, task, per_epoch * run.setting.epochs)
     trainer.schedule(steps)
     seconds: list[float] = []
-    losses: list[Tensor] = []
+    losses: deque[Tensor] = deque(maxlen=per_epoch)
     batches = _endless(run, task, generator)
     for step in range(steps):
         if step % per_epoch == 0:
-            losses.clear()
             on_epoch(step / steps)
         batch = next(batches)
         start = _clock(device)
@@ -95,7 +95,7 @@ def train(
     cost = _cost(trainer, task, run)
     return Metrics(
         measures={**measures, **task.levels},
-        train_loss=torch.stack(losses).mean().item(),
+        train_loss=torch.stack(tuple(losses)).mean().item(),
         context_parameters=size.context,
         primary_parameters=size.primary,
         trainable_parameters=size.trainable,
@@ -140,7 +140,7 @@ class Trainer:
 def build(experiment: Experiment, run: Run, method: str | None = None) -> nn.Module:
     """The model of a run, on the CPU, in the initial state of its seed; torch's own seed stays as it is."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3 * run.seed)
+        torch.manual_seed(stream(run.seed, "weights"))
         return METHODS[method or run.method].build(experiment.architecture(run))
 
 
@@ -153,7 +153,7 @@ def batches(run: Run, examples: Examples, generator: torch.Generator) -> Iterato
 @torch.no_grad()
 def evaluate(run: Run, task: Task, model: nn.Module) -> dict[str, float]:
     """Means over the test examples; what is drawn for them depends on the seed alone."""
-    generator = torch.Generator().manual_seed(3 * run.seed + 2)
+    generator = torch.Generator().manual_seed(stream(run.seed, "test"))
     training = model.training
     model.eval()
     sums: dict[str, float] = {}

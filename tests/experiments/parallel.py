@@ -49,7 +49,7 @@ def end(process):
 
 def main(folder):
     for _ in range(2):
-        with torchrun("cpu") as group, Path(folder, str(group.rank)).open("a") as file:
+        with torchrun("cpu", "a sweep") as group, Path(folder, str(group.rank)).open("a") as file:
             file.write(f"{group.rank} {conversation(group)}\n")
 
 

@@ -97,14 +97,14 @@ def test_alone_a_process_gathers_and_counts_for_itself():
 
 
 def test_without_torchrun_a_process_is_alone():
-    with torchrun("cpu") as group:
+    with torchrun("cpu", "a sweep") as group:
         assert group == Group()
     assert not torch.distributed.is_initialized()
 
 
 def test_workers_gather_count_and_are_heard(tmp_path):
     heard = []
-    launch(parallel.talk, 2, lambda *what: heard.append(what), tmp_path)
+    launch(parallel.talk, 2, "cpu", lambda *what: heard.append(what), tmp_path)
     found = [(tmp_path / str(rank)).read_text() for rank in (0, 1)]
     assert found == ["0 of 2 ['r0', 'r1'] 20"] * 2
     # All that was said comes out, the last words of a process that ends at once, too.
@@ -114,7 +114,7 @@ def test_workers_gather_count_and_are_heard(tmp_path):
 @linux
 def test_the_first_that_fails_ends_all_and_is_heard_of(tmp_path):
     with pytest.raises(Exception, match="the second worker fails"):
-        launch(parallel.second_fails, 2, lambda *what: None, tmp_path)
+        launch(parallel.second_fails, 2, "cpu", lambda *what: None, tmp_path)
     first = int((tmp_path / "0").read_text())
     assert not alive(first)
 

@@ -217,7 +217,7 @@ def test_counts(a):
         assert counts(METHODS[name].build(a)) == (context_, primary, trained), name
     deeponet = counts(METHODS[DEEPONET].build(a))
     last = a.hidden[-1] * a.out
-    assert deeponet.primary == last
+    assert deeponet.primary == last + layers_of(a.x, *a.hidden)
     assert deeponet.trainable == context + (r + 1) * last + layers_of(a.x, *a.hidden)
 
 

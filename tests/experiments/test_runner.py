@@ -189,7 +189,7 @@ def test_the_numbers_depend_on_nothing_but_the_configuration(tmp_path):
 
 
 def test_the_number_of_threads_is_put_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "_cores", lambda: 3)
+    monkeypatch.setattr(runner, "_cores", lambda: 1)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -197,7 +197,7 @@ def test_the_number_of_threads_is_put_back(tmp_path, monkeypatch):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    assert {record["versions"]["threads"] for record in lines(tmp_path)} == {"3"}
+    assert {record["versions"]["threads"] for record in lines(tmp_path)} == {"1"}
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -9,7 +9,7 @@ from tiny_experiment import BOTH, SETTING, TEST, TINY, TRAIN, comparison_of, row
 
 from fasthyper import backends
 from fasthyper.experiments import training
-from fasthyper.experiments.experiment import Batch, Examples, Run, Task
+from fasthyper.experiments.experiment import Batch, Examples, Run, Task, stream
 from fasthyper.experiments.methods import EMBEDDING, EQUAL_TIME, HYPERNETWORK, METHODS, counts
 from fasthyper.experiments.training import batches, build, evaluate, interleaved, train
 
@@ -50,7 +50,7 @@ def written_out(run, update, rate=lambda step, steps: 1.0):
     """All epochs of a run without an optimizer: the mean loss over the last one, and the model."""
     model, examples = build(TINY, run), task(run, None).train
     setting = run.setting
-    generator = torch.Generator().manual_seed(3 * run.seed + 1)
+    generator = torch.Generator().manual_seed(stream(run.seed, "order"))
     states = [{} for _ in model.parameters()]
     step, steps = 0, setting.epochs * math.ceil(TRAIN / setting.batch_size)
     for _ in range(setting.epochs):
