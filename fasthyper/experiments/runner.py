@@ -111,7 +111,7 @@ def _finished(group: Group, comparison: Comparison, out: Path, notify: Callable[
     problems: list[str] = []
     for path in [out / RUNS, *_parts(out)]:
         loaded = _store(comparison, path).load()
-        records |= {key(record["config"]): record for record in loaded.records}
+        records = {key(record["config"]): record for record in loaded.records} | records  # the first is kept
         problems += loaded.problems
     merged: dict[str, Record] = {}
     everywhere = group.gather((records, problems))
