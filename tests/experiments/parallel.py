@@ -47,11 +47,15 @@ def end(process):
         pipe.close()
 
 
-def main(folder):
+def main(folder, sweep):
+    """`own` makes the sweep another one in each process; `restart` ends all processes once, after the first sweep."""
+    name = f"a sweep {os.environ['RANK'] if sweep == 'own' else ''}"
     for _ in range(2):
-        with torchrun("cpu", "a sweep") as group, Path(folder, str(group.rank)).open("a") as file:
+        with torchrun("cpu", name) as group, Path(folder, str(group.rank)).open("a") as file:
             file.write(f"{group.rank} {conversation(group)}\n")
+        if sweep == "restart" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            sys.exit(1)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

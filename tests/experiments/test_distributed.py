@@ -47,7 +47,10 @@ def python(*command):
 
 def torchrun_of(*command):
     """Start a module in two processes under torchrun."""
-    return python("torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", *command)
+    options = [command[0], command[1]] if str(command[0]).startswith("--") else []
+    return python(
+        "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *options, "-m", *command[len(options) :]
+    )
 
 
 def ignore(problem):
@@ -121,11 +124,26 @@ def test_the_first_that_fails_ends_all_and_is_heard_of(tmp_path):
 
 def test_torchrun_twice_in_the_same_processes(tmp_path):
     """One sweep after the other, as `compare all` has them: the second shares nothing with the first."""
-    process = torchrun_of("parallel", tmp_path)
+    process = torchrun_of("parallel", tmp_path, "same")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     for rank in (0, 1):
         assert (tmp_path / str(rank)).read_text() == f"{rank} of 2 ['r0', 'r1'] 20\n" * 2
+
+
+def test_torchrun_restarted_meets_nothing_of_the_first_start(tmp_path):
+    process = torchrun_of("--max-restarts", 1, "parallel", tmp_path, "restart")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    for rank in (0, 1):
+        assert (tmp_path / str(rank)).read_text() == f"{rank} of 2 ['r0', 'r1'] 20\n" * 3
+
+
+def test_torchrun_of_different_sweeps_is_refused(tmp_path):
+    process = torchrun_of("parallel", tmp_path, "own")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "torchrun: this process was started with another comparison, device or version than process 0" in output
 
 
 @pytest.fixture(scope="module")
