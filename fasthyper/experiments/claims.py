@@ -54,7 +54,7 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Wins(Claim):
-    """One line lies below another at every value of the axis, or at those from `least` on."""
+    """One line lies below another at every value of the axis, or at those from `least` on, or at one."""
 
     rule = (
         "at every value compared, the 95 % interval of the paired difference (or ratio) lies beyond the margin claimed"
@@ -62,13 +62,14 @@ class Wins(Claim):
     line: str = HYPERNETWORK
     over: str = EMBEDDING
     least: float | None = None
+    at: str | None = None
     margin: float | None = None
     """The least difference, or ratio where the study compares by ratios, that is a win; any, if None."""
 
     def judge(self, results: Results) -> Finding | None:
         """Refuted where a whole interval lies short of the margin."""
         study = results.study
-        values = [v for v in study.values if self.least is None or v >= self.least]
+        values = [v for v in study.values if self.at in (None, v) and (self.least is None or v >= self.least)]
         if not results.has(self.line, self.over) or not values:
             return None
         advantages = {value: results.advantage(self.line, self.over, value) for value in values}

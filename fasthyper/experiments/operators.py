@@ -154,12 +154,20 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
             seeds=3 if quick else 10,
             measure=Measure("relative_l2", "relative L2 error", log=True),
             claims=(
-                Wins(text="HyperDeepONet errs less than concatenation", whose=_PAPER),
-                Wins(text="HyperDeepONet errs less than DeepONet", over=DEEPONET, whose=_PAPER),
-                Wins(text="It wins where both train as many parameters", over=EQUAL_PARAMETERS, whose=ASKED),
-                Wins(text="It wins where both train for as long", over=EQUAL_TIME, whose=ASKED),
-                Wins(text="It wins over FiLM", over=FILM, whose=ASKED),
-                Wins(text="It wins over generating biases only", over=BIASES, whose=ASKED),
+                *(
+                    Wins(
+                        text=f"{op.capitalize()}: the hypernetwork errs less than {what}", over=over, at=op, whose=whose
+                    )
+                    for op in OPERATORS
+                    for what, over, whose in (
+                        ("concatenation", EMBEDDING, _PAPER),
+                        ("DeepONet", DEEPONET, _PAPER),
+                        ("concatenation with as many parameters", EQUAL_PARAMETERS, ASKED),
+                        ("concatenation trained for as long", EQUAL_TIME, ASKED),
+                        ("FiLM", FILM, ASKED),
+                        ("generated biases", BIASES, ASKED),
+                    )
+                ),
             ),
             published={
                 (HYPERNETWORK, "identity"): 0.036,
