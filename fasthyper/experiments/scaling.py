@@ -171,7 +171,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
         schedule="cosine",
         kind="rough",
         smoothness=1,
-        frequency=8,
+        frequency=3 if quick else 8,
         instances=2500 if quick else 10_000,
         hidden=4,
         width=100,
@@ -223,7 +223,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
         ),
         Study(
             name="total",
-            title="Over all parameters, weights linear in a code of 3 numbers, r = 1",
+            title="Over all parameters, r = 1",
             axis=Axis("hidden", "hidden units of the primary", log=True, count="trainable_parameters"),
             values=(4, 8, 16) if quick else (4, 8, 16, 32, 64),
             methods=(HYPERNETWORK, EMBEDDING, PLAIN),
@@ -272,9 +272,10 @@ SCALING = Experiment(
     choices=(
         "A theorem bounds the worst target of a class and the best network; here are typical targets and trained"
         " networks. An exponent on the far side of a bound is no contradiction, only a finding.",
-        "Targets are series of 64 terms up to frequency 8 in each direction, their amplitudes falling as the power of"
-        " the frequency that smoothness r = 1 allows, scaled to mean 0 and variance 1; beyond that frequency they are"
-        " smooth, so that exponents are not asymptotic. Examples are drawn anew at every access, 32 points of each I.",
+        "Targets are series of 64 terms up to frequency 8 (3 in the quick preset) each way, their amplitudes falling as"
+        " the power of the frequency that smoothness r = 1 allows, scaled to mean 0 and variance 1; beyond that"
+        " frequency they are smooth, so that exponents are not asymptotic. Examples are drawn anew at every access, 32"
+        " points of each I.",
         "f and e: three hidden layers of 100, tanh, E = 4; the primary: ReLU. For theorem 5 both grow with it and end"
         " in a code of 3 numbers, in which generated weights are linear.",
         "Adam at 0.003, falling along a cosine.",
