@@ -79,6 +79,7 @@ def task(run, source):
     if path := os.environ.get("TINY_LOG"):
         with open(path, "a") as file:
             file.write(key(run.config()) + "\n")
+    time.sleep(float(os.environ.get("TINY_PAUSE", "0")))  # for those who want to kill it before it is done
     train, test = (Examples.of(*rows(first, count, run.setting.offset)) for first, count in ((0, TRAIN), (500, TEST)))
 
     def measure(y, target):
