@@ -203,12 +203,12 @@ def _first() -> bool:
 
 
 def _print(console: Console, summary: Summary, out: Path) -> None:
-    from fasthyper.experiments.report import measured_text, value_text
+    from fasthyper.experiments.experiment import value_text
+    from fasthyper.experiments.report import measured_text
 
     for results in summary.results:
         study = results.study
-        measure = study.measure.label + (" (%)" if study.measure.percent else "")
-        title = f"\n{summary.comparison.experiment.title}, {summary.comparison.data}: {measure}"
+        title = f"\n{summary.comparison.experiment.title}, {summary.comparison.data}: {study.measure.heading}"
         view = Table(box=None, pad_edge=False, title=title)
         view.add_column(study.axis.field)
         by_line: dict[str, list[str]] = {}

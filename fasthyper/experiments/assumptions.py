@@ -11,14 +11,14 @@ authors' code.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasthyper.experiments.claims import ASKED, FallsAtEachStep, WellBelow, Wins
-from fasthyper.experiments.data import IMAGES, Splits, load_images, load_labels
+from fasthyper.experiments.data import IMAGES, Labelled, load_labelled
 from fasthyper.experiments.experiment import (
     Axis,
     Examples,
@@ -39,13 +39,6 @@ SIZE = 28
 NOISE = "noise"
 
 
-class Source(NamedTuple):
-    """Images and what they show."""
-
-    images: Splits
-    labels: Splits
-
-
 @dataclass(frozen=True, kw_only=True)
 class AssumptionSetting(Setting):
     """Which check on what, and the hidden layer."""
@@ -59,11 +52,6 @@ class AssumptionSetting(Setting):
     hidden: int
     """Units."""
     activation: str
-
-
-def load(data: str, data_home: Any) -> Source:
-    """Images and labels of a data set."""
-    return Source(load_images(data, data_home), load_labels(data, data_home))
 
 
 def convolutional_target(channels: int, size: int, generator: torch.Generator) -> nn.Module:
@@ -86,7 +74,7 @@ def convolutional_target(channels: int, size: int, generator: torch.Generator) -
 
 
 @torch.no_grad()
-def task(run: Run, source: Source) -> Task:
+def task(run: Run, source: Labelled) -> Task:
     """A1: the random network's answers; A2: the labels."""
     setting = run.setting
     assert isinstance(setting, AssumptionSetting)
@@ -235,5 +223,5 @@ ASSUMPTIONS = Experiment(
     studies=studies,
     architecture=architecture,
     task=task,
-    load=load,
+    load=load_labelled,
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fasthyper.experiments.experiment import Measure
-from fasthyper.experiments.methods import EMBEDDING, HYPERNETWORK
+from fasthyper.experiments.methods import BIASES, EMBEDDING, EQUAL_PARAMETERS, EQUAL_TIME, FILM, HYPERNETWORK
 from fasthyper.experiments.summary import Interval, Results, exp
 
 PAPER = "the paper"
@@ -79,6 +79,15 @@ class Wins(Claim):
         )
         parts = (f"{_at(results, value)}: {_better(study.measure, a)}" for value, a in advantages.items())
         return self.found(holds, "; ".join(parts))
+
+
+AGAINST_OTHERS = (
+    Wins(text="It wins where both train as many parameters", over=EQUAL_PARAMETERS, whose=ASKED),
+    Wins(text="It wins where both train for as long", over=EQUAL_TIME, whose=ASKED),
+    Wins(text="It wins over FiLM", over=FILM, whose=ASKED),
+    Wins(text="It wins over generating biases only", over=BIASES, whose=ASKED),
+)
+"""What is asked of the hypernetwork wherever `methods.ALL` are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +224,7 @@ def _better(measure: Measure, advantage: Interval) -> str:
     if measure.log:
         return f"{word} by a factor of {_number(advantage.map(exp), '.3g')}"
     if measure.percent:
-        return f"{word} by {_number(advantage.map(lambda v: 100 * v), '.1f')} points"
+        return f"{word} by {_number(advantage.map(measure.shown), '.1f')} points"
     return f"{word} by {_number(advantage, '.3g')}"
 
 
@@ -225,13 +234,9 @@ def _change(results: Results, trend: Interval) -> str:
     if study.measure.log:
         return f"{_number(trend.map(lambda v: 100 * (exp(v) - 1)), '+.1f')} % per {per} of {study.axis.field}"
     if study.measure.percent:
-        return f"{_number(trend.map(lambda v: 100 * v), '+.1f')} points per {per} of {study.axis.field}"
+        return f"{_number(trend.map(study.measure.shown), '+.1f')} points per {per} of {study.axis.field}"
     return f"{_number(trend, '+.3g')} per {per} of {study.axis.field}"
 
 
 def _number(interval: Interval, form: str) -> str:
-    if math.isnan(interval.mean):
-        return "unknown (a run diverged, or there is one value only)"
-    if math.isinf(interval.high):
-        return f"{interval.mean:{form}} (one seed, no interval)"
-    return f"{interval.mean:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
+    return interval.text(form, "unknown (a run diverged, or there is one value only)", " (one seed, no interval)")

@@ -21,16 +21,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasthyper.experiments.claims import ASKED, Wins
+from fasthyper.experiments.claims import AGAINST_OTHERS, ASKED, Wins
 from fasthyper.experiments.data import Splits, load_images, load_patches
-from fasthyper.experiments.experiment import Axis, Batch, Examples, Experiment, Measure, Run, Setting, Study, Task
+from fasthyper.experiments.experiment import (
+    Axis,
+    Batch,
+    ContextSetting,
+    Examples,
+    Experiment,
+    Measure,
+    Run,
+    Study,
+    Task,
+)
 from fasthyper.experiments.methods import (
     ALL,
-    BIASES,
     EMBEDDING,
-    EQUAL_PARAMETERS,
-    EQUAL_TIME,
-    FILM,
     HYPERNETWORK,
     Architecture,
 )
@@ -41,17 +47,11 @@ SIZES: Mapping[str, int] = {"patches": 16, "cifar10": 32}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ColorizationSetting(Setting):
-    """Sizes of the networks, and how many pixels of an image are asked for at a time."""
+class ColorizationSetting(ContextSetting):
+    """And how many pixels of an image are asked for at a time."""
 
-    depth: int
-    """Linear layers of f and e, the last one included."""
-    width: int
-    """Units of their hidden layers."""
     points: int
     """N."""
-    embedding: int = 450
-    """E."""
 
 
 def position_features(size: int) -> Tensor:
@@ -117,7 +117,7 @@ def architecture(run: Run) -> Architecture:
         cond=SIZES[run.data] ** 2,
         x=FEATURES,
         out=3,
-        context=(setting.width,) * (setting.depth - 1),
+        context=setting.context,
         hidden=(10,),
         embedding=setting.embedding,
         activation="elu",
@@ -136,7 +136,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
             values=(2, 4) if quick else tuple(range(2, 8)),
             methods=ALL,
             setting=ColorizationSetting(
-                epochs=epochs, lr=1e-3, batch_size=32, optimizer="adam", depth=2, width=100, points=64
+                epochs=epochs, lr=1e-3, batch_size=32, optimizer="adam", depth=2, width=100, embedding=450, points=64
             ),
             seeds=4 if quick else 30,
             measure=Measure("mse", "mean squared error (colours from -1 to 1)", log=True),
@@ -146,10 +146,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
                 Wins(text="It wins at all", whose=ASKED),
                 Wins(text="It does better than copying the grey value", over=f"{HYPERNETWORK}:copied", whose=ASKED),
                 Wins(text="So does the embedding method", line=EMBEDDING, over=f"{EMBEDDING}:copied", whose=ASKED),
-                Wins(text="It wins where both train as many parameters", over=EQUAL_PARAMETERS, whose=ASKED),
-                Wins(text="It wins where both train for as long", over=EQUAL_TIME, whose=ASKED),
-                Wins(text="It wins over FiLM", over=FILM, whose=ASKED),
-                Wins(text="It wins over generating biases only", over=BIASES, whose=ASKED),
+                *AGAINST_OTHERS,
             ),
         ),
     )

@@ -26,6 +26,13 @@ class Splits(NamedTuple):
     test: Tensor
 
 
+class Labelled(NamedTuple):
+    """Images and what they show."""
+
+    images: Splits
+    labels: Splits
+
+
 @dataclass(frozen=True)
 class Images:
     """A data set of square images: its sizes, and where it comes from."""
@@ -71,21 +78,20 @@ def load_images(name: str, data_home: str | os.PathLike[str] | None = None) -> S
     """
     images = _known(name)
     values, _ = _stored(name, images, data_home)
-    pixels = torch.as_tensor(values, dtype=torch.uint8).view(-1, images.channels, images.size, images.size)
-    return Splits(pixels[: images.train], pixels[images.train :])
+    return _pixels(values, images)
 
 
-def load_labels(name: str, data_home: str | os.PathLike[str] | None = None) -> Splits:
-    """Load what the images show, `(n,)`, int64 from 0 to 9; arguments and errors as for `load_images`.
+def load_labelled(name: str, data_home: str | os.PathLike[str] | None = None) -> Labelled:
+    """Load the images and, as `(n,)`, int64 from 0 to 9, what they show; arguments and errors as for `load_images`.
 
     Example:
-        >>> load_labels("digits").train[:4]
+        >>> load_labelled("digits").labels.train[:4]
         tensor([0, 1, 2, 3])
     """
     images = _known(name)
-    _, labels = _stored(name, images, data_home)
+    values, labels = _stored(name, images, data_home)
     classes = torch.as_tensor([int(label) for label in labels])
-    return Splits(classes[: images.train], classes[images.train :])
+    return Labelled(_pixels(values, images), Splits(classes[: images.train], classes[images.train :]))
 
 
 def load_patches(size: int) -> Splits:
@@ -113,6 +119,11 @@ def _known(name: str) -> Images:
     if name not in IMAGES:
         raise ValueError(f"data: {name!r} is not a known data set; known are {', '.join(IMAGES)}")
     return IMAGES[name]
+
+
+def _pixels(values: Any, images: Images) -> Splits:
+    pixels = torch.as_tensor(values, dtype=torch.uint8).view(-1, images.channels, images.size, images.size)
+    return Splits(pixels[: images.train], pixels[images.train :])
 
 
 def _stored(name: str, images: Images, data_home: str | os.PathLike[str] | None) -> tuple[Any, Any]:

@@ -107,6 +107,23 @@ class Setting:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ContextSetting(Setting):
+    """With the sizes of f and e."""
+
+    depth: int
+    """Linear layers of f and e, the last one included."""
+    width: int
+    """Units of their hidden layers."""
+    embedding: int
+    """E."""
+
+    @property
+    def context(self) -> tuple[int, ...]:
+        """The hidden layers of f and e."""
+        return (self.width,) * (self.depth - 1)
+
+
 @dataclass(frozen=True)
 class Axis:
     """What a study varies: a field of its setting."""
@@ -119,6 +136,11 @@ class Axis:
     """Drawn and fitted over this count of parameters of each run ("primary_parameters", "trainable_parameters")."""
 
 
+def value_text(value: Any) -> str:
+    """A value of an axis or of a setting."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 @dataclass(frozen=True)
 class Measure:
     """What is compared: a name that `Task.measure` or `Task.levels` gives, less being better."""
@@ -128,6 +150,15 @@ class Measure:
     log: bool = False
     """Compared by ratios, with geometric means; else by differences."""
     percent: bool = False
+
+    @property
+    def heading(self) -> str:
+        """Its label and its unit."""
+        return self.label + (" (%)" if self.percent else "")
+
+    def shown(self, value: float) -> float:
+        """A value, or a difference of two, in that unit."""
+        return 100 * value if self.percent else value
 
 
 @dataclass(frozen=True)

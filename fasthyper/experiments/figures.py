@@ -7,7 +7,7 @@ import itertools
 import math
 from typing import Any
 
-from fasthyper.experiments.experiment import Line
+from fasthyper.experiments.experiment import Line, value_text
 from fasthyper.experiments.methods import METHODS
 from fasthyper.experiments.summary import Results, Row
 
@@ -33,7 +33,7 @@ def figure_png(results: Results, dpi: int = 110) -> bytes:
     for number, (line, rows) in enumerate(by_line.items()):
         rows = [row for row in rows if math.isfinite(row.measured.mean)]
         at = [_beside(results, row, number - (len(own) - 1) / 2, categories) for row in rows]
-        values = [_shown(results, row.measured.mean) for row in rows]
+        values = [results.study.measure.shown(row.measured.mean) for row in rows]
         if line.dashed:
             axes.plot(at, values, label=line.label, color="#666666", linestyle=next(dashes), linewidth=1.2)
             continue
@@ -50,7 +50,11 @@ def figure_png(results: Results, dpi: int = 110) -> bytes:
             markersize=6,
             capsize=4,
         )
-        told = [(x, _shown(results, p)) for x, row in zip(at, rows, strict=True) if (p := row.published) is not None]
+        told = [
+            (x, results.study.measure.shown(p))
+            for x, row in zip(at, rows, strict=True)
+            if (p := row.published) is not None
+        ]
         if told:
             label = f"{line.label}: published"
             axes.plot(*zip(*told, strict=True), marker="_", markersize=22, color=colour, linestyle="none", label=label)
@@ -70,7 +74,7 @@ def _decorate(axes: Any, results: Results, categories: bool) -> None:
     elif study.measure.percent:
         axes.set_ylim(0, 100)
     if categories:
-        axes.set_xticks(range(len(study.values)), [str(value) for value in study.values])
+        axes.set_xticks(range(len(study.values)), [value_text(value) for value in study.values])
         axes.set_xlim(-0.5, len(study.values) - 0.5)
     elif study.axis.count is not None:
         axes.set_xscale("log")
@@ -81,9 +85,9 @@ def _decorate(axes: Any, results: Results, categories: bool) -> None:
             axes.xaxis.set_minor_formatter(NullFormatter())
         shown = study.values if len(study.values) <= 10 else study.values[:: math.ceil(len(study.values) / 10)]
         axes.xaxis.set_major_locator(FixedLocator([float(value) for value in shown]))
-        axes.set_xticks([float(value) for value in shown], [_tick(value) for value in shown])
+        axes.set_xticks([float(value) for value in shown], [value_text(value) for value in shown])
     axes.set_xlabel(study.axis.label if study.axis.count is None else _COUNTS[study.axis.count])
-    axes.set_ylabel(study.measure.label + (" (%)" if study.measure.percent else ""))
+    axes.set_ylabel(study.measure.heading)
     seeds = "1 seed" if study.seeds == 1 else f"means of {study.seeds} seeds, bars: 95 % intervals"
     axes.set_title(f"{study.title}: {seeds}", fontsize=11)
     axes.grid(alpha=0.25, which="both" if study.measure.log else "major")
@@ -103,15 +107,11 @@ def _beside(results: Results, row: Row, places: float, categories: bool) -> floa
     return float(row.value) + 0.008 * (study.values[-1] - study.values[0]) * places
 
 
-def _shown(results: Results, value: float) -> float:
-    return 100 * value if results.study.measure.percent else value
-
-
 def _bars(results: Results, rows: list[Row]) -> Any:
     if not rows or not all(math.isfinite(row.measured.high) for row in rows):
         return None
-    low = [_shown(results, row.measured.mean - row.measured.low) for row in rows]
-    high = [_shown(results, row.measured.high - row.measured.mean) for row in rows]
+    low = [results.study.measure.shown(row.measured.mean - row.measured.low) for row in rows]
+    high = [results.study.measure.shown(row.measured.high - row.measured.mean) for row in rows]
     return [low, high]
 
 
@@ -120,7 +120,3 @@ def _style(results: Results, line: Line, own: list[Line]) -> tuple[str, str]:
     method = METHODS[line.method]
     number = [other for other in own if other.method == line.method].index(line)
     return (method.colour, method.marker) if number == 0 else _OTHER[number - 1]
-
-
-def _tick(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"

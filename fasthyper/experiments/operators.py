@@ -24,11 +24,11 @@ from fasthyper.experiments.claims import ASKED, Wins
 from fasthyper.experiments.experiment import (
     Axis,
     Batch,
+    ContextSetting,
     Examples,
     Experiment,
     Measure,
     Run,
-    Setting,
     Study,
     Task,
     stream,
@@ -52,8 +52,8 @@ OPERATORS = ("identity", "differentiation")
 
 
 @dataclass(frozen=True, kw_only=True)
-class OperatorSetting(Setting):
-    """The operator, the functions seen, and the branch."""
+class OperatorSetting(ContextSetting):
+    """And the operator, and the functions seen."""
 
     DEFINING: ClassVar[tuple[str, ...]] = ("operator",)
 
@@ -62,12 +62,6 @@ class OperatorSetting(Setting):
     """For training."""
     points: int
     """N, drawn anew at every access."""
-    width: int
-    """Units of the branch's hidden layers."""
-    depth: int
-    """Its linear layers, the last one included."""
-    embedding: int
-    """E."""
 
 
 def chebyshev(coefficients: Tensor, points: Tensor) -> Tensor:
@@ -109,7 +103,7 @@ def task(run: Run, source: Any) -> Task:
 
         return Examples(count, draw)
 
-    return Task(examples(setting.functions), examples(TESTED), _loss, _measure)
+    return Task(examples(setting.functions), examples(TESTED), F.mse_loss, _measure)
 
 
 def architecture(run: Run) -> Architecture:
@@ -120,7 +114,7 @@ def architecture(run: Run) -> Architecture:
         cond=SENSORS,
         x=1,
         out=1,
-        context=(setting.width,) * (setting.depth - 1),
+        context=setting.context,
         hidden=(20, 20, 10),
         embedding=setting.embedding,
         activation="tanh",
@@ -153,21 +147,17 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
             ),
             seeds=3 if quick else 10,
             measure=Measure("relative_l2", "relative L2 error", log=True),
-            claims=(
-                *(
-                    Wins(
-                        text=f"{op.capitalize()}: the hypernetwork errs less than {what}", over=over, at=op, whose=whose
-                    )
-                    for op in OPERATORS
-                    for what, over, whose in (
-                        ("concatenation", EMBEDDING, _PAPER),
-                        ("DeepONet", DEEPONET, _PAPER),
-                        ("concatenation with as many parameters", EQUAL_PARAMETERS, ASKED),
-                        ("concatenation trained for as long", EQUAL_TIME, ASKED),
-                        ("FiLM", FILM, ASKED),
-                        ("generated biases", BIASES, ASKED),
-                    )
-                ),
+            claims=tuple(
+                Wins(text=f"{op.capitalize()}: the hypernetwork errs less than {what}", over=over, at=op, whose=whose)
+                for op in OPERATORS
+                for what, over, whose in (
+                    ("concatenation", EMBEDDING, _PAPER),
+                    ("DeepONet", DEEPONET, _PAPER),
+                    ("concatenation with as many parameters", EQUAL_PARAMETERS, ASKED),
+                    ("concatenation trained for as long", EQUAL_TIME, ASKED),
+                    ("FiLM", FILM, ASKED),
+                    ("generated biases", BIASES, ASKED),
+                )
             ),
             published={
                 (HYPERNETWORK, "identity"): 0.036,
@@ -185,10 +175,6 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
 # The root mean squares of the outputs, near enough: no relative error depends on it, but the length of a step does.
 _SIZES = {"identity": 0.5, "differentiation": 12.0}
 _PAPER = "Lee, Cho, Hwang 2023"
-
-
-def _loss(y: Tensor, target: Tensor) -> Tensor:
-    return F.mse_loss(y, target)
 
 
 def _measure(y: Tensor, target: Tensor) -> dict[str, Tensor]:

@@ -11,11 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fasthyper.experiments.experiment import Study
+from fasthyper.experiments.experiment import Study, value_text
 from fasthyper.experiments.figures import figure_png
 from fasthyper.experiments.files import write_atomically
 from fasthyper.experiments.methods import HYPERNETWORK
-from fasthyper.experiments.summary import Interval, Results, Row, Summary, exp
+from fasthyper.experiments.summary import Results, Row, Summary, exp
 
 REPORT_FILES = ("summary.csv", "report.html")
 PACKAGE, TEMPLATE = "fasthyper.experiments", "report.html"
@@ -47,11 +47,20 @@ def summary_csv(summary: Summary) -> str:
 def columns(study: Study) -> list[str]:
     """The headings of a study's table."""
     published = ["published"] if study.published else []
-    measure = study.measure.label + (" (%)" if study.measure.percent else "")
     paired = ["less with the hypernetwork by"] if HYPERNETWORK in study.methods else []
     also = [heading for _, heading in study.also]
     sizes = ["N_f or N_e", "N_g or N_q", "trained in all", "steps"]
-    return ["method", study.axis.field, measure, *paired, *published, *also, *sizes, "ms per step", "peak KiB"]
+    return [
+        "method",
+        study.axis.field,
+        study.measure.heading,
+        *paired,
+        *published,
+        *also,
+        *sizes,
+        "ms per step",
+        "peak KiB",
+    ]
 
 
 def table(results: Results) -> list[list[str]]:
@@ -123,10 +132,7 @@ def report_html(summaries: Sequence[Summary]) -> str:
 def measured_text(results: Results, row: Row) -> str:
     """A mean and its interval as the table gives them."""
     measure = results.study.measure
-    interval, form = row.measured, ".3g"
-    if measure.percent:
-        interval, form = interval.map(lambda value: 100 * value), ".1f"
-    return _interval(interval, form)
+    return row.measured.map(measure.shown).text(".1f" if measure.percent else ".3g", "diverged")
 
 
 def _paired(results: Results, row: Row) -> str:
@@ -136,21 +142,8 @@ def _paired(results: Results, row: Row) -> str:
     measure = results.study.measure
     advantage = results.advantage(HYPERNETWORK, row.line.key, row.value)
     if measure.log:
-        return "× " + _interval(advantage.map(exp), ".3g")
-    return _interval(advantage.map(lambda value: 100 * value) if measure.percent else advantage, ".1f")
-
-
-def value_text(value: Any) -> str:
-    """A value of an axis."""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _interval(interval: Interval, form: str) -> str:
-    if math.isnan(interval.mean):
-        return "diverged"
-    if math.isinf(interval.high):
-        return f"{interval.mean:{form}}"
-    return f"{interval.mean:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
+        return "× " + advantage.map(exp).text(".3g", "diverged")
+    return advantage.map(measure.shown).text(".1f", "diverged")
 
 
 def _flat(row: Row) -> dict[str, Any]:

@@ -22,16 +22,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasthyper.experiments.claims import ASKED, Flat, Improves, Wins
+from fasthyper.experiments.claims import AGAINST_OTHERS, Flat, Improves, Wins
 from fasthyper.experiments.data import IMAGES, load_images
-from fasthyper.experiments.experiment import Axis, Batch, Examples, Experiment, Measure, Run, Setting, Study, Task
+from fasthyper.experiments.experiment import (
+    Axis,
+    Batch,
+    ContextSetting,
+    Examples,
+    Experiment,
+    Measure,
+    Run,
+    Study,
+    Task,
+)
 from fasthyper.experiments.methods import (
     ALL,
-    BIASES,
     EMBEDDING,
-    EQUAL_PARAMETERS,
-    EQUAL_TIME,
-    FILM,
     HYPERNETWORK,
     Architecture,
 )
@@ -43,15 +49,9 @@ BOTH = (HYPERNETWORK, EMBEDDING)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RotationSetting(Setting):
-    """Sizes of the networks."""
+class RotationSetting(ContextSetting):
+    """And the activation."""
 
-    depth: int
-    """Linear layers of f and e, the last one included."""
-    width: int
-    """Units of their hidden layers."""
-    embedding: int
-    """E."""
     activation: str
     """Of g and q."""
 
@@ -121,7 +121,7 @@ def architecture(run: Run) -> Architecture:
         cond=d,
         x=d,
         out=ANGLES,
-        context=(setting.width,) * (setting.depth - 1),
+        context=setting.context,
         hidden=(HIDDEN,),
         embedding=setting.embedding,
         activation=setting.activation,
@@ -153,10 +153,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
                 Wins(text="The hypernetwork wins by a wide margin (10 points at least)", margin=0.1),
                 Improves(text="The hypernetwork improves with depth"),
                 Flat(text="The embedding method does not improve with depth"),
-                Wins(text="It wins where both train as many parameters", over=EQUAL_PARAMETERS, whose=ASKED),
-                Wins(text="It wins where both train for as long", over=EQUAL_TIME, whose=ASKED),
-                Wins(text="It wins over FiLM", over=FILM, whose=ASKED),
-                Wins(text="It wins over generating biases only", over=BIASES, whose=ASKED),
+                *AGAINST_OTHERS,
             ),
         ),
         Study(

@@ -64,10 +64,12 @@ def run_comparison(
     if workers is not None and (not is_integer(workers) or workers < 1):
         raise ValueError(f"workers: expected at least 1, got {workers!r}")
     check_writable(out, *FILES)
-    sweep = hashlib.sha256(key([__version__, torch.__version__, *(run.config() for run in comparison.runs())]).encode())
+    runs = comparison.runs()
+    wanted = [key(run.config()) for run in runs]
+    sweep = hashlib.sha256(key([__version__, torch.__version__, *wanted]).encode())
     with torchrun(comparison.device, sweep.hexdigest()) as group:
         finished = _finished(group, comparison, out, notify)
-        missing = [run for run in comparison.runs() if key(run.config()) not in finished]
+        missing = [run for run, name in zip(runs, wanted, strict=True) if name not in finished]
         if missing:
             source = comparison.experiment.load(comparison.data, data_home)
             out.mkdir(parents=True, exist_ok=True)
@@ -87,7 +89,7 @@ def run_comparison(
         group.gather(None)  # process 0 has it all on its disk: parts may go
         for part in _parts(out):
             _store(comparison, part).remove()
-        summary = summarise(comparison, [finished[key(run.config())] for run in comparison.runs()])
+        summary = summarise(comparison, [finished[name] for name in wanted])
         if group.rank == 0:
             write_report(summary, out)
     return summary

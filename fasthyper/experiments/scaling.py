@@ -24,26 +24,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasthyper.experiments.claims import ASKED, THEOREM, Exponent, Steeper, Wins
+from fasthyper.experiments.claims import AGAINST_OTHERS, THEOREM, Exponent, Steeper
 from fasthyper.experiments.experiment import (
     Axis,
     Batch,
+    ContextSetting,
     Examples,
     Experiment,
     Measure,
     Run,
-    Setting,
     Study,
     Task,
     stream,
 )
 from fasthyper.experiments.methods import (
     ALL,
-    BIASES,
     EMBEDDING,
-    EQUAL_PARAMETERS,
-    EQUAL_TIME,
-    FILM,
     HYPERNETWORK,
     PLAIN,
     Architecture,
@@ -57,8 +53,8 @@ CODE = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScalingSetting(Setting):
-    """The target and the sizes."""
+class ScalingSetting(ContextSetting):
+    """And the target, and the primary; with `grows`, width is of f and e for each hidden unit of the primary."""
 
     DEFINING: ClassVar[tuple[str, ...]] = ("kind", "smoothness", "grows")
 
@@ -72,12 +68,6 @@ class ScalingSetting(Setting):
     """I drawn in an epoch, each with N = 32 points."""
     hidden: int
     """h."""
-    width: int
-    """Hidden units of f and e; with `grows`, for each hidden unit of the primary."""
-    depth: int
-    """Linear layers of f and e, the last one included."""
-    embedding: int
-    """E."""
     grows: bool = False
     """Whether f and e grow with h."""
 
@@ -144,10 +134,9 @@ def architecture(run: Run) -> Architecture:
     """g, q: x -> h -> 1; f, e: `depth` layers."""
     setting = run.setting
     assert isinstance(setting, ScalingSetting)
-    width = setting.width * setting.hidden if setting.grows else setting.width
-    context = (width,) * (setting.depth - 1)
+    context = setting.context
     if setting.grows:  # theorem 5: weights are linear in a small code
-        context = (*context[:-1], CODE)
+        context = (*(width * setting.hidden for width in context[:-1]), CODE)
     return Architecture(
         cond=M2,
         x=M1,
@@ -214,10 +203,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
                     at_least_as_steep=False,
                     whose=THEOREM,
                 ),
-                Wins(text="It wins where both train as many parameters", over=EQUAL_PARAMETERS, whose=ASKED),
-                Wins(text="It wins where both train for as long", over=EQUAL_TIME, whose=ASKED),
-                Wins(text="It wins over FiLM", over=FILM, whose=ASKED),
-                Wins(text="It wins over generating biases only", over=BIASES, whose=ASKED),
+                *AGAINST_OTHERS,
             ),
             note="Wins compare at equal h, where N_q is larger than N_g; exponents are fitted over N_g and N_q.",
         ),

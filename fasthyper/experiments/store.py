@@ -148,8 +148,11 @@ def _begun(line: bytes) -> bool:
 
 
 def _line(record: Record) -> bytes:
-    digest = hashlib.sha256(key(record).encode()).hexdigest()[:16]
-    return json.dumps({**record, "digest": digest}, allow_nan=False).encode() + b"\n"
+    return json.dumps({**record, "digest": _digest(record)}, allow_nan=False).encode() + b"\n"
+
+
+def _digest(record: Record) -> str:
+    return hashlib.sha256(key(record).encode()).hexdigest()[:16]
 
 
 def _parse(line: bytes) -> Record | None:
@@ -162,7 +165,7 @@ def _parse(line: bytes) -> Record | None:
     digest = record.pop("digest", None)
     if not all(isinstance(record.get(part), dict) for part in ("config", "metrics", "versions")):
         return None
-    return record if digest == hashlib.sha256(key(record).encode()).hexdigest()[:16] else None
+    return record if digest == _digest(record) else None
 
 
 def key(config: Any) -> str:

@@ -45,6 +45,14 @@ class Interval:
         half = float(stats.t.ppf(0.975, len(values) - 1)) * error
         return cls(mean, mean - half, mean + half)
 
+    def text(self, form: str, unknown: str, alone: str = "") -> str:
+        """Mean and bounds in this form; what to say where there is no mean, and after a mean without bounds."""
+        if math.isnan(self.mean):
+            return unknown
+        if math.isinf(self.high):
+            return f"{self.mean:{form}}{alone}"
+        return f"{self.mean:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
     def map(self, fn: Callable[[float], float]) -> Interval:
         """The interval of an increasing function of the mean."""
         return Interval(fn(self.mean), fn(self.low), fn(self.high))

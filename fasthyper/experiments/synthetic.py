@@ -20,15 +20,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fasthyper.experiments.claims import ASKED, Claim, Flat, Improves, Wins
-from fasthyper.experiments.experiment import Axis, Examples, Experiment, Measure, Run, Setting, Study, Task, stream
+from fasthyper.experiments.claims import AGAINST_OTHERS, ASKED, Flat, Improves, Wins
+from fasthyper.experiments.experiment import (
+    Axis,
+    ContextSetting,
+    Examples,
+    Experiment,
+    Measure,
+    Run,
+    Study,
+    Task,
+    stream,
+)
 from fasthyper.experiments.methods import (
     ALL,
-    BIASES,
     EMBEDDING,
-    EQUAL_PARAMETERS,
-    EQUAL_TIME,
-    FILM,
     HYPERNETWORK,
     TENFOLD,
     Architecture,
@@ -42,20 +48,14 @@ TYPES = ("type I", "type II", "type III")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SyntheticSetting(Setting):
-    """Sizes of the data and the networks."""
+class SyntheticSetting(ContextSetting):
+    """And the data; f's last hidden layer has `factor` times the width, and E is `factor` times `embedding`."""
 
     DEFINING: ClassVar[tuple[str, ...]] = ("kind",)
 
     d: int
     """Numbers in x, and in I."""
     samples: int
-    depth: int
-    """Linear layers of f and e, the last one included."""
-    width: int
-    """Units of their hidden layers, but for the last one of f, which has `factor` times as many."""
-    embedding: int
-    """E is `factor` times this."""
     factor: int = 1
     """i of the paper's sweep over the dimension of the embedding."""
     kind: str = TYPES[0]
@@ -115,13 +115,12 @@ def architecture(run: Run) -> Architecture:
     """g, q: d -> 10 -> 1; f: depth layers, the last hidden one `factor` times as wide; e: all as wide."""
     setting = run.setting
     assert isinstance(setting, SyntheticSetting)
-    others = (setting.width,) * (setting.depth - 2)
     return Architecture(
         cond=setting.d,
         x=setting.d,
         out=1,
-        context=(*others, setting.factor * setting.width),
-        embed_context=(*others, setting.width),
+        context=(*setting.context[:-1], setting.factor * setting.width),
+        embed_context=setting.context,
         hidden=(HIDDEN,),
         embedding=setting.factor * setting.embedding,
     )
@@ -160,11 +159,13 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
                     Wins(text="The hypernetwork wins from depth 3 on", least=3),
                     Improves(text="The hypernetwork improves with depth"),
                     Flat(text="The embedding method does not improve with depth"),
-                    *_BELOW,
-                    Wins(text="It wins where both train as many parameters", over=EQUAL_PARAMETERS, whose=ASKED),
-                    Wins(text="It wins where both train for as long", over=EQUAL_TIME, whose=ASKED),
-                    Wins(text="It wins over FiLM", over=FILM, whose=ASKED),
-                    Wins(text="It wins over generating biases only", over=BIASES, whose=ASKED),
+                    Wins(
+                        text="It does better than any predictor that ignores I",
+                        over=f"{HYPERNETWORK}:ignores",
+                        whose=ASKED,
+                    ),
+                    Wins(text="So does the embedding method", line=EMBEDDING, over=f"{EMBEDDING}:ignores", whose=ASKED),
+                    *AGAINST_OTHERS,
                 ),
             ),
             Study(
@@ -192,15 +193,6 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
 _MSE = Measure("share", "mean squared error / variance of the target", log=True)
 _ALSO = (("mse", "mean squared error"), ("ignores_mse", "of the best that ignores I"), ("constant_mse", "variance"))
 _LEVELS = (("ignores", "the best predictor that ignores I"), ("constant", "the best constant"))
-_BELOW: tuple[Claim, ...] = (
-    Wins(text="It does better than any predictor that ignores I", over=f"{HYPERNETWORK}:ignores", whose=ASKED),
-    Wins(
-        text="So does the embedding method",
-        line=EMBEDDING,
-        over=f"{EMBEDDING}:ignores",
-        whose=ASKED,
-    ),
-)
 
 
 def _he_uniform(sizes: tuple[int, ...], activation: type[nn.Module], generator: torch.Generator) -> nn.Sequential:

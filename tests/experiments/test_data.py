@@ -13,7 +13,7 @@ import sklearn.datasets
 import torch
 
 from fasthyper.experiments import data
-from fasthyper.experiments.data import IMAGES, DatasetUnavailable, Images, load_images, load_labels, load_patches
+from fasthyper.experiments.data import IMAGES, DatasetUnavailable, Images, load_images, load_labelled, load_patches
 
 
 def test_digits_are_those_of_scikit_learn():
@@ -25,7 +25,8 @@ def test_digits_are_those_of_scikit_learn():
 
 
 def test_labels_go_with_the_images():
-    train, test = load_labels("digits")
+    images, (train, test) = load_labelled("digits")
+    assert all(torch.equal(a, b) for a, b in zip(images, load_images("digits"), strict=True))
     assert train.dtype == torch.int64
     np.testing.assert_array_equal(torch.cat([train, test]).numpy(), sklearn.datasets.load_digits().target)
 
