@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
@@ -189,7 +190,11 @@ def _store(comparison: Comparison, path: Path) -> RunStore:
 
 def _parts(out: Path) -> list[Path]:
     """The files of the processes but the first."""
-    return sorted(path for path in out.glob("runs.*.jsonl") if path.name.split(".")[1].isdecimal())
+    try:
+        names = os.listdir(out)
+    except FileNotFoundError:  # not there yet, or another process has just tried whether it can be made
+        return []
+    return sorted(out / name for name in names if re.fullmatch(r"runs\.[0-9]+\.jsonl", name))
 
 
 def _threads(processes: int) -> int:
