@@ -175,7 +175,7 @@ def begun(monkeypatch, tmp_path):
 @linux
 def test_workers_killed_with_their_parent_and_started_again(tmp_path, monkeypatch, uninterrupted):
     out, trained = tmp_path / "out", begun(monkeypatch, tmp_path)
-    monkeypatch.setenv("TINY_PAUSE", "0.5")
+    monkeypatch.setenv("TINY_HELD", "4")  # each process has three runs done at most
     process = python("tiny_experiment", out, "--seeds", 3, "--workers", 2)
     wait_for(lambda: sum(parts(out).values()) >= 3, process)
     workers = children(process.pid)
@@ -184,7 +184,7 @@ def test_workers_killed_with_their_parent_and_started_again(tmp_path, monkeypatc
     assert len(workers) >= 2
     wait_for(lambda: not any(map(alive, workers)))
     assert sum(parts(out).values()) < 12
-    monkeypatch.delenv("TINY_PAUSE")
+    monkeypatch.delenv("TINY_HELD")
     seen = []
     run_comparison(comparison_of(3), out, workers=2, progress=lambda *what: seen.append(what), notify=ignore)
     assert len(trained()) <= 12 + 2
@@ -210,7 +210,7 @@ def test_workers_whose_parent_is_killed_while_they_start_train_nothing(tmp_path,
 @linux
 def test_torchrun_killed_and_gone_on_alone(tmp_path, monkeypatch, uninterrupted):
     out, trained = tmp_path / "out", begun(monkeypatch, tmp_path)
-    monkeypatch.setenv("TINY_PAUSE", "0.5")
+    monkeypatch.setenv("TINY_HELD", "4")  # each process has three runs done at most
     process = torchrun_of("tiny_experiment", out, "--seeds", 3)
     wait_for(lambda: len(parts(out)) == 2 and min(parts(out).values()) > 0, process)
     workers = children(process.pid)
@@ -221,7 +221,7 @@ def test_torchrun_killed_and_gone_on_alone(tmp_path, monkeypatch, uninterrupted)
     assert set(kept) == {"runs.jsonl", "runs.1.jsonl"}
     assert sum(kept.values()) < 12
     before = len(trained())
-    monkeypatch.delenv("TINY_PAUSE")
+    monkeypatch.delenv("TINY_HELD")
     run_comparison(comparison_of(3), out, notify=ignore)
     assert len(trained()) - before == 12 - sum(kept.values())
     assert parts(out) == {"runs.jsonl": 12}
