@@ -1,28 +1,31 @@
-"""The usual ways to compute y[b,n,o] = Σ_i Σ_r H[o,i,r] x[b,n,i] z[b,r], each a function of (x, z, weight).
+"""The usual ways to compute y[b,n,o] = Σ_i Σ_r H[o,i,r] x[b,n,i] z[b,r], each at its best.
 
-`step` makes forward + backward of one, and `Truth` says what it should give.
+A way is a function of (x, z, *head), as `Inputs.leaves` has them. Layers of graphs are made of those of edges here;
+ways with a form of their own for graphs, and those of other libraries, are in `libraries.py`.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from workloads import Workload
 
 import fasthyper
+from fasthyper.functional import hyper_primary
+from fasthyper.planner import machine
 
-Way = Callable[[Tensor, Tensor, Tensor], Tensor]
-Step = Callable[[], tuple[Tensor, ...]]
+from . import libraries
+from .inputs import edges
+from .workloads import Workload
 
-
-def fused(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
-    """Ours."""
-    return fasthyper.hyper_linear(x, z, weight)
+Way = Callable[..., Tensor]
 
 
 def generated(z: Tensor, weight: Tensor) -> Tensor:
@@ -42,8 +45,14 @@ def einsum_of_two(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
 
 
 def einsum_of_three(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
-    """One einsum: torch contracts from left to right, x ⊗ z first, unless opt_einsum is installed."""
+    """One einsum, in the order that opt_einsum finds where it is installed, else from left to right: x ⊗ z first."""
     return torch.einsum("bni,br,oir->bno", x, z, weight)
+
+
+def outer(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+    """x ⊗ z first, then one product."""
+    O, I, R = weight.shape
+    return (x.unsqueeze(3) * z[:, None, None]).flatten(2) @ weight.view(O, I * R).T
 
 
 @cache
@@ -63,93 +72,242 @@ def bilinear(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.bilinear(x[:, 0], z, weight).unsqueeze(1)
 
 
+class _InChunks(torch.autograd.Function):
+    """W of some instances at a time, in cache, and again in backward: as little memory as the usual way can do with."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, z: Tensor, weight: Tensor, instances: int) -> Tensor:
+        ctx.save_for_backward(x, z, weight)
+        ctx.instances = instances
+        H = weight.flatten(0, 1)
+        y = x.new_empty(*x.shape[:2], weight.shape[0])
+        for part, rows, out in zip(z.split(instances), x.split(instances), y.split(instances), strict=True):
+            torch.bmm(rows, (part @ H.T).unflatten(1, weight.shape[:2]).mT, out=out)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, z, weight = ctx.saved_tensors
+        H = weight.flatten(0, 1)
+        dx, dz, dH = torch.empty_like(x), torch.empty_like(z), torch.zeros_like(H)
+        for b in range(0, len(x), ctx.instances):
+            now = slice(b, b + ctx.instances)
+            torch.bmm(g[now], (z[now] @ H.T).unflatten(1, weight.shape[:2]), out=dx[now])
+            dW = torch.bmm(g[now].mT, x[now]).flatten(1)
+            torch.mm(dW, H, out=dz[now])
+            dH.addmm_(dW.T, z[now])
+        return dx, dz, dH.view_as(weight), None
+
+
+def in_chunks(x: Tensor, z: Tensor, weight: Tensor, size: int) -> Tensor:
+    """W of so many instances at a time as make `size` bytes, at least one."""
+    per_instance = weight.shape[0] * weight.shape[1] * weight.element_size()
+    return _InChunks.apply(x, z, weight, max(1, size // per_instance))
+
+
+def with_bases(x: Tensor, z: Tensor, layer: tuple[Tensor, ...]) -> Tensor:
+    """A layer with all that is generated and shared, W written out."""
+    weight, bias, base_weight, base_bias = layer
+    O, I, R = weight.shape
+    W = torch.addmm(base_weight.flatten(), z, weight.view(O * I, R).T).view(-1, O, I)
+    return torch.baddbmm(torch.addmm(base_bias, z, bias.T).unsqueeze(1), x, W.mT)
+
+
+def primary(x: Tensor, z: Tensor, *layers: Tensor) -> Tensor:
+    """Two layers and a ReLU, W written out."""
+    return with_bases(torch.relu(with_bases(x, z, layers[:4])), z, layers[4:])
+
+
+def functional_primary(x: Tensor, z: Tensor, *layers: Tensor) -> Tensor:
+    """An `nn.Sequential` called with each instance's weights and biases."""
+    sizes = (layers[0].shape[1], layers[0].shape[0], layers[4].shape[0])
+    linear = [nn.Linear(i, o, device="meta") for i, o in pairwise(sizes)]
+    network, made = nn.Sequential(linear[0], nn.ReLU(), linear[1]), {}
+    for name, (weight, bias, base_weight, base_bias) in zip("02", (layers[:4], layers[4:]), strict=True):
+        made[f"{name}.weight"] = torch.addmm(base_weight.flatten(), z, weight.flatten(0, 1).T).unflatten(
+            1, base_weight.shape
+        )
+        made[f"{name}.bias"] = torch.addmm(base_bias, z, bias.T)
+    return vmap(lambda own, rows: functional_call(network, own, (rows,)))(made, x)
+
+
+def over_edges(way: Way, w: Workload, device: str) -> Way:
+    """A graph's layer: each edge's x is that of the node where it starts, and each node sums what comes in."""
+    source, target = edges(w, device)
+
+    def layer(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+        y = way(x[source], z, weight)
+        return y.new_zeros(w.nodes, *y.shape[1:]).index_add_(0, target, y)
+
+    return layer
+
+
+def by_source(way: Way, w: Workload, device: str) -> Way:
+    """A graph's layer, x · H first: the edges that leave a node are the points of a layer whose weights x generates.
+
+    The head is `(O, R, I)` here.
+    """
+    _, target = edges(w, device)
+
+    def layer(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+        y = way(z.view(w.nodes, w.neighbours, w.R), x.squeeze(1), weight).flatten(0, 1)
+        return y.new_zeros(w.nodes, w.O).index_add_(0, target, y).unsqueeze(1)
+
+    return layer
+
+
+def in_float32(way: Way) -> Way:
+    """The same with every operand cast: what to do where a processor has no products of 16 bits."""
+    return lambda *leaves: way(*(t.float() for t in leaves)).to(leaves[0].dtype)
+
+
+def kind(w: Workload) -> str:
+    """What is computed: `"layer"`, `"graph"` or `"primary"`."""
+    return "graph" if w.neighbours > 1 else "primary" if w.hidden else "layer"
+
+
 def _two_W(w: Workload) -> int:
-    return 2 * w.B * w.O * w.I
+    return 2 * w.B * (w.hidden * (w.I + w.O) if w.hidden else w.I * w.O)
 
 
 def _two_folds(w: Workload) -> int:
     return 2 * w.B * w.N * w.I * w.R
 
 
+def _two_products(w: Workload) -> int:
+    return 2 * w.nodes * w.R * w.O
+
+
+def _few(w: Workload) -> int:
+    return w.B * w.R
+
+
 @dataclass(frozen=True)
 class Peer:
-    """A way to compare with.
+    """A way to compare with, or one of ours.
 
     Attributes:
         name: what it is called in tables.
-        way: the function, not compiled.
-        numbers: how many it keeps at least beside inputs and results, a gradient as large as what it is of included.
+        make: the function for a workload on a device, not compiled.
+        keeps: how many numbers it keeps at least beside inputs and results, gradients of these included.
+        of: what it computes, see `kind`.
         compiled: whether to run it through torch.compile.
         per_sample: whether it has N = 1 only.
+        wide: whether it casts to float32, for processors without products of 16 bits.
+        layout: the order of the head's axes O, I, R in which it keeps its head.
+        library: the package that it needs.
+        role: see `records.Record`.
     """
 
     name: str
-    way: Way
-    numbers: Callable[[Workload], int]
+    make: Callable[[Workload, str], Way]
+    keeps: Callable[[Workload], int] = _two_W
+    of: str = "layer"
     compiled: bool = False
     per_sample: bool = False
+    wide: bool = False
+    layout: tuple[int, int, int] = (0, 1, 2)
+    library: str = ""
+    role: str = "peer"
 
-    def function(self) -> Way:
+    def unfit(self, w: Workload, dtype: torch.dtype, device: str, most: int) -> str | None:
+        """Why it is not measured, or None; `most` is how many bytes it may keep."""
+        if self.library and importlib.util.find_spec(self.library) is None:
+            return "not installed"
+        if self.per_sample and w.N > 1:
+            return "N = 1 only"
+        if (size := self.keeps(w) * dtype.itemsize) > most:
+            return f"would keep {size / 2**30:.0f} GiB"
+        return None
+
+    def function(self, w: Workload, device: str = "cpu") -> Way:
         """What to call. A compiled one compiles at its first call, for the shapes of that call alone."""
-        return torch.compile(self.way, dynamic=False) if self.compiled else self.way
+        way = self.make(w, device)
+        way = in_float32(way) if self.wide else way
+        return torch.compile(way, dynamic=False) if self.compiled else way
 
 
-PEERS = (
-    Peer("materialise + bmm", materialised, _two_W),
-    Peer("einsum, two", einsum_of_two, _two_W),
-    Peer("einsum, one", einsum_of_three, _two_folds),
-    Peer("vmap(functional_call)", functional, _two_W),
-    Peer("compiled materialise + bmm", materialised, _two_W, compiled=True),
-    Peer("compiled einsum, two", einsum_of_two, _two_W, compiled=True),
-    Peer("compiled einsum, one", einsum_of_three, _two_folds, compiled=True),
-    Peer("F.bilinear", bilinear, lambda w: w.B * w.R, per_sample=True),
+def _just(way: Way) -> Callable[[Workload, str], Way]:
+    return lambda w, device: way
+
+
+def fused(x: Tensor, z: Tensor, *head: Tensor) -> Tensor:
+    """Ours."""
+    if len(head) == 1:
+        return fasthyper.hyper_linear(x, z, *head)
+    return hyper_primary(x, z, head[:4], head[4:], "relu")
+
+
+def forced(backend: str, schedule: str | None = None) -> Way:
+    """Ours by a backend, or in an order, of one's choice."""
+
+    def way(*leaves: Tensor) -> Tensor:
+        with fasthyper.use_backend(backend, schedule):
+            return fused(*leaves)
+
+    return way
+
+
+_MATERIALISED, _OUTER = _just(materialised), _just(outer)
+OURS, AGAIN = "fasthyper", "fasthyper again"
+CHUNK = 1 << 20  # bytes of W that stay in the caches of a core; the best of 2¹⁸ to 2²³ on the processors at hand
+
+_LAYERS = (
+    Peer("materialise + bmm", _MATERIALISED),
+    Peer("einsum", _just(einsum_of_three)),
+    Peer("x ⊗ z first", _OUTER, _two_folds),
+    Peer("vmap(functional_call)", _just(functional)),
+    Peer("materialise in chunks", _just(partial(in_chunks, size=CHUNK)), _few),
+    Peer("F.bilinear", _just(bilinear), _few, per_sample=True),
+    Peer("hypnettorch", libraries.hypnettorch, library="hypnettorch"),
+    Peer("hyperlight", libraries.hyperlight, library="hyperlight"),
+    Peer("hyper-nn", libraries.hyper_nn, library="hypernn"),
+    Peer("compiled materialise + bmm", _MATERIALISED, compiled=True),
+    Peer("compiled einsum", _just(einsum_of_three), compiled=True),
+    Peer("compiled x ⊗ z first", _OUTER, _two_folds, compiled=True),
+)
+_GRAPHS = (
+    Peer("PyG NNConv", libraries.nnconv, of="graph", layout=(1, 0, 2), library="torch_geometric"),
+    Peer("x · H first", partial(by_source, materialised), _two_products, of="graph", layout=(0, 2, 1)),
+    Peer("compiled x · H first", partial(by_source, materialised), _two_products, "graph", True, layout=(0, 2, 1)),
+)
+_PRIMARIES = (
+    Peer("materialise + bmm", _just(primary), of="primary"),
+    Peer("vmap(functional_call)", _just(functional_primary), of="primary"),
+    Peer("compiled materialise + bmm", _just(primary), of="primary", compiled=True),
 )
 
 
-def factors(w: Workload, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], Tensor]:
-    """x, z and H, which want gradients, and the gradient of y."""
-    torch.manual_seed(0)
-    shapes = ((w.B, w.N, w.I), (w.B, w.R), (w.O, w.I, w.R))
-    inputs = [torch.randn(shape, dtype=dtype, device=device).requires_grad_() for shape in shapes]
-    return inputs, torch.randn(w.B, w.N, w.O, dtype=dtype, device=device)
+def _over_edges(peer: Peer) -> Peer:
+    return replace(peer, make=lambda w, device: over_edges(peer.make(w, device), w, device), of="graph")
 
 
-def step(way: Way, inputs: list[Tensor], g: Tensor, instances: int | None = None) -> Step:
-    """Forward + backward as a function that gives y, dx, dz and dH; of the first `instances` only, where given."""
-    x, z, weight = inputs
-    if instances is not None:
-        x, z, g = (t.detach()[:instances] for t in (x, z, g))
-        x, z = x.requires_grad_(), z.requires_grad_()
-
-    def run() -> tuple[Tensor, ...]:
-        y = way(x, z, weight)
-        return y, *torch.autograd.grad(y, [x, z, weight], g)
-
-    return run
+PEERS = (*_LAYERS, *map(_over_edges, (p for p in _LAYERS if not p.library)), *_GRAPHS, *_PRIMARIES)
 
 
-class Truth:
-    """What a step gives, by `fasthyper.ops.reference` in float64: y, dx and dz of a few instances, a corner of dH."""
+def peers(w: Workload, dtype: torch.dtype, device: str) -> list[Peer]:
+    """Everyone who computes what a workload asks for."""
+    those = [p for p in PEERS if p.of == kind(w)]
+    if device == "cpu" and machine("cpu", dtype).work_dtype != dtype:
+        wide = [replace(p, name=f"{p.name}, in float32", wide=True) for p in those if not p.library]
+        return [*wide, *(p for p in those if p.make in (_MATERIALISED, _OUTER) and not p.compiled)]
+    return those
 
-    INSTANCES = 4
 
-    def __init__(self, inputs: list[Tensor], g: Tensor):
-        x, z, weight = (t.detach() for t in inputs)
-        corner = fasthyper.ops.reference.weight_grad(x[..., :2].double(), z.double(), g[..., :1].double())
-        x, z = (t[: self.INSTANCES].double().requires_grad_() for t in (x, z))
-        y = fasthyper.ops.reference.apply(x, z, weight.double())
-        dx, dz = torch.autograd.grad(y, [x, z], g[: self.INSTANCES].double())
-        self.results = {"y": y.detach(), "dx": dx, "dz": dz, "dH": corner}
-        self.allowed = torch.finfo(g.dtype).eps ** 0.5
+def ours(w: Workload, device: str) -> list[Peer]:
+    """Ours, once more for the noise, and ours with something forced."""
+    if w.neighbours > 1:
+        way, layout = partial(by_source, fused), (0, 2, 1)
+        variants = [Peer("fasthyper, each edge", partial(over_edges, fused), _few, "graph")]
+    else:
+        way, layout, names = _just(fused), (0, 1, 2), ("triton", "cuda") if device != "cpu" else ()
+        ready = [name for name in names if fasthyper.backends.BACKENDS[name].unavailable() is None]
+        variants = [Peer(f"fasthyper, {name}", _just(forced(name)), _few, kind(w)) for name in ready]
+    first = Peer(OURS, way, _few, kind(w), layout=layout, role="ours")
+    return [first, replace(first, name=AGAIN, role="again"), *(replace(v, role="variant") for v in variants)]
 
-    def check(self, name: str, results: tuple[Tensor, ...]) -> None:
-        """Compare a step's results. What computes something else is no peer.
 
-        Raises:
-            AssertionError: if one is off by more than the root of the dtype's precision, beside its largest number.
-        """
-        for (what, expected), actual in zip(self.results.items(), results, strict=True):
-            same = actual.detach()[tuple(map(slice, expected.shape))].double()
-            error = (same - expected).abs().max() / expected.abs().max()
-            if not error <= self.allowed:
-                raise AssertionError(f"{name}: {what} is off by {error:.2g}, allowed is {self.allowed:.2g}")
+def schedules(backend: str) -> list[Peer]:
+    """Ours in each order of contraction."""
+    orders = fasthyper.problem.SCHEDULES
+    return [Peer(f"fasthyper, {order}", _just(forced(backend, order)), _few, role="variant") for order in orders]

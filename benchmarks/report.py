@@ -1,261 +1,328 @@
-"""Rows in, Markdown out: the tables, the summary beside the floors that the project has set, the machine."""
+"""A file of results in, its Markdown and its figures out, and the README's part: all that says how fast this is."""
 
 from __future__ import annotations
 
-import platform
-import subprocess
-from collections.abc import Callable, Iterable
-from datetime import date
+import os
+from collections.abc import Iterable
 from pathlib import Path
-from statistics import geometric_mean
-from typing import NamedTuple
+from statistics import median, quantiles
 
-import torch
-from peers import PEERS
-from timing import OURS, SLOWER, Row, ms
+from . import plots, records
+from .records import RESULTS, ROOT, Record
+from .roofline import flops
+from .subjects import BOTH, COPY, PRODUCT, TOLERANCE, Results, Subject, along, common_loss, layer, over, runs
+from .summary import Line, figures
+from .tables import digits, mib, ms, ratio, spread, table, time_of
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-MIB = 1 << 20
-NARROW, HEAVY = 32, 1 << 18  # features of a narrow layer are fewer; a head is heavy from so many numbers on
+__all__ = ["Line", "figures", "markdown", "short", "write_all"]
 
-Rows = list[Row]
-
-
-class Figure(NamedTuple):
-    """One line of the summary: `of` gives the figure and where it was seen, from the rows that are `among` it."""
-
-    text: str
-    among: Callable[[Row], bool]
-    of: Callable[[Rows], tuple[float, str]]
-    floors: dict[str, str]
-
-
-def mean(rows: Rows) -> tuple[float, str]:
-    """The geometric mean of the speed-ups."""
-    return geometric_mean([row.speed_up for row in rows]), f"{len(rows)} workloads"
-
-
-def extreme(of: Callable[[Row], float], pick: Callable[..., Row] = min) -> Callable[[Rows], tuple[float, str]]:
-    """The least or the most of something, and the workload where."""
-
-    def figure(rows: Rows) -> tuple[float, str]:
-        row = pick(rows, key=of)
-        return of(row), row.workload.label
-
-    return figure
-
-
-def per_sample(row: Row) -> bool:
-    """Whether N = 1."""
-    return row.workload.N == 1
-
-
-def _heavy(row: Row, narrow: bool) -> bool:
-    w = row.workload
-    return row.share is not None and w.head >= HEAVY and (min(w.I, w.O) < NARROW) == narrow
-
-
-_LEAST_SPEED, _LEAST_SHARE = extreme(lambda row: row.speed_up), extreme(lambda row: row.share)
-
-FIGURES = (
-    Figure(
-        "speed-up at N = 1 and O ≥ 16, geometric mean",
-        lambda row: per_sample(row) and row.workload.O >= 16 and not row.workload.extra,
-        mean,
-        {"float32": "≥ 2.0", "bfloat16": "≥ 3.5 (AMX)"},
-    ),
-    Figure(
-        "speed-up at N = 1, geometric mean",
-        lambda row: per_sample(row) and not row.workload.extra,
-        mean,
-        {"float32": "≥ 1.6", "bfloat16": "≥ 2.2 (AMX)"},
-    ),
-    Figure("speed-up at N = 1, least", per_sample, _LEAST_SPEED, {"float32": "≥ 0.95"}),
-    Figure("speed-up at N > 1, least", lambda row: not per_sample(row), _LEAST_SPEED, {"float32": "≥ 0.9"}),
-    Figure(
-        "share of sgemm, R·I·O ≥ 2¹⁸ and min(I, O) ≥ 32, least",
-        lambda row: _heavy(row, narrow=False),
-        _LEAST_SHARE,
-        {"float32": "≥ 0.8"},
-    ),
-    Figure(
-        "share of sgemm, R·I·O ≥ 2¹⁸ and min(I, O) < 32, least",
-        lambda row: _heavy(row, narrow=True),
-        _LEAST_SHARE,
-        {"float32": "≥ 0.65"},
-    ),
-    Figure(
-        "temporary memory by the profiler, MiB, most",
-        lambda row: OURS in row.temporary,
-        extreme(lambda row: row.temporary[OURS] / MIB, max),
-        {"float32": "≤ 40", "bfloat16": "≤ 40"},
-    ),
-    Figure(
-        "temporary memory, resident, MiB, most",
-        lambda row: row.resident is not None,
-        extreme(lambda row: row.resident / MIB, max),
-        {"float32": "≤ 40", "bfloat16": "≤ 40"},
-    ),
-    Figure("noise: our time over our time, least", lambda row: True, extreme(lambda row: row.noise), {}),
-    Figure("noise: our time over our time, most", lambda row: True, extreme(lambda row: row.noise, max), {}),
+SIZES = ["workload", "B", "N", "R", "I → O"]
+LEGEND = (
+    "B instances (B / n: each x is shared by n of them), N points each, R features into the head, layers I → O; ms: "
+    "median (lower–upper quartile); best peer: the fastest of the usual ways that was timed more than once; speed-up: "
+    "its median over ours; noise: our time measured twice in turns, a ratio; share: our flop/s over the lesser of "
+    "the matrix product's rate and the copy's rate times flops per compulsory byte, both measured in the same turns; "
+    "MiB: peak temporary memory by PyTorch's allocator, outputs and gradients apart; resident: the same by the system; "
+    "in parentheses: tried once; +: the commit with changes of its sources."
 )
 
 
-def figures(rows: Rows, dtype: str, of: tuple[Figure, ...] = FIGURES) -> list[tuple[str, float | None, str, str]]:
-    """The summary: text, figure (None where no row is among it), where it was seen or of how many, floor."""
-    lines = []
-    for figure in of:
-        among = [row for row in rows if figure.among(row)]
-        value, where = figure.of(among) if among else (None, "")
-        lines.append((figure.text, value, where, figure.floors.get(dtype, "")))
-    return lines
+def write_all(folder: Path = RESULTS, readme: Path = ROOT / "README.md") -> list[Path]:
+    """Write the Markdown and the figures of each file of results beside it, and the README's blocks.
+
+    Returns:
+        What was written.
+    """
+    written: list[Path] = []
+    newest: dict[str, tuple[str, Path, list[Record]]] = {}
+    for source in sorted(folder.glob("*.csv")):
+        found = records.read(source)
+        if not found:
+            continue
+        pictures = _pictures(found, source)
+        page = source.with_suffix(".md")
+        page.write_text(markdown(found, [path.name for path in pictures]), encoding="utf-8")
+        written += [page, *pictures]
+        if any((r.study, r.mode) == ("workloads", BOTH) for r in found):
+            this = (max(r.context.date for r in found), source, found)
+            kind = Results(found).context.kind
+            newest[kind] = max(newest.get(kind, this), this, key=lambda one: one[0])
+    for kind, (_, source, found) in newest.items():
+        if _into(readme, f"benchmarks, {kind}", short(found, source, readme.parent)):
+            written.append(readme)
+    return list(dict.fromkeys(written))
 
 
-def line(cells: Iterable[str]) -> str:
-    """A row of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
+def _pictures(found: list[Record], source: Path) -> list[Path]:
+    """Draw what there is data for; an older picture of what there is none for any more goes."""
+    results, written = Results(found), []
+    for name, draw, study in (
+        ("speedups", plots.speedups, "workloads"),
+        ("scaling", plots.scaling, "scaling"),
+        ("roofline", plots.roofline, "workloads"),
+        ("training", plots.training, "training"),
+    ):
+        path = source.with_name(f"{source.stem}-{name}.png")
+        if results.among(study):
+            draw(found).savefig(path, metadata={"Software": None})
+            written.append(path)
+        else:
+            path.unlink(missing_ok=True)
+    return written
 
 
-def table(columns: list[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table, its first column aligned to the left, the others to the right."""
-    return "\n".join(map(line, (columns, ["---", *["--:"] * (len(columns) - 1)], *rows)))
+def markdown(found: Iterable[Record], pictures: Iterable[str] = ()) -> str:
+    """The page of a file of results: where it is from, summary, tables, and pictures by their file names."""
+    results = Results(found)
+    context = results.context
+    versions = {"torch": context.torch, "Triton": context.triton, "driver": context.driver, "Python": context.python}
+    parts = [
+        f"# fasthyper on {context.device}",
+        f"{', '.join(f'{name} {version}' for name, version in versions.items() if version)}; "
+        f"backend {context.backend}; {results.commit(context)}.",
+        *_footnotes(results),
+        LEGEND,
+        _summary(results),
+        *_ceilings(results),
+    ]
+    for dtype, mode in results.modes:
+        subjects = results.among("workloads", dtype, mode)
+        parts += [f"## {mode.capitalize()}, {dtype}", table(COLUMNS, (_cells(results, s) for s in subjects))]
+        parts += [f"### All ways, ms: {mode}, {dtype}", _ways(results, subjects)]
+    parts += [*_compiled(results), *_scaling(results), *_training(results)]
+    parts += [f"![{Path(name).stem.rpartition('-')[2]}]({name})" for name in pictures]
+    return "\n\n".join(parts) + "\n"
 
 
-def _mib(size: int | None) -> str:
-    return "" if size is None else f"{size / MIB:.1f}"
+def _footnotes(results: Results) -> list[str]:
+    """One paragraph of what was measured with something else, if anything was."""
+    return [f"Marked: {'. '.join(results.footnotes)}."] if results.others else []
 
 
-def _sizes(row: Row) -> list[str]:
-    w = row.workload
-    return [w.name, f"{w.B:,}", f"{w.N:,}", f"{w.R:,}", f"{w.I} → {w.O}"]
+def _summary(results: Results) -> str:
+    rows = [
+        [
+            line.text,
+            line.dtype,
+            ratio(line.value),
+            line.floor,
+            {None: "", True: "yes", False: "**no**"}[line.held],
+            line.where,
+        ]
+        for line in figures(results.records)
+        if line.value is not None or line.floor
+    ]
+    return table(["figure", "dtype", "measured", "floor", "held", "where"], rows)
 
 
-SIZES = ["workload", "B", "N", "R", "I → O"]
+def _ceilings(results: Results) -> list[str]:
+    rows = []
+    for dtype in results.dtypes:
+        for way, unit in ((PRODUCT, "Gflop/s"), (COPY, "GB/s")):
+            rates = [rate / 1e9 for rate in results.rates(way, dtype)]
+            if rates:
+                low, middle, high = quantiles(rates, n=4, method="inclusive") if len(rates) > 1 else rates * 3
+                rows.append([f"{way}, {unit}", dtype, digits(middle), f"{digits(low)}–{digits(high)}", str(len(rates))])
+    head = ["ceiling", "dtype", "median", "quartiles", "measurements"]
+    return ["## What the machine does at best", table(head, rows)] if rows else []
+
+
 COLUMNS = [
     *SIZES,
     "ms, fasthyper",
     "ms, best peer",
     "speed-up",
-    "again",
-    "share of sgemm",
+    "noise",
+    "share",
     "MiB, fasthyper",
     "resident",
     "MiB, least peer",
 ]
 
 
-def cells(row: Row) -> list[str]:
-    """A row of the full table."""
+def _sizes(results: Results, subject: Subject) -> list[str]:
+    of = subject.of
+    instances = f"{of.B:,}" + (f" / {of.neighbours}" if of.neighbours > 1 else "")
+    return [of.workload + results.mark(subject), instances, f"{of.N:,}", f"{of.R:,}", layer(of)]
+
+
+def _best_peer(subject: Subject) -> str:
+    best = subject.best_peer
+    return f"{time_of(best)} ({best.way})" if best else ""
+
+
+def _cells(results: Results, subject: Subject) -> list[str]:
+    ours = subject.ours
     return [
-        *_sizes(row),
-        ms(row.seconds[OURS]),
-        f"{ms(row.peers[row.best_peer])} ({row.best_peer})",
-        f"{row.speed_up:.2f}",
-        f"{row.noise:.2f}",
-        "" if row.share is None else f"{row.share:.2f}",
-        _mib(row.temporary[OURS]),
-        _mib(row.resident),
-        _mib(_least(row)),
+        *_sizes(results, subject),
+        "" if ours is None else spread(ours) or ours.note,
+        _best_peer(subject),
+        ratio(subject.speed_up),
+        ratio(subject.noise),
+        ratio(results.share(subject)),
+        mib(ours.temporary if ours else None),
+        mib(ours.resident if ours else None),
+        mib(subject.least_memory),
     ]
 
 
-def _least(row: Row) -> int:
-    return min(size for name, size in row.temporary.items() if name != OURS)
+def _names(subjects: list[Subject], *roles: str) -> list[str]:
+    """The ways of these roles, one role after the other, in the order in which they come."""
+    return list(dict.fromkeys(r.way for role in roles for s in subjects for r in s.records if r.role == role))
 
 
-def _peer_cells(row: Row, names: list[str]) -> list[str]:
-    return [row.workload.label, *(ms(row.seconds[n]) if n in row.seconds else row.dropped.get(n, "") for n in names)]
+def _ways(results: Results, subjects: list[Subject]) -> str:
+    names = _names(subjects, "ours", "again", "variant", "peer")
+    rows = [[results.label(s), *(time_of(s.way(name)) for name in names)] for s in subjects]
+    return table(["workload", *names], rows)
 
 
-def full(
-    rows: Rows,
-    dtype: str,
-    where: str,
-    title: str | None = None,
-    figures_of: tuple[Figure, ...] = FIGURES,
-    notes: Iterable[str] = (),
-) -> str:
-    """What it was measured on, the summary, the table, every peer's time; of a CPU unless told otherwise."""
-    names = [peer.name for peer in PEERS]
-    scaled = [f"{row.workload.name} {row.workload.published:,}" for row in rows if row.workload.published]
-    rates = [row.rate / 1e9 for row in rows if row.rate]
-    summary = [
-        [text, "" if value is None else f"{value:.2f}", floor, place]
-        for text, value, place, floor in figures(rows, dtype, figures_of)
-    ]
-    notes = list(notes) or [
-        "Gradients of x, z and the head; runs interleaved; medians, lower quartiles under a millisecond.",
-        "again: our time over our time, the noise.",
-        "share of sgemm: 3·2·B·R·I·O flops over our time and over the rate of torch.mm in the same run"
-        + (f" ({min(rates):,.0f} to {max(rates):,.0f} Gflop/s)." if rates else "."),
-        "MiB: peak temporary memory, results apart, as torch's allocator sees it; resident: as Linux does.",
-        *([f"Published B of what is scaled down: {', '.join(scaled)}."] if scaled else []),
-    ]
-    legend = (
-        f"In parentheses: a first try, more than {SLOWER} times the fastest peer's. After >: a sixteenth of the batch, "
-        "already slower than all of it by the fastest. In GiB: what it would have kept."
-    )
-    return "\n".join(
-        [
-            f"{title or f'# Forward + backward on a CPU, {dtype}'}\n",
-            f"{where}\n",
-            f"{' '.join(notes)}\n",
-            table(["figure", "measured", "floor", "where"], summary),
-            "",
-            table(COLUMNS, map(cells, rows)),
-            "\n## Peers, ms\n",
-            f"{legend}\n",
-            table(["workload", *names], (_peer_cells(row, names) for row in rows)),
-            "",
+def _compiled(results: Results) -> list[str]:
+    """Seconds of the first call of what compiles, over the workloads."""
+    rows = []
+    for dtype, mode in results.modes:
+        subjects = results.among("workloads", dtype, mode)
+        for name in _names(subjects, "ours", "variant", "peer"):
+            ways = [(s, s.way(name)) for s in subjects]
+            took = [(r.compile, results.label(s)) for s, r in ways if r is not None and r.compile is not None]
+            if took:
+                seconds = [one for one, _ in took]
+                most, where = max(took)
+                rows.append(
+                    [
+                        name,
+                        f"{mode}, {dtype}",
+                        str(len(took)),
+                        digits(min(seconds)),
+                        digits(median(seconds)),
+                        digits(most),
+                        where,
+                    ]
+                )
+    head = ["way", "of", "workloads", "least, s", "median, s", "most, s", "where"]
+    return ["## Seconds to compile", table(head, rows)] if rows else []
+
+
+def _scaling(results: Results) -> list[str]:
+    """For each axis the times with the planner's choice and the memory; then where the planner could do better."""
+    if not results.curves:
+        return []
+    parts = ["## Scaling"]
+    for (dtype, axis, workload), curve in results.curves.items():
+        ways = _names(curve, "variant", "peer")
+        times = [axis, "planner's choice", "fasthyper", *ways, "best schedule", "over the best", "noise"]
+        parts += [
+            f"### {plots.axis_title(axis, workload, curve[0].of)}: {curve[0].of.mode}, {dtype}",
+            "Milliseconds:",
+            table(times, (_point(results, s, ways) for s in curve)),
+            "MiB:",
+            table([axis, "fasthyper", *ways], (_memory(results, s, ways) for s in curve)),
         ]
+    checked = [(s, s.planner) for s in results.among("scaling") if s.planner is not None]
+    late = [(s, value) for s, value in checked if value > TOLERANCE]
+    parts.append(
+        f"The planner's choice took more than {TOLERANCE:.2f} times the best schedule at {len(late)} of {len(checked)} "
+        "points"
+        + (":\n\n" if late else ".")
+        + "\n".join(
+            f"- {results.label(s)} along {s.of.axis}, {s.of.dtype}: {value:.2f} times {s.best_schedule.way}; "
+            f"noise {ratio(s.noise) or 'not measured'}"
+            for s, value in late
+            if s.best_schedule
+        )
     )
+    return parts
 
 
-def short(rows: Rows, where: str, name: str) -> str:
-    """The README's table: some of the rows, some of the columns. `name` is the file with all of them."""
-    columns = [*SIZES, "memory, fasthyper", "memory, least peer", "ms, fasthyper", "ms, best peer", "speed-up"]
-    lines = []
-    for row in rows:
-        if row.workload.readme:
-            *sizes, ours, theirs, speed_up, _, _, memory, _, least = cells(row)
-            lines.append([*sizes, memory, least, ours, theirs, speed_up])
-    how = "Forward + backward of x, z and the head, medians of interleaved runs; all workloads and peers are in"
-    return "\n".join([table(columns, lines), "", f"{where} {how} [{name}](benchmarks/results/{name}).", ""])
+def _size(results: Results, subject: Subject) -> str:
+    return f"{along(subject.of):,}{results.mark(subject)}"
 
 
-def machine(dtype: str, backend: str, load: float) -> str:
-    """What it is measured on, in a sentence. `load` is the system's before: others make small runs wait."""
-    git = lambda *args: subprocess.run(["git", *args], capture_output=True, text=True, check=False, cwd=ROOT)
-    commit = git("rev-parse", "--short", "HEAD").stdout.strip() or "unknown"
-    changed = git("diff", "--quiet", "HEAD", "--", "fasthyper", "csrc", "setup.py").returncode
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    told = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
-    amx = " + AMX" if "amx_tile" in told.get("flags", "") else ""
-    capability = f"{torch.backends.cpu.get_cpu_capability()}{amx}"
-    return (
-        f"Measured on {told.get('model name', 'unknown processor')} ({platform.machine()}, {capability}{_caches()}), "
-        f"{torch.get_num_threads()} threads; torch {torch.__version__}, Python {platform.python_version()}; commit "
-        f"{commit}{' and changes' if changed else ''}, {date.today().isoformat()}; {dtype}, backend {backend}; "
-        f"load before {load:.1f}."
+def _point(results: Results, subject: Subject, ways: list[str]) -> list[str]:
+    best, value = subject.best_schedule, subject.planner
+    return [
+        _size(results, subject),
+        subject.ours.plan if subject.ours else "",
+        *(time_of(subject.way(name)) for name in ("fasthyper", *ways)),
+        best.way.removeprefix("fasthyper, ") if best else "",
+        f"**{ratio(value)}**" if value is not None and value > TOLERANCE else ratio(value),
+        ratio(subject.noise),
+    ]
+
+
+def _memory(results: Results, subject: Subject, ways: list[str]) -> list[str]:
+    cells = []
+    for record in (subject.way(name) for name in ("fasthyper", *ways)):
+        cells.append("" if record is None else mib(record.temporary) or record.note)
+    return [_size(results, subject), *cells]
+
+
+def _training(results: Results) -> list[str]:
+    rows = []
+    for subject in results.among("training"):
+        for other in runs(subject)[1:]:
+            ours = runs(subject)[0]
+            loss = common_loss([ours, other])
+            mine, theirs = ours.seconds_to(loss), other.seconds_to(loss)
+            rows.append(
+                [
+                    f"{subject.of.workload}{results.mark(subject)}, {subject.of.dtype}",
+                    f"{loss:.4g}",
+                    digits(mine),
+                    f"{digits(theirs)} ({other.way})",
+                    ratio(over(theirs, mine)),
+                    mib(ours.temporary),
+                    mib(other.temporary),
+                ]
+            )
+    how = "Seconds until the loss is for the first time as low as the least that both come to; MiB: peak of a step."
+    head = ["training", "loss that both reach", "s, fasthyper", "s, peer", "speed-up", "MiB, fasthyper", "MiB, peer"]
+    return ["## Training", how, table(head, rows)] if rows else []
+
+
+def short(found: Iterable[Record], source: Path, base: Path) -> str:
+    """The README's block: of each workload its largest layer, forward + backward; `base` is where links start from."""
+    results = Results(found)
+    dtype = min((dtype for dtype, mode in results.modes if mode == BOTH), key=lambda dtype: dtype != "float32")
+    largest: dict[str, Subject] = {}
+    for subject in results.among("workloads", dtype, BOTH):
+        name = subject.of.workload
+        largest[name] = max(largest.get(name, subject), subject, key=lambda s: flops(s.of))
+    columns = [*SIZES, "MiB, fasthyper", "MiB, least peer", "ms, fasthyper", "ms, best peer", "speed-up"]
+    rows = [
+        [
+            *_sizes(results, s),
+            mib(s.ours.temporary if s.ours else None),
+            mib(s.least_memory),
+            ms(s.seconds),
+            _best_peer(s),
+            ratio(s.speed_up),
+        ]
+        for s in largest.values()
+    ]
+    link = Path(os.path.relpath(source.with_suffix(""), base)).as_posix()
+    pictures = [
+        f"![{alt}]({link}-{name}.png)"
+        for name, alt, study in (
+            ("speedups", "speed-up over the best peer", "workloads"),
+            ("scaling", "time and memory along B, N, R and width", "scaling"),
+        )
+        if results.among(study)
+    ]
+    where = (
+        f"{dtype}, {BOTH}, the largest layer of each workload; {results.headline}; torch {results.context.torch}. "
+        f"Medians of runs in turns; all layers, ways, dtypes and modes are in [{source.stem}.md]({link}.md)."
     )
+    return "\n\n".join([table(columns, rows), where, *_footnotes(results), *pictures])
 
 
-def _caches() -> str:
-    """Sizes of the first processor's data caches, as Linux tells them."""
-    caches = []
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
-        if kind != "Instruction":
-            kib = int(size.removesuffix("K"))
-            caches.append(f"L{level} {kib // 1024} MiB" if kib >= 1024 else f"L{level} {kib} KiB")
-    return "".join(f", {cache}" for cache in caches)
-
-
-def into_readme(name: str, text: str, readme: Path = ROOT / "README.md") -> None:
-    """Put the table between its markers, where the README has them."""
+def _into(readme: Path, name: str, text: str) -> bool:
+    """Put a text between its markers, if the README has them."""
     start, end = f"<!-- {name}: generated by `make bench` -->\n", "<!-- end -->"
-    before, found, rest = readme.read_text().partition(start)
-    if found:
-        readme.write_text(before + start + "\n" + text + "\n" + rest[rest.index(end) :])
+    before, found, rest = readme.read_text(encoding="utf-8").partition(start)
+    if not found:
+        return False
+    if end not in rest:
+        raise ValueError(f"{readme.name} has no {end} after {start.strip()}")
+    readme.write_text(f"{before}{start}\n{text}\n\n{rest[rest.index(end) :]}", encoding="utf-8")
+    return True

@@ -1,6 +1,6 @@
 """Peak resident memory of a step of ours, in a process of its own: what C++ allocates by itself counts, too.
 
-    python benchmarks/resident.py DTYPE BACKEND THREADS B,N,R,I,O ...
+    python -m benchmarks.resident DTYPE BACKEND THREADS B,N,R,I,O ...
 
 prints for each problem the bytes beyond inputs and results.
 """
@@ -14,10 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peers import factors, fused, step
-from workloads import Workload
 
 import fasthyper
+
+from .inputs import inputs
+from .peers import fused
+from .records import ROOT
+from .steps import BOTH, step
+from .workloads import Workload
 
 FORGET = Path("/proc/self/clear_refs")
 
@@ -28,10 +32,11 @@ def resident_bytes(workloads: Sequence[Workload], dtype: str, backend: str, thre
         return [None] * len(workloads)
     problems = (f"{w.B},{w.N},{w.R},{w.I},{w.O}" for w in workloads)
     done = subprocess.run(
-        [sys.executable, __file__, dtype, backend, str(threads), *problems],
+        [sys.executable, "-m", "benchmarks.resident", dtype, backend, str(threads), *problems],
         capture_output=True,
         text=True,
         check=False,
+        cwd=ROOT,
         # freed blocks go back at once, so that none of them hides what is allocated next
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"},
     )
@@ -49,8 +54,8 @@ def _measure(w: Workload, dtype: torch.dtype, backend: str, threads: int) -> int
     torch.set_num_threads(threads)
     fasthyper.set_backend(backend)
     first = Workload("first", 64, min(w.N, 8), min(w.R, 64), 64, 64, source="")
-    step(fused, *factors(first, dtype))()  # libraries and thread pools are set up
-    run = step(fused, *factors(w, dtype))
+    step(fused, BOTH, [inputs(first, dtype)])()  # libraries and thread pools are set up
+    run = step(fused, BOTH, [inputs(w, dtype)])
     FORGET.write_text("5")  # forget the peak so far
     before = _status("VmRSS")
     results = run()

@@ -1,203 +1,233 @@
-"""Forward + backward of a workload by ours and by its peers, interleaved in one process: times and temporary memory."""
+"""Ways on one workload, checked first, then timed in turns: one record each."""
 
 from __future__ import annotations
 
 import gc
 import random
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import ceil
 from statistics import median, quantiles
+from typing import Any
 
 import torch
-from peers import PEERS, Peer, Step, Truth, factors, fused, step
-from workloads import Workload
 
 from fasthyper.experiments.measure import peak_temporary_bytes
 
-OURS, AGAIN = "fasthyper", "fasthyper again"
-PRODUCTS = ((512, 512, 512), (1024, 1024, 1024), (2048, 2048, 512))  # whose best rate is the machine's
-RATES = 12  # measurements of that rate at most
-MAX_BYTES = 4 << 30  # what a peer may keep
-SLOWER = 5  # times the fastest peer's time: from there on a peer is not worth measuring again
-LONG = 0.5  # seconds; less may be a library that is set up
-SHORT = 0.1  # seconds; what takes less is measured anyway, since other processes may have slowed down the first tries
-BUDGET, MOST = 2.0, 200  # short runs get more rounds than asked for: seconds to fill, rounds at most
-PATIENCE, LEAST = 60.0, 3  # long ones get fewer: seconds from which on, rounds at least
+from .devices import CPU, GPU, Call
+from .inputs import inputs
+from .peers import Peer
+from .records import Context, Record
+from .steps import Step, Truth, step
+from .workloads import Workload
+
+SLOWER = {"peer": 1.6, "variant": 3.0}  # times the fastest of its role: from there on not worth more than a try
+SHORT = 0.01  # seconds; what takes less is measured anyway, since other processes may have slowed down the first tries
+LONG = 0.3  # seconds; less may be a library that is set up
+TRIES = 3
+CEILINGS = 5  # measurements of what the machine can do
+PART = 16  # of a batch that may take too long
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How often to run.
+
+    Attributes:
+        seconds: of all ways together, to be filled with rounds.
+        least: rounds at least, unless they take longer than `most` seconds; then three, or two if those are minutes.
+        most: see there.
+        rounds: at most.
+    """
+
+    seconds: float = 1.5
+    least: int = 7
+    most: float = 8.0
+    rounds: int = 60
+
+    def turns(self, once: float) -> int:
+        """Rounds of `once` seconds each."""
+        patient = min(self.least, max(3 if once < 2 * self.most else 2, int(self.most / once)))
+        return max(patient, min(self.rounds, int(self.seconds / once)))
 
 
 @dataclass
-class Row:
-    """What was measured of a workload.
+class _Tried:
+    """A way that is worth timing."""
 
-    Attributes:
-        workload: which one.
-        seconds: typical time by name: `OURS`, `AGAIN` (the same thing, to see the noise) and peers.
-        temporary: peak temporary bytes by name, from the profiler.
-        dropped: peers that were not measured, by name, and in a few words why.
-        rate: flop/s of the machine's matrix product meanwhile, at N = 1.
-        resident: peak resident bytes beyond inputs and results, of ours.
+    peer: Peer
+    run: Step
+    call: Call
+    first: float
+    compile: float | None
+    seconds: list[float] = field(default_factory=list)
+
+
+def compare(
+    w: Workload,
+    mode: str,
+    dtype: torch.dtype,
+    device: CPU | GPU,
+    ways: Sequence[Peer],
+    context: Context,
+    patience: Patience = Patience(),
+    most_bytes: float | None = None,
+    **more: Any,
+) -> list[Record]:
+    """Time ways on the same tensors, in rounds of random order, with the machine's ceilings in some of them.
+
+    Args:
+        w: the workload.
+        mode: one of `steps.MODES`.
+        dtype: of all tensors.
+        device: where.
+        ways: ours, `role` "ours", and others. One that fails, or is far slower than the fastest, is left out and
+            its record says so.
+        context: for the records.
+        patience: how often.
+        most_bytes: what a way may keep; by default what the device finds reasonable.
+        more: further fields of all records.
+
+    Raises:
+        AssertionError: if ours computes something else than the definition; a peer that does is left out.
+        RuntimeError: if ours fails.
     """
-
-    workload: Workload
-    seconds: dict[str, float]
-    temporary: dict[str, int] = field(default_factory=dict)
-    dropped: dict[str, str] = field(default_factory=dict)
-    rate: float | None = None
-    resident: int | None = None
-
-    @property
-    def peers(self) -> dict[str, float]:
-        """Seconds of the peers alone."""
-        return {name: s for name, s in self.seconds.items() if name not in (OURS, AGAIN)}
-
-    @property
-    def best_peer(self) -> str:
-        """Name of the fastest one."""
-        return min(self.peers, key=self.peers.__getitem__)
-
-    @property
-    def speed_up(self) -> float:
-        """The fastest peer's time over ours."""
-        return self.peers[self.best_peer] / self.seconds[OURS]
-
-    @property
-    def noise(self) -> float:
-        """Our time over our time."""
-        return self.seconds[AGAIN] / self.seconds[OURS]
-
-    @property
-    def share(self) -> float | None:
-        """Our rate over the machine's, counting the flops of the identity at N = 1."""
-        if self.rate is None or self.workload.N > 1:
-            return None
-        return self.workload.flops / self.seconds[OURS] / self.rate
-
-
-def ms(seconds: float) -> str:
-    """Milliseconds, to three or four digits."""
-    value = seconds * 1e3
-    decimals = next((k for k, least in enumerate((100, 10, 1)) if value >= least), 3)
-    return f"{value:,.{decimals}f}"
+    torch._dynamo.reset()
+    record = partial(
+        Record,
+        workload=w.name,
+        **{name: getattr(w, name) for name in ("B", "N", "R", "I", "O", "neighbours", "hidden")},
+        dtype=str(dtype).removeprefix("torch."),
+        mode=mode,
+        context=context,
+        **more,
+    )
+    sets = device.sets(w, dtype)
+    truth = Truth(w, mode, sets[0])
+    tried: list[_Tried] = []
+    left_out: dict[str, dict[str, Any]] = {}
+    for peer in ways:
+        fastest = min((t.first for t in tried), default=float("inf"))
+        why = peer.unfit(w, dtype, device.kind, device.most_bytes if most_bytes is None else most_bytes)
+        why = why or _too_slow(peer, w, mode, dtype, device, fastest)
+        if why:
+            left_out[peer.name] = {"note": why}
+            continue
+        try:
+            with device.bounded():
+                tried.append(_try(peer, w, mode, device, sets, truth))
+        except Exception as error:
+            if peer.role == "ours":
+                raise
+            left_out[peer.name] = {"note": _reason(error)}
+            device.tidy()
+    for t in _slow(tried):
+        left_out[t.peer.name] = {"note": "tried once", "median": t.first, "rounds": 1, "compile": t.compile}
+        left_out[t.peer.name]["temporary"] = peak_temporary_bytes(t.run, device.kind)
+        tried.remove(t)
+    rates = _in_turns(tried, device, dtype, patience.turns(sum(t.first for t in tried)))
+    times = {t.peer.name: _times(t, device) for t in tried}
+    records = [record(way=p.name, role=p.role, **(times.get(p.name) or left_out[p.name])) for p in ways]
+    for name, (rate, rounds) in rates.items():
+        records.append(record(way=name, role="ceiling", rate=rate, rounds=rounds))
+    return records
 
 
-def clock(run: Callable[[], object]) -> float:
-    """Seconds of one call; what it returns is freed after the clock has stopped."""
+def _too_slow(peer: Peer, w: Workload, mode: str, dtype: torch.dtype, device: CPU | GPU, fastest: float) -> str | None:
+    """Whether a part of the batch takes longer than all of it by the fastest; compiling for a part would be a waste."""
+    size = w.B // PART // w.neighbours * w.neighbours
+    if peer.compiled or device.kind != "cpu" or not size or fastest < LONG / PART:
+        return None
+    small = replace(w, B=size)
+    try:
+        with device.bounded():
+            run = step(peer.function(small, device.kind), mode, [inputs(small, dtype)], peer.layout)
+            part = device.seconds(run)
+    except Exception as error:
+        return _reason(error)
+    return f"{size:,} instances took {part:.3g} s" if part > max(fastest, LONG) else None
+
+
+def _try(peer: Peer, w: Workload, mode: str, device: CPU | GPU, sets: list, truth: Truth) -> _Tried:
+    """Run it once and check that, then a few times."""
+    run = step(peer.function(w, device.kind), mode, sets, peer.layout)
     start = time.perf_counter()
     results = run()
-    seconds = time.perf_counter() - start
+    first = time.perf_counter() - start
+    truth.check(peer.name, results, peer.layout)
     del results
-    return seconds
+    call = device.ready(run)
+    seconds = [device.seconds(call)]
+    while len(seconds) < TRIES and sum(seconds) < LONG:
+        seconds.append(device.seconds(call))
+    return _Tried(peer, run, call, min(seconds), first - min(seconds) if peer.compiled else None)
 
 
-def probe(run: Callable[[], object]) -> float:
-    """The best of a few calls, one if it is long."""
-    seconds = [clock(run)]
-    while len(seconds) < 20 and sum(seconds) < LONG:
-        seconds.append(clock(run))
-    return min(seconds)
+def _slow(tried: Sequence[_Tried]) -> list[_Tried]:
+    """Who is so much slower than the fastest of the same role that it will not be the fastest."""
+    slow = []
+    for role, times in SLOWER.items():
+        those = [t for t in tried if t.peer.role == role]
+        fastest = min((t.first for t in those), default=0.0)
+        slow += [t for t in those if t.first > max(times * fastest, SHORT)]
+    return slow
 
 
-def rounds(once: float, repeats: int) -> int:
-    """How many rounds of `once` seconds each to run, where `repeats` are asked for."""
-    short, long = min(MOST, int(BUDGET / once)), max(LEAST, int(PATIENCE / once))
-    return max(short, min(repeats, long))
+def _reason(error: Exception) -> str:
+    """Why there are no times, in a few words."""
+    text = str(error).strip().partition("\n")[0]
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
+        return "out of memory"
+    return text if isinstance(error, AssertionError) else f"{type(error).__name__}: {text[:80]}"
 
 
-def interleaved(steps: dict[str, Step], turns: int, products: dict[str, Step]) -> dict[str, list[float]]:
-    """Seconds of every run, in rounds of random order; `products` are in a few of the rounds only."""
-    seconds: dict[str, list[float]] = {name: [] for name in (*steps, *products)}
-    order = random.Random(0)
+def _in_turns(
+    tried: Iterable[_Tried], device: CPU | GPU, dtype: torch.dtype, turns: int
+) -> dict[str, tuple[float, int]]:
+    """Time all, and return the ceilings' rates and of how many calls they are."""
+    ceilings = device.ceilings(dtype)
+    order: list[tuple[Call, list[float]]] = [(t.call, t.seconds) for t in tried]
+    others = [(c.call, []) for c in ceilings.values()]
+    shuffle = random.Random(0).shuffle
+    for call, _ in others:  # warm up
+        device.seconds(call)
     gc.collect()
     gc.disable()
     try:
         for turn in range(turns):
-            now = list(({**steps, **products} if turn % ceil(turns / RATES) == 0 else steps).items())
-            order.shuffle(now)
-            for name, run in now:
-                seconds[name].append(clock(run))
+            now = [*order, *others] if turn % ceil(turns / CEILINGS) == 0 else [*order]
+            shuffle(now)
+            for call, seconds in now:
+                seconds.append(device.seconds(call))
     finally:
         gc.enable()
-    return seconds
+    rates = (c.amount / median(seconds) for c, (_, seconds) in zip(ceilings.values(), others, strict=True))
+    return {name: (rate, len(s)) for name, rate, (_, s) in zip(ceilings, rates, others, strict=True)}
 
 
-def typical(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Medians, or lower quartiles for all if the fastest takes less than a millisecond: interruptions only add."""
-    medians = {name: median(s) for name, s in seconds.items()}
-    if min(medians.values()) >= 1e-3:
-        return medians
-    return {name: quantiles(s, n=4)[0] if len(s) > 1 else s[0] for name, s in seconds.items()}
+def told(group: Sequence[Record]) -> str:
+    """What was measured, in a line: ours, and the fastest peer."""
+    ours = next((r for r in group if r.role == "ours" and r.median), None)
+    if ours is None or ours.median is None:
+        return "nothing"
+    peers = [r for r in group if r.role == "peer" and r.median]
+    best = min(peers, key=lambda r: r.median or 0.0, default=None)
+    beside = "alone"
+    if best and best.median:
+        beside = f"{best.median * 1e3:.3f} ms {best.way}, {best.median / ours.median:.2f}"
+    size = f"B {ours.B:,} N {ours.N:,} R {ours.R:,} {ours.I} → {ours.O}"
+    return f"{ours.workload}, {size}, {ours.mode}, {ours.dtype}: {ours.median * 1e3:.3f} ms; {beside}"
 
 
-def products(dtype: torch.dtype) -> dict[str, Step]:
-    """The machine's own matrix products; only the smallest where it is slow at this dtype."""
-    steps: dict[str, Step] = {}
-    for m, n, k in PRODUCTS:
-        a, b, out = torch.randn(m, k, dtype=dtype), torch.randn(k, n, dtype=dtype), torch.empty(m, n, dtype=dtype)
-        steps[f"{m} × {n} × {k}"] = run = partial(torch.mm, a, b, out=out)
-        if probe(run) > 0.1:
-            break
-    return steps
-
-
-def unfit(peer: Peer, w: Workload, itemsize: int, most: int = MAX_BYTES) -> str | None:
-    """Why a peer is not measured, or None."""
-    if peer.per_sample and w.N > 1:
-        return "N = 1 only"
-    if (size := peer.numbers(w) * itemsize) > most:
-        return f"{size / 2**30:.0f} GiB"
-    return None
-
-
-def _fit(
-    peers: Iterable[Peer], w: Workload, factors: tuple, truth: Truth, dropped: dict[str, str]
-) -> dict[str, tuple[Step, float]]:
-    """The peers worth measuring, by name, each checked, with the time of a first try. Notes why others are not."""
-    tried: dict[str, tuple[Step, float]] = {}
-    for peer in peers:
-        if why := unfit(peer, w, factors[1].element_size()):
-            dropped[peer.name] = why
-            continue
-        way = peer.function()
-        fastest = min((s for _, s in tried.values()), default=float("inf"))
-        if not peer.compiled and w.B >= 16:  # a compiled one would be compiled for this batch alone
-            part = clock(step(way, *factors, instances=w.B // 16))
-            if part > max(fastest, LONG):
-                dropped[peer.name] = f"> {ms(part)}"
-                continue
-        run = step(way, *factors)
-        truth.check(peer.name, run())
-        tried[peer.name] = run, probe(run)
-    fastest = min(s for _, s in tried.values())
-    dropped.update((name, f"({ms(s)})") for name, (_, s) in tried.items() if s > max(SLOWER * fastest, SHORT))
-    return {name: entry for name, entry in tried.items() if name not in dropped}
-
-
-def measure(w: Workload, dtype: torch.dtype, repeats: int, peers: Iterable[Peer] = PEERS) -> Row:
-    """Measure a workload, resident memory apart.
-
-    Args:
-        w: the workload.
-        dtype: of all tensors.
-        repeats: rounds, see `rounds`.
-        peers: what to compare with.
-
-    Raises:
-        AssertionError: if ours or a peer computes something else.
-    """
-    torch._dynamo.reset()
-    inputs = factors(w, dtype)
-    truth = Truth(*inputs)
-    ours = step(fused, *inputs)
-    truth.check(OURS, ours())
-    dropped: dict[str, str] = {}
-    fit = _fit(peers, w, inputs, truth, dropped)
-    mm = products(dtype) if w.N == 1 else {}
-    steps = {OURS: ours, AGAIN: ours, **{name: run for name, (run, _) in fit.items()}}
-    once = 2 * probe(ours) + sum(s for _, s in fit.values())
-    seconds = interleaved(steps, rounds(once, repeats), mm)
-    rates = [2 * m * n * k / median(seconds.pop(name)) for name, (m, n, k) in zip(mm, PRODUCTS, strict=False)]
-    temporary = {name: peak_temporary_bytes(run) for name, run in steps.items() if name != AGAIN}
-    return Row(w, typical(seconds), temporary, dropped, max(rates, default=None))
+def _times(t: _Tried, device: CPU | GPU) -> dict[str, Any]:
+    q1, middle, q3 = quantiles(t.seconds, n=4, method="inclusive") if len(t.seconds) > 1 else t.seconds * 3
+    return {
+        "q1": q1,
+        "median": middle,
+        "q3": q3,
+        "rounds": len(t.seconds),
+        "compile": t.compile,
+        "temporary": peak_temporary_bytes(t.run, device.kind),
+    }

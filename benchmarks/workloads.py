@@ -1,10 +1,13 @@
-"""Published problems to measure on: real shapes, from the public code named. B is scaled down where a run is long.
+"""Published problems to measure on, from the public code named, and the sizes along which cost is followed.
 
-B instances, N points per instance, R features into the head, I → O the generated layer.
+B instances, N points per instance, R features into the head, I → O the generated layer. B is scaled down where a run on
+two cores would be long.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -20,6 +23,9 @@ class Workload:
         I: in features of the generated layer.
         O: out features of the generated layer.
         source: the public code that has these sizes.
+        neighbours: where it is a layer of a graph, the edges that leave a node: instances that share one x, whose
+            outputs are summed by the node that they go to. 1 where it is none.
+        hidden: units between two generated layers, I → hidden → O, with a ReLU. 0 where there is one layer.
         published: B there, where it is another.
         readme: whether the README's short table shows it.
         large: whether it needs gigabytes, and is left out unless asked for.
@@ -33,6 +39,8 @@ class Workload:
     I: int
     O: int
     source: str
+    neighbours: int = 1
+    hidden: int = 0
     published: int | None = None
     readme: bool = False
     large: bool = False
@@ -40,25 +48,33 @@ class Workload:
 
     @property
     def label(self) -> str:
-        """Name and layer."""
-        return f"{self.name}, {self.I} → {self.O}"
+        """Name and layers."""
+        return f"{self.name}, {self.layers}"
 
     @property
-    def flops(self) -> int:
-        """Of forward + backward by the identity: three products of 2·B·N·R·I·O, since dx and dz share one."""
-        return 3 * 2 * self.B * self.N * self.R * self.I * self.O
+    def layers(self) -> str:
+        """Features in and out."""
+        return " → ".join(str(n) for n in (self.I, self.hidden, self.O) if n)
 
     @property
-    def head(self) -> int:
-        """Numbers in H."""
-        return self.R * self.I * self.O
+    def nodes(self) -> int:
+        """Distinct x."""
+        return self.B // self.neighbours
+
+    def as_published(self) -> Workload:
+        """The workload with as many instances as the public code has."""
+        return dataclasses.replace(self, B=self.published or self.B, published=None)
 
 
 ROTATION, SYNTHETIC = "Galanti & Wolf 2020, rotation", "Galanti & Wolf 2020, synthetic experiment"
 COLORIZATION = "Galanti & Wolf 2020, appendix"
+QM9 = "PyG examples/qm9_nn_conv.py"
 MODELNET = "edge-conditioned MPNN benchmark on ModelNet"
+DIFFDOCK = "DiffDock's per-edge weights, one path"
+QMIX = "PyMARL qmix on MMM2"
 SIREN = "SIREN's hypernetwork, neural-process images"
 DEEPONET = "HyperDeepONet's target net"
+LORA = "Text-to-LoRA on Mistral-7B, r = 8"
 CONDCONV = "CondConv EfficientNet-B0"
 
 WORKLOADS = (
@@ -68,12 +84,12 @@ WORKLOADS = (
     Workload("rotation mnist", 64, 1, 50, 10, 12, ROTATION),
     Workload("rotation cifar", 64, 1, 100, 3072, 10, ROTATION, readme=True),
     Workload("rotation cifar", 64, 1, 100, 10, 12, ROTATION),
-    Workload("qm9 mpnn", 9_792, 1, 128, 64, 64, "PyG examples/qm9_nn_conv.py", published=39_168, readme=True),
+    Workload("qm9 mpnn", 4_896, 1, 128, 64, 64, QM9, published=39_168, readme=True),
     Workload("modelnet mpnn", 8_192, 1, 25, 64, 64, MODELNET),
     Workload("modelnet mpnn", 8_192, 1, 25, 64, 128, MODELNET, readme=True),
-    Workload("diffdock-like", 10_000, 1, 144, 48, 48, "DiffDock's per-edge weights", published=50_000, readme=True),
-    Workload("qmix mmm2", 5_760, 1, 64, 10, 32, "PyMARL qmix on MMM2"),
-    Workload("qmix mmm2", 5_760, 1, 64, 32, 1, "PyMARL qmix on MMM2"),
+    Workload("diffdock-like", 5_000, 1, 144, 48, 48, DIFFDOCK, published=50_000, readme=True),
+    Workload("qmix mmm2", 5_760, 1, 64, 10, 32, QMIX),
+    Workload("qmix mmm2", 5_760, 1, 64, 32, 1, QMIX),
     Workload("qmix 27m", 5_760, 1, 64, 27, 32, "PyMARL qmix on 27m_vs_30m", readme=True),
     Workload("hyper policy", 256, 1, 256, 17, 256, "Sarafian et al. 2021", readme=True),
     Workload("biaffine labels", 4_096, 1, 101, 101, 50, "deep biaffine parsers: torch.nn.Bilinear", readme=True),
@@ -83,11 +99,52 @@ WORKLOADS = (
     Workload("operator learning", 100, 100, 64, 20, 20, DEEPONET, readme=True),
     Workload("operator learning", 100, 100, 64, 20, 10, DEEPONET),
     Workload("siren images", 100, 1_024, 256, 2, 256, SIREN),
-    Workload("siren images", 32, 1_024, 256, 256, 256, SIREN, published=100, readme=True),
+    Workload("siren images", 16, 1_024, 256, 256, 256, SIREN, published=100, readme=True),
     Workload("siren images", 100, 1_024, 256, 256, 3, SIREN),
     Workload("mothernet", 8, 58, 2_048, 512, 512, "MotherNet's generated MLP, full rank", large=True),
-    Workload("text-to-lora A", 8, 512, 512, 4096, 8, "Text-to-LoRA on Mistral-7B, r = 8"),
-    Workload("text-to-lora B", 8, 512, 512, 8, 4096, "Text-to-LoRA on Mistral-7B, r = 8"),
+    Workload("text-to-lora A", 8, 512, 512, 4096, 8, LORA),
+    Workload("text-to-lora B", 8, 512, 512, 8, 4096, LORA),
     Workload("condconv 1x1", 128, 49, 4, 192, 1152, CONDCONV),
     Workload("condconv 1x1", 128, 49, 8, 192, 1152, CONDCONV, readme=True),
+    # As layers of graphs: complete ones of 18 atoms in QM9; the degrees of the other two are assumed.
+    Workload("qm9 graph", 4_896, 1, 128, 64, 64, QM9, neighbours=17, published=39_168, readme=True),
+    Workload("modelnet graph", 8_192, 1, 25, 64, 64, MODELNET, neighbours=8),
+    Workload("diffdock graph", 5_000, 1, 144, 48, 48, DIFFDOCK, neighbours=20, published=50_000),
+    # As whole primary networks, biases and what all instances share included.
+    Workload("rotation mnist primary", 64, 1, 50, 784, 12, ROTATION, hidden=10),
+    Workload("rotation cifar primary", 64, 1, 100, 3072, 12, ROTATION, hidden=10),
+    Workload("qmix mmm2 primary", 5_760, 1, 64, 10, 1, QMIX, hidden=32),
+)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A size that grows while the others stay.
+
+    Attributes:
+        name: `"B"`, `"N"`, `"R"` or `"width"`, which is I and O.
+        sizes: B, N, R, I, O of the others.
+        values: of the one that grows, on a CPU.
+        more: further values on a GPU.
+    """
+
+    name: str
+    sizes: tuple[int, int, int, int, int]
+    values: tuple[int, ...]
+    more: tuple[int, ...] = ()
+
+    def workloads(self, device: str = "cpu") -> Iterator[Workload]:
+        """The points."""
+        for value in self.values + (self.more if device != "cpu" else ()):
+            grown = {"I": value, "O": value} if self.name == "width" else {self.name: value}
+            sizes = dict(zip("BNRIO", self.sizes, strict=True))
+            yield Workload(f"over {self.name}", **{**sizes, **grown}, source="a size that grows")
+
+
+AXES = (
+    # To where W and its gradient fill the memory of a machine: 512 KiB for each instance.
+    Axis("B", (0, 1, 8, 256, 256), (4, 32, 256, 2_048, 16_384, 131_072), (1_048_576,)),
+    Axis("N", (64, 0, 64, 64, 64), (1, 2, 4, 8, 16, 64, 256, 1_024), (4_096,)),
+    Axis("R", (1_024, 1, 0, 64, 64), (2, 8, 32, 128, 512), (2_048,)),
+    Axis("width", (512, 1, 32, 0, 0), (4, 16, 64, 128, 256, 512), (1_024,)),
 )

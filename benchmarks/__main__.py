@@ -1,0 +1,101 @@
+"""Measure on this machine, then make tables and figures of what was measured, here or elsewhere.
+
+    python -m benchmarks measure [--device cpu] [--only NAME] [--studies workloads,scaling,training] ...
+    python -m benchmarks report
+
+A file of results is kept for each device; what is measured again replaces what was there, and the rest stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+import torch
+import torch._inductor.config
+
+from . import measure, records, report, timing
+from .devices import CPU, GPU
+from .steps import MODES
+from .workloads import AXES
+
+
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser("benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    options = commands.add_parser("measure", help="time and memory on this machine")
+    options.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    options.add_argument("--studies", type=_names(measure.STUDIES), default=measure.STUDIES)
+    options.add_argument("--only", metavar="NAME", help="workloads whose name has this in it, and no other study")
+    options.add_argument("--dtypes", type=_names(("float32", "bfloat16", "float16")), default=("float32", "bfloat16"))
+    options.add_argument("--modes", type=_names(MODES), default=MODES, help=f"of {', '.join(MODES)}")
+    options.add_argument("--axes", type=_names([a.name for a in AXES]), default=tuple(a.name for a in AXES))
+    options.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of a CPU")
+    options.add_argument("--large", action="store_true", help="on a CPU, workloads of many GiB, too")
+    options.add_argument(
+        "--eager", action="store_true", help="without torch.compile, which compiles for minutes in all"
+    )
+    options.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no more is begun")
+    options.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the results")
+    options.add_argument("--no-report", action="store_true", help="leave tables and figures for later")
+    made = commands.add_parser("report", help="tables and figures from the results")
+    made.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the results")
+    return parser.parse_args(given)
+
+
+def _names(known: Sequence[str]):
+    def names(text: str) -> tuple[str, ...]:
+        chosen = tuple(name.strip() for name in text.split(","))
+        if unknown := [name for name in chosen if name not in known]:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not of {', '.join(known)}")
+        return chosen
+
+    return names
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Do what is asked for."""
+    args = arguments(given)
+    if args.command == "measure":
+        _measure(args)
+    if args.command == "report" or not args.no_report:
+        for path in report.write_all(args.out):
+            print(f"written: {path.name}")
+
+
+def _measure(args: argparse.Namespace) -> None:
+    """Measure, print and write, group by group, so that nothing is lost."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("there is no GPU here")
+    chosen = measure.chosen(args.only, args.large, args.device)
+    if not chosen:
+        raise SystemExit(f"no workload has {args.only!r} in its name; mothernet wants --large")
+    torch.set_num_threads(args.threads)
+    torch._inductor.config.compile_threads = 1  # no processes in the background of what is measured
+    device = CPU() if args.device == "cpu" else GPU()
+    context = records.context(args.device)
+    path = args.out / f"{context.slug}.csv"
+    until = time.monotonic() + args.budget
+    studies = ("workloads",) if args.only else args.studies
+    print(f"{context.device}; torch {context.torch}; commit {context.commit}", flush=True)
+    start = time.monotonic()
+    groups = []
+    if "workloads" in studies:
+        dtypes = [getattr(torch, name) for name in args.dtypes]
+        groups.append(measure.workloads(chosen, dtypes, args.modes, device, context, not args.eager, until))
+    if "scaling" in studies:
+        groups.append(measure.scaling(args.axes, device, context, until))
+    if "training" in studies:
+        groups.append(measure.trained(device, context))
+    for group in chain.from_iterable(groups):
+        records.write(path, records.replaced(records.read(path), group))
+        print(f"{time.monotonic() - start:6.0f} s  {timing.told(group)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""What is timed of a way: its forward, forward + backward, or a whole training step; and what each should give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from fasthyper.ops import reference
+
+from .inputs import Inputs
+from .peers import Way, kind, over_edges
+from .workloads import Workload
+
+Step = Callable[[], tuple[Tensor, ...]]
+Layout = tuple[int, int, int]
+FORWARD, BOTH, TRAINING = MODES = ("forward", "forward + backward", "training step")
+OWN: Layout = (0, 1, 2)
+
+
+def step(way: Way, mode: str, sets: Sequence[Inputs], layout: Layout = OWN) -> Step:
+    """A function that takes the next set of tensors, from the first on, and runs a way on it.
+
+    - forward, without gradients, gives y.
+    - forward + backward gives y and the gradients of x, z and the head, in the head's layout.
+    - a training step makes z from a trunk, compares y with what it should be, and lets Adam update trunk and head, the
+      first set's; x is what a layer below gives. It returns the loss and the gradients of x and the trunk.
+
+    Args:
+        way: what computes y.
+        mode: one of `MODES`.
+        sets: tensors, of which each call takes the next, and after the last the first.
+        layout: order of the axes of a layer's head in which the way wants it.
+    """
+    if mode == TRAINING:
+        return _training(way, sets, layout)
+    prepared = [(_leaves(s, layout), s.g) for s in sets]
+    turns = cycle(prepared)
+
+    def forward() -> tuple[Tensor, ...]:
+        leaves, _ = next(turns)
+        with torch.no_grad():
+            return (way(*leaves),)
+
+    def both() -> tuple[Tensor, ...]:
+        leaves, g = next(turns)
+        y = way(*leaves)
+        return y, *torch.autograd.grad(y, leaves, g)
+
+    return forward if mode == FORWARD else both
+
+
+def _leaves(s: Inputs, layout: Layout) -> tuple[Tensor, ...]:
+    return tuple(t.detach().requires_grad_() for t in (s.x, s.z, *_head(s, layout)))
+
+
+def _head(s: Inputs, layout: Layout) -> tuple[Tensor, ...]:
+    return s.head if layout == OWN else (s.head[0].permute(layout).contiguous(),)
+
+
+def _training(way: Way, sets: Sequence[Inputs], layout: Layout) -> Step:
+    trunk, *head = (t.clone().requires_grad_() for t in (sets[0].trunk, *_head(sets[0], layout)))
+    adam = torch.optim.Adam([trunk, *head], fused=True, capturable=trunk.is_cuda)
+    turns = cycle([(s.x.detach().requires_grad_(), s.z, s.g) for s in sets])
+
+    def train() -> tuple[Tensor, ...]:
+        x, cond, target = next(turns)
+        adam.zero_grad()
+        x.grad = None
+        loss = torch.nn.functional.mse_loss(way(x, torch.relu(cond @ trunk.T), *head), target)
+        loss.backward()
+        gradients = x.grad, trunk.grad
+        adam.step()
+        return loss.detach(), *(g for g in gradients if g is not None)
+
+    return train
+
+
+def definition(w: Workload, device: str) -> Way:
+    """The sum as it is written, by `fasthyper.ops.reference`."""
+
+    def primary(x: Tensor, z: Tensor, *layers: Tensor) -> Tensor:
+        hidden = torch.relu(reference.hyper_linear(x, z, *layers[:4]))
+        return reference.hyper_linear(hidden, z, *layers[4:])
+
+    if kind(w) == "graph":
+        return over_edges(reference.apply, w, device)
+    return primary if kind(w) == "primary" else reference.apply
+
+
+class Truth:
+    """What a step gives at the first set of tensors, in float64."""
+
+    def __init__(self, w: Workload, mode: str, first: Inputs):
+        self._results = [t.detach() for t in step(definition(w, str(first.x.device)), mode, [first.double()])()]
+        self._allowed = torch.finfo(first.x.dtype).eps ** 0.5
+        names = {FORWARD: ["y"], BOTH: ["y", "dx", "dz"], TRAINING: ["loss", "dx", "the trunk's gradient"]}[mode]
+        self._names = [*names, *("the head's gradient" for _ in self._results[len(names) :])]
+
+    def check(self, name: str, results: Sequence[Tensor], layout: Layout = OWN) -> None:
+        """Compare a step's results. What computes something else is no peer.
+
+        Raises:
+            AssertionError: if one is off by more than the root of the dtype's precision, beside its largest number.
+        """
+        for what, expected, got in zip(self._names, self._results, results, strict=True):
+            if layout != OWN and what == "the head's gradient":
+                expected = expected.permute(layout)
+            same = got.detach().double()
+            wrong = same.shape != expected.shape
+            error = float("inf") if wrong else float((same - expected).abs().max() / expected.abs().max())
+            if not error <= self._allowed:
+                raise AssertionError(f"{name}: {what} is off by {error:.2g}, allowed is {self._allowed:.2g}")
