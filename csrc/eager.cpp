@@ -209,9 +209,9 @@ bool chosen_here(string_view backend, string_view schedule) {
 
 using Apply = Tensor(
     const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, const Maybe&, string_view, int64_t, bool);
-using Grads = std::tuple<Tensor, Tensor, Tensor>(
-    const Tensor&, const Maybe&, const Maybe&, const Maybe&, const Maybe&, const Tensor&, std::array<bool, 3>,
-    string_view, string_view, int64_t, bool);
+using Grads =
+    Six(const Tensor&, const Maybe&, const Maybe&, const Maybe&, const Maybe&, const Tensor&, Mask, string_view,
+        string_view, int64_t, bool);
 
 Tensor run(
     const Tensor& x, const Tensor& z, const Tensor& weight, const Maybe& bias, const Maybe& base_weight,
@@ -229,17 +229,18 @@ Six run_grads(
     const Tensor& x, const Tensor& z, const Tensor& weight, const Maybe& bias, const Maybe& base_weight,
     const Tensor& g, Mask mask, string_view backend, string_view schedule) {
   const bool of_base = mask[3] || mask[4] || mask[5];
-  if (chosen_here(backend, schedule) && !of_base && agree(x, z, weight, bias, base_weight) &&
+  const bool may_come_along = x.size(1) > 1 && x.scalar_type() == at::kFloat;
+  if (chosen_here(backend, schedule) && (!of_base || may_come_along) && agree(x, z, weight, bias, base_weight) &&
       fits(x, g, {x.size(0), x.size(1), weight.size(0)}))
-    if (const auto plan = plans.find(problem_of(x, weight.size(2), weight.size(0), needs_of(mask)))) {
+    if (const auto plan = plans.find(problem_of(x, weight.size(2), weight.size(0), needs_of(mask)));
+        plan && (!of_base || plan->schedule == "generate")) {
       static const auto grads =
           c10::Dispatcher::singleton().findSchemaOrThrow("fasthyper_cpu::grads", "").typed<Grads>();
-      auto [dx, dz, dh] = grads.call(
-          x, z, weight, bias, base_weight, g, {mask[0], mask[1], mask[2]}, plan->schedule, plan->schedule_of_weight,
-          plan->workspace, plan->native);
-      const auto or_empty = [&](Tensor t) { return t.defined() ? t : at::empty({0}, x.options()); };
-      const auto none = [&] { return at::empty({0}, x.options()); };
-      return {or_empty(dx), or_empty(dz), or_empty(dh), none(), none(), none()};
+      auto made = grads.call(
+          x, z, weight, bias, base_weight, g, mask, plan->schedule, plan->schedule_of_weight, plan->workspace,
+          plan->native);
+      std::apply([&](auto&... t) { ((t = t.defined() ? t : at::empty({0}, x.options())), ...); }, made);
+      return made;
     }
   return backward_op().redispatch(any_device, x, z, weight, bias, base_weight, g, mask, backend, schedule);
 }

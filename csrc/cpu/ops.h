@@ -85,13 +85,17 @@ at::Tensor apply(
   return y;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> grads(
+using Six = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// Gradients of x, z, H, bias, base weight and base bias. Those of the last three come undefined where they are no part
+// of a sum that is made anyway, whatever the mask says.
+Six grads(
     const at::Tensor& x, const std::optional<at::Tensor>& z, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& base_weight, const at::Tensor& g,
-    std::array<bool, 3> mask, c10::string_view schedule, c10::string_view schedule_of_weight, int64_t workspace,
+    std::array<bool, 6> mask, c10::string_view schedule, c10::string_view schedule_of_weight, int64_t workspace,
     bool native) {
   const int64_t B = x.size(0), N = x.size(1), I = x.size(2), O = g.size(2), R = z ? z->size(1) : weight->size(2);
-  at::Tensor dx, dz, dh;
+  at::Tensor dx, dz, dh, dbias, dbase, dbase_bias;
   if (mask[0]) dx = at::empty({B, N, I}, x.options());
   if (mask[1]) dz = at::empty({B, R}, x.options());
   if (mask[2]) dh = at::empty({O, I, R}, x.options());
@@ -106,11 +110,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grads(
     f.bias = matrix<S>(bias), f.base = matrix<S>(base_weight);
     S* const to_h = mask[2] ? dh.mutable_data_ptr<S>() : nullptr;
     const Schedule order = named(schedule);
-    if (N > 1 && order == Schedule::generate) return grads_points<S>(f, out<S>(dx), out<S>(dz), to_h, workspace);
+    if (N > 1 && order == Schedule::generate) {
+      OfBases bases;
+      if constexpr (std::is_same_v<S, float>) {
+        const auto made = [&](bool wanted, at::Tensor& t, at::IntArrayRef shape) {
+          if (wanted) t = at::empty(shape, x.options());
+          return wanted ? t.mutable_data_ptr<float>() : nullptr;
+        };
+        bases = {made(mask[3], dbias, {O, R}), made(mask[4], dbase, {O, I}), made(mask[5], dbase_bias, {O})};
+      }
+      return grads_points<S>(f, out<S>(dx), out<S>(dz), to_h, bases, workspace);
+    }
     if (mask[0] || mask[1]) grads_of_factors<S, T>(f, out<S>(dx), out<S>(dz), order, workspace);
     if (mask[2]) weight_grad<S, T>(f, to_h, named(schedule_of_weight), workspace);
   });
-  return {dx, dz, dh};
+  return {dx, dz, dh, dbias, dbase, dbase_bias};
 }
 
 TORCH_LIBRARY(fasthyper_cpu, m) {
@@ -120,8 +134,9 @@ TORCH_LIBRARY(fasthyper_cpu, m) {
       "int workspace, bool native) -> Tensor",
       apply);
   m.def(
-      "grads(Tensor x, Tensor? z, Tensor? weight, Tensor? bias, Tensor? base_weight, Tensor g, bool[3] mask, "
-      "str schedule, str schedule_of_weight, int workspace, bool native) -> (Tensor, Tensor, Tensor)",
+      "grads(Tensor x, Tensor? z, Tensor? weight, Tensor? bias, Tensor? base_weight, Tensor g, bool[6] mask, "
+      "str schedule, str schedule_of_weight, int workspace, bool native) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)",
       grads);
 }
 

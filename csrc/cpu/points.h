@@ -2,6 +2,7 @@
 //
 //   W[b,o,i] = Σ_r H[o,i,r] z[b,r] + base[o,i]     y[b] = x[b] W[b]ᵀ + bias z[b] + base_bias     dx[b] = g[b] W[b]
 //   dW[b] = g[b]ᵀ x[b]       dz[b,r] = Σ_{o,i} dW[b,o,i] H[o,i,r]       dH[o,i,r] = Σ_b dW[b,o,i] z[b,r]
+//   dbase = Σ_b dW[b]        dbias[o,r] = Σ_b (Σ_n g[b,n,o]) z[b,r]     dbase_bias = Σ_b Σ_n g[b,n]
 //
 // All in float32. Each step has two parallel regions: one makes a piece of W or dW for a group of instances, the other
 // uses it. Sums are cut by sizes alone, so that the number of threads changes no bit.
@@ -160,14 +161,14 @@ void apply_points(const Factors<S>& f, const S* base_bias, int64_t base_bias_str
 constexpr int64_t POINTS = 256;  // that one product contracts
 
 // A piece of dW: instances from b0 on, rows o from o0 on, columns i from i0 on. An instance's part of it is `pitch`
-// numbers, os × is of dW and, where the generated bias wants it, os of Σ_n g.
+// numbers, os × is of dW and, where they are `summed`, os of Σ_n g, which dz wants where it is `biased`.
 struct PieceOfdW {
   int64_t b0, instances, o0, os, i0, is, pitch;
-  bool summed;
+  bool summed, biased;
   float* data;
 
   int64_t numbers() const { return os * is; }
-  int64_t rows() const { return numbers() + (summed ? os : 0); }
+  int64_t rows() const { return numbers() + (biased ? os : 0); }
   float* instance(int64_t b) const { return data + b * pitch; }
 };
 
@@ -250,47 +251,101 @@ inline void add_to_dH(
   }
 }
 
-// dz and dH; either may be without data.
+// Gradients of what is not generated from H, float32's alone: (O, R), (O, I), (O,). Any may be without data.
+struct OfBases {
+  float *bias = nullptr, *base = nullptr, *base_bias = nullptr;
+
+  bool any() const { return bias || base || base_bias; }
+};
+
+// out[j] += Σ_b numbers[b,j] for `count` numbers of each instance, from `from` on; some instances at a time, or the sum
+// would lose digits.
+inline void add_instances(const PieceOfdW& dw, int64_t from, int64_t count, bool add, float* out) {
+  constexpr int64_t AT_ONCE = 32;
+  float some[PANEL];
+  for (int64_t j0 = 0; j0 < count; j0 += PANEL) {
+    const int64_t width = std::min(PANEL, count - j0);
+    if (!add) std::fill_n(out + j0, width, 0.f);
+    for (int64_t b0 = 0; b0 < dw.instances; b0 += AT_ONCE) {
+      std::fill_n(some, PANEL, 0.f);
+      for (int64_t b = b0; b < std::min(dw.instances, b0 + AT_ONCE); ++b)
+        for (int64_t j = 0; j < width; ++j) some[j] += dw.instance(b)[from + j0 + j];
+      for (int64_t j = 0; j < width; ++j) out[j0 + j] += some[j];
+    }
+  }
+}
+
+// What `count` rows from o on of a piece add to the gradients of the bases; z is in panels, `t` holds count × GROUP.
+inline void add_to_bases(
+    const PieceOfdW& dw, int64_t o, int64_t count, const float* z, int64_t R, int64_t I, bool add, const OfBases& to,
+    float* t) {
+  for (int64_t k = o; to.base && k < o + count; ++k)
+    add_instances(dw, k * dw.is, dw.is, add, to.base + (dw.o0 + k) * I + dw.i0);
+  if (!dw.summed) return;
+  const int64_t sums = dw.numbers() + o, ld = packed_ld<float>(std::min(dw.instances, GROUP));
+  if (to.base_bias) add_instances(dw, sums, count, add, to.base_bias + dw.o0 + o);
+  for (int64_t b = 0; to.bias && b < dw.instances; b += GROUP) {
+    const int64_t K = std::min(GROUP, dw.instances - b);
+    for (int64_t k = 0; k < count; ++k)
+      for (int64_t l = 0; l < K; ++l) t[k * ld + l] = dw.instance(b + l)[sums + k];
+    for (int64_t r = 0; r < R; r += PANEL)
+      gemm(
+          count, std::min(PANEL, R - r), K, (const float*)t, ld, z + r * dw.instances + b * PANEL, PANEL,
+          to.bias + (dw.o0 + o) * R + r, R, add || b > 0);
+  }
+}
+
+// dz, dH and the gradients of the bases; any may be without data.
 template <class S>
-void weight_points(const Factors<S>& f, Rows<S> dz, S* dh, int64_t workspace) {
+void weight_points(const Factors<S>& f, Rows<S> dz, S* dh, const OfBases& bases, int64_t workspace) {
   constexpr bool direct = std::is_same_v<S, float>;
   const int64_t room = piece(workspace), R = f.R, panels = ceil_div(R, PANEL);
-  const bool biased = dz.data && f.bias.data, sliced = dh && !direct;
+  const bool biased = dz.data && f.bias.data, summed = biased || bases.bias || bases.base_bias, sliced = dh && !direct;
   int64_t o_size = f.O, i_size = std::min<int64_t>(f.I, 512), G = std::min(f.B, GROUP);
   while (o_size * i_size > room / std::max(G, sliced ? 2 * R : 1) && (o_size > 32 || i_size > 32)) {
     if (o_size >= i_size) o_size = ceil_div(o_size, 2);
     else i_size = round_up(ceil_div(i_size, 2), 8);
   }
-  const int64_t pitch = packed_ld<float>(o_size * (i_size + biased) + 8);
+  const int64_t pitch = packed_ld<float>(o_size * (i_size + summed) + 8);
   const bool one_chunk = o_size == f.O && i_size == f.I;
   G = std::clamp<int64_t>(std::min(room / pitch, room / 4 / R), 1, one_chunk ? f.B : G);
   const int64_t groups = ceil_div(f.B, G), i_parts = ceil_div(f.I, i_size), chunks = ceil_div(f.O, o_size) * i_parts;
   if (sliced && dz.data && groups > 1 && chunks > 1) {  // either sum would wait for the other
-    weight_points(f, dz, (S*)nullptr, workspace);
-    return weight_points(f, {}, dh, workspace);
+    weight_points(f, dz, (S*)nullptr, {}, workspace);
+    return weight_points(f, {}, dh, {}, workspace);
   }
   const int64_t threads = at::get_num_threads();
   const int64_t depth = std::clamp<int64_t>((1 << 16) / R, 16, 256);  // of H in one product
   const int64_t slots = std::clamp<int64_t>(std::min(o_size * i_size / 256, room / 2 / (G * R)), 1, 16);
   const int64_t M = round_up(ceil_div(G, std::clamp<int64_t>(threads / slots, 1, ceil_div(G, 16))), 2);
   const int64_t m_units = ceil_div(G, M);
-  const Scratch<float> numbers(G * pitch), sums(dz.data ? slots * G * R : 0), z(dh ? panels * G * PANEL : 0);
-  const Scratch<float> slice(sliced ? o_size * i_size * R : 0), ones(biased ? POINTS : 0);
-  if (biased) std::fill_n((float*)ones, POINTS, 1.f);
+  const Scratch<float> numbers(G * pitch), sums(dz.data ? slots * G * R : 0),
+      z(dh || bases.bias ? panels * G * PANEL : 0);
+  const Scratch<float> slice(sliced ? o_size * i_size * R : 0), ones(summed ? POINTS : 0);
+  if (summed) std::fill_n((float*)ones, POINTS, 1.f);
   for (int64_t step = 0; step < groups * chunks; ++step) {
     const int64_t group = dz.data ? step / chunks : step % groups, chunk = dz.data ? step % chunks : step / groups;
     const int64_t b0 = group * G, o0 = chunk / i_parts * o_size, i0 = chunk % i_parts * i_size;
-    const PieceOfdW dw{b0,    std::min(G, f.B - b0), o0,     std::min(o_size, f.O - o0), i0, std::min(i_size, f.I - i0),
-                       pitch, biased && i0 == 0,     numbers};
+    const PieceOfdW dw{
+        b0,
+        std::min(G, f.B - b0),
+        o0,
+        std::min(o_size, f.O - o0),
+        i0,
+        std::min(i_size, f.I - i0),
+        pitch,
+        summed && i0 == 0,
+        biased && i0 == 0,
+        numbers};
     make_dW(f, dw, (const float*)ones, workspace);
 
     const int64_t Gs = dw.instances;
-    for (int64_t r = 0; dh && r < R; r += PANEL)
+    for (int64_t r = 0; (dh || bases.bias) && r < R; r += PANEL)
       pack(
           f.z.data + b0 * f.z.instance + r * f.z.feature, f.z.instance, f.z.feature, z + r * Gs, PANEL, Gs,
           std::min(PANEL, R - r), PANEL);
     const int64_t blocks = ceil_div(dw.rows(), depth), z_units = dz.data ? slots * m_units : 0;
-    const int64_t oh = std::max<int64_t>(1, 128 / dw.is), h_units = dh ? ceil_div(dw.os, oh) : 0;
+    const int64_t oh = std::max<int64_t>(1, 128 / dw.is), h_units = dh || bases.any() ? ceil_div(dw.os, oh) : 0;
     const int64_t ld = packed_ld<float>(std::min(Gs, GROUP));
     const int64_t floats = std::max(depth * panels * PANEL, (oh * dw.is + 8) * ld);
     const int64_t flops = 2 * Gs * dw.numbers() * R * ((z_units > 0) + (h_units > 0));
@@ -303,6 +358,8 @@ void weight_points(const Factors<S>& f, Rows<S> dz, S* dh, int64_t workspace) {
         return;
       }
       const int64_t o = (unit - z_units) * oh, count = std::min(oh, dw.os - o);
+      if constexpr (direct) add_to_bases(dw, o, count, z, R, f.I, group > 0, bases, t);
+      if (!dh) return;
       S* const to = dh + ((o0 + o) * f.I + i0) * R;
       if constexpr (direct) {
         add_to_dH(dw, o, count, z, R, group > 0, to, f.I * R, t);
@@ -322,16 +379,16 @@ void weight_points(const Factors<S>& f, Rows<S> dz, S* dh, int64_t workspace) {
   }
 }
 
-// dx, dz and dH; any may be without data. dx is `apply` of g with o and i swapped.
+// dx, dz, dH and the gradients of the bases; any may be without data. dx is `apply` of g with o and i swapped.
 template <class S>
-void grads_points(const Factors<S>& f, Rows<S> dx, Rows<S> dz, S* dh, int64_t workspace) {
+void grads_points(const Factors<S>& f, Rows<S> dx, Rows<S> dz, S* dh, const OfBases& bases, int64_t workspace) {
   if (dx.data) {
     Factors<S> t = f;
     t.x = f.g, t.bias = {};
     std::swap(t.I, t.O), std::swap(t.so, t.si), std::swap(t.base.s0, t.base.s1);
     apply_points(t, (const S*)nullptr, 0, dx, workspace);
   }
-  if (dz.data || dh) weight_points(f, dz, dh, workspace);
+  if (dz.data || dh || bases.any()) weight_points(f, dz, dh, bases, workspace);
 }
 
 }  // namespace fasthyper

@@ -90,7 +90,7 @@ def grads(
     if _left_to_aten(x, R, O):
         return aten.grads(*tensors, mask, schedule=schedule)
     dx, dz, dh = mask[:3]
-    out: list[Tensor | None] = [None] * 3
+    out: list[Tensor | None] = [None] * 6
     problem = Problem.of("grads", x, R, O, (dx, dz, dh), "cpu")
     if dx or dz or dh:
         plan = planner.plan(problem, schedule)
@@ -104,8 +104,7 @@ def grads(
         how = (*schedules, planner.get_workspace_limit(), plan.work_dtype != torch.float32)
         if schedule == AUTO:
             _remember(x, R, O, dx | dz << 1 | dh << 2, *how)
-        out = list(_ops.grads(*tensors, [dx, dz, dh], *how))
-    rest: tuple[Tensor | None, ...] = (None, None, None)
-    if any(mask[3:]):
-        rest = aten.base_grads(x, z, g, R, mask, aten.tile_of(planner.plan(problem._replace(backend="aten"))))
-    return *(t if k else None for t, k in zip(out, mask, strict=False)), *rest
+        out = list(_ops.grads(*tensors, mask, *how))
+    if any(k and t is None for t, k in zip(out[3:], mask[3:], strict=True)):
+        out[3:] = aten.base_grads(x, z, g, R, mask, aten.tile_of(planner.plan(problem._replace(backend="aten"))))
+    return tuple(t if k else None for t, k in zip(out, mask, strict=True))
