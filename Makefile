@@ -1,10 +1,10 @@
-# make test | compare | bench | aot | gpu | sanitize | held | format | clean. All but gpu run in .venv, made on first use.
+# make test | compare | bench | report | aot | gpu | sanitize | held | format | clean. All but gpu run in .venv, made on first use.
 PYTHON ?= python3
 BIN := .venv/bin
 BUILT := fasthyper/_compiled/build.json
 SOURCES := $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: test interpreted emulated slow held sanitize lint compare bench aot gpu gpu-test gpu-bench format clean
+.PHONY: test interpreted emulated slow held sanitize lint compare bench report aot gpu gpu-test bench-gpu format clean
 
 # One process a core, one thread each: the tests are many and small.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
@@ -51,8 +51,13 @@ NAME ?= all
 compare: .venv/ready $(BUILT)
 	$(BIN)/fasthyper compare $(NAME)
 
+# Every workload against everyone, cost along sizes, training; then tables and figures, the README's too. ARGUMENTS of
+# `python -m benchmarks measure --help`, such as "--only qm9". `make report` makes them of the results that are there.
 bench: .venv/ready $(BUILT)
-	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python -m benchmarks measure $(ARGUMENTS)
+
+report: .venv/ready
+	$(BIN)/python -m benchmarks report
 
 # The table of all Triton kernels and tiles, compiled for every part; PARTS="sm_90" for one.
 aot: .venv/ready
@@ -66,7 +71,8 @@ GPU_PARTS ?= 9.0a
 OUT ?= benchmarks/results
 ON_GPU := FASTHYPER_TEST_DEVICE=cuda FASTHYPER_AUTOTUNE=0 PYTHONPATH=.
 GPU_TEST := $(GPU_PYTHON) -m pytest -q --numprocesses auto --maxprocesses 12
-gpu: gpu-test gpu-bench
+GPU_MEASURE := $(GPU_PYTHON) -m benchmarks measure --device cuda --no-report --out $(OUT)
+gpu: gpu-test bench-gpu
 gpu-test:
 	FASTHYPER_ONLY=cuda TORCH_CUDA_ARCH_LIST=$(GPU_PARTS) timeout 240 $(GPU_PYTHON) setup.py --quiet build_ext --inplace \
 		|| echo "NOT BUILT"
@@ -77,11 +83,12 @@ gpu-test:
 		|| echo "TESTS FAILED on the GPU"
 	for tool in memcheck racecheck synccheck; do PYTHONPATH=. timeout -k 5 60 compute-sanitizer --error-exitcode 9 \
 		--tool $$tool $(GPU_PYTHON) benchmarks/sanitized.py || echo "$$tool: $$?, where 9 is a fault and 124 no time"; done
-gpu-bench:
+bench-gpu:
 	$(ON_GPU) timeout -s INT -k 5 90 $(GPU_TEST) -k triton --durations 5 tests/ops tests/backends/test_kernels.py \
 		tests/backends/test_triton.py || echo "TESTS FAILED on the GPU"
-	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu_cuda.py --budget 150 --out $(OUT)
-	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py --budget 200 --out $(OUT)
+	$(GPU_MEASURE) --studies workloads --dtypes bfloat16 --modes "forward + backward" --budget 240
+	$(GPU_MEASURE) --studies scaling,training --budget 120
+	$(GPU_MEASURE) --studies workloads --dtypes bfloat16,float32 --modes forward,"training step" --eager --budget 60
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .
@@ -104,4 +111,5 @@ $(BUILT): setup.py $(SOURCES) | .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools ninja
 	$(DEVELOPMENT) $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
 		--editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps hyper-nn
 	touch $@

@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 import torch._inductor.config
 
-from . import measure, records, report, timing
+from . import measure, records, timing
 from .devices import CPU, GPU
+from .prepare import prepare
 from .steps import MODES
 from .workloads import AXES
 
@@ -40,7 +41,12 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     options.add_argument(
         "--eager", action="store_true", help="without torch.compile, which compiles for minutes in all"
     )
-    options.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no more is begun")
+    options.add_argument(
+        "--budget",
+        type=float,
+        default=float("inf"),
+        help="seconds after which no more is begun; compiling ends at half",
+    )
     options.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the results")
     options.add_argument("--no-report", action="store_true", help="leave tables and figures for later")
     made = commands.add_parser("report", help="tables and figures from the results")
@@ -64,6 +70,8 @@ def main(given: Sequence[str] | None = None) -> None:
     if args.command == "measure":
         _measure(args)
     if args.command == "report" or not args.no_report:
+        from . import report  # matplotlib may not be where there is a GPU
+
         for path in report.write_all(args.out):
             print(f"written: {path.name}")
 
@@ -78,16 +86,20 @@ def _measure(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch._inductor.config.compile_threads = 1  # no processes in the background of what is measured
     device = CPU() if args.device == "cpu" else GPU()
+    if args.device == "cuda":
+        prepare(chosen, [getattr(torch, name) for name in args.dtypes])
     context = records.context(args.device)
     path = args.out / f"{context.slug}.csv"
-    until = time.monotonic() + args.budget
+    start = time.monotonic()
+    until = start + args.budget
     studies = ("workloads",) if args.only else args.studies
     print(f"{context.device}; torch {context.torch}; commit {context.commit}", flush=True)
-    start = time.monotonic()
     groups = []
     if "workloads" in studies:
         dtypes = [getattr(torch, name) for name in args.dtypes]
-        groups.append(measure.workloads(chosen, dtypes, args.modes, device, context, not args.eager, until))
+        compile_until = start + args.budget / 2
+        options = (not args.eager, until, compile_until)
+        groups.append(measure.workloads(chosen, dtypes, args.modes, device, context, *options))
     if "scaling" in studies:
         groups.append(measure.scaling(args.axes, device, context, until))
     if "training" in studies:

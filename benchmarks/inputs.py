@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -34,6 +34,10 @@ class Inputs:
     def leaves(self) -> tuple[Tensor, ...]:
         """x, z and the head: what gradients are asked for."""
         return (self.x, self.z, *self.head)
+
+    def of_instances(self, count: int) -> Inputs:
+        """The first instances of a layer."""
+        return replace(self, x=self.x[:count], z=self.z[:count], g=self.g[:count])
 
     def double(self) -> Inputs:
         """The same numbers in float64."""

@@ -9,7 +9,6 @@ from functools import partial
 import torch
 
 from fasthyper import planner
-from fasthyper.planner import machine
 from fasthyper.problem import Problem
 
 from . import training
@@ -54,17 +53,18 @@ def workloads(
     context: Context,
     compiled: bool = True,
     until: float = float("inf"),
+    compile_until: float = float("inf"),
 ) -> Groups:
     """Every workload: forward + backward against everyone, the rest against who comes near the best of them there.
 
-    On a CPU without products of 16 bits, these dtypes are measured on the README's workloads alone, unless some are
-    named, and without torch.compile. `compiled` says whether that takes part at all.
+    On a CPU, what is not forward + backward in float32 is measured on the README's workloads alone, unless some are
+    named, and in 16 bits without torch.compile. `compiled` says whether that takes part at all.
     """
+    named = len(chosen) < len(WORKLOADS) // 2
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
-        if device.kind == "cpu" and machine("cpu", dtype).work_dtype != dtype:
-            chosen = [w for w in chosen if w.readme or len(chosen) < len(WORKLOADS) // 2]
-            compiled = False
+        if device.kind == "cpu" and dtype != torch.float32:
+            chosen, compiled = [w for w in chosen if w.readme or named], False
         layers = [w for w in chosen if kind(w) == "layer"]
         resident: dict[Workload, int | None] = {}
         if device.kind == "cpu" and BOTH in modes and layers:
@@ -73,9 +73,12 @@ def workloads(
         for w in chosen:
             near: set[str] | None = None  # unless forward + backward is measured, everyone
             for mode in sorted(modes, key=lambda mode: mode != BOTH):
+                if device.kind == "cpu" and mode != BOTH and not (w.readme or named):
+                    continue
                 if time.monotonic() > until:
                     return
-                those = [p for p in peers(w, dtype, device.kind) if compiled or not p.compiled]
+                may = compiled and time.monotonic() < compile_until
+                those = [p for p in peers(w, dtype, device.kind) if may or not p.compiled]
                 ways = [*ours(w, device.kind), *(p for p in those if near is None or p.name in near)]
                 patience = Patience() if mode == BOTH else Patience(seconds=0.7)
                 group = compare(w, mode, dtype, device, ways, context, patience, study="workloads")
@@ -106,15 +109,18 @@ def scaling(axes: Sequence[str], device: CPU | GPU, context: Context, until: flo
 
 def trained(device: CPU | GPU, context: Context, seconds: float = TRAINING_SECONDS) -> Groups:
     """The training examples."""
-    yield training.measure(context, seconds, device.kind)
+    yield from training.measure(context, seconds, device.kind)
 
 
 def chosen(only: str | None, large: bool, device: str) -> list[Workload]:
-    """The workloads whose label has `only` in it: all without it; those of gigabytes only if asked for, or on a GPU."""
-    all_of_them = [w if device == "cpu" else w.as_published() for w in WORKLOADS]
-    return [
-        w for w in all_of_them if (large or not w.large or device != "cpu") and (only or "").lower() in w.label.lower()
-    ]
+    """The workloads whose label has `only` in it: all without it; those of gigabytes only if asked for, or on a GPU.
+
+    On a GPU they are as published, and those first that the floors are about: a budget may end before the last.
+    """
+    found = [w for w in WORKLOADS if (only or "").lower() in w.label.lower()]
+    if device == "cpu":
+        return [w for w in found if large or not w.large]
+    return sorted((w.as_published() for w in found), key=lambda w: (w.N > 1, -w.B * w.N * w.R * w.I * w.O))
 
 
 STUDIES = ("workloads", "scaling", "training")

@@ -9,10 +9,10 @@ from statistics import median, quantiles
 
 from . import plots, records
 from .records import RESULTS, ROOT, Record
-from .roofline import flops
 from .subjects import BOTH, COPY, PRODUCT, TOLERANCE, Results, Subject, along, common_loss, layer, over, runs
 from .summary import Line, figures
 from .tables import digits, mib, ms, ratio, spread, table, time_of
+from .workloads import WORKLOADS
 
 __all__ = ["Line", "figures", "markdown", "short", "write_all"]
 
@@ -281,13 +281,11 @@ def _training(results: Results) -> list[str]:
 
 
 def short(found: Iterable[Record], source: Path, base: Path) -> str:
-    """The README's block: of each workload its largest layer, forward + backward; `base` is where links start from."""
+    """The README's block: forward + backward of what the registry marks for it; `base` is where links start from."""
     results = Results(found)
     dtype = min((dtype for dtype, mode in results.modes if mode == BOTH), key=lambda dtype: dtype != "float32")
-    largest: dict[str, Subject] = {}
-    for subject in results.among("workloads", dtype, BOTH):
-        name = subject.of.workload
-        largest[name] = max(largest.get(name, subject), subject, key=lambda s: flops(s.of))
+    shown = {(w.name, w.R, w.I, w.O) for w in WORKLOADS if w.readme}
+    subjects = [s for s in results.among("workloads", dtype, BOTH) if _key(s.of) in shown]
     columns = [*SIZES, "MiB, fasthyper", "MiB, least peer", "ms, fasthyper", "ms, best peer", "speed-up"]
     rows = [
         [
@@ -298,7 +296,7 @@ def short(found: Iterable[Record], source: Path, base: Path) -> str:
             _best_peer(s),
             ratio(s.speed_up),
         ]
-        for s in largest.values()
+        for s in subjects
     ]
     link = Path(os.path.relpath(source.with_suffix(""), base)).as_posix()
     pictures = [
@@ -310,10 +308,14 @@ def short(found: Iterable[Record], source: Path, base: Path) -> str:
         if results.among(study)
     ]
     where = (
-        f"{dtype}, {BOTH}, the largest layer of each workload; {results.headline}; torch {results.context.torch}. "
+        f"{dtype}, {BOTH}; {results.headline}; torch {results.context.torch}. "
         f"Medians of runs in turns; all layers, ways, dtypes and modes are in [{source.stem}.md]({link}.md)."
     )
     return "\n\n".join([table(columns, rows), where, *_footnotes(results), *pictures])
+
+
+def _key(of: Record) -> tuple[str, int, int, int]:
+    return of.workload, of.R, of.I, of.O
 
 
 def _into(readme: Path, name: str, text: str) -> bool:

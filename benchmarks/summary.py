@@ -10,6 +10,7 @@ from typing import NamedTuple
 from .records import Record
 from .subjects import BOTH, TOLERANCE, Results, Subject
 from .tables import MIB
+from .workloads import WORKLOADS
 
 NARROW, HEAVY = 32, 1 << 18  # features of a narrow layer are fewer; a head is heavy from so many numbers on
 
@@ -76,9 +77,12 @@ class Figure:
         return Line(self.text, dtype, value, floor, results.label(subject))
 
 
+_EXTRA = {w.name for w in WORKLOADS if w.extra}
+
+
 def published(of: Record) -> bool:
     """A layer of a published network, each of whose instances has points of its own: what is in the means."""
-    return of.neighbours == 1 and not of.hidden and of.workload != "tiny batch"
+    return of.neighbours == 1 and not of.hidden and of.workload not in _EXTRA
 
 
 def _single(of: Record) -> bool:

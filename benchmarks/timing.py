@@ -208,7 +208,9 @@ def _in_turns(
 
 
 def told(group: Sequence[Record]) -> str:
-    """What was measured, in a line: ours, and the fastest peer."""
+    """What was measured, in a line: ours, and the fastest peer; of training, after the last step."""
+    last = max((r.step or 0 for r in group), default=0)
+    group = [r for r in group if (r.step or 0) == last]
     ours = next((r for r in group if r.role == "ours" and r.median), None)
     if ours is None or ours.median is None:
         return "nothing"

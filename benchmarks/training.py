@@ -4,16 +4,13 @@ All ways are the same network of the same layers (`examples.py`) with the same w
 batches: what differs is `fasthyper.use_backend`, and whether W, once written out, is kept for what else needs it in a
 step. They take turns, a step each, so that what else a machine does meets all. As they compute the same sums, their
 losses at a step agree to rounding, and whoever takes its steps in less time is earlier at any loss.
-
-`python -m benchmarks.training` prints what came out.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import itertools
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,7 +21,7 @@ import fasthyper
 from fasthyper.experiments.measure import peak_temporary_bytes
 
 from .examples import EXAMPLES, Batch, Example
-from .records import Context, Record, context
+from .records import Context, Record
 
 
 class Way(NamedTuple):
@@ -145,13 +142,14 @@ def train(example: Example, here: Context, deadline: float, device: torch.device
     return records
 
 
-def measure(context: Context, seconds: float, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Record]:
-    """Train every example in every way.
+def measure(
+    context: Context, seconds: float, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Iterator[list[Record]]:
+    """Train every example in every way; one whose data are not installed is left out, and printed.
 
     Args:
         context: of the records.
-        seconds: for everything; each example may take what those before it have left of their shares, and stops with a
-            note where that is too little.
+        seconds: for all, of which each example may take an equal share; it stops with a note where that is too little.
         device: `"cpu"` or `"cuda"`.
         dtype: float32; bfloat16, by autocast; or float64.
 
@@ -160,34 +158,11 @@ def measure(context: Context, seconds: float, device: str = "cpu", dtype: torch.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ValueError(f"dtype: training is in float32, bfloat16 or float64, not in {dtype}")
-    start, where = time.perf_counter(), torch.device(device)
-    examples = EXAMPLES[where.type]
-    records = []
-    for number, make in enumerate(examples, 1):
-        records += train(make(), context, start + seconds * number / len(examples), where, dtype)
-    return records
-
-
-def table(records: list[Record]) -> str:
-    """Of each example, the time of each way to the lowest loss that all of them have reached, and a step's memory."""
-    lines = ["| example | way | loss | steps | s | speed-up | MiB |", "| --- | --- | --: | --: | --: | --: | --: |"]
-    for _, group in itertools.groupby(records, lambda record: record.subject):
-        ways: dict[str, list[Record]] = {}
-        for record in group:
-            ways.setdefault(record.way, []).append(record)
-        goal = max(min(r.loss for r in series) for series in ways.values())
-        reached = [next(r for r in series if r.loss <= goal) for series in ways.values()]
-        for r in reached:
-            lines.append(
-                f"| {r.workload} | {r.way} | {r.loss:.3g} | {r.step} | {r.median:.3g} "
-                f"| {reached[-1].median / r.median:.2f} | {r.temporary / 2**20:.1f} |"
-            )
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Train the examples, with W written out and without.")
-    parser.add_argument("--seconds", type=float, default=100.0, help="for everything (default: %(default)s)")
-    parser.add_argument("--device", choices=EXAMPLES, default="cpu")
-    chosen = parser.parse_args()
-    print(table(measure(context(chosen.device), chosen.seconds, chosen.device)))
+    where = torch.device(device)
+    for make in EXAMPLES[where.type]:
+        try:
+            example = make()
+        except ImportError as error:
+            print(f"left out: {error}")
+            continue
+        yield train(example, context, time.perf_counter() + seconds / len(EXAMPLES[where.type]), where, dtype)

@@ -17,7 +17,7 @@ class Workload:
 
     Attributes:
         name: what it is called in tables; one with several layers has a workload for each.
-        B: instances, so many that a run on two cores takes a second at most.
+        B: instances, so many that a run on two cores takes half a second at most.
         N: points per instance.
         R: features of z.
         I: in features of the generated layer.
@@ -27,7 +27,7 @@ class Workload:
             outputs are summed by the node that they go to. 1 where it is none.
         hidden: units between two generated layers, I → hidden → O, with a ReLU. 0 where there is one layer.
         published: B there, where it is another.
-        readme: whether the README's short table shows it.
+        readme: whether the README's short table shows it, and a CPU measures it in every mode and dtype.
         large: whether it needs gigabytes, and is left out unless asked for.
         extra: whether it is a case of our own, left out of the means.
     """
@@ -71,6 +71,7 @@ COLORIZATION = "Galanti & Wolf 2020, appendix"
 QM9 = "PyG examples/qm9_nn_conv.py"
 MODELNET = "edge-conditioned MPNN benchmark on ModelNet"
 DIFFDOCK = "DiffDock's per-edge weights, one path"
+BIAFFINE = "deep biaffine parsers: torch.nn.Bilinear"
 QMIX = "PyMARL qmix on MMM2"
 SIREN = "SIREN's hypernetwork, neural-process images"
 DEEPONET = "HyperDeepONet's target net"
@@ -84,32 +85,35 @@ WORKLOADS = (
     Workload("rotation mnist", 64, 1, 50, 10, 12, ROTATION),
     Workload("rotation cifar", 64, 1, 100, 3072, 10, ROTATION, readme=True),
     Workload("rotation cifar", 64, 1, 100, 10, 12, ROTATION),
-    Workload("qm9 mpnn", 4_896, 1, 128, 64, 64, QM9, published=39_168, readme=True),
-    Workload("modelnet mpnn", 8_192, 1, 25, 64, 64, MODELNET),
-    Workload("modelnet mpnn", 8_192, 1, 25, 64, 128, MODELNET, readme=True),
-    Workload("diffdock-like", 5_000, 1, 144, 48, 48, DIFFDOCK, published=50_000, readme=True),
+    Workload("qm9 mpnn", 2_448, 1, 128, 64, 64, QM9, published=39_168, readme=True),
+    Workload("modelnet mpnn", 4_096, 1, 25, 64, 64, MODELNET, published=8_192),
+    Workload("modelnet mpnn", 4_096, 1, 25, 64, 128, MODELNET, published=8_192, readme=True),
+    Workload("diffdock-like", 2_500, 1, 144, 48, 48, DIFFDOCK, published=50_000, readme=True),
     Workload("qmix mmm2", 5_760, 1, 64, 10, 32, QMIX),
     Workload("qmix mmm2", 5_760, 1, 64, 32, 1, QMIX),
     Workload("qmix 27m", 5_760, 1, 64, 27, 32, "PyMARL qmix on 27m_vs_30m", readme=True),
     Workload("hyper policy", 256, 1, 256, 17, 256, "Sarafian et al. 2021", readme=True),
-    Workload("biaffine labels", 4_096, 1, 101, 101, 50, "deep biaffine parsers: torch.nn.Bilinear", readme=True),
+    Workload("biaffine labels", 2_048, 1, 101, 101, 50, BIAFFINE, published=4_096, readme=True),
     Workload("tiny batch", 32, 1, 64, 10, 32, "qmix mmm2 with few instances", extra=True),
+    Workload(
+        "square", 1_024, 1, 128, 128, 128, "none published has O ≥ 128 and is large", published=16_384, extra=True
+    ),
     Workload("colorization", 64, 64, 100, 42, 10, COLORIZATION),
     Workload("colorization", 64, 64, 100, 10, 3, COLORIZATION),
     Workload("operator learning", 100, 100, 64, 20, 20, DEEPONET, readme=True),
     Workload("operator learning", 100, 100, 64, 20, 10, DEEPONET),
-    Workload("siren images", 100, 1_024, 256, 2, 256, SIREN),
+    Workload("siren images", 32, 1_024, 256, 2, 256, SIREN, published=100),
     Workload("siren images", 16, 1_024, 256, 256, 256, SIREN, published=100, readme=True),
-    Workload("siren images", 100, 1_024, 256, 256, 3, SIREN),
+    Workload("siren images", 32, 1_024, 256, 256, 3, SIREN, published=100),
     Workload("mothernet", 8, 58, 2_048, 512, 512, "MotherNet's generated MLP, full rank", large=True),
     Workload("text-to-lora A", 8, 512, 512, 4096, 8, LORA),
     Workload("text-to-lora B", 8, 512, 512, 8, 4096, LORA),
-    Workload("condconv 1x1", 128, 49, 4, 192, 1152, CONDCONV),
-    Workload("condconv 1x1", 128, 49, 8, 192, 1152, CONDCONV, readme=True),
+    Workload("condconv 1x1", 64, 49, 4, 192, 1152, CONDCONV, published=128),
+    Workload("condconv 1x1", 64, 49, 8, 192, 1152, CONDCONV, published=128, readme=True),
     # As layers of graphs: complete ones of 18 atoms in QM9; the degrees of the other two are assumed.
-    Workload("qm9 graph", 4_896, 1, 128, 64, 64, QM9, neighbours=17, published=39_168, readme=True),
-    Workload("modelnet graph", 8_192, 1, 25, 64, 64, MODELNET, neighbours=8),
-    Workload("diffdock graph", 5_000, 1, 144, 48, 48, DIFFDOCK, neighbours=20, published=50_000),
+    Workload("qm9 graph", 2_448, 1, 128, 64, 64, QM9, neighbours=17, published=39_168, readme=True),
+    Workload("modelnet graph", 4_096, 1, 25, 64, 64, MODELNET, neighbours=8, published=8_192),
+    Workload("diffdock graph", 2_500, 1, 144, 48, 48, DIFFDOCK, neighbours=20, published=50_000),
     # As whole primary networks, biases and what all instances share included.
     Workload("rotation mnist primary", 64, 1, 50, 784, 12, ROTATION, hidden=10),
     Workload("rotation cifar primary", 64, 1, 100, 3072, 12, ROTATION, hidden=10),

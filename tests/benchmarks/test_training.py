@@ -113,7 +113,7 @@ def test_measuring_leaves_the_start_as_it_was():
 @pytest.mark.parametrize(("budget", "notes"), [(0, 1), (1e6, 0)])
 def test_stopping_early_leaves_a_note(budget, notes, monkeypatch):
     monkeypatch.setitem(training.EXAMPLES, "cpu", [lambda: tiny_siren(steps=4), lambda: tiny_qm9(steps=4, every=2)])
-    recorded = training.measure(HERE, budget)
+    recorded = [r for group in training.measure(HERE, budget) for r in group]
     assert {r.workload for r in recorded} == {"qm9 network", "siren picture"}
     for _, group in itertools.groupby(
         sorted(recorded, key=lambda r: (r.workload, r.way)), lambda r: (r.workload, r.way)
@@ -125,13 +125,16 @@ def test_stopping_early_leaves_a_note(budget, notes, monkeypatch):
 
 def test_bfloat16_is_autocast_and_float16_refused(monkeypatch):
     monkeypatch.setitem(training.EXAMPLES, "cpu", [lambda: tiny_siren(steps=2), lambda: tiny_qm9(steps=2)])
-    exact, rounded = (training.measure(HERE, 1e6, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    exact, rounded = (
+        [r for group in training.measure(HERE, 1e6, dtype=dtype) for r in group]
+        for dtype in (torch.float32, torch.bfloat16)
+    )
     assert {r.dtype for r in rounded} == {"bfloat16"}
     for a, b in zip(exact, rounded, strict=True):
         assert a.loss != b.loss
         assert a.loss == pytest.approx(b.loss, rel=0.1)
     with pytest.raises(ValueError, match=r"not in torch\.float16"):
-        training.measure(HERE, 1e6, dtype=torch.float16)
+        next(training.measure(HERE, 1e6, dtype=torch.float16))
 
 
 def test_graphs_are_complete():
@@ -209,15 +212,10 @@ def test_a_siren_starts_as_a_siren():
     assert all(isinstance(siren.network.primary[i], fasthyper.HyperLinear) for i in (0, 2, 4))
 
 
-def test_the_table():
-    def made_up(way, step, loss, seconds):
-        series = {"way": way, "step": step, "loss": loss, "median": seconds}
-        return records.Record(study="training", workload="a", temporary=1 << 20, context=HERE, **series)
+def test_data_that_are_not_installed_are_left_out(monkeypatch, capsys):
+    def absent():
+        raise ImportError("No module named 'sklearn'")
 
-    ours = [made_up("fasthyper", 1, 0.5, 1.0), made_up("fasthyper", 2, 0.3, 2.0)]
-    theirs = [made_up("materialised", 1, 0.5, 3.0), made_up("materialised", 2, 0.4, 6.0)]
-    lines = training.table([r for pair in zip(ours, theirs, strict=True) for r in pair]).splitlines()
-    assert lines[2:] == [
-        "| a | fasthyper | 0.3 | 2 | 2 | 3.00 | 1.0 |",
-        "| a | materialised | 0.4 | 2 | 6 | 1.00 | 1.0 |",
-    ]
+    monkeypatch.setitem(training.EXAMPLES, "cpu", [absent, lambda: tiny_qm9(steps=1)])
+    assert [group[0].workload for group in training.measure(HERE, 1e6)] == ["qm9 network"]
+    assert "left out: No module named 'sklearn'" in capsys.readouterr().out
