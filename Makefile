@@ -86,9 +86,9 @@ gpu-test:
 bench-gpu:
 	$(ON_GPU) timeout -s INT -k 5 90 $(GPU_TEST) -k triton --durations 5 tests/ops tests/backends/test_kernels.py \
 		tests/backends/test_triton.py || echo "TESTS FAILED on the GPU"
-	$(GPU_MEASURE) --studies workloads --dtypes bfloat16 --modes "forward + backward" --budget 240
-	$(GPU_MEASURE) --studies scaling,training --budget 120
-	$(GPU_MEASURE) --studies workloads --dtypes bfloat16,float32 --modes forward,"training step" --eager --budget 60
+	timeout 240 $(GPU_MEASURE) --studies workloads --dtypes bfloat16 --modes "forward + backward" --budget 180 || echo "$$?"
+	timeout 130 $(GPU_MEASURE) --studies scaling,training --budget 90 || echo "$$?"
+	timeout 100 $(GPU_MEASURE) --studies workloads --modes forward,"training step" --eager --budget 60 || echo "$$?"
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 import time
 from collections.abc import Sequence
 from itertools import chain
@@ -21,7 +22,7 @@ import torch._inductor.config
 from . import measure, records, timing
 from .devices import CPU, GPU
 from .prepare import prepare
-from .steps import MODES
+from .records import MODES
 from .workloads import AXES
 
 
@@ -38,6 +39,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     options.add_argument("--axes", type=_names([a.name for a in AXES]), default=tuple(a.name for a in AXES))
     options.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of a CPU")
     options.add_argument("--large", action="store_true", help="on a CPU, workloads of many GiB, too")
+    options.add_argument("--every", action="store_true", help="on a CPU, all workloads in every mode and dtype")
     options.add_argument(
         "--eager", action="store_true", help="without torch.compile, which compiles for minutes in all"
     )
@@ -84,28 +86,36 @@ def _measure(args: argparse.Namespace) -> None:
     if not chosen:
         raise SystemExit(f"no workload has {args.only!r} in its name; mothernet wants --large")
     torch.set_num_threads(args.threads)
+    # compiled anew each time, or the seconds that it takes would be those of a cache
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="fasthyper-")
     torch._inductor.config.compile_threads = 1  # no processes in the background of what is measured
     device = CPU() if args.device == "cpu" else GPU()
-    if args.device == "cuda":
-        prepare(chosen, [getattr(torch, name) for name in args.dtypes])
     context = records.context(args.device)
     path = args.out / f"{context.slug}.csv"
     start = time.monotonic()
     until = start + args.budget
     studies = ("workloads",) if args.only else args.studies
+    records.read(path)  # or say at once that it is not to be read
     print(f"{context.device}; torch {context.torch}; commit {context.commit}", flush=True)
+    dtypes = [getattr(torch, name) for name in args.dtypes]
+    if args.device == "cuda":
+        grown = [w for axis in AXES if axis.name in args.axes for w in axis.workloads("cuda")]
+        prepare(
+            [(w, dtype) for w in chosen for dtype in dtypes if "workloads" in studies]
+            + [(w, torch.bfloat16) for w in grown if "scaling" in studies]
+        )
     groups = []
     if "workloads" in studies:
-        dtypes = [getattr(torch, name) for name in args.dtypes]
         compile_until = start + args.budget / 2
-        options = (not args.eager, until, compile_until)
+        options = (args.every or bool(args.only), not args.eager, until, compile_until)
         groups.append(measure.workloads(chosen, dtypes, args.modes, device, context, *options))
     if "scaling" in studies:
         groups.append(measure.scaling(args.axes, device, context, until))
     if "training" in studies:
-        groups.append(measure.trained(device, context))
+        groups.append(measure.trained(device, context, until))
     for group in chain.from_iterable(groups):
-        records.write(path, records.replaced(records.read(path), group))
+        known = [r for r in records.read(path) if measure.listed(r)]
+        records.write(path, records.replaced(known, group))
         print(f"{time.monotonic() - start:6.0f} s  {timing.told(group)}", flush=True)
 
 

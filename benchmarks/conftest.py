@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from .devices import CPU, GPU
-from .steps import BOTH, MODES
+from .records import BOTH, MODES
 
 MEMORY = pytest.StashKey[list[tuple[str, str, int]]]()
 

@@ -14,8 +14,8 @@ import torch
 
 from fasthyper.planner import machine
 
-from .inputs import Inputs, inputs, rotated
-from .records import last_level_cache
+from .inputs import Sets, inputs, rotated
+from .records import COPY, PRODUCT, last_level_cache
 from .workloads import Workload
 
 Call = Callable[[], Any]
@@ -37,13 +37,13 @@ class CPU:
     def __init__(self) -> None:
         self._cache = last_level_cache() or 32 << 20
 
-    def sets(self, w: Workload, dtype: torch.dtype) -> list[Inputs]:
+    def sets(self, w: Workload, dtype: torch.dtype) -> Sets:
         """Tensors to take in turns."""
         return rotated(w, dtype, self._cache)
 
-    def ready(self, call: Call) -> Call:
-        """What to time in the place of a call that has run before."""
-        return call
+    def ready(self, call: Call) -> tuple[Call, str]:
+        """What to time in the place of a call that has run before, and what to say of it."""
+        return call, ""
 
     def once(self, call: Call) -> Call:
         """A call that is over when it returns, for who has a clock of its own."""
@@ -89,12 +89,21 @@ class GPU:
         cache = torch.cuda.get_device_properties(0).L2_cache_size
         self._overwritten = torch.empty(4 * cache, dtype=torch.uint8, device="cuda")
 
-    def sets(self, w: Workload, dtype: torch.dtype) -> list[Inputs]:
+    def sets(self, w: Workload, dtype: torch.dtype) -> Sets:
         """Tensors: one set, since a graph has it fixed."""
-        return [inputs(w, dtype, "cuda")]
+        return Sets([inputs(w, dtype, "cuda")])
 
-    def ready(self, call: Call) -> Call:
-        """The call as a graph, after what it sets up at first."""
+    def ready(self, call: Call) -> tuple[Call, str]:
+        """The call as a graph, after what it sets up at first; as it is, where it is not to be captured."""
+        try:
+            return self._captured(call), ""
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            torch.cuda.synchronize()
+            return call, "not a CUDA graph"
+
+    def _captured(self, call: Call) -> Call:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -128,7 +137,7 @@ class GPU:
     def ceilings(self, dtype: torch.dtype) -> dict[str, Ceiling]:
         """A large product, and a copy of a gigabyte."""
         found = _ceilings("cuda", dtype, 8192, 1 << 30)
-        return {name: ceiling._replace(call=self.ready(ceiling.call)) for name, ceiling in found.items()}
+        return {name: ceiling._replace(call=self._captured(ceiling.call)) for name, ceiling in found.items()}
 
     @contextmanager
     def bounded(self) -> Iterator[None]:
@@ -142,11 +151,12 @@ class GPU:
 
 
 def _ceilings(device: str, dtype: torch.dtype, side: int, size: int) -> dict[str, Ceiling]:
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)  # the default one may be of a graph that could not be captured
+    a, b = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
     source = torch.ones(size, dtype=torch.uint8, device=device)
     return {
-        "matrix product": Ceiling(partial(torch.mm, a, b, out=torch.empty_like(a)), 2.0 * side**3),
-        "copy": Ceiling(partial(torch.empty_like(source).copy_, source), 2.0 * size),
+        PRODUCT: Ceiling(partial(torch.mm, a, b, out=torch.empty_like(a)), 2.0 * side**3),
+        COPY: Ceiling(partial(torch.empty_like(source).copy_, source), 2.0 * size),
     }
 
 

@@ -62,14 +62,29 @@ def inputs(w: Workload, dtype: torch.dtype, device: str = "cpu", seed: int = 0) 
     return Inputs(x, z, head, normal(w.nodes, w.N, w.O), normal(w.R, w.R, scale=w.R**-0.5))
 
 
-def rotated(w: Workload, dtype: torch.dtype, cache: int) -> list[Inputs]:
+class Sets(tuple[Inputs, ...]):
+    """Tensors that all ways of a comparison take in turns: whoever runs takes the next, whatever ran before."""
+
+    _at = 0
+
+    def rewind(self) -> None:
+        """Let the next call take the first."""
+        self._at = 0
+
+    def next(self) -> int:
+        """The number of the set to take."""
+        now, self._at = self._at, (self._at + 1) % len(self)
+        return now
+
+
+def rotated(w: Workload, dtype: torch.dtype, cache: int) -> Sets:
     """So many sets of tensors in a CPU's memory that all are twice its last-level cache, one at least.
 
     Whoever takes the next one each time finds none of it in the cache.
     """
     first = inputs(w, dtype)
     size = sum(t.nbytes for t in (*first.leaves, first.g))
-    return [first, *(inputs(w, dtype, seed=k) for k in range(1, math.ceil(2 * cache / size)))]
+    return Sets([first, *(inputs(w, dtype, seed=k) for k in range(1, math.ceil(2 * cache / size)))])
 
 
 @cache

@@ -14,9 +14,8 @@ from fasthyper.problem import Problem
 from . import training
 from .devices import CPU, GPU
 from .peers import AGAIN, OURS, PEERS, kind, ours, peers, schedules
-from .records import Context, Record
+from .records import BOTH, TRAINING, Context, Record
 from .resident import resident_bytes
-from .steps import BOTH, MODES
 from .timing import Patience, compare
 from .workloads import AXES, WORKLOADS, Workload
 
@@ -51,54 +50,73 @@ def workloads(
     modes: Sequence[str],
     device: CPU | GPU,
     context: Context,
+    every: bool = False,
     compiled: bool = True,
     until: float = float("inf"),
     compile_until: float = float("inf"),
 ) -> Groups:
-    """Every workload: forward + backward against everyone, the rest against who comes near the best of them there.
+    """Every workload against everyone; a training step, against who comes near the best in forward + backward.
 
-    On a CPU, what is not forward + backward in float32 is measured on the README's workloads alone, unless some are
-    named, and in 16 bits without torch.compile. `compiled` says whether that takes part at all.
+    Args:
+        chosen: the workloads.
+        dtypes: of all tensors.
+        modes: of `records.MODES`.
+        device: where.
+        context: for the records.
+        every: whether a CPU measures all of this; else what is not forward + backward in float32 is measured on the
+            README's workloads alone, and in 16 bits without torch.compile.
+        compiled: whether torch.compile takes part.
+        until: when no more is begun, by `time.monotonic()`.
+        compile_until: when no more is compiled.
     """
-    named = len(chosen) < len(WORKLOADS) // 2
+    fast = device.kind == "cuda" or every
     for dtype in dtypes:
-        name = str(dtype).removeprefix("torch.")
-        if device.kind == "cpu" and dtype != torch.float32:
-            chosen, compiled = [w for w in chosen if w.readme or named], False
-        layers = [w for w in chosen if kind(w) == "layer"]
-        resident: dict[Workload, int | None] = {}
-        if device.kind == "cpu" and BOTH in modes and layers:
-            sizes = resident_bytes(layers, name, "auto", torch.get_num_threads())
-            resident = dict(zip(layers, sizes, strict=True))
-        for w in chosen:
-            near: set[str] | None = None  # unless forward + backward is measured, everyone
+        those = [w for w in chosen if fast or w.readme or dtype == torch.float32]
+        resident = _resident([w for w in those if w.readme or every], modes, dtype, device)
+        for w in those:
+            near: set[str] | None = None
             for mode in sorted(modes, key=lambda mode: mode != BOTH):
-                if device.kind == "cpu" and mode != BOTH and not (w.readme or named):
+                if mode != BOTH and not (fast or w.readme):
                     continue
                 if time.monotonic() > until:
                     return
-                may = compiled and time.monotonic() < compile_until
-                those = [p for p in peers(w, dtype, device.kind) if may or not p.compiled]
-                ways = [*ours(w, device.kind), *(p for p in those if near is None or p.name in near)]
+                ways = peers(w, dtype, device.kind)
+                may = compiled and (fast or dtype == torch.float32) and time.monotonic() < compile_until
+                without = {}
+                if mode == TRAINING and near is not None:
+                    without = {p.name: "slow in forward + backward" for p in ways if p.name not in near}
+                if not may:
+                    without |= {p.name: "was not to be compiled" for p in ways if p.compiled}
                 patience = Patience() if mode == BOTH else Patience(seconds=0.7)
-                group = compare(w, mode, dtype, device, ways, context, patience, study="workloads")
+                more = {"without": without, "study": "workloads"}
+                group = compare(w, mode, dtype, device, [*ours(w, device.kind), *ways], context, patience, **more)
                 if mode == BOTH:
                     near = {r.way for r in group if r.rounds and r.rounds > 1}
-                    more = {"resident": resident.get(w), "plan": planned(w, dtype, context) if w in layers else ""}
-                    group = [r.replace(**more) if r.role == "ours" else r for r in group]
+                    plan = planned(w, dtype, context) if kind(w) == "layer" else ""
+                    own = {"resident": resident.get(w), "plan": plan}
+                    group = [r.replace(**own) if r.role == "ours" else r for r in group]
                 yield group
+
+
+def _resident(
+    chosen: Sequence[Workload], modes: Sequence[str], dtype: torch.dtype, device: CPU | GPU
+) -> dict[Workload, int | None]:
+    layers = [w for w in chosen if kind(w) == "layer"]
+    if device.kind != "cpu" or BOTH not in modes or not layers:
+        return {}
+    sizes = resident_bytes(layers, str(dtype).removeprefix("torch."), "auto", torch.get_num_threads())
+    return dict(zip(layers, sizes, strict=True))
 
 
 def scaling(axes: Sequence[str], device: CPU | GPU, context: Context, until: float = float("inf")) -> Groups:
     """Forward + backward while one size grows: ours, ours in each order, and three peers to where memory ends."""
     few = [p for p in PEERS if p.name in ALONG_SIZES and p.of == "layer"]
     dtype = torch.float32 if device.kind == "cpu" else torch.bfloat16
-    backend = "cpu" if context.backend == "cpu" else context.backend
     for axis in (a for a in AXES if a.name in axes):
         for w in axis.workloads(device.kind):
             if time.monotonic() > until:
                 return
-            ways = [*(p for p in ours(w, device.kind) if p.name in (OURS, AGAIN)), *schedules(backend), *few]
+            ways = [*(p for p in ours(w, device.kind) if p.name in (OURS, AGAIN)), *schedules(context.backend), *few]
             more = {"study": "scaling", "axis": axis.name, "most_bytes": float("inf")}
             group = compare(w, BOTH, dtype, device, ways, context, Patience(seconds=1.0), **more)
             plan = planned(w, dtype, context)
@@ -107,9 +125,23 @@ def scaling(axes: Sequence[str], device: CPU | GPU, context: Context, until: flo
                 break
 
 
-def trained(device: CPU | GPU, context: Context, seconds: float = TRAINING_SECONDS) -> Groups:
+def trained(device: CPU | GPU, context: Context, until: float = float("inf")) -> Groups:
     """The training examples."""
-    yield from training.measure(context, seconds, device.kind)
+    seconds = min(TRAINING_SECONDS, until - time.monotonic())
+    if seconds > 0:
+        yield from training.measure(context, seconds, device.kind)
+
+
+def listed(record: Record) -> bool:
+    """Whether it is of something that is measured today: sizes that the registry no longer has are no one's result."""
+    sizes = (record.workload, *record.subject[3:10])
+    if record.study == "workloads":
+        today = [w for one in WORKLOADS for w in (one, one.as_published())]
+    elif record.study == "scaling":
+        today = [w for axis in AXES for w in axis.workloads(record.context.kind) if axis.name == record.axis]
+    else:
+        return True
+    return any(sizes == (w.name, w.B, w.N, w.R, w.I, w.O, w.neighbours, w.hidden) for w in today)
 
 
 def chosen(only: str | None, large: bool, device: str) -> list[Workload]:
@@ -124,4 +156,3 @@ def chosen(only: str | None, large: bool, device: str) -> list[Workload]:
 
 
 STUDIES = ("workloads", "scaling", "training")
-__all__ = ["MODES", "STUDIES", "chosen", "scaling", "trained", "workloads"]

@@ -39,12 +39,7 @@ def materialised(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(x, generated(z, weight).mT)
 
 
-def einsum_of_two(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
-    """W by an einsum, applied by another."""
-    return torch.einsum("bni,boi->bno", x, torch.einsum("br,oir->boi", z, weight))
-
-
-def einsum_of_three(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+def einsum(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
     """One einsum, in the order that opt_einsum finds where it is installed, else from left to right: x ⊗ z first."""
     return torch.einsum("bni,br,oir->bno", x, z, weight)
 
@@ -89,14 +84,19 @@ class _InChunks(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, z, weight = ctx.saved_tensors
         H = weight.flatten(0, 1)
-        dx, dz, dH = torch.empty_like(x), torch.empty_like(z), torch.zeros_like(H)
+        dx, dz = torch.empty_like(x), torch.empty_like(z)
+        dH = torch.zeros_like(H, dtype=torch.promote_types(H.dtype, torch.float32))
         for b in range(0, len(x), ctx.instances):
             now = slice(b, b + ctx.instances)
             torch.bmm(g[now], (z[now] @ H.T).unflatten(1, weight.shape[:2]), out=dx[now])
-            dW = torch.bmm(g[now].mT, x[now]).flatten(1)
+            product = torch.mul if x.shape[1] == 1 else torch.bmm  # of one point it is an outer product
+            dW = product(g[now].mT, x[now]).flatten(1)
             torch.mm(dW, H, out=dz[now])
-            dH.addmm_(dW.T, z[now])
-        return dx, dz, dH.view_as(weight), None
+            if dH.dtype == H.dtype:
+                dH.addmm_(dW.T, z[now])
+            else:  # a sum in 16 bits would lose digits
+                dH += dW.T @ z[now]
+        return dx, dz, dH.to(H.dtype).view_as(weight), None
 
 
 def in_chunks(x: Tensor, z: Tensor, weight: Tensor, size: int) -> Tensor:
@@ -193,6 +193,7 @@ class Peer:
         of: what it computes, see `kind`.
         compiled: whether to run it through torch.compile.
         per_sample: whether it has N = 1 only.
+        folds: whether it makes x ⊗ z of every point, which with many of them is many times the work.
         wide: whether it casts to float32, for processors without products of 16 bits.
         layout: the order of the head's axes O, I, R in which it keeps its head.
         library: the package that it needs.
@@ -205,17 +206,20 @@ class Peer:
     of: str = "layer"
     compiled: bool = False
     per_sample: bool = False
+    folds: bool = False
     wide: bool = False
     layout: tuple[int, int, int] = (0, 1, 2)
     library: str = ""
     role: str = "peer"
 
-    def unfit(self, w: Workload, dtype: torch.dtype, device: str, most: int) -> str | None:
+    def unfit(self, w: Workload, dtype: torch.dtype, most: float) -> str | None:
         """Why it is not measured, or None; `most` is how many bytes it may keep."""
         if self.library and importlib.util.find_spec(self.library) is None:
             return "not installed"
         if self.per_sample and w.N > 1:
             return "N = 1 only"
+        if self.folds and (times := w.N * w.R / (w.N + w.R)) > MOST_WORK:
+            return f"{times:.0f} times the work"
         if (size := self.keeps(w) * dtype.itemsize) > most:
             return f"would keep {size / 2**30:.0f} GiB"
         return None
@@ -225,10 +229,6 @@ class Peer:
         way = self.make(w, device)
         way = in_float32(way) if self.wide else way
         return torch.compile(way, dynamic=False) if self.compiled else way
-
-
-def _just(way: Way) -> Callable[[Workload, str], Way]:
-    return lambda w, device: way
 
 
 def fused(x: Tensor, z: Tensor, *head: Tensor) -> Tensor:
@@ -248,23 +248,28 @@ def forced(backend: str, schedule: str | None = None) -> Way:
     return way
 
 
-_MATERIALISED, _OUTER = _just(materialised), _just(outer)
+def _just(way: Way) -> Callable[[Workload, str], Way]:
+    return lambda w, device: way
+
+
 OURS, AGAIN = "fasthyper", "fasthyper again"
-CHUNK = 1 << 20  # bytes of W that stay in the caches of a core; the best of 2¹⁸ to 2²³ on the processors at hand
+MOST_WORK = 16
+CHUNK = {"cpu": 1 << 20, "cuda": 32 << 20}  # bytes of W that stay in the caches of a core, or in the L2 of a GPU
 
 _LAYERS = (
-    Peer("materialise + bmm", _MATERIALISED),
-    Peer("einsum", _just(einsum_of_three)),
-    Peer("x ⊗ z first", _OUTER, _two_folds),
+    Peer("materialise + bmm", _just(materialised)),
+    Peer("einsum", _just(einsum)),
+    Peer("x ⊗ z first", _just(outer), _two_folds, folds=True),
     Peer("vmap(functional_call)", _just(functional)),
-    Peer("materialise in chunks", _just(partial(in_chunks, size=CHUNK)), _few),
+    Peer("materialise in chunks", lambda w, device: partial(in_chunks, size=CHUNK[device]), _few),
+    Peer("materialise by hand", _just(forced("materialised"))),
     Peer("F.bilinear", _just(bilinear), _few, per_sample=True),
     Peer("hypnettorch", libraries.hypnettorch, library="hypnettorch"),
     Peer("hyperlight", libraries.hyperlight, library="hyperlight"),
     Peer("hyper-nn", libraries.hyper_nn, library="hypernn"),
-    Peer("compiled materialise + bmm", _MATERIALISED, compiled=True),
-    Peer("compiled einsum", _just(einsum_of_three), compiled=True),
-    Peer("compiled x ⊗ z first", _OUTER, _two_folds, compiled=True),
+    Peer("compiled materialise + bmm", _just(materialised), compiled=True),
+    Peer("compiled einsum", _just(einsum), compiled=True),
+    Peer("compiled x ⊗ z first", _just(outer), _two_folds, compiled=True, folds=True),
 )
 _GRAPHS = (
     Peer("PyG NNConv", libraries.nnconv, of="graph", layout=(1, 0, 2), library="torch_geometric"),
@@ -286,11 +291,10 @@ PEERS = (*_LAYERS, *map(_over_edges, (p for p in _LAYERS if not p.library)), *_G
 
 
 def peers(w: Workload, dtype: torch.dtype, device: str) -> list[Peer]:
-    """Everyone who computes what a workload asks for."""
+    """Everyone who computes what a workload asks for, in float32 where a processor has no products of 16 bits."""
     those = [p for p in PEERS if p.of == kind(w)]
     if device == "cpu" and machine("cpu", dtype).work_dtype != dtype:
-        wide = [replace(p, name=f"{p.name}, in float32", wide=True) for p in those if not p.library]
-        return [*wide, *(p for p in those if p.make in (_MATERIALISED, _OUTER) and not p.compiled)]
+        return [replace(p, name=f"{p.name}, in float32", wide=True) for p in those if not p.library]
     return those
 
 

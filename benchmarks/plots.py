@@ -6,7 +6,7 @@ import math
 import textwrap
 from collections.abc import Iterable
 from itertools import product
-from statistics import median, quantiles
+from statistics import median
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from .records import Record
+from .records import BOTH, COPY, PRODUCT, Record, layers, quartiles
 from .roofline import flops, intensity
-from .subjects import BOTH, COPY, PRODUCT, TOLERANCE, Results, Subject, along, common_loss, layer, runs
+from .subjects import TOLERANCE, Results, Subject, along, common_loss, runs
 from .tables import MIB, digits, mib
 
 DPI = 110
@@ -83,7 +83,7 @@ def speedups(records: Iterable[Record]) -> Figure:
     axes.set_xscale("log")
     _plain(axes.xaxis)
     axes.grid(axis="x", color="#dddddd", linewidth=0.6, zorder=0)
-    marks = [max((results.mark(s) for s in row.values()), default="") for row in rows.values()]
+    marks = [results.mark(*row.values()) for row in rows.values()]
     axes.set_yticks(range(len(rows)), [f"{name}{mark}" for name, mark in zip(rows, marks, strict=True)], fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel("their time / ours;  right: forward + backward in float32, and the best peer there")
@@ -97,7 +97,7 @@ def speedups(records: Iterable[Record]) -> Figure:
 def axis_title(axis: str, workload: str, of: Record) -> str:
     """What is varied of which workload, and the sizes that stay."""
     sizes = [f"{name} = {getattr(of, name):,}" for name in "BNR" if name != axis]
-    return f"Along {axis}, {workload}: {', '.join(sizes + [layer(of)] * (axis != 'width'))}"
+    return f"Along {axis}, {workload}: {', '.join(sizes + [layers(of)] * (axis != 'width'))}"
 
 
 def scaling(records: Iterable[Record]) -> Figure:
@@ -219,10 +219,10 @@ def roofline(records: Iterable[Record]) -> Figure:
     numbers: dict[str, int] = {}
     for s in subjects:
         numbers.setdefault(results.label(s, marked=False), len(numbers) + 1)
-    marks: dict[int, str] = {}
+    alike: dict[int, list[Subject]] = {}
     for s in subjects:
-        number = numbers[results.label(s, marked=False)]
-        marks[number] = max(marks.get(number, ""), results.mark(s))
+        alike.setdefault(numbers[results.label(s, marked=False)], []).append(s)
+    marks = {number: results.mark(*those) for number, those in alike.items()}
     dtypes = list(dict.fromkeys(s.of.dtype for s in subjects)) or ["float32"]
     figure = _figure(results, "Flops achieved, and what the machine could do", 10.5, 1.0 + 5.4 * len(dtypes))
     panels = figure.subplots(len(dtypes), 2, squeeze=False, width_ratios=(3.2, 1))
@@ -272,7 +272,7 @@ def _panel(axes: Axes, results: Results, subjects: list[Subject], numbers: dict[
     products, copies = ([rate / 1e9 for rate in results.rates(way, dtype)] for way in (PRODUCT, COPY))
     if products and copies:
         xs = [10 ** (math.log10(low) + i / 200 * math.log10(high / low)) for i in range(201)]
-        ends = [quantiles(r, n=4, method="inclusive") if len(r) > 1 else r * 3 for r in (products, copies)]
+        ends = [quartiles(r) for r in (products, copies)]
         roofs = [[min(ends[0][q], x * ends[1][q]) for x in xs] for q in range(3)]
         axes.plot(xs, roofs[1], color=ROOF, linewidth=1.4, zorder=1)
         axes.fill_between(xs, roofs[0], roofs[2], color=ROOF, alpha=0.15, linewidth=0, zorder=0)

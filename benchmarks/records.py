@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from statistics import quantiles
 from typing import Any
 
 import torch
@@ -22,7 +24,9 @@ import fasthyper
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-SOURCES = ("fasthyper", "csrc", "setup.py")
+FORWARD, BOTH, TRAINING = MODES = ("forward", "forward + backward", "training step")
+PRODUCT, COPY = "matrix product", "copy"
+SOURCES = ("fasthyper", "csrc", "setup.py", "benchmarks", ":(exclude)benchmarks/results")
 """What a figure depends on: a commit that changes none of these is as good as the one before."""
 
 
@@ -190,6 +194,16 @@ def replaced(old: Iterable[Record], new: Iterable[Record]) -> list[Record]:
     return [record for group in groups.values() for record in group]
 
 
+def quartiles(values: Sequence[float]) -> list[float]:
+    """Lower quartile, median and upper quartile; of one value, that."""
+    return quantiles(values, n=4, method="inclusive") if len(values) > 1 else list(values) * 3
+
+
+def layers(of: Any) -> str:
+    """Features in and out of what is generated: of one layer, or two."""
+    return " → ".join(str(features) for features in (of.I, of.hidden, of.O) if features)
+
+
 def output(*command: str) -> str:
     """The first line that a command prints; `"unknown"` where there is none."""
     try:
@@ -200,11 +214,14 @@ def output(*command: str) -> str:
 
 
 def commit() -> str:
-    """The commit that is checked out, with `+` where its sources have been changed."""
-    changed = subprocess.run(
-        ["git", "diff", "--quiet", "HEAD", "--", *SOURCES], check=False, capture_output=True, cwd=ROOT
-    ).returncode
-    return output("git", "rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    """The last commit that changed the sources, with `+` where they are not as it left them.
+
+    A copy without its history is told by the environment, in `FASTHYPER_COMMIT`.
+    """
+    if told := os.environ.get("FASTHYPER_COMMIT"):
+        return told
+    last = output("git", "log", "-1", "--format=%h", "--", *SOURCES)
+    return last + ("" if output("git", "status", "--porcelain", "--", *SOURCES) == "unknown" else "+")
 
 
 def context(kind: str) -> Context:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
 from . import plots, records
-from .records import RESULTS, ROOT, Record
-from .subjects import BOTH, COPY, PRODUCT, TOLERANCE, Results, Subject, along, common_loss, layer, over, runs
+from .records import BOTH, COPY, PRODUCT, RESULTS, ROOT, Record, layers, quartiles
+from .subjects import TOLERANCE, Results, Subject, along, common_loss, over, runs
 from .summary import Line, figures
 from .tables import digits, mib, ms, ratio, spread, table, time_of
 from .workloads import WORKLOADS
@@ -121,7 +121,7 @@ def _ceilings(results: Results) -> list[str]:
         for way, unit in ((PRODUCT, "Gflop/s"), (COPY, "GB/s")):
             rates = [rate / 1e9 for rate in results.rates(way, dtype)]
             if rates:
-                low, middle, high = quantiles(rates, n=4, method="inclusive") if len(rates) > 1 else rates * 3
+                low, middle, high = quartiles(rates)
                 rows.append([f"{way}, {unit}", dtype, digits(middle), f"{digits(low)}–{digits(high)}", str(len(rates))])
     head = ["ceiling", "dtype", "median", "quartiles", "measurements"]
     return ["## What the machine does at best", table(head, rows)] if rows else []
@@ -143,7 +143,7 @@ COLUMNS = [
 def _sizes(results: Results, subject: Subject) -> list[str]:
     of = subject.of
     instances = f"{of.B:,}" + (f" / {of.neighbours}" if of.neighbours > 1 else "")
-    return [of.workload + results.mark(subject), instances, f"{of.N:,}", f"{of.R:,}", layer(of)]
+    return [of.workload + results.mark(subject), instances, f"{of.N:,}", f"{of.R:,}", layers(of)]
 
 
 def _best_peer(subject: Subject) -> str:

@@ -17,10 +17,10 @@ import torch
 
 import fasthyper
 
-from .inputs import inputs
+from .inputs import Sets, inputs
 from .peers import fused
-from .records import ROOT
-from .steps import BOTH, step
+from .records import BOTH, ROOT
+from .steps import step
 from .workloads import Workload
 
 FORGET = Path("/proc/self/clear_refs")
@@ -54,8 +54,8 @@ def _measure(w: Workload, dtype: torch.dtype, backend: str, threads: int) -> int
     torch.set_num_threads(threads)
     fasthyper.set_backend(backend)
     first = Workload("first", 64, min(w.N, 8), min(w.R, 64), 64, 64, source="")
-    step(fused, BOTH, [inputs(first, dtype)])()  # libraries and thread pools are set up
-    run = step(fused, BOTH, [inputs(w, dtype)])
+    step(fused, BOTH, Sets([inputs(first, dtype)]))()  # libraries and thread pools are set up
+    run = step(fused, BOTH, Sets([inputs(w, dtype)]))
     FORGET.write_text("5")  # forget the peak so far
     before = _status("VmRSS")
     results = run()

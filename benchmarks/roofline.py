@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from .records import Record
+from .records import FORWARD, Record
 
 SIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-FORWARD = "forward"
 
 
 def layers(record: Record) -> list[tuple[int, int]]:
@@ -32,7 +31,7 @@ def compulsory_bytes(record: Record) -> int:
     """Of x, z, the head and y, each moved once; of their gradients too, unless it is forward alone."""
     points = record.B * record.N
     head = sum(record.R * I * O for I, O in layers(record))
-    numbers = points // record.neighbours * record.I + record.B * record.R + head + points * record.O
+    numbers = points // record.neighbours * (record.I + record.O) + record.B * record.R + head
     return numbers * SIZE[record.dtype] * (1 if record.mode == FORWARD else 2)
 
 

@@ -10,10 +10,8 @@ from functools import cached_property
 from statistics import median
 
 from . import roofline
-from .records import Context, Record
+from .records import COPY, PRODUCT, TRAINING, Context, Record, layers
 
-BOTH = "forward + backward"
-PRODUCT, COPY = "matrix product", "copy"
 TOLERANCE = 1.10
 """The planner's choice may take so much longer than the best schedule."""
 
@@ -62,8 +60,14 @@ class Subject:
 
     @property
     def planner(self) -> float | None:
-        """Our time over that of the best schedule."""
-        return over(self.seconds, self.best_schedule.median if self.best_schedule else None)
+        """The time of what the planner chose over that of the best schedule.
+
+        Where it is one schedule for all, its time is that of this schedule forced: forcing costs a few microseconds.
+        """
+        plan = set(self.ours.plan.split(" / ")) if self.ours else set()
+        forced = self.way(f"fasthyper, {plan.pop()}") if len(plan) == 1 else None
+        seconds = forced.median if forced and forced.median else self.seconds
+        return over(seconds, self.best_schedule.median if self.best_schedule else None)
 
     @property
     def least_memory(self) -> int | None:
@@ -78,11 +82,6 @@ def _fastest(records: list[Record]) -> Record | None:
 def over(a: float | None, b: float | None) -> float | None:
     """A quotient, None where one of the two is missing."""
     return None if a is None or not b else a / b
-
-
-def layer(record: Record) -> str:
-    """The generated layer, or both."""
-    return " → ".join(str(width) for width in (record.I, record.hidden, record.O) if width)
 
 
 def along(record: Record) -> int:
@@ -137,9 +136,9 @@ class Results:
             notes.append(f"{_superscript(i)} {'; '.join([self.commit(other), *differing])}")
         return notes
 
-    def mark(self, subject: Subject) -> str:
+    def mark(self, *subjects: Subject) -> str:
         """Superscripts, if any of it was measured with another commit, device or version than the rest of the file."""
-        found = {_undated(r.context) for r in subject.records}
+        found = {_undated(r.context) for subject in subjects for r in subject.records}
         return "".join(_superscript(i) for i, other in enumerate(self.others) if other in found)
 
     def label(self, subject: Subject, marked: bool = True) -> str:
@@ -148,10 +147,10 @@ class Results:
         alike = [
             s.of
             for s in self.among(one.study, one.dtype, one.mode)
-            if (s.of.axis, s.of.workload, layer(s.of)) == (one.axis, one.workload, layer(one))
+            if (s.of.axis, s.of.workload, layers(s.of)) == (one.axis, one.workload, layers(one))
         ]
         sizes = [f"{n} = {getattr(one, n):,}" for n in "BNR" if len({getattr(other, n) for other in alike}) > 1]
-        return ", ".join([one.workload, layer(one), *sizes]) + (self.mark(subject) if marked else "")
+        return ", ".join([one.workload, layers(one), *sizes]) + (self.mark(subject) if marked else "")
 
     def among(self, study: str, dtype: str = "", mode: str = "") -> list[Subject]:
         """The subjects of a study, with this dtype and mode if they are given."""
@@ -189,7 +188,9 @@ class Results:
         return roofline.bound(subject.of, product, copy) if product and copy else None
 
     def share(self, subject: Subject) -> float | None:
-        """What we did of it."""
+        """What we did of it; a training step does more than the sum that is counted."""
+        if subject.of.mode == TRAINING:
+            return None
         return over(over(roofline.flops(subject.of), subject.seconds), self.bound(subject))
 
     def product_share(self, subject: Subject) -> float | None:

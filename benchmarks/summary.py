@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from statistics import geometric_mean
 from typing import NamedTuple
 
-from .records import Record
-from .subjects import BOTH, TOLERANCE, Results, Subject
+from .records import BOTH, Record
+from .subjects import TOLERANCE, Results, Subject
 from .tables import MIB
 from .workloads import WORKLOADS
 

@@ -18,9 +18,10 @@ import torch
 from fasthyper.experiments.measure import peak_temporary_bytes
 
 from .devices import CPU, GPU
-from .inputs import Inputs
+from .inputs import Sets
 from .peers import OURS, Peer, ours, peers
-from .steps import MODES, Truth, step
+from .records import MODES
+from .steps import Truth, step
 from .workloads import WORKLOADS, Workload
 
 PATIENCE = 2.0  # seconds of a call; what takes longer is left out
@@ -54,7 +55,7 @@ def _plain(text: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def _sets(w: Workload, dtype: torch.dtype, device: CPU | GPU) -> list[Inputs]:
+def _sets(w: Workload, dtype: torch.dtype, device: CPU | GPU) -> Sets:
     return device.sets(w, dtype)
 
 
@@ -67,16 +68,18 @@ def test_throughput(
     w: Workload, mode: str, dtype: torch.dtype, peer: Peer, device: CPU | GPU, benchmark: Any, remember: Any
 ) -> None:
     """One way: right, then how fast, and with how much memory."""
-    if why := peer.unfit(w, dtype, device.kind, device.most_bytes):
+    if why := peer.unfit(w, dtype, device.most_bytes):
         pytest.skip(why)
     torch._dynamo.reset()
-    run = step(peer.function(w, device.kind), mode, _sets(w, dtype, device), peer.layout)
+    sets = _sets(w, dtype, device)
+    run = step(peer.function(w, device.kind), mode, sets, peer.layout)
+    sets.rewind()
     start = time.perf_counter()
     results = run()
     first = time.perf_counter() - start
     _truth(w, mode, dtype, device).check(peer.name, results, peer.layout)
     del results
-    call = device.ready(run)
+    call, _ = device.ready(run)
     if peer.name != OURS and (seconds := device.seconds(call)) > PATIENCE:
         pytest.skip(f"one call took {seconds:.1f} s")
     benchmark.group = f"{w.label}, R = {w.R}: {mode}, {str(dtype).removeprefix('torch.')}"

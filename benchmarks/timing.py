@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import ceil
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import torch
@@ -17,10 +17,10 @@ import torch
 from fasthyper.experiments.measure import peak_temporary_bytes
 
 from .devices import CPU, GPU, Call
-from .inputs import inputs
+from .inputs import Sets, inputs
 from .peers import Peer
-from .records import Context, Record
-from .steps import Step, Truth, step
+from .records import Context, Record, quartiles
+from .steps import Truth, step
 from .workloads import Workload
 
 SLOWER = {"peer": 1.6, "variant": 3.0}  # times the fastest of its role: from there on not worth more than a try
@@ -58,10 +58,11 @@ class _Tried:
     """A way that is worth timing."""
 
     peer: Peer
-    run: Step
     call: Call
     first: float
     compile: float | None
+    temporary: int
+    note: str
     seconds: list[float] = field(default_factory=list)
 
 
@@ -74,6 +75,7 @@ def compare(
     context: Context,
     patience: Patience = Patience(),
     most_bytes: float | None = None,
+    without: Mapping[str, str] | None = None,
     **more: Any,
 ) -> list[Record]:
     """Time ways on the same tensors, in rounds of random order, with the machine's ceilings in some of them.
@@ -88,6 +90,7 @@ def compare(
         context: for the records.
         patience: how often.
         most_bytes: what a way may keep; by default what the device finds reasonable.
+        without: names of ways that are not to be run, and why not.
         more: further fields of all records.
 
     Raises:
@@ -110,7 +113,8 @@ def compare(
     left_out: dict[str, dict[str, Any]] = {}
     for peer in ways:
         fastest = min((t.first for t in tried), default=float("inf"))
-        why = peer.unfit(w, dtype, device.kind, device.most_bytes if most_bytes is None else most_bytes)
+        why = (without or {}).get(peer.name)
+        why = why or peer.unfit(w, dtype, device.most_bytes if most_bytes is None else most_bytes)
         why = why or _too_slow(peer, w, mode, dtype, device, fastest)
         if why:
             left_out[peer.name] = {"note": why}
@@ -124,11 +128,11 @@ def compare(
             left_out[peer.name] = {"note": _reason(error)}
             device.tidy()
     for t in _slow(tried):
-        left_out[t.peer.name] = {"note": "tried once", "median": t.first, "rounds": 1, "compile": t.compile}
-        left_out[t.peer.name]["temporary"] = peak_temporary_bytes(t.run, device.kind)
+        left_out[t.peer.name] = {"note": t.note or "tried once", "median": t.first, "rounds": 1}
+        left_out[t.peer.name] |= {"compile": t.compile, "temporary": t.temporary}
         tried.remove(t)
     rates = _in_turns(tried, device, dtype, patience.turns(sum(t.first for t in tried)))
-    times = {t.peer.name: _times(t, device) for t in tried}
+    times = {t.peer.name: _times(t) for t in tried}
     records = [record(way=p.name, role=p.role, **(times.get(p.name) or left_out[p.name])) for p in ways]
     for name, (rate, rounds) in rates.items():
         records.append(record(way=name, role="ceiling", rate=rate, rounds=rounds))
@@ -143,26 +147,28 @@ def _too_slow(peer: Peer, w: Workload, mode: str, dtype: torch.dtype, device: CP
     small = replace(w, B=size)
     try:
         with device.bounded():
-            run = step(peer.function(small, device.kind), mode, [inputs(small, dtype)], peer.layout)
+            run = step(peer.function(small, device.kind), mode, Sets([inputs(small, dtype)]), peer.layout)
             part = device.seconds(run)
     except Exception as error:
         return _reason(error)
     return f"{size:,} instances took {part:.3g} s" if part > max(fastest, LONG) else None
 
 
-def _try(peer: Peer, w: Workload, mode: str, device: CPU | GPU, sets: list, truth: Truth) -> _Tried:
-    """Run it once and check that, then a few times."""
+def _try(peer: Peer, w: Workload, mode: str, device: CPU | GPU, sets: Sets, truth: Truth) -> _Tried:
+    """Run it once and check that, again for its memory, then a few times."""
     run = step(peer.function(w, device.kind), mode, sets, peer.layout)
+    sets.rewind()
     start = time.perf_counter()
     results = run()
     first = time.perf_counter() - start
     truth.check(peer.name, results, peer.layout)
     del results
-    call = device.ready(run)
+    temporary = peak_temporary_bytes(run, device.kind)
+    call, note = device.ready(run)
     seconds = [device.seconds(call)]
     while len(seconds) < TRIES and sum(seconds) < LONG:
         seconds.append(device.seconds(call))
-    return _Tried(peer, run, call, min(seconds), first - min(seconds) if peer.compiled else None)
+    return _Tried(peer, call, min(seconds), first - min(seconds) if peer.compiled else None, temporary, note)
 
 
 def _slow(tried: Sequence[_Tried]) -> list[_Tried]:
@@ -178,7 +184,7 @@ def _slow(tried: Sequence[_Tried]) -> list[_Tried]:
 def _reason(error: Exception) -> str:
     """Why there are no times, in a few words."""
     text = str(error).strip().partition("\n")[0]
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text or "bad_alloc" in text:
         return "out of memory"
     return text if isinstance(error, AssertionError) else f"{type(error).__name__}: {text[:80]}"
 
@@ -223,13 +229,14 @@ def told(group: Sequence[Record]) -> str:
     return f"{ours.workload}, {size}, {ours.mode}, {ours.dtype}: {ours.median * 1e3:.3f} ms; {beside}"
 
 
-def _times(t: _Tried, device: CPU | GPU) -> dict[str, Any]:
-    q1, middle, q3 = quantiles(t.seconds, n=4, method="inclusive") if len(t.seconds) > 1 else t.seconds * 3
+def _times(t: _Tried) -> dict[str, Any]:
+    q1, middle, q3 = quartiles(t.seconds)
     return {
         "q1": q1,
         "median": middle,
         "q3": q3,
         "rounds": len(t.seconds),
         "compile": t.compile,
-        "temporary": peak_temporary_bytes(t.run, device.kind),
+        "temporary": t.temporary,
+        "note": t.note,
     }

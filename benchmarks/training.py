@@ -111,7 +111,8 @@ def train(example: Example, here: Context, deadline: float, device: torch.device
     records = []
     for step in range(1, example.steps + 1):
         batch = placed(example.batch(step), device, dtype)
-        for run in runs if step % 2 else reversed(runs):
+        first = step % len(runs)
+        for run in (*runs[first:], *runs[:first]):
             run.timed_step(batch)
         late = time.perf_counter() > deadline and step < example.steps
         if not (step % example.every == 0 or step == example.steps or late):

@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .records import layers
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -54,7 +56,7 @@ class Workload:
     @property
     def layers(self) -> str:
         """Features in and out."""
-        return " → ".join(str(n) for n in (self.I, self.hidden, self.O) if n)
+        return layers(self)
 
     @property
     def nodes(self) -> int:

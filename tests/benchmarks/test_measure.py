@@ -41,17 +41,17 @@ def cases():
 
 
 @pytest.mark.parametrize(("w", "peer"), list(cases()))
-@pytest.mark.parametrize("mode", steps.MODES)
+@pytest.mark.parametrize("mode", records.MODES)
 def test_everyone_computes_what_the_reference_says(w, peer, mode):
-    if why := peer.unfit(w, torch.float64, "cpu", 1 << 30):
+    if why := peer.unfit(w, torch.float64, 1 << 30):
         pytest.skip(why)
     first = inputs.inputs(w, torch.float64)
-    run = steps.step(peer.function(w), mode, [first], peer.layout)
+    run = steps.step(peer.function(w), mode, inputs.Sets([first]), peer.layout)
     results = run()
-    truth = steps.step(steps.definition(w, "cpu"), mode, [first])()
+    truth = steps.step(steps.definition(w, "cpu"), mode, inputs.Sets([first]))()
     steps.Truth(w, mode, first).check(peer.name, results, peer.layout)
     for got, expected in zip(results, truth, strict=True):
-        if mode == steps.BOTH and got is results[-1] and peer.layout != steps.OWN:
+        if mode != records.FORWARD and got is results[-1] and peer.layout != steps.OWN:
             expected = expected.permute(peer.layout)
         torch.testing.assert_close(got, expected)
 
@@ -83,8 +83,8 @@ def test_the_reference_is_the_sum_instance_by_instance(w):
 @pytest.mark.parametrize("wrong", range(4))
 def test_what_computes_something_else_is_no_peer(wrong):
     first = inputs.inputs(TINY, torch.float32)
-    truth = steps.Truth(TINY, steps.BOTH, first)
-    results = list(steps.step(peers.materialised, steps.BOTH, [first])())
+    truth = steps.Truth(TINY, records.BOTH, first)
+    results = list(steps.step(peers.materialised, records.BOTH, inputs.Sets([first]))())
     truth.check("right", results)
     results[wrong] = results[wrong] * 1.01
     name = ("y", "dx", "dz", "the head's gradient")[wrong]
@@ -96,8 +96,8 @@ def test_what_computes_something_else_is_no_peer(wrong):
 
 
 def test_a_training_step_trains():
-    sets = [inputs.inputs(dataclasses.replace(TINY, B=64), torch.float32, seed=k) for k in range(2)]
-    train = steps.step(peers.fused, steps.TRAINING, sets)
+    sets = inputs.Sets(inputs.inputs(dataclasses.replace(TINY, B=64), torch.float32, seed=k) for k in range(2))
+    train = steps.step(peers.fused, records.TRAINING, sets)
     losses = [train()[0].item() for _ in range(400)]
     assert losses[0] != losses[1]  # another set
     assert losses[-2] < 0.95 * losses[0]
@@ -109,9 +109,11 @@ def test_no_call_finds_its_tensors_in_the_cache():
     size = sum(t.nbytes for t in (*sets[0].leaves, sets[0].g))
     assert len(sets) * size >= 2 << 14
     assert (len(sets) - 1) * size < 2 << 14
-    run = steps.step(peers.materialised, steps.FORWARD, sets)
-    for one in sets:
-        torch.testing.assert_close(run()[0], peers.materialised(*one.leaves))
+    ways = [steps.step(way, records.FORWARD, sets) for way in (peers.materialised, peers.fused)]
+    for turn, one in enumerate((*sets, sets[0])):  # whoever runs takes the next
+        torch.testing.assert_close(ways[turn % 2]()[0], peers.materialised(*one.leaves))
+    sets.rewind()
+    torch.testing.assert_close(ways[0]()[0], peers.materialised(*sets[0].leaves))
     assert len(inputs.rotated(TINY, torch.float32, 0)) == 1
 
 
@@ -120,6 +122,11 @@ def test_each_node_of_a_graph_has_as_many_edges_in_as_out():
     assert source.tolist() == sorted(source.tolist())
     assert source.bincount().tolist() == target.bincount().tolist() == [4] * 6
     assert not (source == target).any()
+
+
+def test_both_kinds_of_device_are_used_alike():
+    cpu, gpu = ({name for name in vars(one) if not name.startswith("_")} for one in (devices.CPU, devices.GPU))
+    assert cpu == gpu
 
 
 class Clock(devices.CPU):
@@ -144,13 +151,13 @@ def late(seconds, name="late", way=peers.materialised, **more):
     return peers.Peer(name, lambda w, device: slow, **more)
 
 
-def compared(*others, w=TINY, mode=steps.BOTH, dtype=torch.float32, **more):
+def compared(*others, w=TINY, mode=records.BOTH, dtype=torch.float32, **more):
     ways = [*peers.ours(w, "cpu"), *others]
     group = timing.compare(w, mode, dtype, Clock(), ways, HERE, BRIEF, study="workloads", **more)
     return {r.way: r for r in group}
 
 
-@pytest.mark.parametrize("mode", steps.MODES)
+@pytest.mark.parametrize("mode", records.MODES)
 def test_a_record_says_what_was_measured(mode):
     found = compared(peers.PEERS[0], mode=mode)
     assert list(found) == [peers.OURS, peers.AGAIN, "materialise + bmm", "matrix product", "copy"]
@@ -179,7 +186,7 @@ def test_who_is_far_slower_is_tried_and_no_more():
     assert found["quick"].rounds > 1
 
 
-def test_what_does_not_fit_is_said(monkeypatch):
+def test_what_does_not_fit_is_said():
     def lacking(*leaves):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
@@ -193,7 +200,8 @@ def test_what_does_not_fit_is_said(monkeypatch):
         peers.Peer("broken", lambda w, device: broken),
         peers.Peer("wrong", lambda w, device: lambda *leaves: 2 * peers.materialised(*leaves)),
         peers.Peer("bilinear", lambda w, device: peers.bilinear, per_sample=True),
-        w=POINTS,
+        peers.Peer("folded", lambda w, device: peers.outer, folds=True),
+        w=dataclasses.replace(POINTS, N=100, R=100),
     )
     notes = {name: r.note for name, r in found.items() if r.role == "peer"}
     assert notes.pop("wrong").startswith("wrong: y is off by")
@@ -203,14 +211,67 @@ def test_what_does_not_fit_is_said(monkeypatch):
         "lacking": "out of memory",
         "broken": "ValueError: no",
         "bilinear": "N = 1 only",
+        "folded": "50 times the work",
     }
     assert all(r.median is None for r in found.values() if r.role == "peer")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_feature_that_is_left_out_is_seen(dtype):
+    w = Workload("wide", 8, 1, 128, 16, 16, "made up")
+    first = inputs.inputs(w, dtype)
+    truth = steps.Truth(w, records.FORWARD, first)
+    x, z, H = first.leaves
+    truth.check("whole", [peers.materialised(x, z, H)])
+    with pytest.raises(AssertionError, match="y is off"):
+        truth.check("without", [peers.materialised(x, z[:, :-1], H[..., :-1].contiguous())])
+
+
+def test_of_what_is_large_a_part_is_checked(monkeypatch):
+    monkeypatch.setattr(steps.Truth, "MOST", 8 * TINY.I * TINY.O * 2)
+    first = inputs.inputs(TINY, torch.float32)
+    truth = steps.Truth(TINY, records.BOTH, first)
+    y, dx, dz, dH = steps.step(peers.materialised, records.BOTH, inputs.Sets([first]))()
+    truth.check("right", [y, dx, dz, dH])
+    with pytest.raises(AssertionError, match="y is off"):
+        truth.check("wrong", [y + 1, dx, dz, dH])
+    with pytest.raises(AssertionError, match="head's gradient is off"):
+        truth.check("wrong", [y, dx, dz, 2 * dH])
+
+
+def test_who_is_not_to_run_is_said():
+    found = compared(peers.PEERS[0], without={"materialise + bmm": "for a reason"})
+    assert (found["materialise + bmm"].note, found["materialise + bmm"].median) == ("for a reason", None)
+
+
+def test_what_the_registry_no_longer_has_goes():
+    assert measure.listed(record(study="training"))
+    w = workloads.WORKLOADS[0]
+    sizes = {name: getattr(w, name) for name in ("B", "N", "R", "I", "O")}
+    assert measure.listed(record(workload=w.name, **sizes))
+    assert not measure.listed(record(workload=w.name, **{**sizes, "B": 7}))
+    point = next(workloads.AXES[0].workloads())
+    sizes = {name: getattr(point, name) for name in ("B", "N", "R", "I", "O")}
+    assert measure.listed(record(study="scaling", axis="B", workload=point.name, **sizes))
+    assert not measure.listed(record(study="scaling", axis="R", workload=point.name, **sizes))
+
+
+def test_what_is_left_out_is_recorded(monkeypatch):
+    monkeypatch.setattr(measure, "Patience", lambda **more: BRIEF)
+    made = measure.workloads([TINY], [torch.float32], records.MODES, Clock(), HERE, every=True, compiled=False)
+    groups = {group[0].mode: {r.way: r for r in group} for group in made}
+    assert set(groups) == set(records.MODES)
+    for ways in groups.values():
+        assert ways["compiled einsum"].note == "was not to be compiled"
+    assert groups[records.BOTH]["fasthyper"].plan
+    only = measure.workloads([TINY], [torch.float32, torch.bfloat16], records.MODES, Clock(), HERE, compiled=False)
+    assert [(g[0].mode, g[0].dtype) for g in only] == [(records.BOTH, "float32")]
 
 
 def test_ours_must_not_fail():
     broken = dataclasses.replace(peers.ours(TINY, "cpu")[0], make=lambda w, device: lambda *leaves: leaves[0])
     with pytest.raises(AssertionError, match="fasthyper: y is off"):
-        timing.compare(TINY, steps.FORWARD, torch.float32, Clock(), [broken], HERE, BRIEF, study="workloads")
+        timing.compare(TINY, records.FORWARD, torch.float32, Clock(), [broken], HERE, BRIEF, study="workloads")
 
 
 def test_a_long_run_is_tried_on_a_part_first(monkeypatch):
@@ -273,14 +334,15 @@ def test_the_planner_is_told_beside_what_it_chose():
 def test_scaling_ends_where_memory_does(monkeypatch):
     axis = workloads.Axis("B", (0, 1, 2, 3, 4), (2, 4, 8))
     monkeypatch.setattr(measure, "AXES", (axis,))
-    kept = peers._MATERIALISED
 
     def lacking(x, z, weight):
         if len(x) > 2:
             raise torch.OutOfMemoryError("no more")
         return peers.materialised(x, z, weight)
 
-    few = [dataclasses.replace(p, make=lambda w, d: lacking) if p.make is kept else p for p in peers.PEERS]
+    few = [
+        dataclasses.replace(p, make=lambda w, d: lacking) if p.name == "materialise + bmm" else p for p in peers.PEERS
+    ]
     monkeypatch.setattr(measure, "PEERS", few)
     groups = list(measure.scaling(["B"], Clock(), dataclasses.replace(HERE, backend="aten")))
     assert [group[0].B for group in groups] == [2, 4]
@@ -344,7 +406,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     finally:
         torch.set_num_threads(threads)
     (path,) = tmp_path.glob("*.csv")
-    assert {(r.N, r.mode) for r in records.read(path)} == {(1, steps.BOTH), (3, steps.BOTH)}
+    assert {(r.N, r.mode) for r in records.read(path)} == {(1, records.BOTH), (3, records.BOTH)}
     assert "tiny, B 5 N 3 R 3 4 → 2, forward + backward, float32" in capsys.readouterr().out
 
 
