@@ -61,14 +61,17 @@ class CPU:
         """A large product, in float32 where there are none of 16 bits, and a copy of what fits in no cache."""
         return _ceilings("cpu", machine("cpu", dtype).work_dtype, 1024, 2 * self._cache)
 
+    def free(self) -> int:
+        """Bytes to be had; 0 where the system does not tell."""
+        return _proc("/proc/meminfo", "MemAvailable:") * 9 // 10
+
     @contextmanager
     def bounded(self) -> Iterator[None]:
         """Memory that is not there is refused, instead of swapped or of ending the process."""
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        now = _proc("/proc/self/status", "VmSize:")
-        free = _proc("/proc/meminfo", "MemAvailable:")
+        now, free = _proc("/proc/self/status", "VmSize:"), self.free()
         if now and free:
-            resource.setrlimit(resource.RLIMIT_AS, (now + free * 9 // 10, hard))
+            resource.setrlimit(resource.RLIMIT_AS, (now + free, hard))
         try:
             yield
         finally:
@@ -138,6 +141,10 @@ class GPU:
         """A large product, and a copy of a gigabyte."""
         found = _ceilings("cuda", dtype, 8192, 1 << 30)
         return {name: ceiling._replace(call=self._captured(ceiling.call)) for name, ceiling in found.items()}
+
+    def free(self) -> int:
+        """Bytes to be had."""
+        return torch.cuda.mem_get_info()[0]
 
     @contextmanager
     def bounded(self) -> Iterator[None]:

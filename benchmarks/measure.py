@@ -87,7 +87,7 @@ def workloads(
                     without = {p.name: "slow in forward + backward" for p in ways if p.name not in near}
                 if not may:
                     without |= {p.name: "was not to be compiled" for p in ways if p.compiled}
-                patience = Patience() if mode == BOTH else Patience(seconds=0.7)
+                patience = Patience() if mode == BOTH and dtype == torch.float32 else Patience(seconds=0.7, most=4.0)
                 more = {"without": without, "study": "workloads"}
                 group = compare(w, mode, dtype, device, [*ours(w, device.kind), *ways], context, patience, **more)
                 if mode == BOTH:
@@ -118,7 +118,7 @@ def scaling(axes: Sequence[str], device: CPU | GPU, context: Context, until: flo
                 return
             ways = [*(p for p in ours(w, device.kind) if p.name in (OURS, AGAIN)), *schedules(context.backend), *few]
             more = {"study": "scaling", "axis": axis.name, "most_bytes": float("inf")}
-            group = compare(w, BOTH, dtype, device, ways, context, Patience(seconds=1.0), **more)
+            group = compare(w, BOTH, dtype, device, ways, context, Patience(seconds=1.0, most=4.0), **more)
             plan = planned(w, dtype, context)
             yield [r.replace(plan=plan) if r.role == "ours" else r for r in group]
             if any(r.way == ALONG_SIZES[0] and r.note == "out of memory" for r in group):

@@ -269,7 +269,6 @@ _LAYERS = (
     Peer("hyper-nn", libraries.hyper_nn, library="hypernn"),
     Peer("compiled materialise + bmm", _just(materialised), compiled=True),
     Peer("compiled einsum", _just(einsum), compiled=True),
-    Peer("compiled x ⊗ z first", _just(outer), _two_folds, compiled=True, folds=True),
 )
 _GRAPHS = (
     Peer("PyG NNConv", libraries.nnconv, of="graph", layout=(1, 0, 2), library="torch_geometric"),

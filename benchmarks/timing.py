@@ -23,9 +23,9 @@ from .records import Context, Record, quartiles
 from .steps import Truth, step
 from .workloads import Workload
 
-SLOWER = {"peer": 1.6, "variant": 3.0}  # times the fastest of its role: from there on not worth more than a try
+SLOWER = {"peer": 1.5, "variant": 3.0}  # times the fastest of its role: from there on not worth more than a try
 SHORT = 0.01  # seconds; what takes less is measured anyway, since other processes may have slowed down the first tries
-LONG = 0.3  # seconds; less may be a library that is set up
+LONG, VERY_LONG = 0.2, 2.0  # seconds; less than the first may be a library that is set up
 TRIES = 3
 CEILINGS = 5  # measurements of what the machine can do
 PART = 16  # of a batch that may take too long
@@ -44,7 +44,7 @@ class Patience:
 
     seconds: float = 1.5
     least: int = 7
-    most: float = 8.0
+    most: float = 6.0
     rounds: int = 60
 
     def turns(self, once: float) -> int:
@@ -61,7 +61,7 @@ class _Tried:
     call: Call
     first: float
     compile: float | None
-    temporary: int
+    temporary: int | None
     note: str
     seconds: list[float] = field(default_factory=list)
 
@@ -142,6 +142,8 @@ def compare(
 def _too_slow(peer: Peer, w: Workload, mode: str, dtype: torch.dtype, device: CPU | GPU, fastest: float) -> str | None:
     """Whether a part of the batch takes longer than all of it by the fastest; compiling for a part would be a waste."""
     size = w.B // PART // w.neighbours * w.neighbours
+    if 0 < device.free() < peer.keeps(w) * dtype.itemsize:
+        return None  # it will be refused before long
     if peer.compiled or device.kind != "cpu" or not size or fastest < LONG / PART:
         return None
     small = replace(w, B=size)
@@ -163,9 +165,11 @@ def _try(peer: Peer, w: Workload, mode: str, device: CPU | GPU, sets: Sets, trut
     first = time.perf_counter() - start
     truth.check(peer.name, results, peer.layout)
     del results
-    temporary = peak_temporary_bytes(run, device.kind)
+    # The profiler takes its time with what makes many calls.
+    long = first > VERY_LONG and not peer.compiled
+    temporary = None if long and peer.role == "peer" else peak_temporary_bytes(run, device.kind)
     call, note = device.ready(run)
-    seconds = [device.seconds(call)]
+    seconds = [first if long and device.kind == "cpu" else device.seconds(call)]
     while len(seconds) < TRIES and sum(seconds) < LONG:
         seconds.append(device.seconds(call))
     return _Tried(peer, call, min(seconds), first - min(seconds) if peer.compiled else None, temporary, note)

@@ -282,6 +282,13 @@ def test_a_long_run_is_tried_on_a_part_first(monkeypatch):
     assert found["last"].median is None
 
 
+def test_what_memory_will_refuse_is_not_tried_on_a_part(monkeypatch):
+    monkeypatch.setattr(timing, "LONG", 1e-4)
+    monkeypatch.setattr(Clock, "free", lambda self: 1)
+    found = compared(late(0.02, "last"), w=dataclasses.replace(TINY, B=64))
+    assert found["last"].median >= 0.02
+
+
 @pytest.mark.skipif(not pathlib.Path("/proc/meminfo").exists(), reason="Linux tells what is free")
 def test_memory_that_is_not_there_is_refused_at_once():
     start = time.perf_counter()
