@@ -124,9 +124,8 @@ def functional_primary(x: Tensor, z: Tensor, *layers: Tensor) -> Tensor:
     linear = [nn.Linear(i, o, device="meta") for i, o in pairwise(sizes)]
     network, made = nn.Sequential(linear[0], nn.ReLU(), linear[1]), {}
     for name, (weight, bias, base_weight, base_bias) in zip("02", (layers[:4], layers[4:]), strict=True):
-        made[f"{name}.weight"] = torch.addmm(base_weight.flatten(), z, weight.flatten(0, 1).T).unflatten(
-            1, base_weight.shape
-        )
+        W = torch.addmm(base_weight.flatten(), z, weight.flatten(0, 1).T)
+        made[f"{name}.weight"] = W.unflatten(1, base_weight.shape)
         made[f"{name}.bias"] = torch.addmm(base_bias, z, bias.T)
     return vmap(lambda own, rows: functional_call(network, own, (rows,)))(made, x)
 
@@ -220,7 +219,7 @@ class Peer:
             return "N = 1 only"
         if self.folds and (times := w.N * w.R / (w.N + w.R)) > MOST_WORK:
             return f"{times:.0f} times the work"
-        if (size := self.keeps(w) * dtype.itemsize) > most:
+        if (size := self.keeps(w) * (4 if self.wide else dtype.itemsize)) > most:
             return f"would keep {size / 2**30:.0f} GiB"
         return None
 
