@@ -232,7 +232,7 @@ def siren(shrink: int, features: int, steps: int, every: int = 5, side: int = 32
 # ---- what is trained where
 
 EXAMPLES: dict[str, tuple[Callable[[], Example], ...]] = {
-    "cpu": (functools.partial(siren, shrink=2, features=64, steps=60), functools.partial(qm9, graphs=8, steps=72)),
+    "cpu": (functools.partial(siren, shrink=2, features=64, steps=50), functools.partial(qm9, graphs=8, steps=56)),
     "cuda": (
         functools.partial(siren, shrink=1, features=256, steps=500),
         functools.partial(qm9, graphs=128, steps=400),

@@ -63,8 +63,9 @@ def workloads(
         modes: of `records.MODES`.
         device: where.
         context: for the records.
-        every: whether a CPU measures all of this; else what is not forward + backward in float32 is measured on the
-            README's workloads alone, and in 16 bits without torch.compile.
+        every: whether a CPU measures all of this. Else what is not forward + backward in float32 is measured on the
+            README's workloads alone, as are libraries that do what `vmap(functional_call)` does; in 16 bits there is
+            forward + backward alone, and no torch.compile.
         compiled: whether torch.compile takes part.
         until: when no more is begun, by `time.monotonic()`.
         compile_until: when no more is compiled.
@@ -76,7 +77,7 @@ def workloads(
         for w in those:
             near: set[str] | None = None
             for mode in sorted(modes, key=lambda mode: mode != BOTH):
-                if mode != BOTH and not (fast or w.readme):
+                if mode != BOTH and not (fast or (w.readme and dtype == torch.float32)):
                     continue
                 if time.monotonic() > until:
                     return
@@ -85,9 +86,11 @@ def workloads(
                 without = {}
                 if mode == TRAINING and near is not None:
                     without = {p.name: "slow in forward + backward" for p in ways if p.name not in near}
+                if not (fast or w.readme):
+                    without |= {p.name: "as vmap(functional_call)" for p in ways if p.library and p.of == "layer"}
                 if not may:
                     without |= {p.name: "was not to be compiled" for p in ways if p.compiled}
-                patience = Patience() if mode == BOTH and dtype == torch.float32 else Patience(seconds=0.7, most=4.0)
+                patience = Patience() if mode == BOTH and dtype == torch.float32 else Patience(seconds=0.6, most=4.0)
                 more = {"without": without, "study": "workloads"}
                 group = compare(w, mode, dtype, device, [*ours(w, device.kind), *ways], context, patience, **more)
                 if mode == BOTH:

@@ -285,7 +285,9 @@ def _over_edges(peer: Peer) -> Peer:
     return replace(peer, make=lambda w, device: over_edges(peer.make(w, device), w, device), of="graph")
 
 
-PEERS = (*_LAYERS, *map(_over_edges, (p for p in _LAYERS if not p.library)), *_GRAPHS, *_PRIMARIES)
+# Of the ways edge by edge, none is compiled: on a graph x · H comes first, and that is.
+_EDGES = tuple(_over_edges(p) for p in _LAYERS if not (p.library or p.compiled))
+PEERS = (*_LAYERS, *_EDGES, *_GRAPHS, *_PRIMARIES)
 
 
 def peers(w: Workload, dtype: torch.dtype, device: str) -> list[Peer]:

@@ -94,10 +94,10 @@ def speedups(records: Iterable[Record]) -> Figure:
     return figure
 
 
-def axis_title(axis: str, workload: str, of: Record) -> str:
-    """What is varied of which workload, and the sizes that stay."""
-    sizes = [f"{name} = {getattr(of, name):,}" for name in "BNR" if name != axis]
-    return f"Along {axis}, {workload}: {', '.join(sizes + [layers(of)] * (axis != 'width'))}"
+def axis_title(of: Record) -> str:
+    """What is varied, and the sizes that stay."""
+    sizes = [f"{name} = {getattr(of, name):,}" for name in "BNR" if name != of.axis]
+    return f"Along {of.axis}: {', '.join(sizes + [layers(of)] * (of.axis != 'width'))}"
 
 
 def scaling(records: Iterable[Record]) -> Figure:
@@ -120,10 +120,10 @@ def scaling(records: Iterable[Record]) -> Figure:
                 above.set_visible(False)
                 below.set_visible(False)
                 continue
-            (_, axis, workload), curve = curves[column]
+            (_, axis), curve = curves[column]
             _curves(above, curve, styles, time=True)
             _curves(below, curve, styles, time=False)
-            above.set_title(axis_title(axis, workload, curve[0].of).replace(": ", "\n"), fontsize=9)
+            above.set_title(axis_title(curve[0].of).replace(": ", "\n"), fontsize=9)
             below.set_xlabel("width, I = O" if axis == "width" else axis, fontsize=9)
             for axes in (above, below):
                 points = {along(s.of): f"{along(s.of):,}{results.mark(s)}" for s in curve}

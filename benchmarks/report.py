@@ -208,11 +208,11 @@ def _scaling(results: Results) -> list[str]:
     if not results.curves:
         return []
     parts = ["## Scaling"]
-    for (dtype, axis, workload), curve in results.curves.items():
+    for (dtype, axis), curve in results.curves.items():
         ways = _names(curve, "variant", "peer")
         times = [axis, "planner's choice", "fasthyper", *ways, "best schedule", "over the best", "noise"]
         parts += [
-            f"### {plots.axis_title(axis, workload, curve[0].of)}: {curve[0].of.mode}, {dtype}",
+            f"### {plots.axis_title(curve[0].of)}: {curve[0].of.mode}, {dtype}",
             "Milliseconds:",
             table(times, (_point(results, s, ways) for s in curve)),
             "MiB:",

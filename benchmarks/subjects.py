@@ -146,7 +146,7 @@ class Results:
         one = subject.of
         alike = [
             s.of
-            for s in self.among(one.study, one.dtype, one.mode)
+            for s in self.among(one.study)
             if (s.of.axis, s.of.workload, layers(s.of)) == (one.axis, one.workload, layers(one))
         ]
         sizes = [f"{n} = {getattr(one, n):,}" for n in "BNR" if len({getattr(other, n) for other in alike}) > 1]
@@ -164,11 +164,11 @@ class Results:
         return list(dict.fromkeys((s.of.dtype, s.of.mode) for s in self.among("workloads")))
 
     @cached_property
-    def curves(self) -> dict[tuple[str, str, str], list[Subject]]:
-        """The scaling subjects by dtype, axis and workload, in the order of their size."""
-        curves: dict[tuple[str, str, str], list[Subject]] = {}
+    def curves(self) -> dict[tuple[str, str], list[Subject]]:
+        """The scaling subjects by dtype and axis, in the order of their size."""
+        curves: dict[tuple[str, str], list[Subject]] = {}
         for s in self.among("scaling"):
-            curves.setdefault((s.of.dtype, s.of.axis, s.of.workload), []).append(s)
+            curves.setdefault((s.of.dtype, s.of.axis), []).append(s)
         return {key: sorted(curve, key=lambda s: along(s.of)) for key, curve in curves.items()}
 
     def rates(self, way: str, dtype: str, device: str = "") -> list[float]:

@@ -43,8 +43,8 @@ class Patience:
     """
 
     seconds: float = 1.5
-    least: int = 7
-    most: float = 6.0
+    least: int = 5
+    most: float = 4.0
     rounds: int = 60
 
     def turns(self, once: float) -> int:

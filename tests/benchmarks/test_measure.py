@@ -265,7 +265,17 @@ def test_what_is_left_out_is_recorded(monkeypatch):
         assert ways["compiled einsum"].note == "was not to be compiled"
     assert groups[records.BOTH]["fasthyper"].plan
     only = measure.workloads([TINY], [torch.float32, torch.bfloat16], records.MODES, Clock(), HERE, compiled=False)
-    assert [(g[0].mode, g[0].dtype) for g in only] == [(records.BOTH, "float32")]
+    groups = list(only)
+    assert [(g[0].mode, g[0].dtype) for g in groups] == [(records.BOTH, "float32")]
+    notes = {r.way: r.note for r in groups[0]}
+    assert notes["hyperlight"] == "as vmap(functional_call)"
+    shown = dataclasses.replace(TINY, readme=True)
+    dtypes = [torch.float32, torch.bfloat16]
+    some = measure.workloads([shown], dtypes, records.MODES, Clock(), HERE, compiled=False)
+    assert [(g[0].dtype, g[0].mode) for g in some] == [
+        *(("float32", mode) for mode in (records.BOTH, records.FORWARD, records.TRAINING)),
+        ("bfloat16", records.BOTH),
+    ]
 
 
 def test_ours_must_not_fail():
@@ -315,7 +325,7 @@ def test_the_registry():
     assert all(w.source for w in workloads.WORKLOADS)
     assert all(w.B % w.neighbours == 0 for w in workloads.WORKLOADS)
     assert [w.B for w in measure.chosen("qm9 mpnn", False, "cuda")] == [39_168]
-    assert [w.B for w in measure.chosen("qm9 mpnn", False, "cpu")] == [2_448]
+    assert [w.B for w in measure.chosen("qm9 mpnn", False, "cpu")] == [4_896]
     assert not measure.chosen("mothernet", False, "cpu")
     assert measure.chosen("mothernet", True, "cpu")
 
