@@ -236,7 +236,7 @@ void grads_rows(const Factors<S>& f, Rows<S> dx, Rows<S> dz, Schedule schedule, 
           Lanes<T> z(group, f.z, q);
           contract<S, T>(cut_q(f.oir(), i), group, z.right(), g.data(), none, none, to_x);
         }
-        if (dz.data) {
+        if (dz.data && r.size()) {  // there may be more slices of I than features of z
           Lanes<T> x(group, f.x, q);
           if (schedule == Schedule::generate) fold<S, T>(cut_p(f.roi(), r), group, g.data(), x.data(), to_z);
           else contract<S, T>(cut_q(f.ori(), r), group, x.right(), g.data(), none, none, to_z);
