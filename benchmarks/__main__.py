@@ -87,7 +87,8 @@ def _measure(args: argparse.Namespace) -> None:
         raise SystemExit(f"no workload has {args.only!r} in its name; mothernet wants --large")
     torch.set_num_threads(args.threads)
     # compiled anew each time, or the seconds that it takes would be those of a cache
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="fasthyper-")
+    folder = tempfile.TemporaryDirectory(prefix="fasthyper-", ignore_cleanup_errors=True)  # gone after it
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
     torch._inductor.config.compile_threads = 1  # no processes in the background of what is measured
     device = CPU() if args.device == "cpu" else GPU()
     context = records.context(args.device)

@@ -7,7 +7,7 @@ from .records import FORWARD, Record
 SIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def layers(record: Record) -> list[tuple[int, int]]:
+def pairs(record: Record) -> list[tuple[int, int]]:
     """In and out features of each layer that is generated."""
     if record.hidden:
         return [(record.I, record.hidden), (record.hidden, record.O)]
@@ -17,7 +17,7 @@ def layers(record: Record) -> list[tuple[int, int]]:
 def flops(record: Record) -> int:
     """Of the cheapest order of contraction: a product forward, and two of the same size backward."""
     total, neighbours = 0, record.neighbours
-    for I, O in layers(record):
+    for I, O in pairs(record):
         points, head = record.B * record.N, record.R * I * O
         fold = points * head
         generate = record.B * head + points * I * O
@@ -30,7 +30,7 @@ def flops(record: Record) -> int:
 def compulsory_bytes(record: Record) -> int:
     """Of x, z, the head and y, each moved once; of their gradients too, unless it is forward alone."""
     points = record.B * record.N
-    head = sum(record.R * I * O for I, O in layers(record))
+    head = sum(record.R * I * O for I, O in pairs(record))
     numbers = points // record.neighbours * (record.I + record.O) + record.B * record.R + head
     return numbers * SIZE[record.dtype] * (1 if record.mode == FORWARD else 2)
 
