@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import processor
 from .kernels.tiles import dx_dz_tiles
 from .problem import AUTO, SCHEDULES, Machine, Plan, Problem
 
@@ -57,31 +58,13 @@ def get_workspace_limit() -> int:
 
 
 @functools.cache
-def _cpu_has_fast(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has products of this 16-bit dtype; elsewhere float32 is tens of times faster."""
-    probe = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
-    try:
-        return bool(getattr(torch.ops.mkldnn, probe)())
-    except (AttributeError, RuntimeError):
-        return False
-
-
-@functools.cache
-def _cpu_multiplies(dtype: torch.dtype) -> bool:
-    """Whether the compiled kernels multiply in this 16-bit dtype: bfloat16, where there are instructions for it."""
-    if dtype != torch.bfloat16 or torch.backends.cpu.get_cpu_capability() != "AVX512" or not _cpu_has_fast(dtype):
-        return False
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-@functools.cache
 def machine(device: str, dtype: torch.dtype, threads: int = 1, backend: str = "aten") -> Machine:
     """Typical rates of a device type: only their ratios decide, so they need not be this machine's own."""
     if backend == "cpu":
-        work, rate = (dtype, 400e9) if _cpu_multiplies(dtype) else (torch.float32, 100e9)
+        work, rate = (dtype, 400e9) if processor.kernels_multiply(dtype) else (torch.float32, 100e9)
         return Machine(rate * threads, 150e9 * threads, 10e9, 1e-6, 2 << 20, work, 2.0)
     if device == "cpu":
-        native = dtype not in _LOW_PRECISION or _cpu_has_fast(dtype)
+        native = dtype not in _LOW_PRECISION or processor.has_fast(dtype)
         work = dtype if native else torch.float32
         rate = 40e9 if work == torch.float64 else 80e9
         return Machine(rate * threads, 16e9 * threads, 10e9, 3e-6, 2 << 20, work)

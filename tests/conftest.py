@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 import fasthyper
-from fasthyper import backends, planner
+from fasthyper import backends, planner, processor
 from fasthyper.backends import cuda, triton
 from fasthyper.problem import SCHEDULES
 
@@ -212,10 +212,10 @@ def oracle() -> Oracle:
 
 
 @contextlib.contextmanager
-def _planning(**replaced) -> Iterator[None]:
+def _planning(module=planner, **replaced) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in replaced.items():
-            patch.setattr(planner, name, value)
+            patch.setattr(module, name, value)
         planner.forget()
         yield
     planner.forget()
@@ -230,7 +230,7 @@ def tiles():
 @pytest.fixture(scope="session")
 def native_low_precision():
     """`with native_low_precision(True):` computes tiles in 16 bits, as on a CPU that multiplies them natively."""
-    return lambda native: _planning(_cpu_has_fast=lambda dtype: native)
+    return lambda native: _planning(processor, has_fast=lambda dtype: native)
 
 
 class Fusing:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fasthyper
-from fasthyper import planner
+from fasthyper import planner, processor
 from fasthyper.problem import SCHEDULES, Problem
 
 SIZE = st.sampled_from([0, 1, 2, 7, 32, 100, 1000, 4096])
@@ -124,11 +124,11 @@ def test_machines_compute_16_bits_natively_or_not(native_low_precision):
 def test_a_machine_without_the_probe_computes_in_float32(monkeypatch):
     monkeypatch.delattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", raising=False)
     monkeypatch.setattr(planner.torch.ops, "mkldnn", object())
-    planner._cpu_has_fast.cache_clear()
+    processor.has_fast.cache_clear()
     try:
-        assert planner._cpu_has_fast(torch.bfloat16) is False
+        assert processor.has_fast(torch.bfloat16) is False
     finally:
-        planner._cpu_has_fast.cache_clear()
+        processor.has_fast.cache_clear()
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

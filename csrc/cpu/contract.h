@@ -42,49 +42,51 @@ void reduce(const float* t, int64_t np, int64_t nq, const float* up, const float
   for (; p < np; ++p) reduce_rows<1, P, Q>(t + p * nq * LANES, nq, at(up, p), uq, at(out_p, p), out_q);
 }
 
-constexpr int64_t TILE_ROWS = 256;
-constexpr int64_t FOLD_DEPTH = 256;
-constexpr int64_t PACKED = 1 << 17;  // numbers of H that are packed at a time, at most
+constexpr int64_t TILE_ROWS = tile_of(256);
+constexpr int64_t FOLD_DEPTH = tile_of(256);
+constexpr int64_t PACKED = tile_of(1 << 17);  // numbers of H that are packed at a time, at most
 
 // Rows of `depth` numbers, or numbers of each of so many rows, that can be packed at a time.
 inline int64_t fitting(int64_t wanted, int64_t depth) {
-  return std::clamp<int64_t>(PACKED / depth / 16 * 16, 16, wanted);
+  return std::clamp<int64_t>(PACKED / depth / LINE * LINE, LINE, std::max(LINE, wanted));
 }
 
 // `contract` for operands that only a matrix unit multiplies: t is a tile of its product.
 template <class S, class T>
 void contract_in_tiles(
-    const Head<S>& h, const Group& group, const T* u_c, const float* u_p, const float* u_q, float* out_p,
-    float* out_q) {
-  const int64_t depth = round_k<T>(h.c), ld = packed_ld<T>(h.c);
+    const Head<S>& h, const Group& group, Block<const T> u_c, Block<const float> u_p, Block<const float> u_q,
+    Block<float> out_p, Block<float> out_q) {
+  const int64_t depth = round_k<T>(h.c), ld = packed_ld(h.c);
   const bool both = out_p && out_q;  // then four rows p at a time halve the traffic, at the price of packing
   const int64_t tile_rows = fitting(TILE_ROWS, ld);
   const int64_t nq = std::min(h.q, both ? tile_rows / 4 : tile_rows);
   const int64_t np = both ? std::min(h.p, tile_rows / nq) : nq < h.q ? 1 : std::max<int64_t>(1, tile_rows / h.q);
   const bool merged = np == 1 || (nq == h.q && h.sp == h.q * h.sq);
   const bool direct = merged && readable<S, T>(h.sc, h.c);
-  Scratch<float> tile(np * nq * LANES);
-  Scratch<T> packed(direct ? 0 : np * nq * ld);
+  const Scratch<float> tile(np * nq * LANES);
+  const Scratch<T> packed(direct ? 0 : np * nq * ld);
   for (int64_t p0 = 0; p0 < h.p; p0 += np)
     for (int64_t q0 = 0; q0 < h.q; q0 += nq) {
       const int64_t ps = std::min(np, h.p - p0), qs = std::min(nq, h.q - q0);
       const S* src = h.data + p0 * h.sp + q0 * h.sq;
-      Left<T> a{packed, ld};
-      if (merged) a = left<S, T>(src, h.sq, h.sc, ps * qs, h.c, packed);
-      else
-        for (int64_t p = 0; p < ps; ++p) copy_rows<S, T>(src + p * h.sp, h.sq, h.sc, qs, h.c, packed + p * qs * ld);
+      Left<T> a;
+      if (merged) {
+        a = left<S, T>(src, h.sq, h.sc, ps * qs, h.c, packed);
+      } else {
+        for (int64_t p = 0; p < ps; ++p)
+          copy_rows<S, T>(src + p * h.sp, h.sq, h.sc, qs, h.c, packed.part(p * qs * ld, qs * ld), ld);
+        a = {packed.at(0, ps * qs * ld), ld};
+      }
       for (int64_t k = 0; k < group.blocks; ++k) {
-        gemm(ps * qs, group.width(k), depth, a.data, a.ld, u_c + k * depth * LANES, LANES, (float*)tile, LANES, false);
-        const auto at = [&](auto* base, int64_t features, int64_t first) {
-          return base ? base + (k * features + first) * LANES : nullptr;
-        };
-        float* const to_p = at(out_p, h.p, p0);
-        float* const to_q = at(out_q, h.q, q0);
-        const float* const by_p = at(u_p, h.p, p0);
-        const float* const by_q = at(u_q, h.q, q0);
-        if (to_p && to_q) reduce<true, true>(tile, ps, qs, by_p, by_q, to_p, to_q);
-        else if (to_p) reduce<true, false>(tile, ps, qs, by_p, by_q, to_p, to_q);
-        else reduce<false, true>(tile, ps, qs, by_p, by_q, to_p, to_q);
+        float* const t = tile.at(0, ps * qs * LANES);
+        gemm(
+            ps * qs, group.width(k), depth, a.data, a.ld, u_c.at(k * depth * LANES, depth * LANES), LANES, t, LANES,
+            false);
+        float *const to_p = lanes_of(out_p, k * h.p + p0, ps), *const to_q = lanes_of(out_q, k * h.q + q0, qs);
+        const float *const by_p = lanes_of(u_p, k * h.p + p0, ps), *const by_q = lanes_of(u_q, k * h.q + q0, qs);
+        if (to_p && to_q) reduce<true, true>(t, ps, qs, by_p, by_q, to_p, to_q);
+        else if (to_p) reduce<true, false>(t, ps, qs, by_p, by_q, to_p, to_q);
+        else reduce<false, true>(t, ps, qs, by_p, by_q, to_p, to_q);
       }
     }
 }
@@ -94,8 +96,8 @@ void contract_in_tiles(
 // u_c is a right operand in T.
 template <class S, class T>
 void contract(
-    const Head<S>& h, const Group& group, const T* u_c, const float* u_p, const float* u_q, float* out_p,
-    float* out_q) {
+    const Head<S>& h, const Group& group, Block<const T> u_c, Block<const float> u_p, Block<const float> u_q,
+    Block<float> out_p, Block<float> out_q) {
   if constexpr (std::is_same_v<T, float>) contract_in_registers(h, group, u_c, u_p, u_q, out_p, out_q);
   else contract_in_tiles(h, group, u_c, u_p, u_q, out_p, out_q);
 }
@@ -103,53 +105,54 @@ void contract(
 // out[m] += Σ_k M[m,k] u[k], for what all instances share; u is a right operand in T.
 template <class S, class T>
 void multiply(
-    const S* m, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, const Group& group, const T* u,
-    float* out) {
+    const S* m, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, const Group& group, Block<const T> u,
+    Block<float> out) {
   const int64_t depth = round_k<T>(k);
-  Scratch<T> packed(readable<S, T>(k_stride, k) ? 0 : std::min(rows, TILE_ROWS) * packed_ld<T>(k));
+  const Scratch<T> packed(readable<S, T>(k_stride, k) ? 0 : std::min(rows, TILE_ROWS) * packed_ld(k));
   for (int64_t r = 0; r < rows; r += TILE_ROWS) {
     const int64_t count = std::min(TILE_ROWS, rows - r);
     const auto a = left<S, T>(m + r * row_stride, row_stride, k_stride, count, k, packed);
     for (int64_t b = 0; b < group.blocks; ++b)
       gemm(
-          count, group.width(b), depth, a.data, a.ld, u + b * depth * LANES, LANES, out + (b * rows + r) * LANES, LANES,
-          true);
+          count, group.width(b), depth, a.data, a.ld, u.at(b * depth * LANES, depth * LANES), LANES,
+          out.at((b * rows + r) * LANES, count * LANES), LANES, true);
   }
 }
 
 // out[p] += Σ_{q,c} H[p,q,c] (u_q[q] u_c[c]), the outer product built a piece at a time.
 template <class S, class T>
-void fold(const Head<S>& h, const Group& group, const float* u_q, const float* u_c, float* out) {
+void fold(const Head<S>& h, const Group& group, Block<const float> u_q, Block<const float> u_c, Block<float> out) {
   const bool merged = h.sq == h.c * h.sc;
   const int64_t most = fitting(FOLD_DEPTH, h.p);
   const int64_t nc = std::min(h.c, most), nq = nc < h.c ? 1 : std::max<int64_t>(1, most / h.c);
-  const int64_t depth = round_k<T>(nq * nc), ld = packed_ld<T>(nq * nc);
+  const int64_t depth = round_k<T>(nq * nc), ld = packed_ld(nq * nc);
   const bool direct = readable<S, T>(h.sc, h.c) && (merged || nq == 1);
-  Scratch<float> products(depth * LANES);
-  Scratch<T> operand(std::is_same_v<T, float> ? 0 : depth * LANES), packed(direct ? 0 : h.p * ld);
+  const Scratch<float> products(depth * LANES);
+  const Scratch<T> operand(std::is_same_v<T, float> ? 0 : depth * LANES), packed(direct ? 0 : h.p * ld);
   for (int64_t q0 = 0; q0 < h.q; q0 += nq)
     for (int64_t c0 = 0; c0 < h.c; c0 += nc) {
       const int64_t qs = std::min(nq, h.q - q0), cs = std::min(nc, h.c - c0), ks = qs * cs;
       const S* src = h.data + q0 * h.sq + c0 * h.sc;
-      Left<T> a{};
+      Left<T> a;
       if (direct || merged) {
         a = left<S, T>(src, h.sp, h.sc, h.p, ks, packed);
       } else {
-        for (int64_t q = 0; q < qs; ++q) pack(src + q * h.sq, h.sp, h.sc, packed + q * cs, ld, h.p, cs);
+        T* const to = packed.at(0, h.p * ld);
+        for (int64_t q = 0; q < qs; ++q) pack(src + q * h.sq, h.sp, h.sc, to + q * cs, ld, h.p, cs);
         if (round_k<T>(ks) > ks)
-          for (int64_t p = 0; p < h.p; ++p) packed[p * ld + ks] = T(0.f);
-        a = {packed, ld};
+          for (int64_t p = 0; p < h.p; ++p) to[p * ld + ks] = T(0.f);
+        a = {to, ld};
       }
       for (int64_t k = 0; k < group.blocks; ++k) {
-        float* f = products;
+        float *const first = products.at(0, ks * LANES), *f = first;
         for (int64_t q = 0; q < qs; ++q) {
-          const float* x = u_q + (k * h.q + q0 + q) * LANES;
-          const float* z = u_c + (k * h.c + c0) * LANES;
+          const float* const x = u_q.at((k * h.q + q0 + q) * LANES, LANES);
+          const float* z = u_c.at((k * h.c + c0) * LANES, cs * LANES);
           for (int64_t c = 0; c < cs; ++c, z += LANES, f += LANES)
             for (int64_t l = 0; l < LANES; l += WIDTH) store(f + l, load<Vec>(x + l) * load<Vec>(z + l));
         }
-        const T* b = right(products, (T*)operand, ks, LANES);
-        gemm(h.p, group.width(k), ks, a.data, a.ld, b, LANES, out + k * h.p * LANES, LANES, true);
+        const T* b = right(first, operand, ks, LANES);
+        gemm(h.p, group.width(k), ks, a.data, a.ld, b, LANES, out.at(k * h.p * LANES, h.p * LANES), LANES, true);
       }
     }
 }

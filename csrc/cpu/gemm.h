@@ -11,71 +11,68 @@
 #include <ATen/native/CPUBlas.h>
 
 #include "lanes.h"
+#include "scratch.h"
 
 namespace fasthyper {
 
-// k goes in steps of this many: matrix units read 16-bit numbers in pairs.
+// One product of the library's, or in a build for tests its definition: sanitizers see every access of that, it serves
+// 16-bit operands on any processor, and vectors of any width.
 template <class T>
-constexpr int64_t K_STEP = std::is_same_v<T, float> ? 1 : 2;
-
-template <class T>
-constexpr int64_t round_k(int64_t k) {
-  return (k + K_STEP<T> - 1) / K_STEP<T> * K_STEP<T>;
-}
-
-// The distance of packed rows: an odd number of 16s, so that rows do not evict each other from the cache.
-template <class T>
-constexpr int64_t packed_ld(int64_t k) {
-  return (k + 15) / 16 * 16 | 16;
-}
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-inline int64_t round_up(int64_t n, int64_t step) { return ceil_div(n, step) * step; }
-
+inline void product(
+    int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc,
+    bool add) {
 #if defined(FASTHYPER_PLAIN_PRODUCTS)
+  constexpr int64_t step = K_STEP<T>;
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j) {
+      float sum = add ? c[i * ldc + j] : 0.f;
+      for (int64_t l = 0; l < k; ++l)
+        sum += float(a[i * lda + l]) * float(b[l / step * step * ldb + j * step + l % step]);
+      c[i * ldc + j] = sum;
+    }
+#else
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, !std::is_same_v<T, float>);
+#endif
+}
 
-// The definition, for tests: sanitizers see every access, and 16-bit operands work on any machine.
+// Rows of numbers of T this far apart that one product reaches: at least one, of which the distance is nothing.
+template <class T>
+inline int64_t reached(int64_t ld) {
+  return std::max<int64_t>(1, (REACH - 1) / int64_t(sizeof(T)) / std::max<int64_t>(1, ld));
+}
+
+// C (+)= A B. A product that reaches too far is cut: rows of A and C, or those of B, a piece at a time.
 template <class T>
 inline void gemm(
     int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc,
     bool add) {
   constexpr int64_t step = K_STEP<T>;
-  for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j < n; ++j) {
-      float sum = add ? c[i * ldc + j] : 0.f;
-      for (int64_t l = 0; l < round_k<T>(k); ++l)
-        sum += float(a[i * lda + l]) * float(b[l / step * step * ldb + j * step + l % step]);
-      c[i * ldc + j] = sum;
+  k = round_k<T>(k);
+  const int64_t ms = std::min(reached<T>(lda), reached<float>(ldc)), ks = step * reached<float>(ldb);
+  if (m <= ms && k <= ks) return product(m, n, k, a, lda, b, ldb, c, ldc, add);
+  for (int64_t l = 0; l < k; l += ks)
+    for (int64_t i = 0; i < m; i += ms) {
+      const int64_t rows = std::min(ms, m - i), depth = std::min(ks, k - l);
+      // a single row has no next one, however far that would be
+      const int64_t next_a = rows == 1 ? depth : lda, next_c = rows == 1 ? n : ldc, next_b = depth <= step ? n : ldb;
+      product(rows, n, depth, a + i * lda + l, next_a, b + l * ldb, next_b, c + i * ldc, next_c, add || l > 0);
     }
-}
-
-template <class T>
-inline void release() {}
-
-inline bool multiplies_bfloat16() { return true; }
-
-#else
-
-template <class T>
-inline void gemm(
-    int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc,
-    bool add) {
-  at::native::cpublas::brgemm(m, n, round_k<T>(k), lda, ldb, ldc, add, a, b, c, !std::is_same_v<T, float>);
 }
 
 // Gives a thread's matrix unit back, where 16-bit products took it.
 template <class T>
 inline void release() {
+#if !defined(FASTHYPER_PLAIN_PRODUCTS)
   if constexpr (!std::is_same_v<T, float>) at::native::cpublas::brgemm_release();
+#endif
 }
 
 // Whether products of bfloat16 run here: not without AVX-512, nor where oneDNN is held back.
 inline bool try_bfloat16() {
-  alignas(64) BFloat16 a[2 * 16] = {}, b[2 * 16] = {};
-  float c[16];
+  alignas(64) BFloat16 a[2 * LINE] = {}, b[2 * LINE] = {};
+  float c[LINE];
   try {
-    gemm<BFloat16>(1, 16, 2, a, 2, b, 16, c, 16, false);
+    product<BFloat16>(1, LINE, 2, a, 2, b, LINE, c, LINE, false);
   } catch (const std::exception&) {
     return false;
   }
@@ -84,14 +81,15 @@ inline bool try_bfloat16() {
 }
 
 inline bool multiplies_bfloat16() {
+#if defined(FASTHYPER_PLAIN_PRODUCTS)
+  return true;
+#endif
   if (!at::globalContext().userEnabledMkldnn()) return false;
   static const bool can = try_bfloat16();
   return can;
 }
 
-#endif
-
-// Two rows of B in the order in which a 16-bit product wants them: out[2l] = a[l], out[2l+1] = b[l].
+// Two rows of B in the order in which a 16-bit product wants them: out[2l] = a[l], out[2l+1] = b[l], or 0 without b.
 inline void interleave(const float* a, const float* b, BFloat16* out, int64_t n) {
   const auto rounded = [](const float* p) {
     uint32_t bits;
@@ -100,16 +98,20 @@ inline void interleave(const float* a, const float* b, BFloat16* out, int64_t n)
     return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc00000 : nearest_even;
   };
   auto* pairs = reinterpret_cast<uint32_t*>(out);
-  for (int64_t l = 0; l < n; ++l) pairs[l] = (rounded(a + l) >> 16) | (rounded(b + l) & 0xffff0000);
+  if (b)
+    for (int64_t l = 0; l < n; ++l) pairs[l] = (rounded(a + l) >> 16) | (rounded(b + l) & 0xffff0000);
+  else
+    for (int64_t l = 0; l < n; ++l) pairs[l] = rounded(a + l) >> 16;
 }
 
-// Rows (k, n) of floats as a right operand in T; `out` holds round_k(k) rows. Floats are one as they stand.
-inline const float* right(const float* rows, float*, int64_t, int64_t) { return rows; }
+// Rows (k, n) of floats as a right operand in T, written to `out`. Floats are one as they stand.
+inline const float* right(const float* rows, Block<float>, int64_t, int64_t) { return rows; }
 
-inline const BFloat16* right(const float* rows, BFloat16* out, int64_t k, int64_t n) {
-  alignas(64) static constexpr float zero[512] = {};
-  for (int64_t i = 0; i < k; i += 2) interleave(rows + i * n, i + 1 < k ? rows + (i + 1) * n : zero, out + i * n, n);
-  return out;
+inline const BFloat16* right(const float* rows, Block<BFloat16> out, int64_t k, int64_t n) {
+  BFloat16* const to = out.at(0, round_k<BFloat16>(k) * n);
+  for (int64_t i = 0; i + 1 < k; i += 2) interleave(rows + i * n, rows + (i + 1) * n, to + i * n, n);
+  if (k % 2) interleave(rows + (k - 1) * n, nullptr, to + (k - 1) * n, n);
+  return to;
 }
 
 }  // namespace fasthyper

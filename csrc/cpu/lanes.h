@@ -4,36 +4,16 @@
 // lanes are the right operand of a matrix product as they stand. `pack` is the only way in and out.
 #pragma once
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
 #include <algorithm>
-#include <cstdint>
 #include <cstring>
-#include <type_traits>
+
+#include "widths.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
 
 namespace fasthyper {
-
-using c10::BFloat16;
-using c10::Half;
-
-constexpr int64_t LANES = 32;
-
-#if defined(__AVX512F__)
-constexpr int64_t WIDTH = 16;
-#elif defined(__AVX2__)
-constexpr int64_t WIDTH = 8;
-#else
-constexpr int64_t WIDTH = 4;
-#endif
-
-// A register of floats; the compiler's own vector type, so that the same lines serve every instruction set.
-typedef float Vec __attribute__((vector_size(WIDTH * sizeof(float))));
-typedef float Vec8 __attribute__((vector_size(32)));
 
 template <class V>
 inline V load(const float* p) {
@@ -45,6 +25,19 @@ inline V load(const float* p) {
 template <class V>
 inline void store(float* p, V v) {
   std::memcpy(p, &v, sizeof v);
+}
+
+// The sum of n numbers.
+inline float sum(const float* p, int64_t n) {
+  Vec sums[2] = {};
+  int64_t k = 0;
+  for (; k + 2 * WIDTH <= n; k += 2 * WIDTH)
+    for (int v = 0; v < 2; ++v) sums[v] += load<Vec>(p + k + v * WIDTH);
+  const Vec both = sums[0] + sums[1];
+  float total = 0;
+  for (int v = 0; v < WIDTH; ++v) total += both[v];
+  for (; k < n; ++k) total += p[k];
+  return total;
 }
 
 // Conversion of n contiguous numbers.
@@ -70,7 +63,7 @@ inline void convert(const float* src, BFloat16* dst, int64_t n) {
 inline void convert(const Half* src, float* dst, int64_t n) {
   int64_t i = 0;
 #if defined(__F16C__)
-  for (; i + 8 <= n; i += 8)
+  for (; i + SQUARE <= n; i += SQUARE)
     _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i))));
 #endif
   for (; i < n; ++i) dst[i] = src[i];
@@ -79,7 +72,7 @@ inline void convert(const Half* src, float* dst, int64_t n) {
 inline void convert(const float* src, Half* dst, int64_t n) {
   int64_t i = 0;
 #if defined(__F16C__)
-  for (; i + 8 <= n; i += 8)
+  for (; i + SQUARE <= n; i += SQUARE)
     _mm_storeu_si128(
         reinterpret_cast<__m128i*>(dst + i),
         _mm256_cvtps_ph(_mm256_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -89,9 +82,10 @@ inline void convert(const float* src, Half* dst, int64_t n) {
 
 inline void convert(const BFloat16* src, BFloat16* dst, int64_t n) { std::memcpy(dst, src, n * sizeof(BFloat16)); }
 
-// dst[j][i] = src[i][j] for 8 columns j and `rows` ≤ 8 rows i; eight floats of each dst[j] are written.
-[[gnu::always_inline]] inline void transpose8(
+// dst[j][i] = src[i][j] for SQUARE columns j and `rows` ≤ SQUARE rows i; as many floats of each dst[j] are written.
+[[gnu::always_inline]] inline void transpose_square(
     const float* src, int64_t ld_src, float* dst, int64_t ld_dst, int64_t rows) {
+  static_assert(SQUARE == 8);  // the shuffles below
   Vec8 a[8], b[8];
   for (int i = 0; i < 8; ++i) a[i] = i < rows ? load<Vec8>(src + i * ld_src) : Vec8{};
   for (int i = 0; i < 8; i += 2) {
@@ -112,13 +106,15 @@ inline void convert(const BFloat16* src, BFloat16* dst, int64_t n) { std::memcpy
 // dst[j][i] = src[i][j]; dst has room for `room` numbers a row, and what is beyond `rows` may be overwritten.
 inline void transpose(
     const float* src, int64_t ld_src, float* dst, int64_t ld_dst, int64_t rows, int64_t cols, int64_t room) {
-  for (int64_t i = 0; i < rows; i += 8) {
-    const int64_t count = std::min<int64_t>(8, rows - i);
+  for (int64_t i = 0; i < rows; i += SQUARE) {
+    const int64_t count = std::min(SQUARE, rows - i);
     int64_t j = 0;
-    if (count == 8)
-      for (; j + 8 <= cols; j += 8) transpose8(src + i * ld_src + j, ld_src, dst + j * ld_dst + i, ld_dst, 8);
-    else if (i + 8 <= room)
-      for (; j + 8 <= cols; j += 8) transpose8(src + i * ld_src + j, ld_src, dst + j * ld_dst + i, ld_dst, count);
+    if (count == SQUARE)
+      for (; j + SQUARE <= cols; j += SQUARE)
+        transpose_square(src + i * ld_src + j, ld_src, dst + j * ld_dst + i, ld_dst, SQUARE);
+    else if (i + SQUARE <= room)
+      for (; j + SQUARE <= cols; j += SQUARE)
+        transpose_square(src + i * ld_src + j, ld_src, dst + j * ld_dst + i, ld_dst, count);
     for (; j < cols; ++j)
       for (int64_t k = i; k < i + count; ++k) dst[j * ld_dst + k] = src[k * ld_src + j];
   }
@@ -133,7 +129,7 @@ void pack(const Src* src, int64_t s0, int64_t s1, Dst* dst, int64_t ld, int64_t 
     if constexpr (std::is_same_v<Src, float> && std::is_same_v<Dst, float>) {
       transpose(src, s1, dst, ld, n1, n0, std::max(room, n1));
     } else {  // by tiles of floats
-      constexpr int64_t T = 32;
+      constexpr int64_t T = LANES;
       float in[T * T], out[T * T];
       for (int64_t j = 0; j < n1; j += T)
         for (int64_t i = 0; i < n0; i += T) {

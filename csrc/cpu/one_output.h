@@ -10,9 +10,9 @@
 
 namespace fasthyper {
 
-constexpr int64_t TILE = 64;       // instances
-constexpr int64_t SPAN = 128;      // columns
-constexpr int64_t MOST = 1 << 18;  // numbers of H
+constexpr int64_t TILE = tile_of(64);          // instances
+constexpr int64_t SPAN = tile_of(128, WIDTH);  // columns
+constexpr int64_t MOST = 1 << 18;              // numbers of H
 
 inline float dot(const float* a, const float* b, int64_t n) {
   Vec sums[4] = {};
@@ -30,17 +30,19 @@ inline float dot(const float* a, const float* b, int64_t n) {
 class Panel {
  public:
   Panel(const float* data, int64_t sk, int64_t sn, int64_t k, int64_t n)
-      : n(n), data_(data), ld_(sk), packed_(sn == 1 && n % WIDTH == 0 ? 0 : k * round_up(n, WIDTH)) {
+      : n(n), data_(data), ld_(sk), packed_(sn == 1 && n % WIDTH == 0 ? 0 : k * whole_registers(n)) {
     if (!packed_) return;
-    data_ = packed_, ld_ = round_up(n, WIDTH);
-    pack(data, sk, sn, (float*)packed_, ld_, k, n, ld_);
-    for (int64_t i = 0; i < k; ++i) std::fill(packed_ + i * ld_ + n, packed_ + (i + 1) * ld_, 0.f);
+    ld_ = whole_registers(n);
+    float* const to = packed_.at(0, k * ld_);
+    pack(data, sk, sn, to, ld_, k, n, ld_);
+    for (int64_t i = 0; i < k; ++i) std::fill(to + i * ld_ + n, to + (i + 1) * ld_, 0.f);
+    data_ = to;
   }
 
   // tile = u · columns [c, c + the result), from rows of k.
   int64_t multiply(const Left<float>& u, int64_t rows, int64_t k, int64_t c, float* tile) const {
     const int64_t width = std::min(SPAN, n - c);
-    gemm(rows, round_up(width, WIDTH), k, u.data, u.ld, data_ + c, ld_, tile, SPAN, false);
+    gemm(rows, whole_registers(width), k, u.data, u.ld, data_ + c, ld_, tile, SPAN, false);
     return width;
   }
 
@@ -56,9 +58,9 @@ class Panel {
 template <class F>
 void over_tiles(const Factors<float>& f, F&& run) {
   const int64_t tiles = ceil_div(f.B, TILE);
-  at::parallel_for(0, tiles, tasks_per_thread(tiles, f.B * f.R * f.I), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, tiles, tasks_per_thread(tiles, f.multiplications()), [&](int64_t begin, int64_t end) {
     const Scratch<float> tile(TILE * SPAN);
-    for (int64_t t = begin; t < end; ++t) run(t * TILE, std::min(f.B, (t + 1) * TILE), (float*)tile);
+    for (int64_t t = begin; t < end; ++t) run(t * TILE, std::min(f.B, (t + 1) * TILE), tile.at(0, TILE * SPAN));
   });
 }
 
@@ -72,8 +74,8 @@ bool one_output(const Factors<S>& f, Schedule schedule) {
 // A row that all instances share, n zeros where there is none.
 inline Scratch<float> row_of(const float* data, int64_t stride, int64_t n) {
   Scratch<float> copy(n);
-  if (data) pack(data, 0, stride, (float*)copy, n, 1, n);
-  else std::fill(copy + 0, copy + n, 0.f);
+  if (data) pack(data, 0, stride, copy.at(0, n), n, 1, n);
+  else copy.block().fill(0.f);
   return copy;
 }
 
@@ -85,8 +87,8 @@ inline void apply_one_output(const Factors<float>& f, const float* base_bias, Ro
     float* const to = y.row(b0);  // an output is contiguous
     for (int64_t b = 0; b < b1 - b0; ++b) {
       float sum = base_bias ? *base_bias : 0.f;
-      if (f.base.data) sum += dot(x.data + b * x.ld, base, f.I);
-      if (f.bias.data) sum += dot(z.data + b * z.ld, bias, f.R);
+      if (f.base.data) sum += dot(x.data + b * x.ld, base.at(0, f.I), f.I);
+      if (f.bias.data) sum += dot(z.data + b * z.ld, bias.at(0, f.R), f.R);
       to[b] = sum;
     }
     for (int64_t r = 0, width; r < f.R; r += width) {
@@ -114,8 +116,10 @@ inline void scaled_product(
 }
 
 inline void grads_one_output(const Factors<float>& f, Rows<float> dx, Rows<float> dz) {
-  if (dx.data) scaled_product(f, f.z, Panel(f.h, f.sr, f.si, f.R, f.I), row_of(f.base.data, f.base.s1, f.I), dx);
-  if (dz.data) scaled_product(f, f.x, Panel(f.h, f.si, f.sr, f.I, f.R), row_of(f.bias.data, f.bias.s1, f.R), dz);
+  if (dx.data)
+    scaled_product(f, f.z, Panel(f.h, f.sr, f.si, f.R, f.I), row_of(f.base.data, f.base.s1, f.I).at(0, f.I), dx);
+  if (dz.data)
+    scaled_product(f, f.x, Panel(f.h, f.si, f.sr, f.I, f.R), row_of(f.bias.data, f.bias.s1, f.R).at(0, f.R), dz);
 }
 
 }  // namespace fasthyper

@@ -6,7 +6,7 @@
 #include <torch/library.h>
 
 #include "one_output.h"
-#include "points.h"
+#include "points_grad.h"
 #include "weight_grad.h"
 
 namespace fasthyper {
@@ -79,7 +79,7 @@ at::Tensor apply(
     const Schedule order = named(schedule);
     if constexpr (std::is_same_v<S, float>)
       if (one_output(f, order)) return apply_one_output(f, b0, out<S>(y));
-    if (f.N > 1 && order == Schedule::generate) apply_points<S>(f, b0, stride, out<S>(y), workspace);
+    if (f.N > 1 && order == Schedule::generate) apply_points<S, decltype(t)>(f, b0, stride, out<S>(y), workspace);
     else apply_rows<S, decltype(t)>(f, b0, stride, out<S>(y), order, workspace);
   });
   return y;
@@ -119,7 +119,7 @@ Six grads(
         };
         bases = {made(mask[3], dbias, {O, R}), made(mask[4], dbase, {O, I}), made(mask[5], dbase_bias, {O})};
       }
-      return grads_points<S>(f, out<S>(dx), out<S>(dz), to_h, bases, workspace);
+      return grads_points<S, T>(f, out<S>(dx), out<S>(dz), to_h, bases, workspace);
     }
     if (mask[0] || mask[1]) grads_of_factors<S, T>(f, out<S>(dx), out<S>(dz), order, workspace);
     if (mask[2]) weight_grad<S, T>(f, to_h, named(schedule_of_weight), workspace);

@@ -6,17 +6,16 @@
 // Each number of H is broadcast to all lanes, so H is read as it comes where q is its last axis.
 #pragma once
 
-#include "scratch.h"
 #include "views.h"
 
 namespace fasthyper {
 
 constexpr int64_t VECS = std::min<int64_t>(4, LANES / WIDTH);  // vectors of lanes that are in registers together
-constexpr int64_t COLS = 12 / VECS;  // with so many columns q: twelve sums hide the latency of an addition
-constexpr int64_t PIECE = 1 << 14;   // numbers of H that stay in cache while the blocks of a group meet them
-constexpr int64_t DEEP = 128;        // c of a piece, at most
-constexpr int64_t NEAR = 192;        // rows of lanes that stay closest: those of c, and u_q and out_q
-constexpr int64_t FEW = 8;           // blocks that are not worth packing for
+constexpr int64_t COLS = 12 / VECS;          // with so many columns q: twelve sums hide the latency of an addition
+constexpr int64_t PIECE = tile_of(1 << 14);  // numbers of H that stay in cache while the blocks of a group meet them
+constexpr int64_t DEEP = tile_of(128);       // c of a piece, at most
+constexpr int64_t NEAR = tile_of(192);       // rows of lanes that stay closest: those of c, and u_q and out_q
+constexpr int64_t FEW = 8;                   // blocks that are not worth packing for
 
 // A piece of H, and how far its numbers are apart: those of a row, of `COLS` columns, of a column, of a c.
 struct Piece {
@@ -30,6 +29,12 @@ struct Meeting {
   const float *u_c, *u_p, *u_q;
   float *out_p, *out_q;
 };
+
+// `count` features from one on, in lanes.
+template <class F>
+inline F* lanes_of(Block<F> lanes, int64_t feature, int64_t count) {
+  return lanes ? lanes.at(feature * LANES, count * LANES) : nullptr;
+}
 
 template <class F>
 inline F* row(F* lanes, int64_t feature, int64_t l) {
@@ -95,12 +100,14 @@ void meet(const Piece& h, const Meeting& m, int64_t width) {
 
 // packed[p][q / COLS][c][q % COLS] = H[p,q,c]
 template <class S>
-Piece pack_piece(const Head<S>& h, float* packed) {
-  const Piece piece{packed, h.p, h.q, h.c, round_up(h.q, COLS) * h.c, COLS * h.c, 1, COLS};
-  for (int64_t p = 0; p < h.p; ++p, packed += piece.sp)
+Piece pack_piece(const Head<S>& h, Block<float> packed) {
+  const int64_t each = round_up(h.q, COLS) * h.c;
+  float* const first = packed.at(0, h.p * each);
+  const Piece piece{first, h.p, h.q, h.c, each, COLS * h.c, 1, COLS};
+  for (int64_t p = 0; p < h.p; ++p)
     for (int64_t c = 0; c < h.c; ++c) {
       const S* from = h.data + p * h.sp + c * h.sc;
-      float* to = packed + c * COLS;
+      float* to = first + p * each + c * COLS;
       int64_t q = 0;
       if (h.sq == 1)
         for (; q + COLS <= h.q; q += COLS, to += piece.columns) convert(from + q, to, COLS);
@@ -124,8 +131,8 @@ bool as_it_lies(const Head<S>& h, const Group& group) {
 
 template <class S>
 void contract_in_registers(
-    const Head<S>& h, const Group& group, const float* u_c, const float* u_p, const float* u_q, float* out_p,
-    float* out_q) {
+    const Head<S>& h, const Group& group, Block<const float> u_c, Block<const float> u_p, Block<const float> u_q,
+    Block<float> out_p, Block<float> out_q) {
   const int64_t nc = even_share(h.c, DEEP, 1), nq = even_share(h.q, (NEAR - nc) / (out_q ? 2 : 1), COLS);
   const int64_t np = std::clamp<int64_t>(PIECE / (nc * nq), 1, h.p);
   const bool direct = as_it_lies(h, group);
@@ -148,8 +155,9 @@ void contract_in_registers(
         for (int64_t k = 0; k < group.blocks; ++k)
           meet<VECS>(
               piece,
-              {row(u_c, k * h.c + c0, 0), row(u_p, k * h.p + p0, 0), row(u_q, k * h.q + q0, 0),
-               row(out_p, k * h.p + p0, 0), row(out_q, k * h.q + q0, 0)},
+              {lanes_of(u_c, k * h.c + c0, part.c), lanes_of(u_p, k * h.p + p0, part.p),
+               lanes_of(u_q, k * h.q + q0, part.q), lanes_of(out_p, k * h.p + p0, part.p),
+               lanes_of(out_q, k * h.q + q0, part.q)},
               group.width(k));
       }
 }

@@ -30,11 +30,17 @@ struct Factors {
   int64_t so, si, sr;
   Matrix<S> bias, base;  // (O, R), (O, I)
 
+  // Not a whole number: it may pass 2⁶³.
+  double multiplications() const { return double(B) * double(N) * double(R) * double(I) * double(O); }
+
   Head<S> oir() const { return {h, O, I, R, so, si, sr}; }
   Head<S> ori() const { return {h, O, R, I, so, sr, si}; }
   Head<S> iro() const { return {h, I, R, O, si, sr, so}; }
   Head<S> roi() const { return {h, R, O, I, sr, so, si}; }
 };
+
+// A whole number of tasks, slices or threads that so much work is worth.
+inline int64_t many(double worth) { return int64_t(std::min(worth, 1e9)); }
 
 // A range of an axis of H.
 struct Range {
@@ -61,9 +67,8 @@ Head<S> cut_q(Head<S> h, Range r) {
 }
 
 // Tasks a thread must take at least: one with less than 2¹⁹ multiplications to do is not worth waking.
-inline int64_t tasks_per_thread(int64_t tasks, int64_t multiplications) {
-  const int64_t threads = std::clamp<int64_t>(multiplications >> 19, 1, tasks);
-  return ceil_div(tasks, threads);
+inline int64_t tasks_per_thread(int64_t tasks, double multiplications) {
+  return ceil_div(tasks, std::clamp<int64_t>(many(multiplications / (1 << 19)), 1, tasks));
 }
 
 // How a call is cut into tasks: groups of instances, whose blocks meet a piece of H together, and, where there are
@@ -71,29 +76,31 @@ inline int64_t tasks_per_thread(int64_t tasks, int64_t multiplications) {
 struct Tasks {
   int64_t instances, groups, slices, group_rows, grain;
 
-  Tasks(int64_t B, int64_t N, int64_t R, int64_t I, int64_t O, int64_t axis, bool summed, int64_t workspace) {
-    const int64_t rows = B * N, blocks = ceil_div(rows, LANES), threads = at::get_num_threads();
+  template <class S>
+  Tasks(const Factors<S>& f, int64_t axis, bool summed, int64_t workspace) {
+    const int64_t rows = f.B * f.N, blocks = ceil_div(rows, LANES), threads = at::get_num_threads();
     const int64_t floats = std::clamp<int64_t>(workspace / (2 * threads), 1 << 18, 1 << 22) / int64_t(sizeof(float));
-    const int64_t fit = std::max<int64_t>(1, floats / (3 * (R + I + O) * LANES));
+    const int64_t features = f.R + f.I + f.O, fit = std::max<int64_t>(1, floats / (3 * features * LANES));
     slices = 1;
     if (blocks < 16) {
-      const int64_t worth = rows * R * I * O >> 20;                             // a slice of less is not worth a thread
-      const int64_t wanted = summed ? std::min<int64_t>(16, I * O / 1024) : 4;  // a slice costs: lanes, and a sum
-      slices = std::max<int64_t>(1, std::min({wanted, axis, worth}));
+      const int64_t worth = many(f.multiplications() / (1 << 20));  // a slice of less is worth no thread
+      const int64_t wanted = summed ? std::min<int64_t>(16, f.I * f.O / 1024) : 4;  // a slice costs: lanes, and a sum
+      const int64_t room = summed ? workspace / 4 / (f.B * f.R * int64_t(sizeof(float))) : 4;
+      slices = std::max<int64_t>(1, std::min({wanted, axis, worth, room}));
       slices = std::bit_floor(uint64_t(slices));  // as many for each of two, four, eight threads
     }
     // Where an instance has several rows, groups are where sums over them are cut.
     int64_t groups_wanted = round_up(ceil_div(blocks, 32), threads);
-    if (slices > 1) groups_wanted = N > 1 ? 1 : ceil_div(threads, slices);
-    else if (N > 1) groups_wanted = std::max<int64_t>(16, ceil_div(blocks, 32));
+    if (slices > 1) groups_wanted = f.N > 1 ? 1 : ceil_div(threads, slices);
+    else if (f.N > 1) groups_wanted = std::max<int64_t>(16, ceil_div(blocks, 32));
     int64_t each = ceil_div(blocks, groups_wanted);
     each = std::clamp<int64_t>(fit, 1, each);
-    instances = std::max<int64_t>(1, each * LANES / N);
-    groups = ceil_div(B, instances);
+    instances = std::max<int64_t>(1, each * LANES / f.N);
+    groups = ceil_div(f.B, instances);
     group_rows = each * LANES;
     // Very wide problems leave threads idle rather than exceed the workspace.
-    const int64_t together = std::max<int64_t>(1, workspace / 2 / (12 * (R + I + O) * LANES * each));
-    grain = std::max(ceil_div(groups * slices, together), tasks_per_thread(groups * slices, rows * R * I * O));
+    const int64_t together = std::max<int64_t>(1, workspace / 2 / (12 * features * LANES * each));
+    grain = std::max(ceil_div(groups * slices, together), tasks_per_thread(groups * slices, f.multiplications()));
   }
 
   // Calls f(slice, first instance, last instance) in parallel.
@@ -119,31 +126,29 @@ class Lanes {
   template <class S>
   Lanes(const Group& group, const Rows<const S>& t, int64_t q0) : Lanes(group, t.features) {
     for (int64_t k = 0; k < group.blocks && t.features; ++k)
-      load_lanes(t, q0 + k * LANES, q0 + std::min(group.rows, (k + 1) * LANES), at(k));
+      load_lanes(t, q0 + k * LANES, q0 + k * LANES + group.filled(k), at(k));
   }
 
-  float* at(int64_t k) { return lanes_ + k * features_ * LANES; }
-  float* data() { return lanes_; }
-
-  void zero() { std::fill(data(), data() + group_.blocks * features_ * LANES, 0.f); }
+  Block<float> at(int64_t k) const { return lanes_.part(k * features_ * LANES, features_ * LANES); }
+  Block<float> all() const { return lanes_; }
 
   template <class S>
-  void store(const Rows<S>& t, int64_t q0) {
+  void store(const Rows<S>& t, int64_t q0) const {
     for (int64_t k = 0; k < group_.blocks; ++k)
-      store_lanes(at(k), t, q0 + k * LANES, q0 + std::min(group_.rows, (k + 1) * LANES));
+      store_lanes<S>(at(k), t, q0 + k * LANES, q0 + k * LANES + group_.filled(k));
   }
 
-  const T* right() {
+  Block<const T> right() {
     if constexpr (std::is_same_v<T, float>) {
-      return lanes_;
+      return lanes_.block();
     } else {
+      const int64_t each = round_k<T>(features_) * LANES;
       if (!operand_) {
-        const int64_t depth = round_k<T>(features_);
-        operand_ = Scratch<T>(group_.blocks * depth * LANES);
+        operand_ = Scratch<T>(group_.blocks * each);
         for (int64_t k = 0; k < group_.blocks; ++k)
-          fasthyper::right(at(k), operand_ + k * depth * LANES, features_, LANES);
+          fasthyper::right(at(k).at(0, features_ * LANES), operand_.part(k * each, each), features_, LANES);
       }
-      return operand_;
+      return operand_.block();
     }
   }
 
@@ -158,41 +163,39 @@ template <class S, class T>
 void apply_rows(
     const Factors<S>& f, const S* base_bias, int64_t base_bias_stride, Rows<S> y, Schedule schedule,
     int64_t workspace) {
-  const Tasks tasks(f.B, f.N, f.R, f.I, f.O, schedule == Schedule::fold ? f.O / LANES : f.O, false, workspace);
+  const Tasks tasks(f, schedule == Schedule::fold ? f.O / LANES : f.O, false, workspace);
   tasks.template run<T>(f.B, [&](int64_t slice, int64_t b0, int64_t b1) {
     const Range o = share(f.O, slice, tasks.slices);
     for (int64_t q = b0 * f.N; q < b1 * f.N; q += tasks.group_rows) {
-      const int64_t rows = std::min(tasks.group_rows, b1 * f.N - q);
-      const Group group{ceil_div(rows, LANES), rows};
+      const Group group(std::min(tasks.group_rows, b1 * f.N - q));
       Lanes<T> x(group, f.x, q), z(group, f.z, q), out(group, o.size());
       for (int64_t k = 0; k < group.blocks; ++k)
-        for (int64_t i = 0; i < o.size(); ++i) {
-          const float start = base_bias ? float(base_bias[(o.begin + i) * base_bias_stride]) : 0.f;
-          std::fill(out.at(k) + i * LANES, out.at(k) + (i + 1) * LANES, start);
-        }
+        for (int64_t i = 0; i < o.size(); ++i)
+          out.at(k).part(i * LANES, LANES).fill(base_bias ? float(base_bias[(o.begin + i) * base_bias_stride]) : 0.f);
       if (f.base.data)
-        multiply(f.base.data + o.begin * f.base.s0, f.base.s0, f.base.s1, o.size(), f.I, group, x.right(), out.data());
+        multiply(f.base.data + o.begin * f.base.s0, f.base.s0, f.base.s1, o.size(), f.I, group, x.right(), out.all());
       if (f.bias.data)
-        multiply(f.bias.data + o.begin * f.bias.s0, f.bias.s0, f.bias.s1, o.size(), f.R, group, z.right(), out.data());
-      float* const none = nullptr;
-      if (schedule == Schedule::fold) fold<S, T>(cut_p(f.oir(), o), group, x.data(), z.data(), out.data());
+        multiply(f.bias.data + o.begin * f.bias.s0, f.bias.s0, f.bias.s1, o.size(), f.R, group, z.right(), out.all());
+      if (schedule == Schedule::fold) fold<S, T>(cut_p(f.oir(), o), group, x.all(), z.all(), out.all());
       else if (schedule == Schedule::generate)
-        contract<S, T>(cut_p(f.oir(), o), group, z.right(), none, x.data(), out.data(), none);
-      else contract<S, T>(cut_p(f.ori(), o), group, x.right(), none, z.data(), out.data(), none);
+        contract<S, T>(cut_p(f.oir(), o), group, z.right(), {}, x.all(), out.all(), {});
+      else contract<S, T>(cut_p(f.ori(), o), group, x.right(), {}, z.all(), out.all(), {});
       out.store(y.columns(o.begin, o.end), q);
     }
   });
 }
 
-// dz[b] += Σ_n of the rows (b, n), from lanes.
+// dz[b] += Σ_n of the rows (b, n), from lanes; dz begins with instance b0.
 inline void add_points(
-    const float* lanes, int64_t features, int64_t q0, int64_t q1, int64_t points, int64_t b0, float* dz) {
+    Block<const float> lanes, int64_t features, int64_t q0, int64_t q1, int64_t points, int64_t b0, Block<float> dz) {
+  const float* const from = lanes.at(0, features * LANES);
   for (int64_t q = q0; q < q1;) {
     const int64_t b = q / points, end = std::min(q1, (b + 1) * points);
+    float* const to = dz.at((b - b0) * features, features);
     for (int64_t r = 0; r < features; ++r) {
       float sum = 0;
-      for (int64_t k = q; k < end; ++k) sum += lanes[r * LANES + (k - q0)];
-      dz[(b - b0) * features + r] += sum;
+      for (int64_t k = q; k < end; ++k) sum += from[r * LANES + (k - q0)];
+      to[r] += sum;
     }
     q = end;
   }
@@ -202,62 +205,61 @@ inline void add_points(
 template <class S, class T>
 void grads_rows(const Factors<S>& f, Rows<S> dx, Rows<S> dz, Schedule schedule, int64_t workspace) {
   const bool one_pass = schedule == Schedule::fold;
-  const Tasks tasks(f.B, f.N, f.R, f.I, f.O, one_pass || dx.data ? f.I : f.R, dz.data && one_pass, workspace);
+  const Tasks tasks(f, one_pass || dx.data ? f.I : f.R, dz.data && one_pass, workspace);
   const bool sliced_sum = dz.data && one_pass && tasks.slices > 1;
   const bool summed = dz.data && (f.N > 1 || sliced_sum);
-  Scratch<float> partial(sliced_sum ? tasks.slices * f.B * f.R : 0);
+  const int64_t whole = f.B * f.R;  // numbers of dz
+  const Scratch<float> partial(sliced_sum ? tasks.slices * whole : 0);
   tasks.template run<T>(f.B, [&](int64_t slice, int64_t b0, int64_t b1) {
     const Range i = dx.data || one_pass ? share(f.I, slice, tasks.slices) : Range{0, f.I};
     const Range r = one_pass ? Range{0, f.R} : share(f.R, slice, tasks.slices);
-    Scratch<float> own(summed && !sliced_sum ? (b1 - b0) * r.size() : 0);
-    float* const sums = sliced_sum ? partial + (slice * f.B + b0) * f.R : own;
-    if (summed) std::fill(sums, sums + (b1 - b0) * r.size(), 0.f);
+    const Scratch<float> own(summed && !sliced_sum ? (b1 - b0) * r.size() : 0);
+    Block<float> sums = own;
+    if (sliced_sum) sums = partial.part(slice * whole + b0 * f.R, (b1 - b0) * f.R);
+    if (summed) sums.fill(0.f);
     for (int64_t q = b0 * f.N; q < b1 * f.N; q += tasks.group_rows) {
-      const int64_t rows = std::min(tasks.group_rows, b1 * f.N - q);
-      const Group group{ceil_div(rows, LANES), rows};
+      const Group group(std::min(tasks.group_rows, b1 * f.N - q));
       Lanes<T> g(group, f.g, q), out_x(group, dx.data ? i.size() : 0), out_z(group, dz.data ? r.size() : 0);
-      out_x.zero();
-      out_z.zero();
+      out_x.all().fill(0.f);
+      out_z.all().fill(0.f);
       if (dx.data && f.base.data)
-        multiply(
-            f.base.data + i.begin * f.base.s1, f.base.s1, f.base.s0, i.size(), f.O, group, g.right(), out_x.data());
+        multiply(f.base.data + i.begin * f.base.s1, f.base.s1, f.base.s0, i.size(), f.O, group, g.right(), out_x.all());
       if (dz.data && f.bias.data && (!one_pass || slice == 0))
-        multiply(
-            f.bias.data + r.begin * f.bias.s1, f.bias.s1, f.bias.s0, r.size(), f.O, group, g.right(), out_z.data());
-      float* const none = nullptr;
-      float* const to_x = dx.data ? out_x.data() : none;
-      float* const to_z = dz.data ? out_z.data() : none;
+        multiply(f.bias.data + r.begin * f.bias.s1, f.bias.s1, f.bias.s0, r.size(), f.O, group, g.right(), out_z.all());
       if (one_pass) {
         Lanes<T> x(group, dz.data ? f.x.columns(i.begin, i.end) : f.x.columns(0, 0), q);
         Lanes<T> z(group, dx.data ? f.z : f.z.columns(0, 0), q);
-        contract<S, T>(cut_p(f.iro(), i), group, g.right(), x.data(), z.data(), to_x, to_z);
+        contract<S, T>(cut_p(f.iro(), i), group, g.right(), x.all(), z.all(), out_x.all(), out_z.all());
       } else {
         if (dx.data) {
           Lanes<T> z(group, f.z, q);
-          contract<S, T>(cut_q(f.oir(), i), group, z.right(), g.data(), none, none, to_x);
+          contract<S, T>(cut_q(f.oir(), i), group, z.right(), g.all(), {}, {}, out_x.all());
         }
         if (dz.data && r.size()) {  // there may be more slices of I than features of z
           Lanes<T> x(group, f.x, q);
-          if (schedule == Schedule::generate) fold<S, T>(cut_p(f.roi(), r), group, g.data(), x.data(), to_z);
-          else contract<S, T>(cut_q(f.ori(), r), group, x.right(), g.data(), none, none, to_z);
+          if (schedule == Schedule::generate) fold<S, T>(cut_p(f.roi(), r), group, g.all(), x.all(), out_z.all());
+          else contract<S, T>(cut_q(f.ori(), r), group, x.right(), g.all(), {}, {}, out_z.all());
         }
       }
       if (dx.data) out_x.store(dx.columns(i.begin, i.end), q);
-      if (sliced_sum && f.N == 1) out_z.store(Rows<float>{partial + slice * f.B * f.R, f.R, 0, 1, 1, f.R}, q);
+      if (sliced_sum && f.N == 1) out_z.store(Rows<float>{partial.at(slice * whole, whole), f.R, 0, 1, 1, f.R}, q);
       else if (summed)
         for (int64_t k = 0; k < group.blocks; ++k)
-          add_points(out_z.at(k), r.size(), q + k * LANES, q + std::min(rows, (k + 1) * LANES), f.N, b0, sums);
+          add_points(out_z.at(k), r.size(), q + k * LANES, q + k * LANES + group.filled(k), f.N, b0, sums);
       else if (dz.data) out_z.store(dz.columns(r.begin, r.end), q);
     }
     if (summed && !sliced_sum)
-      pack((const float*)own, r.size(), 1, dz.data + b0 * f.R + r.begin, f.R, b1 - b0, r.size());
+      pack(own.at(0, own.block().size()), r.size(), 1, dz.data + b0 * f.R + r.begin, f.R, b1 - b0, r.size());
   });
   if (!sliced_sum) return;
-  at::parallel_for(0, f.B * f.R, 1 << 15, [&](int64_t begin, int64_t end) {
-    for (int64_t s = 1; s < tasks.slices; ++s)
-      for (int64_t k = begin; k < end; ++k) partial[k] += partial[s * f.B * f.R + k];
+  float* const sum = partial.at(0, whole);
+  at::parallel_for(0, whole, 1 << 15, [&](int64_t begin, int64_t end) {
+    for (int64_t s = 1; s < tasks.slices; ++s) {
+      const float* const other = partial.at(s * whole, whole);
+      for (int64_t k = begin; k < end; ++k) sum[k] += other[k];
+    }
   });
-  pack((const float*)partial, f.R, 1, dz.data, f.R, f.B, f.R);
+  pack((const float*)sum, f.R, 1, dz.data, f.R, f.B, f.R);
 }
 
 }  // namespace fasthyper

@@ -32,28 +32,32 @@ struct Rows {
 // lanes[f][l] = row q0 + l, `width` lanes a row; those from q1 to `filled` are zero.
 template <class S, class T>
 void load_lanes(
-    const Rows<const S>& t, int64_t q0, int64_t q1, T* lanes, int64_t width = LANES, int64_t filled = LANES) {
+    const Rows<const S>& t, int64_t q0, int64_t q1, Block<T> lanes, int64_t width = LANES, int64_t filled = LANES) {
+  T* const to = lanes.at(0, extent(t.features, width, filled));
   t.stretches(q0, q1, [&](int64_t q, int64_t count, int64_t stride) {
-    pack(t.row(q), t.feature, stride, lanes + (q - q0), width, t.features, count);
+    pack(t.row(q), t.feature, stride, to + (q - q0), width, t.features, count);
   });
-  const int64_t used = q1 - q0;
-  if (used < filled)
-    for (int64_t f = 0; f < t.features; ++f) std::fill(lanes + f * width + used, lanes + f * width + filled, T(0.f));
+  for (int64_t f = 0; f < t.features; ++f) std::fill(to + f * width + (q1 - q0), to + f * width + filled, T(0.f));
 }
 
 // The way back; rows of an output are contiguous.
 template <class S>
-void store_lanes(const float* lanes, const Rows<S>& t, int64_t q0, int64_t q1) {
+void store_lanes(Block<const float> lanes, const Rows<S>& t, int64_t q0, int64_t q1) {
+  const float* const from = lanes.at(0, t.features * LANES);
   t.stretches(q0, q1, [&](int64_t q, int64_t count, int64_t stride) {
-    pack(lanes + (q - q0), 1, LANES, t.row(q), stride, count, t.features);
+    pack(from + (q - q0), 1, LANES, t.row(q), stride, count, t.features);
   });
 }
 
-// The blocks of a group; each factor has its features of one block after those of another.
+// Rows in blocks of LANES; each factor has its features of one block after those of another.
 struct Group {
   int64_t blocks, rows;
 
-  int64_t width(int64_t k) const { return std::min(LANES, round_up(rows - k * LANES, WIDTH)); }
+  explicit Group(int64_t rows) : blocks(ceil_div(rows, LANES)), rows(rows) {}
+
+  // Of a block, the rows that are there, and the lanes that are computed.
+  int64_t filled(int64_t k) const { return std::min(LANES, rows - k * LANES); }
+  int64_t width(int64_t k) const { return whole_registers(filled(k)); }
 };
 
 // H with its axes in the order that a contraction wants; strides may be any.
@@ -79,22 +83,24 @@ inline bool readable(int64_t stride, int64_t k) {
   return std::is_same_v<S, T> && stride == 1 && k % K_STEP<T> == 0;
 }
 
-// rows × k with k contiguous, packed_ld apart.
+// rows × k with k contiguous, ld apart, and zeros to where a product's last step ends.
 template <class S, class T>
-void copy_rows(const S* src, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, T* packed) {
-  const int64_t ld = packed_ld<T>(k);
-  pack(src, row_stride, k_stride, packed, ld, rows, k, ld);
+void copy_rows(
+    const S* src, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, Block<T> packed, int64_t ld) {
+  T* const to = packed.at(0, rows * ld);
+  pack(src, row_stride, k_stride, to, ld, rows, k, ld);
   if (round_k<T>(k) > k)
-    for (int64_t i = 0; i < rows; ++i) packed[i * ld + k] = T(0.f);
+    for (int64_t i = 0; i < rows; ++i) to[i * ld + k] = T(0.f);
 }
 
 // The same where they lie, if that can be, else packed.
 template <class S, class T>
-Left<T> left(const S* src, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, T* packed) {
+Left<T> left(const S* src, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, Block<T> packed) {
   if constexpr (std::is_same_v<S, T>)
     if (readable<S, T>(k_stride, k)) return {src, row_stride};
-  copy_rows<S, T>(src, row_stride, k_stride, rows, k, packed);
-  return {packed, packed_ld<T>(k)};
+  const int64_t ld = packed_ld(k);
+  copy_rows<S, T>(src, row_stride, k_stride, rows, k, packed, ld);
+  return {packed.at(0, rows * ld), ld};
 }
 
 }  // namespace fasthyper

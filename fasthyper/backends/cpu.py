@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .. import compiled, planner
+from .. import compiled, planner, processor
 from ..problem import AUTO, Plan, Problem
 from . import aten
 
@@ -21,8 +21,8 @@ _ops = torch.ops.fasthyper_cpu
 
 @functools.cache
 def unavailable() -> str | None:
-    """Return why these kernels cannot run here, or None; loads those for the instruction set that torch takes."""
-    return compiled.load(f"cpu_{torch.backends.cpu.get_cpu_capability().lower()}")
+    """Return why these kernels cannot run here, or None; loads those for the processor."""
+    return compiled.load(f"cpu_{processor.kernels()}")
 
 
 def _left_to_aten(x: Tensor, R: int, O: int) -> bool:

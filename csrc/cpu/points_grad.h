@@ -1,0 +1,315 @@
+// Gradients where an instance has many points, from dW, as much of it at a time as stays in cache.
+//
+//   dW[b] = g[b]ᵀ x[b]       dz[b,r] = Σ_{o,i} dW[b,o,i] H[o,i,r]       dH[o,i,r] = Σ_b dW[b,o,i] z[b,r]
+//   dbase = Σ_b dW[b]        dbias[o,r] = Σ_b (Σ_n g[b,n,o]) z[b,r]     dbase_bias = Σ_b Σ_n g[b,n]
+//
+// dW is float32, and becomes an operand of T where it meets H and z.
+#pragma once
+
+#include "points.h"
+
+namespace fasthyper {
+
+constexpr int64_t POINTS = tile_of(256, LANES);  // that one product contracts
+
+// A piece of dW: instances from b0 on, rows o from o0 on, columns i from i0 on. An instance's part of it is `pitch`
+// numbers, os × is of dW and, where they are `summed`, os of Σ_n g, which dz wants where it is `biased`.
+struct PieceOfdW {
+  int64_t b0, instances, o0, os, i0, is, pitch;
+  bool summed, biased;
+  Block<float> data;
+
+  int64_t numbers() const { return os * is; }
+  int64_t rows() const { return numbers() + (biased ? os : 0); }
+  int64_t all() const { return numbers() + (summed ? os : 0); }
+  float* at(int64_t b, int64_t first, int64_t count) const { return data.at(b * pitch + first, count); }
+};
+
+// Rows (k, n) of S as a right operand of T in panels of PANEL columns, `ld` words apart; `row` holds two rows of
+// floats.
+template <class S, class T>
+void load_panel(const S* src, int64_t s_k, int64_t s_n, int64_t k, int64_t n, Block<T> to, Block<float> two_rows) {
+  T* const out = to.at(0, round_k<T>(k) * PANEL);
+  if constexpr (std::is_same_v<T, float>) {
+    pack(src, s_k, s_n, out, PANEL, k, n, PANEL);
+  } else {
+    float *const a = two_rows.at(0, 2 * PANEL), *const b = a + PANEL;
+    for (int64_t i = 0; i < k; i += 2) {
+      pack(src + i * s_k, 0, s_n, a, 0, 1, n);
+      if (i + 1 < k) pack(src + (i + 1) * s_k, 0, s_n, b, 0, 1, n);
+      interleave(a, i + 1 < k ? b : nullptr, out + i * PANEL, n);
+    }
+  }
+}
+
+// dW[b,o,i] = Σ_n g[b,n,o] x[b,n,i], and after it Σ_n g[b,n,o].
+template <class S, class T>
+void make_dW(const Factors<S>& f, const PieceOfdW& dw, int64_t workspace) {
+  constexpr bool floats = std::is_same_v<S, float> && std::is_same_v<T, float>;
+  const int64_t threads = at::get_num_threads(), os = dw.os, is = dw.is;
+  int64_t ow = std::min<int64_t>(os, 256), iw = is;
+  while (dw.instances * ceil_div(os, ow) * ceil_div(is, iw) < 2 * (threads - 1) && (ow > LANES || iw > PANEL)) {
+    if (ow >= iw) ow = ceil_div(ow, 2);
+    else iw = round_up(ceil_div(iw, 2), PANEL);
+  }
+  const int64_t o_units = ceil_div(os, ow), i_units = ceil_div(is, iw);
+  const int64_t ns = std::min(f.N, POINTS), ld = packed_ld(ns);
+  const bool narrow = floats && f.x.feature == 1 && f.x.point <= 2 * PANEL;  // x is a good right operand as it lies
+  const double flops = 2. * dw.instances * dw.numbers() * f.N;
+  const int64_t of_g = floats_for<T>(ow * ld), of_x = floats_for<T>(round_k<T>(ns) * PANEL);
+  for_units<T>(
+      dw.instances * o_units * i_units, flops, of_g + of_x + 2 * PANEL, workspace, [&](int64_t unit, auto own) {
+        const int64_t b = unit / (o_units * i_units), o = unit / i_units % o_units * ow, M = std::min(ow, os - o);
+        const int64_t i = unit % i_units * iw, end = std::min(is, i + iw);
+        const Block<T> gt = as<T>(own.part(0, of_g)), packed = as<T>(own.part(of_g, of_x));
+        for (int64_t n = 0; n < f.N; n += ns) {
+          const int64_t K = std::min(ns, f.N - n), q = (dw.b0 + b) * f.N + n;
+          const S* const g = f.g.row(q) + (dw.o0 + o) * f.g.feature;
+          copy_rows<S, T>(g, f.g.feature, f.g.point, M, K, gt, ld);
+          for (int64_t c = i; c < end; c += PANEL) {
+            const int64_t width = std::min(PANEL, end - c);
+            const S* const x = f.x.row(q) + (dw.i0 + c) * f.x.feature;
+            const T* right = nullptr;
+            int64_t ld_right = PANEL;
+            if constexpr (floats)
+              if (narrow) right = x, ld_right = f.x.point;
+            if (!right) {
+              load_panel<S, T>(x, f.x.point, f.x.feature, K, width, packed, own.from(of_g + of_x));
+              right = packed.at(0, round_k<T>(K) * PANEL);
+            }
+            float* const to = dw.at(b, o * is + c, extent(M, is, width));
+            gemm(M, width, K, (const T*)gt.at(0, M * ld), ld, right, ld_right, to, is, n > 0);
+          }
+          if (dw.summed && i == 0) {
+            float* const sums = dw.at(b, dw.numbers() + o, M);
+            float row[POINTS];
+            for (int64_t k = 0; k < M; ++k) {
+              convert(gt.at(k * ld, K), row, K);
+              sums[k] = (n > 0 ? sums[k] : 0.f) + sum(row, K);
+            }
+          }
+        }
+      });
+}
+
+// dz[b,r] += Σ_j dW[b,j] H[j,r] for M instances from b on, and j = (o, i) in blocks of `depth`; sums are (b, R). `own`
+// holds a block of H in panels, two rows of it, and M rows of dW. The rows after dW meet the generated bias.
+template <class S, class T>
+void add_to_dz(
+    const Factors<S>& f, const PieceOfdW& dw, int64_t b, int64_t M, Range blocks, int64_t depth, bool add,
+    Block<float> sums, Block<float> own) {
+  const int64_t panels = ceil_div(f.R, PANEL), of_h = panels * floats_for<T>(round_k<T>(depth) * PANEL);
+  const Block<T> h = as<T>(own.part(0, of_h)), rows = as<T>(own.from(of_h + 2 * PANEL));
+  const auto row_of = [&](int64_t j) {
+    return j < dw.numbers() ? f.h + (dw.o0 + j / dw.is) * f.so + (dw.i0 + j % dw.is) * f.si
+                            : f.bias.data + (dw.o0 + j - dw.numbers()) * f.bias.s0;
+  };
+  const auto stride_of = [&](int64_t j) { return j < dw.numbers() ? f.sr : f.bias.s1; };
+  for (int64_t k = blocks.begin; k < blocks.end; ++k) {
+    const int64_t j0 = k * depth, K = std::min(depth, dw.rows() - j0), each = round_k<T>(K) * PANEL;
+    for (int64_t j = j0; j < j0 + K; j += K_STEP<T>)
+      for (int64_t r = 0; r < f.R; r += PANEL) {
+        const int64_t width = std::min(PANEL, f.R - r);
+        const auto to = h.part(r / PANEL * each + (j - j0) * PANEL, K_STEP<T> * PANEL);
+        if constexpr (std::is_same_v<T, float>) {
+          pack(row_of(j) + r * stride_of(j), 0, stride_of(j), to.at(0, width), 0, 1, width);
+        } else {
+          float *const a = own.at(of_h, 2 * PANEL), *const b = a + PANEL;
+          pack(row_of(j) + r * stride_of(j), 0, stride_of(j), a, 0, 1, width);
+          if (j + 1 < j0 + K) pack(row_of(j + 1) + r * stride_of(j + 1), 0, stride_of(j + 1), b, 0, 1, width);
+          interleave(a, j + 1 < j0 + K ? b : nullptr, to.at(0, 2 * width), width);
+        }
+      }
+    Left<T> a;
+    if constexpr (std::is_same_v<T, float>) {
+      a = {dw.at(b, j0, extent(M, dw.pitch, K)), dw.pitch};
+    } else {
+      a = left<float, T>(dw.at(b, j0, extent(M, dw.pitch, K)), dw.pitch, 1, M, K, rows);
+    }
+    for (int64_t r = 0; r < f.R; r += PANEL) {
+      const int64_t width = std::min(PANEL, f.R - r);
+      gemm(
+          M, width, K, a.data, a.ld, (const T*)h.at(r / PANEL * each, each), PANEL,
+          sums.at(b * f.R + r, extent(M, f.R, width)), f.R, add || k > blocks.begin);
+    }
+  }
+}
+
+// out[o,i,r] += Σ_b dW[b,o,i] z[b,r] for `count` rows from o on, `next` numbers apart; z is a right operand in panels.
+// `t` holds dW with its instances side by side.
+template <class T>
+void add_to_dH(
+    const PieceOfdW& dw, int64_t o, int64_t count, Block<const T> z, int64_t R, bool add, float* out, int64_t next,
+    Block<T> t) {
+  const int64_t is = dw.is, ld = packed_ld(std::min(dw.instances, GROUP)), panel = round_k<T>(dw.instances) * PANEL;
+  const bool whole = next == is * R;  // all these rows lie one after another
+  for (int64_t b = 0; b < dw.instances; b += GROUP) {
+    const int64_t K = std::min(GROUP, dw.instances - b);
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t first = (o + k) * is;
+      if constexpr (std::is_same_v<T, float>) {  // what is read and written beyond i, the next row overwrites
+        const int64_t read = whole_squares(is);
+        transpose(dw.at(b, first, extent(K, dw.pitch, read)), dw.pitch, t.at(k * is * ld, read * ld), ld, K, read, ld);
+      } else {
+        copy_rows<float, T>(
+            dw.at(b, first, extent(K, dw.pitch, is)), 1, dw.pitch, is, K, t.part(k * is * ld, is * ld), ld);
+      }
+    }
+    for (int64_t r = 0; r < R; r += PANEL)
+      for (int64_t k = 0; k < (whole ? 1 : count); ++k) {
+        const int64_t rows = whole ? count * is : is;
+        gemm(
+            rows, std::min(PANEL, R - r), K, (const T*)t.at(k * is * ld, rows * ld), ld,
+            z.at(r / PANEL * panel + b * PANEL, round_k<T>(K) * PANEL), PANEL, out + k * next + r, R, add || b > 0);
+      }
+  }
+}
+
+// Gradients of what is not generated from H, float32's alone: (O, R), (O, I), (O,). Any may be without data.
+struct OfBases {
+  float *bias = nullptr, *base = nullptr, *base_bias = nullptr;
+
+  bool any() const { return bias || base || base_bias; }
+};
+
+// out[j] += Σ_b numbers[b,j] for `count` numbers of each instance, from `from` on; some instances at a time, or the sum
+// would lose digits.
+inline void add_instances(const PieceOfdW& dw, int64_t from, int64_t count, bool add, float* out) {
+  float some[PANEL];
+  for (int64_t j0 = 0; j0 < count; j0 += PANEL) {
+    const int64_t width = std::min(PANEL, count - j0);
+    if (!add) std::fill_n(out + j0, width, 0.f);
+    for (int64_t b0 = 0; b0 < dw.instances; b0 += LANES) {
+      std::fill_n(some, PANEL, 0.f);
+      for (int64_t b = b0; b < std::min(dw.instances, b0 + LANES); ++b) {
+        const float* const numbers = dw.at(b, from + j0, width);
+        for (int64_t j = 0; j < width; ++j) some[j] += numbers[j];
+      }
+      for (int64_t j = 0; j < width; ++j) out[j0 + j] += some[j];
+    }
+  }
+}
+
+// What `count` rows from o on of a piece add to the gradients of the bases; z is in panels, `t` holds count × GROUP.
+inline void add_to_bases(
+    const PieceOfdW& dw, int64_t o, int64_t count, Block<const float> z, int64_t R, int64_t I, bool add,
+    const OfBases& to, Block<float> t) {
+  for (int64_t k = o; to.base && k < o + count; ++k)
+    add_instances(dw, k * dw.is, dw.is, add, to.base + (dw.o0 + k) * I + dw.i0);
+  if (!dw.summed) return;
+  const int64_t sums = dw.numbers() + o, ld = packed_ld(std::min(dw.instances, GROUP));
+  if (to.base_bias) add_instances(dw, sums, count, add, to.base_bias + dw.o0 + o);
+  for (int64_t b = 0; to.bias && b < dw.instances; b += GROUP) {
+    const int64_t K = std::min(GROUP, dw.instances - b);
+    float* const turned = t.at(0, count * ld);
+    for (int64_t k = 0; k < count; ++k)
+      for (int64_t l = 0; l < K; ++l) turned[k * ld + l] = *dw.at(b + l, sums + k, 1);
+    for (int64_t r = 0; r < R; r += PANEL)
+      gemm(
+          count, std::min(PANEL, R - r), K, (const float*)turned, ld, z.at(r * dw.instances + b * PANEL, K * PANEL),
+          PANEL, to.bias + (dw.o0 + o) * R + r, R, add || b > 0);
+  }
+}
+
+// dz, dH and the gradients of the bases; any may be without data.
+template <class S, class T>
+void weight_points(const Factors<S>& f, Rows<S> dz, S* dh, const OfBases& bases, int64_t workspace) {
+  constexpr bool direct = std::is_same_v<S, float>;
+  const int64_t room = piece(workspace), R = f.R, panels = ceil_div(R, PANEL);
+  const bool biased = dz.data && f.bias.data, summed = biased || bases.bias || bases.base_bias, sliced = dh && !direct;
+  int64_t o_size = f.O, i_size = std::min<int64_t>(f.I, 512), G = std::min(f.B, GROUP);
+  while (o_size * i_size > room / std::max(G, sliced ? 2 * R : 1) && (o_size > LANES || i_size > PANEL)) {
+    if (o_size >= i_size) o_size = ceil_div(o_size, 2);
+    else i_size = whole_squares(ceil_div(i_size, 2));
+  }
+  const int64_t pitch = packed_ld(o_size * (i_size + summed) + SQUARE);  // a transposition reads beyond
+  const bool one_chunk = o_size == f.O && i_size == f.I;
+  G = std::clamp<int64_t>(std::min(room / pitch, room / 4 / R), 1, one_chunk ? f.B : G);
+  const int64_t groups = ceil_div(f.B, G), i_parts = ceil_div(f.I, i_size), chunks = ceil_div(f.O, o_size) * i_parts;
+  if (sliced && dz.data && groups > 1 && chunks > 1) {  // either sum would wait for the other
+    weight_points<S, T>(f, dz, (S*)nullptr, {}, workspace);
+    return weight_points<S, T>(f, {}, dh, {}, workspace);
+  }
+  const int64_t threads = at::get_num_threads();
+  const int64_t depth = round_up(std::clamp<int64_t>((1 << 16) / R, 16, 256), 2);  // of H in one product
+  const int64_t slots = std::clamp<int64_t>(std::min(o_size * i_size / 256, room / 2 / (G * R)), 1, 16);
+  const int64_t M = round_up(ceil_div(G, std::clamp<int64_t>(threads / slots, 1, ceil_div(G, 16))), 2);
+  const int64_t m_units = ceil_div(G, M);
+  const Scratch<float> numbers(G * pitch), sums(dz.data ? slots * G * R : 0), two_rows(2 * PANEL);
+  const Scratch<T> z(dh || bases.bias ? panels * round_k<T>(G) * PANEL : 0);
+  const Scratch<float> slice(sliced ? o_size * i_size * R : 0);
+  for (int64_t step = 0; step < groups * chunks; ++step) {
+    const int64_t group = dz.data ? step / chunks : step % groups, chunk = dz.data ? step % chunks : step / groups;
+    const int64_t b0 = group * G, o0 = chunk / i_parts * o_size, i0 = chunk % i_parts * i_size;
+    const PieceOfdW dw{
+        b0,
+        std::min(G, f.B - b0),
+        o0,
+        std::min(o_size, f.O - o0),
+        i0,
+        std::min(i_size, f.I - i0),
+        pitch,
+        summed && i0 == 0,
+        biased && i0 == 0,
+        numbers};
+    make_dW<S, T>(f, dw, workspace);
+
+    const int64_t Gs = dw.instances;
+    for (int64_t r = 0; z && r < R; r += PANEL)
+      load_panel<S, T>(
+          f.z.data + b0 * f.z.instance + r * f.z.feature, f.z.instance, f.z.feature, Gs, std::min(PANEL, R - r),
+          z.part(r * round_k<T>(Gs), round_k<T>(Gs) * PANEL), two_rows);
+    const int64_t blocks = ceil_div(dw.rows(), depth), z_units = dz.data ? slots * m_units : 0;
+    const int64_t oh = std::max<int64_t>(1, 128 / dw.is), h_units = dh || bases.any() ? ceil_div(dw.os, oh) : 0;
+    const int64_t ld = packed_ld(std::min(Gs, GROUP));
+    const int64_t for_z = panels * floats_for<T>(depth * PANEL) + 2 * PANEL +
+                          (std::is_same_v<T, float> ? 0 : floats_for<T>(M * packed_ld(depth)));
+    const int64_t for_h = std::max(floats_for<T>((oh * dw.is + SQUARE) * ld), bases.bias ? oh * ld : 0);
+    const double flops = 2. * Gs * dw.numbers() * R * ((z_units > 0) + (h_units > 0));
+    for_units<T>(z_units + h_units, flops, std::max(for_z, for_h), workspace, [&](int64_t unit, auto own) {
+      if (unit < z_units) {
+        const int64_t b = unit % m_units * M, slot = unit / m_units;
+        if (b < Gs)
+          add_to_dz<S, T>(
+              f, dw, b, std::min(M, Gs - b), share(blocks, slot, slots), depth, chunk > 0,
+              sums.part(slot * G * R, G * R), own);
+        return;
+      }
+      const int64_t o = (unit - z_units) * oh, count = std::min(oh, dw.os - o);
+      if constexpr (direct) add_to_bases(dw, o, count, z.block(), R, f.I, group > 0, bases, own);
+      if (!dh) return;
+      S* const to = dh + ((o0 + o) * f.I + i0) * R;
+      if constexpr (direct) {
+        add_to_dH<T>(dw, o, count, z.block(), R, group > 0, to, f.I * R, as<T>(own));
+      } else {
+        const int64_t each = dw.is * R;
+        float* const rows = slice.at(o * each, count * each);
+        add_to_dH<T>(dw, o, count, z.block(), R, group > 0, rows, each, as<T>(own));
+        if (group == groups - 1)
+          for (int64_t k = 0; k < count; ++k) pack((const float*)rows + k * each, 0, 1, to + k * f.I * R, 0, 1, each);
+      }
+    });
+
+    if (!dz.data || chunk < chunks - 1) continue;
+    float* const total = sums.at(0, Gs * R);
+    for (int64_t s = 1; s < slots; ++s) {
+      const float* const other = sums.at(s * G * R, Gs * R);
+      for (int64_t k = 0; k < Gs * R; ++k) total[k] += other[k];
+    }
+    pack((const float*)total, R, 1, dz.data + b0 * R, R, Gs, R);
+  }
+}
+
+// dx, dz, dH and the gradients of the bases; any may be without data. dx is `apply` of g with o and i swapped.
+template <class S, class T>
+void grads_points(const Factors<S>& f, Rows<S> dx, Rows<S> dz, S* dh, const OfBases& bases, int64_t workspace) {
+  if (dx.data) {
+    Factors<S> t = f;
+    t.x = f.g, t.bias = {};
+    std::swap(t.I, t.O), std::swap(t.so, t.si), std::swap(t.base.s0, t.base.s1);
+    apply_points<S, T>(t, (const S*)nullptr, 0, dx, workspace);
+  }
+  if (dz.data || dh || bases.any()) weight_points<S, T>(f, dz, dh, bases, workspace);
+}
+
+}  // namespace fasthyper

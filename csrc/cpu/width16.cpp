@@ -1,0 +1,7 @@
+// For tests: vectors of 16 floats on any processor, products by their definition, small tiles, a short reach.
+#define FASTHYPER_WIDTH 16
+#define FASTHYPER_TILES 2
+#define FASTHYPER_REACH (1 << 16)
+#define FASTHYPER_PLAIN_PRODUCTS
+#define FASTHYPER_CHECKED
+#include "ops.h"

@@ -1,0 +1,7 @@
+// For tests: vectors of 4 floats on any processor, products by their definition, small tiles, a short reach.
+#define FASTHYPER_WIDTH 4
+#define FASTHYPER_TILES 4
+#define FASTHYPER_REACH (1 << 14)
+#define FASTHYPER_PLAIN_PRODUCTS
+#define FASTHYPER_CHECKED
+#include "ops.h"

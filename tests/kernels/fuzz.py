@@ -1,0 +1,232 @@
+"""Random calls of a compiled CPU library, its operands beside pages that nobody may touch, its results against einsum.
+
+    python tests/kernels/fuzz.py fasthyper/_compiled/cpu_avx2.so --cases 1000 --seed 0
+
+Every case is printed before it runs, so that the last line of a process that died is the case it died of; `--case N`
+runs that one alone. A case is drawn from its number and the seed: the same on every machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import math
+import mmap
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+PAGE = mmap.PAGESIZE
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+AXES = {"x": "bni", "z": "br", "weight": "oir", "bias": "or", "base_weight": "oi", "base_bias": "o", "g": "bno"}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SCHEDULES = ("fold", "generate", "project")
+MOST = 2_000_000  # multiplications of a case
+# Around every width, block and panel; the rest is drawn.
+NEAR = (1, 1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 25, 31, 32, 33, 40, 48, 63, 64, 65, 100, 127, 128, 129, 257, 300)
+
+
+class Guarded:
+    """Memory between two pages that cannot be touched, which begins or ends at one of them."""
+
+    def __init__(self, size: int, at_end: bool):
+        pages = -(-size // PAGE) * PAGE
+        self._all = pages + 2 * PAGE
+        private_anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._from = libc.mmap(None, self._all, mmap.PROT_READ | mmap.PROT_WRITE, private_anonymous, -1, 0)
+        for guard in (self._from, self._from + PAGE + pages):
+            if libc.mprotect(guard, PAGE, 0):
+                raise OSError(ctypes.get_errno(), "mprotect")
+        start = self._from + PAGE + (pages - size if at_end else 0)
+        self.bytes = (ctypes.c_char * size).from_address(start)
+
+    def free(self) -> None:
+        libc.munmap(self._from, self._all)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of each operator."""
+
+    sizes: tuple[int, int, int, int, int]  # B, N, R, I, O
+    dtype: torch.dtype
+    layouts: tuple[str, ...]  # of the tensors, as in AXES
+    given: tuple[bool, bool, bool]  # bias, base weight, base bias
+    mask: tuple[bool, ...]
+    schedules: tuple[str, str, str]  # of y, of dx and dz, of dH
+    workspace: int
+    native: bool
+    threads: int
+
+    def __str__(self) -> str:
+        return ", ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
+
+
+def size(rng: random.Random) -> int:
+    """A size of an axis."""
+    return rng.choice(NEAR) if rng.random() < 0.7 else min(400, int(math.exp(rng.uniform(0, 6))))
+
+
+def draw(rng: random.Random) -> Case:
+    """A case; sizes are drawn until the einsum of it is quick."""
+    while True:
+        B, N, R, I, O = (size(rng) for _ in range(5))
+        N = 1 if rng.random() < 0.4 else N
+        O = 1 if rng.random() < 0.1 else O
+        if B * N * I * O * R <= MOST * (1 if N == 1 else 4) and max(B, N, R, I, O) * 4 < MOST:
+            break
+    mask = [rng.random() < 0.6 for _ in range(6)]
+    mask[rng.randrange(3)] = True
+    given = tuple(rng.random() < 0.5 for _ in range(3))
+    kinds = ("contiguous", "contiguous", "permuted", "sliced", "expanded", "padded", "far")
+    layouts = [rng.choice(kinds) for _ in AXES]
+    if layouts.count("expanded") > 1:  # equal terms of a sum round the same way, and their errors add up
+        layouts = [layout if layout != "expanded" or rng.random() < 0.3 else "far" for layout in layouts]
+        layouts[-1] = layouts[-1].replace("expanded", "permuted")
+    return Case(
+        (B, N, R, I, O),
+        rng.choice(DTYPES),
+        tuple(layouts),
+        given,
+        (*mask[:3], *(m and k for m, k in zip(mask[3:], given, strict=True))),
+        tuple(rng.choice(SCHEDULES) for _ in range(3)),
+        rng.choice((1 << 20, 4 << 20, 32 << 20)),
+        rng.random() < 0.5,
+        rng.choice((1, 2, 3)),
+    )
+
+
+def strides_of(shape: list[int], layout: str, rng: random.Random) -> list[int]:
+    """Strides in numbers of a view of this shape."""
+    order = list(range(len(shape)))
+    if layout == "permuted":
+        rng.shuffle(order)
+    gap = {"sliced": 2, "padded": 1, "far": 1}.get(layout, 1)
+    strides, step = [0] * len(shape), gap
+    for axis in reversed(order):
+        strides[axis] = step
+        step *= shape[axis]
+        if layout == "padded":
+            step += rng.randrange(1, 9)
+        if layout == "far":
+            step = step * rng.choice((1, 3)) + rng.choice((0, 1, 1009, 20011)) // max(1, shape[order[0]] // 16)
+    if layout == "expanded":
+        strides[0] = 0
+    return strides
+
+
+@contextmanager
+def operands(case: Case, rng: random.Random) -> Iterator[dict[str, Tensor]]:
+    """The tensors of a case, each in memory of its own; what is between their numbers is NaN."""
+    length = dict(zip("bnrio", case.sizes, strict=True))
+    held, tensors = [], {}
+    for (name, axes), layout in zip(AXES.items(), case.layouts, strict=True):
+        shape = [length[axis] for axis in axes]
+        strides = strides_of(shape, layout, rng)
+        numbers = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        memory = Guarded(numbers * case.dtype.itemsize, rng.random() < 0.8)
+        held.append(memory)
+        flat = torch.frombuffer(memory.bytes, dtype=case.dtype)
+        if numbers != math.prod(shape):
+            flat.fill_(math.nan)
+        view = flat.as_strided(shape, strides)
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(rng.randrange(1 << 30)))
+        if layout == "expanded":
+            values = values[:1].expand(shape)
+        view.copy_(values) if layout != "expanded" else view[:1].copy_(values[:1])
+        tensors[name] = view
+    try:
+        yield tensors
+    finally:
+        tensors.clear()
+        for memory in held:
+            memory.free()
+
+
+def expected(t: dict[str, Tensor], given: tuple[bool, ...]) -> list[Tensor]:
+    """y and the six gradients by einsum in float64."""
+    x, z, weight, bias, base_weight, base_bias, g = (t[name].double() for name in AXES)
+    y = torch.einsum("bni,bio->bno", x, torch.einsum("br,oir->bio", z, weight))
+    dw = torch.einsum("bni,bno->boi", x, g)
+    dx = torch.einsum("bno,bio->bni", g, torch.einsum("br,oir->bio", z, weight))
+    dz = torch.einsum("boi,oir->br", dw, weight)
+    sums = g.sum(1)
+    if given[0]:
+        y, dz = y + (z @ bias.T)[:, None], dz + sums @ bias
+    if given[1]:
+        y, dx = y + x @ base_weight.T, dx + g @ base_weight
+    if given[2]:
+        y = y + base_bias
+    return [y, dx, dz, torch.einsum("boi,br->oir", dw, z), sums.T @ z, dw.sum(0), sums.sum(0)]
+
+
+def check(name: str, got: Tensor, truth: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+    """Rounding errors of the dtype beside the sum of absolute terms, and of a sum of many in float32."""
+    info = torch.finfo(dtype)
+    allowed = (64 if dtype == torch.float32 else 4) * info.eps * scale + 16 * info.eps * info.smallest_normal
+    error = (got.double() - truth).abs()
+    if got.shape != truth.shape or not (error <= allowed).all():
+        worst = (error - allowed).nan_to_num(math.inf).max().item()
+        raise AssertionError(f"{name} {tuple(got.shape)} is off by {worst:.3g} more than rounding explains")
+
+
+def run(case: Case, rng: random.Random) -> None:
+    """Both operators on the operands of a case, and what they return against einsum."""
+    ops = torch.ops.fasthyper_cpu
+    torch.set_num_threads(case.threads)
+    with operands(case, rng) as t:
+        shared = [t[name] if given else None for name, given in zip(("bias", "base_weight"), case.given, strict=False)]
+        base_bias = t["base_bias"] if case.given[2] else None
+        of_y, of_factors, of_weight = case.schedules
+        how = (case.workspace, case.native)
+        y = ops.apply(t["x"], t["z"], t["weight"], *shared, base_bias, of_y, *how)
+        dx, dz, dh = case.mask[:3]
+        z = None if dz and not (dx or dh or case.mask[3]) else t["z"]  # what is not read need not be there
+        weight = None if dh and not (dx or dz) else t["weight"]
+        out = ops.grads(t["x"], z, weight, *shared, t["g"], case.mask, of_factors, of_weight, *how)
+        if case.dtype == torch.float16:  # sums of float32 may leave its range, which is no fault
+            out, y = [o if o is None else o.nan_to_num() for o in out], y.nan_to_num()
+        truth = expected(t, case.given)
+        scale = expected({name: tensor.abs() for name, tensor in t.items()}, case.given)
+        names = ("y", "dx", "dz", "dH", "dbias", "dbase", "dbase_bias")
+        for name, got, exact, most, asked in zip(names, (y, *out), truth, scale, (True, *case.mask), strict=True):
+            if got is not None and got.numel() and asked:
+                check(name, got, exact, most, case.dtype)
+            elif asked and name in ("dx", "dz", "dH"):
+                raise AssertionError(f"{name} was asked for and is not there")
+
+
+def main() -> None:
+    """Run the cases; the exit status is 1 after one that is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("library")
+    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--case", type=int)
+    chosen = parser.parse_args()
+    torch.ops.load_library(chosen.library)
+    numbers = range(chosen.cases) if chosen.case is None else [chosen.case]
+    for number in numbers:
+        rng = random.Random(f"{chosen.seed}:{number}")
+        case = draw(rng)
+        print(f"case {number} of seed {chosen.seed}: {case}", flush=True)
+        try:
+            run(case, rng)
+        except Exception as error:
+            print(f"{type(error).__name__}: {error}", flush=True)
+            sys.exit(1)
+    print(f"{len(numbers)} cases are right", flush=True)
+
+
+if __name__ == "__main__":
+    main()
