@@ -148,7 +148,8 @@ def _listed(text: str | None) -> list[str] | None:
 
 
 def _run(comparison: Comparison, out: Path, data_home: str | None, workers: int | None) -> Summary:
-    from fasthyper.experiments import DatasetUnavailable, run_comparison
+    from fasthyper.experiments import DatasetUnavailable, WorkerFailed, run_comparison
+    from fasthyper.experiments.distributed import in_one_line
 
     console = Console()
     if not console.is_terminal:
@@ -175,6 +176,7 @@ def _run(comparison: Comparison, out: Path, data_home: str | None, workers: int 
     def notify(problem: str) -> None:
         typer.echo(f"warning: {problem}", err=True)
 
+    again = f"finished runs are kept in {out}; the same command goes on from there"
     try:
         try:
             summary = run_comparison(
@@ -187,8 +189,11 @@ def _run(comparison: Comparison, out: Path, data_home: str | None, workers: int 
         _fail(error, code=1)
     except ValueError as error:
         _fail(error)
+    except (RuntimeError, MemoryError, OSError) as error:  # of the machine, or of what a worker died of
+        what = str(error) if isinstance(error, WorkerFailed) else in_one_line(error)
+        _fail(f"{comparison.experiment.name}: {what}; {again}", code=1)
     except KeyboardInterrupt:
-        typer.echo(f"stopped: finished runs are kept in {out}; the same command goes on from there", err=True)
+        typer.echo(f"stopped: {again}", err=True)
         raise typer.Exit(130) from None
     if _first():
         _print(console, summary, out)
@@ -225,7 +230,7 @@ def _print(console: Console, summary: Summary, out: Path) -> None:
     console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
-def _fail(error: Exception, code: int = 2) -> NoReturn:
+def _fail(error: Exception | str, code: int = 2) -> NoReturn:
     typer.echo(f"error: {error}", err=True)
     raise typer.Exit(code)
 

@@ -9,6 +9,7 @@ from fasthyper.experiments.claims import Claim, Exponent, FallsAtEachStep, Flat,
 from fasthyper.experiments.colorization import COLORIZATION
 from fasthyper.experiments.comparison import Comparison
 from fasthyper.experiments.data import DatasetUnavailable
+from fasthyper.experiments.distributed import WorkerFailed
 from fasthyper.experiments.experiment import Axis, Batch, Examples, Experiment, Line, Measure, Run, Setting, Study, Task
 from fasthyper.experiments.methods import ALL, METHODS, Architecture
 from fasthyper.experiments.operators import OPERATOR_LEARNING
@@ -50,5 +51,6 @@ __all__ = [
     "Task",
     "WellBelow",
     "Wins",
+    "WorkerFailed",
     "run_comparison",
 ]

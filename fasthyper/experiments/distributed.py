@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,31 @@ import torch.distributed as dist
 _PATIENCE = timedelta(days=7)
 _MEETING = timedelta(minutes=10)
 _SWEEPS = itertools.count()
+
+
+class WorkerFailed(RuntimeError):
+    """One of the processes that share a sweep raised an error, or was ended.
+
+    Attributes:
+        rank: which process, from 0.
+        size: how many there were.
+        run: the run that it was in; None where that is not known, or it was in none.
+        reason: the error, or the signal or exit code that it ended with, in one line.
+        details: its traceback; empty where it left none.
+    """
+
+    def __init__(self, rank: int, size: int, run: str | None, reason: str, details: str = "") -> None:
+        super().__init__(rank, size, run, reason, details)  # so that it can go from process to process
+        self.rank, self.size, self.run, self.reason, self.details = rank, size, run, reason, details
+
+    def __str__(self) -> str:
+        place = "" if self.run is None else f", in {self.run}"
+        return f"worker {self.rank + 1} of {self.size}{place}: {self.reason}"
+
+
+def in_one_line(error: BaseException) -> str:
+    """The type of an error and what it says."""
+    return ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
 
 
 @dataclass(frozen=True)
@@ -82,17 +111,34 @@ def torchrun(device: str, sweep: str) -> Iterator[Group]:
 def launch(fn: Callable[..., Any], workers: int, device: str, progress: Callable[..., None], *arguments: Any) -> None:
     """Call `fn(group, progress, *arguments)` in new processes; what they tell `progress` is told here.
 
-    The first that fails ends all of them, and so does the end of this one.
+    The first that fails ends all of them, and so does the end of this one. Where it was is what it told last, by the
+    last word of that.
+
+    Raises:
+        WorkerFailed: one of them raised an error, or was ended.
     """
     told = torch.multiprocessing.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="fasthyper-") as folder:
         store = str(Path(folder) / "store")
         given = (os.getpid(), workers, device, store, told, fn, arguments)
         context = torch.multiprocessing.spawn(_enter, given, nprocs=workers, join=False)
+        codes: list[int | None] = [None] * workers
+        places: dict[int, str] = {}
+        failures: list[WorkerFailed] = []
         try:
-            while not context.join(timeout=0.1):
-                _tell(told, progress)
-            _tell(told, progress)
+            while None in codes:
+                running = [p.sentinel for p, code in zip(context.processes, codes, strict=True) if code is None]
+                connection.wait(running, timeout=0.1)
+                codes = [process.exitcode for process in context.processes]
+                while not told.empty():
+                    rank, what = told.get()
+                    if isinstance(what, WorkerFailed):
+                        failures.append(what)
+                    else:
+                        places[rank] = str(what[-1])
+                        progress(*what)
+                if any(codes):
+                    raise _first(codes, failures, places)
         except BaseException:
             for process in context.processes:
                 process.terminate()
@@ -101,9 +147,20 @@ def launch(fn: Callable[..., Any], workers: int, device: str, progress: Callable
             raise
 
 
-def _tell(told: Any, progress: Callable[..., None]) -> None:
-    while not told.empty():
-        progress(*told.get())
+def _first(codes: Sequence[int | None], failures: Sequence[WorkerFailed], places: dict[int, str]) -> WorkerFailed:
+    """Who ended without a word, since the others may have failed for want of it; else who spoke first."""
+    spoke = [failure.rank for failure in failures]
+    for rank, code in enumerate(codes):
+        if code and rank not in spoke:
+            return WorkerFailed(rank, len(codes), places.get(rank), _end(code))
+    return failures[0]
+
+
+def _end(code: int) -> str:
+    if code > 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
+    return f"killed by {name}" + (" (perhaps out of memory)" if name == "SIGKILL" else "")
 
 
 def _enter(
@@ -122,8 +179,24 @@ def _enter(
     # Processes of one machine may share a GPU, where NCCL wants one for each: they talk through gloo.
     if device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
-    with _joined(dist.FileStore(path, size), rank, size, "gloo") as group:
-        fn(group, lambda *what: told.put(what), *arguments)
+    # What it was is told before the group is left, which makes the others fail.
+    with (
+        _heard(rank, size, told),
+        _joined(dist.FileStore(path, size), rank, size, "gloo") as group,
+        _heard(rank, size, told),
+    ):
+        fn(group, lambda *what: told.put((rank, what)), *arguments)
+
+
+@contextmanager
+def _heard(rank: int, size: int, told: Any) -> Iterator[None]:
+    """Tell the parent of an error, and end."""
+    try:
+        yield
+    except Exception as error:
+        run, reason = (error.run, error.reason) if isinstance(error, WorkerFailed) else (None, in_one_line(error))
+        told.put((rank, WorkerFailed(rank, size, run, reason, traceback.format_exc())))
+        sys.exit(1)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 
 from fasthyper._version import __version__
 from fasthyper.experiments.comparison import Comparison
-from fasthyper.experiments.distributed import Group, launch, torchrun
+from fasthyper.experiments.distributed import Group, WorkerFailed, in_one_line, launch, torchrun
 from fasthyper.experiments.experiment import Run, is_integer
 from fasthyper.experiments.files import check_writable
 from fasthyper.experiments.report import REPORT_FILES, write_report
@@ -60,6 +60,8 @@ def run_comparison(
     Raises:
         ValueError: `out` cannot be written to, or another process is writing there, or `workers` is below 1.
         DatasetUnavailable: the data are neither here nor to be had; nothing has been written then.
+        WorkerFailed: one of several processes raised an error, or was ended; under torchrun, in that process. With one
+            process, errors come as they are.
     """
     out = Path(out)
     if workers is not None and (not is_integer(workers) or workers < 1):
@@ -155,7 +157,13 @@ def _train(
                     progress(done(promille - shown) / 1000, len(missing), name)
                     shown = promille
 
-                metrics = train(comparison.experiment, run, source, epoch)
+                epoch(0.0)  # whatever happens from here on happens in this run
+                try:
+                    metrics = train(comparison.experiment, run, source, epoch)
+                except Exception as error:
+                    if group.store is None:
+                        raise
+                    raise WorkerFailed(group.rank, group.size, name, in_one_line(error)) from error
                 record: Record = {
                     "config": run.config(),
                     "metrics": asdict(metrics),

@@ -9,6 +9,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import torch.distributed as dist
+
 from fasthyper.experiments.distributed import Group, torchrun
 
 
@@ -36,6 +38,20 @@ def second_fails(group, progress, folder):
     if group.rank == 1:
         raise RuntimeError("the second worker fails")
     time.sleep(600)
+
+
+def second_fails_and_leaves_slowly(group, progress):
+    if group.rank == 1:
+        leave = dist.destroy_process_group
+        dist.destroy_process_group = lambda: (leave(), time.sleep(3))
+        raise RuntimeError("the second worker fails")
+    group.gather(None)
+
+
+def first_exits(group, progress):
+    if group.rank == 0:
+        os._exit(7)
+    group.gather(None)
 
 
 def end(process):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_experiment import BOTH, comparison_of, lines, numbers
 
-from fasthyper.experiments import ROTATION, Comparison, run_comparison
+from fasthyper.experiments import ROTATION, Comparison, WorkerFailed, run_comparison
 from fasthyper.experiments.distributed import Group, launch, torchrun
 
 HERE = os.path.dirname(parallel.__file__)
@@ -117,7 +117,7 @@ def test_workers_gather_count_and_are_heard(tmp_path):
 
 @linux
 def test_the_first_that_fails_ends_all_and_is_heard_of(tmp_path):
-    with pytest.raises(Exception, match="the second worker fails"):
+    with pytest.raises(WorkerFailed, match=r"^worker 2 of 2: RuntimeError: the second worker fails$"):
         launch(parallel.second_fails, 2, "cpu", lambda *what: None, tmp_path)
     first = int((tmp_path / "0").read_text())
     assert not alive(first)

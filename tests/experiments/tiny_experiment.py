@@ -1,4 +1,7 @@
-"""An experiment of milliseconds a run, for this process and for others: `python -m tiny_experiment OUT`."""
+"""An experiment of milliseconds a run, for this process and for others.
+
+`python -m tiny_experiment OUT`, or as the command line has it, `python -m tiny_experiment compare tiny`.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,15 @@ import json
 import os
 import random
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from fasthyper.experiments import Comparison, run_comparison
+from fasthyper import cli
+from fasthyper.experiments import EXPERIMENTS, Comparison, run_comparison
 from fasthyper.experiments.claims import ASKED, Flat, Improves, Wins
 from fasthyper.experiments.experiment import Axis, Examples, Experiment, Measure, Setting, Study, Task
 from fasthyper.experiments.methods import EMBEDDING, EQUAL_TIME, HYPERNETWORK, Architecture
@@ -80,12 +85,33 @@ BEGUN = itertools.count(1)
 """Of the runs that this process begins."""
 
 
+def failing(error):
+    def fail():
+        raise error
+
+    return fail
+
+
+FAULTS = {
+    "ValueError": failing(ValueError("two\n  lines")),
+    "RuntimeError": failing(RuntimeError("no more")),
+    "MemoryError": failing(MemoryError()),
+    "exit": lambda: os._exit(3),
+    **{name: lambda name=name: os.kill(os.getpid(), signal.Signals[name]) for name in ("SIGKILL", "SIGSEGV")},
+    "SIGABRT": os.abort,
+}
+"""What may happen to a run, by name: to that of the embedding and seed 1, where TINY_FAULT names it."""
+
+
 def task(run, source):
     if path := os.environ.get("TINY_LOG"):
         with open(path, "a") as file:
             file.write(key(run.config()) + "\n")
     if next(BEGUN) == int(os.environ.get("TINY_HELD", "0")):
         time.sleep(15)  # for those who want to kill it before it is done; it notices after this run
+    if (run.method, run.seed) == (EMBEDDING, 1) and (fault := os.environ.get("TINY_FAULT")):
+        time.sleep(1)  # the others are done, and wait for this process
+        FAULTS[fault]()
     train, test = (Examples.of(*rows(first, count, run.setting.offset)) for first, count in ((0, TRAIN), (500, TEST)))
 
     def measure(y, target):
@@ -145,6 +171,9 @@ def killed_over_and_over(out, seeds, kills):
 
 
 def main():
+    if sys.argv[1] == "compare":
+        EXPERIMENTS["tiny"] = TINY
+        return cli.main()
     parser = argparse.ArgumentParser()
     parser.add_argument("out", nargs="+")
     parser.add_argument("--seeds", type=int, default=2)
