@@ -1,10 +1,11 @@
 # make test | compare | bench | report | aot | gpu | sanitize | held | format | clean. All but gpu run in .venv, made on first use.
 PYTHON ?= python3
 BIN := .venv/bin
-BUILT := fasthyper/_compiled/build.json
-SOURCES := $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+BUILT := .venv/built
+CPU_SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*)
+SOURCES := $(CPU_SOURCES) $(wildcard csrc/cuda/*)
 
-.PHONY: test interpreted emulated slow held sanitize lint compare bench report aot gpu gpu-test bench-gpu format clean
+.PHONY: test interpreted emulated slow held sanitize lint compare compare-ready bench report aot gpu gpu-test bench-gpu format clean
 
 # One process a core, one thread each: the tests are many and small.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
@@ -46,10 +47,13 @@ lint: .venv/ready
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(BIN)/mypy
 
-# NAME=rotation for one experiment.
+# NAME=rotation for one experiment. pip installs on one core while another compiles.
 NAME ?= all
-compare: .venv/ready $(BUILT)
+compare: compare-ready
 	$(BIN)/fasthyper compare $(NAME)
+
+compare-ready: .venv/torch
+	$(MAKE) --no-print-directory --jobs=2 .venv/compare .venv/here
 
 # Every workload against everyone, cost along sizes, training; then tables and figures, the README's too. ARGUMENTS of
 # `python -m benchmarks measure --help`, such as "--only qm9". `make report` makes them of the results that are there.
@@ -74,6 +78,7 @@ GPU_TEST := $(GPU_PYTHON) -m pytest -q --numprocesses auto --maxprocesses 12
 GPU_MEASURE := $(GPU_PYTHON) -m benchmarks measure --device cuda --no-report --out $(OUT)
 gpu: gpu-test bench-gpu
 gpu-test:
+	rm -f .venv/here $(BUILT)
 	FASTHYPER_ONLY=cuda TORCH_CUDA_ARCH_LIST=$(GPU_PARTS) timeout 240 $(GPU_PYTHON) setup.py --quiet build_ext --inplace \
 		|| echo "NOT BUILT"
 	$(ON_GPU) timeout -s INT -k 5 60 $(GPU_TEST) tests/backends/test_gpu.py || echo "TESTS FAILED on the GPU"
@@ -98,18 +103,35 @@ format: .venv/ready
 clean:
 	rm -rf .venv build dist *.egg-info fasthyper/_compiled/*.so fasthyper/_compiled/build.json .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
-# Incremental, after a change of the sources; what the package needs to be built is in the environment already. With the
-# CUDA kernels for a CPU, which the tests run, and for one generation of GPUs: the tests compile the others anyway.
+# The kernels, incremental: those that this machine's CPU takes, for `make compare`, or all of them, with the CUDA kernels
+# for a CPU, which the tests run, and for one generation of GPUs: the tests compile the others anyway. A build drops what
+# it was not asked for, so that nothing old is loaded; all of them are those of this machine, too.
 ARCH_LIST ?= 9.0a
-DEVELOPMENT := FASTHYPER_EMULATE=1 TORCH_CUDA_ARCH_LIST="$(ARCH_LIST)"
-$(BUILT): setup.py $(SOURCES) | .venv/ready
-	$(DEVELOPMENT) $(BIN)/python setup.py --quiet build_ext --inplace
+.venv/here: setup.py $(CPU_SOURCES) .venv/torch
+	rm -f $(BUILT)
+	FASTHYPER_ONLY=here $(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
 
-.venv/ready: pyproject.toml constraints.txt
+$(BUILT): setup.py $(SOURCES) .venv/torch
+	FASTHYPER_EMULATE=1 TORCH_CUDA_ARCH_LIST="$(ARCH_LIST)" $(BIN)/python setup.py --quiet build_ext --inplace
+	touch .venv/here $@
+
+# What a build needs, with numpy, which torch looks for; on top what `make compare` needs, and what all else does. Bytecode
+# is half of pip's time: Python makes what it needs on first use, and the tests, which start many processes, have it all.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+EDITABLE := FASTHYPER_BUILD=later $(INSTALL) --no-build-isolation --editable
+.venv/torch: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("fasthyper needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools ninja
-	$(DEVELOPMENT) $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
-		--editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps hyper-nn
+	$(INSTALL) torch numpy setuptools ninja
+	touch $@
+
+.venv/compare: .venv/torch
+	$(EDITABLE) '.[compare]'
+	touch $@
+
+.venv/ready: .venv/compare
+	$(EDITABLE) '.[dev]'
+	$(INSTALL) --no-deps hyper-nn
+	$(BIN)/python -W ignore -m compileall -qq -j 0 .venv/lib || true  # packages have files that are not for this Python
 	touch $@

@@ -1,13 +1,16 @@
 """Build of the compiled kernels, where that can be; everything else about the package is in pyproject.toml.
 
-FASTHYPER_BUILD=0 leaves them out, =1 insists on them. Left to itself, the build makes what it can: all of them need
+FASTHYPER_BUILD=0 leaves them out, =1 insists on them, =later leaves them and the record of them as they are, for a
+`setup.py build_ext --inplace` to make. Left to itself, the build makes what it can: all of them need
 torch to be seen, those for CPUs a C++ compiler, those for CUDA nvcc but no GPU. What it cannot make costs nothing
 else; why not, it says in the console and to `fasthyper info`.
 
-FASTHYPER_ONLY names the one library to build. TORCH_CUDA_ARCH_LIST and MAX_JOBS are understood as torch does.
+FASTHYPER_ONLY names the libraries to build, as "cuda" or "cpu_avx2,eager"; `here` stands for those that this machine's
+CPU takes. TORCH_CUDA_ARCH_LIST and MAX_JOBS are understood as torch does.
 FASTHYPER_EMULATE=1 adds the kernels for CUDA as the C++ compiler makes them, for a CPU that plays a GPU in the tests.
 """
 
+import copy
 import json
 import os
 import platform
@@ -16,9 +19,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
@@ -60,7 +66,7 @@ def obstacle_to(name):
     """Return why there is to be no such library here, or None: what is not to be insisted on."""
     import torch
 
-    if os.environ.get("FASTHYPER_ONLY", name) != name:
+    if name not in only():
         return "FASTHYPER_ONLY left it out"
     if name == "cuda_emulated":
         return None if os.environ.get("FASTHYPER_EMULATE") == "1" else "it is for tests; FASTHYPER_EMULATE=1 builds it"
@@ -73,6 +79,17 @@ def obstacle_to(name):
     if platform.machine() not in ("x86_64", "AMD64"):
         return f"there are kernels for x86-64 CPUs alone, not for {platform.machine()}"
     return None
+
+
+def only():
+    """Return the names of the libraries that FASTHYPER_ONLY lets be, all of them without it."""
+    from torch.backends.cpu import get_cpu_capability
+
+    known = [*(f"cpu_{name}" for name in CPU), "eager", "cuda_emulated", "cuda"]
+    named = re.findall(r"[^\s,]+", os.environ.get("FASTHYPER_ONLY", "")) or known
+    if unknown := [name for name in named if name not in (*known, "here")]:
+        sys.exit(f"fasthyper: FASTHYPER_ONLY: no library is called {unknown[0]}; known are here, {', '.join(known)}")
+    return [*named, *([f"cpu_{get_cpu_capability().lower()}", "eager"] if "here" in named else [])]
 
 
 def extension(name, source, headers, flags):
@@ -189,8 +206,7 @@ def make(library, folder, files, compile_one, link, after):
         f"build {escaped(library)}: link {' '.join(map(escaped, objects))}",
     ]
     (folder / "build.ninja").write_text("\n".join([*rules, ""]))
-    parallel = ["-j", str(jobs())] if "MAX_JOBS" in os.environ else []
-    return command([ninja, "-C", str(folder), *parallel])
+    return command([ninja, "-C", str(folder), "-j", str(jobs())])
 
 
 def command(words):
@@ -219,6 +235,23 @@ def builder():
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **{**kwargs, "no_python_abi_suffix": True})
             self.missing = {}
+            self.whole = threading.Lock()  # of what takes all cores itself, one at a time
+
+        def finalize_options(self):
+            super().finalize_options()
+            if self.use_ninja:  # without it, torch changes the one compiler as it goes
+                self.parallel = self.parallel or jobs()
+
+        def _build_extensions_parallel(self):
+            """distutils' own would begin what waits although one has failed, or Ctrl-C was pressed."""
+            with ThreadPoolExecutor(self.parallel) as pool:
+                built = [pool.submit(self.build_extension, ext) for ext in self.extensions]
+                try:
+                    for one in built:
+                        one.result()
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
 
         def run(self):
             try:
@@ -236,13 +269,17 @@ def builder():
             why = obstacle_to(name)
             try:
                 if why is None and isinstance(ext, Kernels):
-                    ext.build(library, Path(self.build_temp, name))
+                    with self.whole:
+                        ext.build(library, Path(self.build_temp, name))
                 elif why is None:
-                    super().build_extension(ext)
+                    alone = copy.copy(self)  # side by side, each has a build.ninja of its own
+                    alone.build_temp = os.path.join(self.build_temp, name)
+                    super(Build, alone).build_extension(ext)
             except BaseException as error:
                 why = reason(error)
             if why is not None:
-                print(f"fasthyper: built without {name}: {why}", file=sys.stderr)
+                if name in only():
+                    print(f"fasthyper: built without {name}: {why}", file=sys.stderr)
                 self.missing[name] = why
                 library.unlink(missing_ok=True)  # an older one
                 ext.optional = True  # so setuptools does not look for it
@@ -269,16 +306,25 @@ class WithoutKernels(build_py):
         write({"error": why}, Path(FOLDER if self.editable_mode else os.path.join(self.build_lib, FOLDER)))
 
 
+class NoKernels(build_ext):
+    """The same, where the kernels are asked for by themselves."""
+
+    def run(self):
+        write({"error": why}, Path(FOLDER if self.inplace else os.path.join(self.build_lib, FOLDER)))
+
+
 def write(record, folder):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.json").write_text(json.dumps(record) + "\n")
 
 
-why = obstacle()
-if why is None:
+if os.environ.get("FASTHYPER_BUILD") == "later":
+    setup()
+elif (why := obstacle()) is None:
+    only()  # is told now if it makes no sense
     setup(ext_modules=extensions(), cmdclass={"build_ext": builder()})
 elif INSISTED:
     sys.exit(f"fasthyper: FASTHYPER_BUILD=1, but {why}")
 else:
     print(f"fasthyper: built without compiled kernels: {why}", file=sys.stderr)
-    setup(cmdclass={"build_py": WithoutKernels})
+    setup(cmdclass={"build_py": WithoutKernels, "build_ext": NoKernels})
