@@ -85,7 +85,7 @@ def run_comparison(
                 with _store(comparison, out / RUNS).locked():
                     pass  # another comparison at work there is told of here, not by a process within
                 given = (comparison, out, source, missing, _threads(number))
-                launch(_train, number, comparison.device, progress, *given)
+                launch(_train, number, comparison.device, _forward(progress), *given)
                 finished = _finished(group, comparison, out, lambda problem: None)
         if group.rank == 0:
             _collect(comparison, out, finished)
@@ -108,6 +108,18 @@ def versions(device: str) -> dict[str, str]:
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu ({platform.machine()})",
         "threads": str(torch.get_num_threads()),
     }
+
+
+def _forward(progress: Progress) -> Progress:
+    """The same, told of nothing that was overtaken on the way from one of several processes."""
+    furthest = 0.0
+
+    def forward(done: float, total: int, run: str) -> None:
+        nonlocal furthest
+        furthest = max(furthest, done)
+        progress(furthest, total, run)
+
+    return forward
 
 
 def _finished(group: Group, comparison: Comparison, out: Path, notify: Callable[[str], None]) -> dict[str, Record]:

@@ -65,6 +65,14 @@ def test_progress_is_monotone_and_ends_at_the_total(tmp_path):
     assert 0.25 in done
 
 
+def test_progress_of_several_processes_does_not_go_back():
+    seen = []
+    forward = runner._forward(lambda *what: seen.append(what))
+    for done, run in ((1.0, "a"), (0.5, "b"), (1.5, "b")):
+        forward(done, 3, run)
+    assert seen == [(1.0, 3, "a"), (1.0, 3, "b"), (1.5, 3, "b")]
+
+
 def test_finished_runs_are_kept(tmp_path, no_notice, trained):
     run_comparison(comparison_of(seeds=1), tmp_path, notify=no_notice)
     before = (tmp_path / "runs.jsonl").read_bytes()
