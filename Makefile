@@ -2,17 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 BUILT := .venv/built
+SANITIZED := .venv/sanitized
 CPU_SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*)
 SOURCES := $(CPU_SOURCES) $(wildcard csrc/cuda/*)
 
-.PHONY: test interpreted emulated slow held sanitize lint compare compare-ready bench report aot gpu gpu-test bench-gpu format clean
+.PHONY: test interpreted emulated slow held forced sanitize lint compare compare-ready bench report aot gpu gpu-test bench-gpu format clean
 
 # One process a core, one thread each: the tests are many and small.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
-test: lint $(BUILT)
+test: lint $(BUILT) $(SANITIZED)
 	$(PYTEST)
-	$(MAKE) interpreted emulated
+	$(MAKE) interpreted emulated forced
 
 # The Triton kernels by Triton's interpreter, which has to be asked for before triton is imported.
 interpreted: .venv/ready $(BUILT)
@@ -32,14 +33,26 @@ held: .venv/ready $(BUILT)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(FAMILY)
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(PYTEST) $(FAMILY)
 
-# The compiled kernels, with plain products in the place of oneDNN's, under the sanitizers.
-SANITIZED := build/sanitized
+# The compiled kernels under AddressSanitizer and UndefinedBehaviorSanitizer, with vectors of 4, 8 and 16 floats, which any
+# processor runs, and with plain products, of 16 bits too, in the place of oneDNN's. tests/kernels/test_fuzz.py has random
+# calls of them; here is the suite of the family: what a processor decides is forced, one value after the other.
 PRELOAD = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
-sanitize: .venv/ready
-	FASTHYPER_BUILD=1 FASTHYPER_SANITIZE=address,undefined $(BIN)/python setup.py --quiet \
-		build --build-lib $(SANITIZED) --build-temp build/sanitized-objects
-	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 PYTHONPATH=$(SANITIZED) \
-		$(BIN)/pytest tests/ops/test_values.py tests/test_functional.py tests/backends/test_cpu.py -k "cpu"
+UNDER = LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 FASTHYPER_COMPILED=build/sanitized/fasthyper/_compiled
+VALUES := tests/ops/test_values.py tests/test_functional.py tests/backends/test_cpu.py
+forced: .venv/ready $(SANITIZED)
+	$(UNDER) FASTHYPER_CPU=width16 FASTHYPER_BFLOAT16=1 $(PYTEST) -k cpu $(VALUES)
+
+# All of them, and an hour of random calls on two cores.
+CASES ?= 60000
+sanitize: .venv/ready $(SANITIZED)
+	for width in width4 width8 width16; do for native in 0 1; do \
+		$(UNDER) FASTHYPER_CPU=$$width FASTHYPER_BFLOAT16=$$native $(PYTEST) -k cpu $(VALUES) || exit 1; done; done
+	FASTHYPER_FUZZ_CASES=$(CASES) $(PYTEST) tests/kernels/test_fuzz.py
+
+$(SANITIZED): setup.py $(CPU_SOURCES) .venv/torch
+	FASTHYPER_SANITIZE=address,undefined FASTHYPER_ONLY="cpu_width4 cpu_width8 cpu_width16" $(BIN)/python setup.py \
+		--quiet build_ext --build-lib build/sanitized --build-temp build/sanitized-objects
+	touch $@
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -1,14 +1,18 @@
-"""The compiled libraries: whether they were built, for which torch, and loading them."""
+"""The compiled libraries: whether they were built, for which torch, and loading them.
+
+``FASTHYPER_COMPILED`` is another folder of them, such as those that were built under sanitizers.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 from pathlib import Path
 
 import torch
 
-_FOLDER = Path(__file__).parent / "_compiled"
+FOLDER = Path(os.environ.get("FASTHYPER_COMPILED") or Path(__file__).parent / "_compiled")
 
 
 @functools.cache
@@ -18,7 +22,7 @@ def load(name: str) -> str | None:
     Loading registers its operators with torch, once.
     """
     try:
-        record = json.loads((_FOLDER / "build.json").read_text())
+        record = json.loads((FOLDER / "build.json").read_text())
     except FileNotFoundError:
         return "not built: the build could not see torch, or was told not to; pip install --no-build-isolation lets it"
     if "error" in record:
@@ -27,7 +31,7 @@ def load(name: str) -> str | None:
         return f"built for torch {record['torch']}, and this is {torch.__version__}: install fasthyper again"
     if name in (missing := record.get("missing", {})):
         return f"not built: {missing[name]}"
-    library = _FOLDER / f"{name}.so"
+    library = FOLDER / f"{name}.so"
     if not library.exists():
         return f"not built: there is no {name}"
     try:

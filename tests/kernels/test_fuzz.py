@@ -1,0 +1,58 @@
+"""Random calls of the compiled CPU kernels, beside guard pages: as they are, and at every width under the sanitizers.
+
+`fuzz.py` is what runs; each library has a process of its own, so that what kills it is seen.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fasthyper import compiled, processor
+
+ROOT = Path(__file__).parents[2]
+SANITIZED = ROOT / "build" / "sanitized" / "fasthyper" / "_compiled"
+CASES = int(os.environ.get("FASTHYPER_FUZZ_CASES", "700"))  # of each library; half a minute or so
+
+
+def fuzz(library: Path, preload: str = "", *arguments: str) -> subprocess.CompletedProcess[str]:
+    if not library.exists():
+        pytest.skip(f"{library.name} was not built; make test builds it")
+    env = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
+    command = [sys.executable, str(Path(__file__).with_name("fuzz.py")), str(library), *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+def check(result: subprocess.CompletedProcess[str]) -> None:
+    said = result.stdout.splitlines()[-2:] + result.stderr.splitlines()[:40]
+    assert result.returncode == 0, "\n".join(said)
+    assert f"{CASES} cases are right" in result.stdout
+
+
+@pytest.fixture(scope="module")
+def preload() -> str:
+    """What has to be loaded before anything else where a library is under AddressSanitizer."""
+    compiler = os.environ.get("CXX", "c++")
+    names = [f"-print-file-name={name}" for name in ("libasan.so", "libstdc++.so")]
+    try:
+        found = [subprocess.run([compiler, name], capture_output=True, text=True, check=True) for name in names]
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no AddressSanitizer: {error}")
+    return " ".join(result.stdout.strip() for result in found)
+
+
+@pytest.mark.parametrize("width", [4, 8, 16])
+def test_any_width_under_sanitizers(width, preload):
+    check(fuzz(SANITIZED / f"cpu_width{width}.so", preload, "--cases", str(CASES), "--seed", str(width)))
+
+
+def test_the_kernels_of_this_processor():
+    why = compiled.load(f"cpu_{processor.kernels()}")
+    if why is not None:
+        pytest.skip(f"compiled CPU kernels: {why}")
+    library = compiled.FOLDER / f"cpu_{processor.kernels()}.so"
+    check(fuzz(library, "", "--cases", str(CASES)))
