@@ -43,7 +43,7 @@ forced: .venv/ready $(SANITIZED)
 	$(UNDER) FASTHYPER_CPU=width16 FASTHYPER_BFLOAT16=1 $(PYTEST) -k cpu $(VALUES)
 
 # All of them, and an hour of random calls on two cores.
-CASES ?= 60000
+CASES ?= 50000
 sanitize: .venv/ready $(SANITIZED)
 	for width in width4 width8 width16; do for native in 0 1; do \
 		$(UNDER) FASTHYPER_CPU=$$width FASTHYPER_BFLOAT16=$$native $(PYTEST) -k cpu $(VALUES) || exit 1; done; done

@@ -37,7 +37,7 @@ CPU = {
 }
 SANITIZE = os.environ.get("FASTHYPER_SANITIZE", "")  # "address,undefined"
 if SANITIZE:  # one for each width of a vector instead, with plain products: any processor runs all of them
-    CPU = dict.fromkeys(("width4", "width8", "width16"), [])
+    CPU = {"width4": [], "width8": [], "width16": []}
 SANITIZER = ["-g1", "-O1", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
 # These take as long to compile as all else, and what they would find, AddressSanitizer sees where it is touched.
 SANITIZER += ["-fno-sanitize=null,alignment,vptr,object-size"]

@@ -195,13 +195,14 @@ def tile_elements(problem: Problem, mach: Machine, limit: int) -> int:
     """Elements that one tile may hold: a share of the workspace, and no more than stays in cache.
 
     At one point per instance a tile is read once, and the smaller stays closer. With more points the products with
-    it are what costs, and a larger tile makes them larger; where operands are converted, they are tiles, too.
+    it are what costs, and a larger tile makes them larger; where operands are converted, they are tiles, too. A tile of
+    16 bits is as many elements as one of float32: that is what it becomes where it is added up.
     """
     if problem.points == 1 or problem.dtype != mach.work_dtype:
         size = min(limit // _SHARES, mach.tile_bytes)
     else:
         size = min(limit // _SHARES * 2, mach.tile_bytes * 4)
-    return size // mach.work_dtype.itemsize
+    return size // max(mach.work_dtype.itemsize, torch.float32.itemsize)
 
 
 def cost(problem: Problem, schedule: str, mach: Machine, limit: int) -> Plan:

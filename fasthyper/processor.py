@@ -15,7 +15,7 @@ import torch
 def kernels() -> str:
     """Return the name of the compiled kernels to load: those for the instruction set that torch takes here.
 
-    ``FASTHYPER_CPU`` names others: ``default``, ``avx2``, ``avx512``, or what a build under sanitizers made, ``width4``,
+    ``FASTHYPER_CPU`` names others: ``default``, ``avx2``, ``avx512``, or of a build under sanitizers ``width4``,
     ``width8``, ``width16``, which every processor can run.
     """
     return os.environ.get("FASTHYPER_CPU") or torch.backends.cpu.get_cpu_capability().lower()

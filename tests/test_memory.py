@@ -97,6 +97,18 @@ def test_every_schedule(sizes, schedule):
     assert twice - once < MIB
 
 
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bits_do_not_grow_with_the_batch(dtype, schedule, native, native_low_precision):
+    """Whatever the processor multiplies: few outputs, since one without such products takes its time."""
+    sizes = (40000, 1, 64, 4, 4, dtype)  # several tiles of everything
+    with native_low_precision(native), fasthyper.use_backend("aten", schedule):
+        once, twice = temporary(*sizes), temporary(*doubled(*sizes))
+    assert twice < LIMIT
+    assert twice - once < MIB
+
+
 @pytest.mark.parametrize("schedule", [None, *SCHEDULES])
 @pytest.mark.parametrize("sizes", SKEWED)
 def test_skewed_sizes(sizes, schedule):

@@ -41,22 +41,23 @@ inline int64_t reached(int64_t ld) {
   return std::max<int64_t>(1, (REACH - 1) / int64_t(sizeof(T)) / std::max<int64_t>(1, ld));
 }
 
-// C (+)= A B. A product that reaches too far is cut: rows of A and C, or those of B, a piece at a time.
+// C (+)= A B. A product that reaches too far is cut: rows of A and C, or those of B, a piece at a time. A single row
+// has no next one, however far that would be.
 template <class T>
 inline void gemm(
     int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc,
     bool add) {
   constexpr int64_t step = K_STEP<T>;
   k = round_k<T>(k);
+  if (m == 1) lda = k, ldc = n;
+  if (k == step) ldb = n;
   const int64_t ms = std::min(reached<T>(lda), reached<float>(ldc)), ks = step * reached<float>(ldb);
   if (m <= ms && k <= ks) return product(m, n, k, a, lda, b, ldb, c, ldc, add);
   for (int64_t l = 0; l < k; l += ks)
-    for (int64_t i = 0; i < m; i += ms) {
-      const int64_t rows = std::min(ms, m - i), depth = std::min(ks, k - l);
-      // a single row has no next one, however far that would be
-      const int64_t next_a = rows == 1 ? depth : lda, next_c = rows == 1 ? n : ldc, next_b = depth <= step ? n : ldb;
-      product(rows, n, depth, a + i * lda + l, next_a, b + l * ldb, next_b, c + i * ldc, next_c, add || l > 0);
-    }
+    for (int64_t i = 0; i < m; i += ms)
+      gemm(
+          std::min(ms, m - i), n, std::min(ks, k - l), a + i * lda + l, lda, b + l * ldb, ldb, c + i * ldc, ldc,
+          add || l > 0);
 }
 
 // Gives a thread's matrix unit back, where 16-bit products took it.

@@ -62,10 +62,25 @@ void grads_of_factors(const Factors<S>& f, Rows<S> dx, Rows<S> dz, Schedule sche
   grads_rows<S, T>(f, dx, dz, schedule, workspace);
 }
 
+// Whether the numbers of a tensor are where numbers of its dtype may be: not in storage that begins between them.
+bool aligned(const at::Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % t.element_size() == 0; }
+
+bool aligned(const std::optional<at::Tensor>& t) { return !t || aligned(*t); }
+
+at::Tensor realigned(const at::Tensor& t) { return aligned(t) ? t : t.clone(); }
+
+std::optional<at::Tensor> realigned(const std::optional<at::Tensor>& t) {
+  return t ? std::optional<at::Tensor>(realigned(*t)) : std::nullopt;
+}
+
 at::Tensor apply(
     const at::Tensor& x, const at::Tensor& z, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& base_weight, const std::optional<at::Tensor>& base_bias, c10::string_view schedule,
     int64_t workspace, bool native) {
+  if (!(aligned(x) && aligned(z) && aligned(weight) && aligned(bias) && aligned(base_weight) && aligned(base_bias)))
+    return apply(
+        realigned(x), realigned(z), realigned(weight), realigned(bias), realigned(base_weight), realigned(base_bias),
+        schedule, workspace, native);
   const auto y = at::empty({x.size(0), x.size(1), weight.size(0)}, x.options());
   with_types(x, native, [&](auto s, auto t) {
     using S = decltype(s);
@@ -94,6 +109,10 @@ Six grads(
     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& base_weight, const at::Tensor& g,
     std::array<bool, 6> mask, c10::string_view schedule, c10::string_view schedule_of_weight, int64_t workspace,
     bool native) {
+  if (!(aligned(x) && aligned(z) && aligned(weight) && aligned(bias) && aligned(base_weight) && aligned(g)))
+    return grads(
+        realigned(x), realigned(z), realigned(weight), realigned(bias), realigned(base_weight), realigned(g), mask,
+        schedule, schedule_of_weight, workspace, native);
   const int64_t B = x.size(0), N = x.size(1), I = x.size(2), O = g.size(2), R = z ? z->size(1) : weight->size(2);
   at::Tensor dx, dz, dh, dbias, dbase, dbase_bias;
   if (mask[0]) dx = at::empty({B, N, I}, x.options());

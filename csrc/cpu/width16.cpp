@@ -1,6 +1,6 @@
-// For tests: vectors of 16 floats on any processor, products by their definition, small tiles, a short reach.
+// For tests: vectors of 16 floats on any processor, products by their definition, tiles as they are, a short reach.
 #define FASTHYPER_WIDTH 16
-#define FASTHYPER_TILES 2
+#define FASTHYPER_TILES 1
 #define FASTHYPER_REACH (1 << 16)
 #define FASTHYPER_PLAIN_PRODUCTS
 #define FASTHYPER_CHECKED

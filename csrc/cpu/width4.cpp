@@ -1,4 +1,4 @@
-// For tests: vectors of 4 floats on any processor, products by their definition, small tiles, a short reach.
+// For tests: vectors of 4 floats on any processor, products by their definition, a quarter of each tile, a short reach.
 #define FASTHYPER_WIDTH 4
 #define FASTHYPER_TILES 4
 #define FASTHYPER_REACH (1 << 14)

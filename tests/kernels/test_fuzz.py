@@ -16,7 +16,7 @@ from fasthyper import compiled, processor
 
 ROOT = Path(__file__).parents[2]
 SANITIZED = ROOT / "build" / "sanitized" / "fasthyper" / "_compiled"
-CASES = int(os.environ.get("FASTHYPER_FUZZ_CASES", "700"))  # of each library; half a minute or so
+CASES = int(os.environ.get("FASTHYPER_FUZZ_CASES", "2000"))  # of each library; half a minute or so
 
 
 def fuzz(library: Path, preload: str = "", *arguments: str) -> subprocess.CompletedProcess[str]:

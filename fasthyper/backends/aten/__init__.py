@@ -124,7 +124,7 @@ def base_grads(
     wide = max([out.shape[1] for out in outs[:2] if out is not None], default=1)
     for o in blocks(g.shape[2], tile.elements // max(1, wide)):
         sums = [None if t is None else torch.zeros_like(t[o], dtype=tile.sum_dtype) for t in outs]
-        for b, n in boxes(B, N, o.stop - o.start + I, tile):
+        for b, n in boxes(B, N, o.stop - o.start + I + (R if mask[3] else 0), tile):
             gb = tile.work(g[b, n, o])
             if (of_base := sums[1]) is not None:
                 accumulate(of_base, gb.flatten(0, 1).T, tile.work(x[b, n]).flatten(0, 1))
