@@ -90,21 +90,6 @@ inline bool multiplies_bfloat16() {
   return can;
 }
 
-// Two rows of B in the order in which a 16-bit product wants them: out[2l] = a[l], out[2l+1] = b[l], or 0 without b.
-inline void interleave(const float* a, const float* b, BFloat16* out, int64_t n) {
-  const auto rounded = [](const float* p) {
-    uint32_t bits;
-    std::memcpy(&bits, p, sizeof bits);
-    const uint32_t nearest_even = bits + 0x7fff + ((bits >> 16) & 1);
-    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc00000 : nearest_even;
-  };
-  auto* pairs = reinterpret_cast<uint32_t*>(out);
-  if (b)
-    for (int64_t l = 0; l < n; ++l) pairs[l] = (rounded(a + l) >> 16) | (rounded(b + l) & 0xffff0000);
-  else
-    for (int64_t l = 0; l < n; ++l) pairs[l] = rounded(a + l) >> 16;
-}
-
 // Rows (k, n) of floats as a right operand in T, written to `out`. Floats are one as they stand.
 inline const float* right(const float* rows, Block<float>, int64_t, int64_t) { return rows; }
 

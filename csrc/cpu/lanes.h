@@ -42,7 +42,16 @@ inline float sum(const float* p, int64_t n) {
 
 // Conversion of n contiguous numbers.
 
-inline void convert(const float* src, float* dst, int64_t n) { std::memcpy(dst, src, n * sizeof(float)); }
+// Rows are short, and a call of memcpy, or what GCC puts in its place, takes longer than they do.
+template <class V>
+inline void copy(const V* src, V* dst, int64_t n) {
+  constexpr int64_t each = sizeof(Vec) / sizeof(V);
+  int64_t i = 0;
+  for (; i + each <= n; i += each) std::memcpy(dst + i, src + i, sizeof(Vec));
+  for (; i < n; ++i) dst[i] = src[i];
+}
+
+inline void convert(const float* src, float* dst, int64_t n) { copy(src, dst, n); }
 
 inline void convert(const BFloat16* src, float* dst, int64_t n) {
   const auto* bits = reinterpret_cast<const uint16_t*>(src);
@@ -80,7 +89,34 @@ inline void convert(const float* src, Half* dst, int64_t n) {
   for (; i < n; ++i) dst[i] = src[i];
 }
 
-inline void convert(const BFloat16* src, BFloat16* dst, int64_t n) { std::memcpy(dst, src, n * sizeof(BFloat16)); }
+inline void convert(const BFloat16* src, BFloat16* dst, int64_t n) { copy(src, dst, n); }
+
+// Two rows of B in the order in which a 16-bit product wants them: out[2l] = a[l], out[2l+1] = b[l], or 0 without b.
+inline void interleave(const float* a, const float* b, BFloat16* out, int64_t n) {
+  const auto rounded = [](const float* p) {
+    uint32_t bits;
+    std::memcpy(&bits, p, sizeof bits);
+    const uint32_t nearest_even = bits + 0x7fff + ((bits >> 16) & 1);
+    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc00000 : nearest_even;
+  };
+  auto* pairs = reinterpret_cast<uint32_t*>(out);
+  if (b)
+    for (int64_t l = 0; l < n; ++l) pairs[l] = (rounded(a + l) >> 16) | (rounded(b + l) & 0xffff0000);
+  else
+    for (int64_t l = 0; l < n; ++l) pairs[l] = rounded(a + l) >> 16;
+}
+
+// The same of rows that have 16 bits already.
+template <class S>
+inline void interleave(const S* a, const S* b, S* out, int64_t n) {
+  static_assert(sizeof(S) == sizeof(uint16_t));
+  const auto *low = reinterpret_cast<const uint16_t*>(a), *high = reinterpret_cast<const uint16_t*>(b);
+  auto* pairs = reinterpret_cast<uint32_t*>(out);
+  if (b)
+    for (int64_t l = 0; l < n; ++l) pairs[l] = uint32_t(low[l]) | uint32_t(high[l]) << 16;
+  else
+    for (int64_t l = 0; l < n; ++l) pairs[l] = low[l];
+}
 
 // dst[j][i] = src[i][j] for SQUARE columns j and `rows` ≤ SQUARE rows i; as many floats of each dst[j] are written.
 [[gnu::always_inline]] inline void transpose_square(
@@ -128,6 +164,27 @@ void pack(const Src* src, int64_t s0, int64_t s1, Dst* dst, int64_t ld, int64_t 
   } else if (s0 == 1 || n0 == 1) {
     if constexpr (std::is_same_v<Src, float> && std::is_same_v<Dst, float>) {
       transpose(src, s1, dst, ld, n1, n0, std::max(room, n1));
+    } else if constexpr (std::is_same_v<Src, Dst> || std::is_same_v<Dst, BFloat16>) {
+      // by tiles of pairs, which are turned as floats are, to where they belong if that has room for the last pair
+      constexpr int64_t T = LANES;
+      float in[T * T], out[T * T];
+      const bool direct = ld % 2 == 0 && round_up(n1, 2) <= room;
+      for (int64_t j = 0; j < n1; j += 2 * T)
+        for (int64_t i = 0; i < n0; i += T) {
+          const int64_t rows = std::min(2 * T, n1 - j), cols = std::min(T, n0 - i);
+          for (int64_t k = 0; k < rows; k += 2) {
+            const Src* const from = src + (j + k) * s1 + i;
+            interleave(from, k + 1 < rows ? from + s1 : nullptr, reinterpret_cast<Dst*>(in + k / 2 * T), cols);
+          }
+          const int64_t pairs = ceil_div(rows, 2);
+          if (direct) {
+            transpose(in, T, reinterpret_cast<float*>(dst + i * ld + j), ld / 2, pairs, cols, (room - j) / 2);
+          } else {
+            transpose(in, T, out, T, pairs, cols, T);
+            for (int64_t k = 0; k < cols; ++k)
+              copy(reinterpret_cast<const Dst*>(out + k * T), dst + (i + k) * ld + j, rows);
+          }
+        }
     } else {  // by tiles of floats
       constexpr int64_t T = LANES;
       float in[T * T], out[T * T];

@@ -25,20 +25,26 @@ struct PieceOfdW {
   float* at(int64_t b, int64_t first, int64_t count) const { return data.at(b * pitch + first, count); }
 };
 
-// Rows (k, n) of S as a right operand of T in panels of PANEL columns, `ld` words apart; `row` holds two rows of
-// floats.
+// Two rows of n numbers of S, or one, as a row of pairs; `two_rows` holds 2·PANEL floats.
+template <class S>
+void pair(const S* a, int64_t stride_a, const S* b, int64_t stride_b, int64_t n, BFloat16* to, Block<float> two_rows) {
+  if constexpr (std::is_same_v<S, BFloat16>)
+    if (stride_a == 1 && (stride_b == 1 || !b)) return interleave(a, b, to, n);
+  float *const first = two_rows.at(0, 2 * PANEL), *const second = first + PANEL;
+  pack(a, 0, stride_a, first, 0, 1, n);
+  if (b) pack(b, 0, stride_b, second, 0, 1, n);
+  interleave(first, b ? second : nullptr, to, n);
+}
+
+// Rows (k, n) of S as a right operand of T, PANEL columns at most; `two_rows` as for `pair`.
 template <class S, class T>
 void load_panel(const S* src, int64_t s_k, int64_t s_n, int64_t k, int64_t n, Block<T> to, Block<float> two_rows) {
   T* const out = to.at(0, round_k<T>(k) * PANEL);
   if constexpr (std::is_same_v<T, float>) {
     pack(src, s_k, s_n, out, PANEL, k, n, PANEL);
   } else {
-    float *const a = two_rows.at(0, 2 * PANEL), *const b = a + PANEL;
-    for (int64_t i = 0; i < k; i += 2) {
-      pack(src + i * s_k, 0, s_n, a, 0, 1, n);
-      if (i + 1 < k) pack(src + (i + 1) * s_k, 0, s_n, b, 0, 1, n);
-      interleave(a, i + 1 < k ? b : nullptr, out + i * PANEL, n);
-    }
+    for (int64_t i = 0; i < k; i += 2)
+      pair(src + i * s_k, s_n, i + 1 < k ? src + (i + 1) * s_k : nullptr, s_n, n, out + i * PANEL, two_rows);
   }
 }
 
@@ -107,19 +113,23 @@ void add_to_dz(
   const auto stride_of = [&](int64_t j) { return j < dw.numbers() ? f.sr : f.bias.s1; };
   for (int64_t k = blocks.begin; k < blocks.end; ++k) {
     const int64_t j0 = k * depth, K = std::min(depth, dw.rows() - j0), each = round_k<T>(K) * PANEL;
-    for (int64_t j = j0; j < j0 + K; j += K_STEP<T>)
+    for (int64_t j = j0; j < j0 + K; j += K_STEP<T>) {
+      const S* const row = row_of(j);
+      const int64_t stride = stride_of(j);
       for (int64_t r = 0; r < f.R; r += PANEL) {
         const int64_t width = std::min(PANEL, f.R - r);
-        const auto to = h.part(r / PANEL * each + (j - j0) * PANEL, K_STEP<T> * PANEL);
+        T* const to = h.at(r / PANEL * each + (j - j0) * PANEL, K_STEP<T> * width);
         if constexpr (std::is_same_v<T, float>) {
-          pack(row_of(j) + r * stride_of(j), 0, stride_of(j), to.at(0, width), 0, 1, width);
+          pack(row + r * stride, 0, stride, to, 0, 1, width);
         } else {
-          float *const a = own.at(of_h, 2 * PANEL), *const b = a + PANEL;
-          pack(row_of(j) + r * stride_of(j), 0, stride_of(j), a, 0, 1, width);
-          if (j + 1 < j0 + K) pack(row_of(j + 1) + r * stride_of(j + 1), 0, stride_of(j + 1), b, 0, 1, width);
-          interleave(a, j + 1 < j0 + K ? b : nullptr, to.at(0, 2 * width), width);
+          const S* const next = j + 1 < j0 + K ? row_of(j + 1) : nullptr;
+          const int64_t s_next = next ? stride_of(j + 1) : 0;
+          pair(
+              row + r * stride, stride, next ? next + r * s_next : nullptr, s_next, width, to,
+              own.part(of_h, 2 * PANEL));
         }
       }
+    }
     Left<T> a;
     if constexpr (std::is_same_v<T, float>) {
       a = {dw.at(b, j0, extent(M, dw.pitch, K)), dw.pitch};
