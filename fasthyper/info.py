@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import torch
 
-from . import planner
+from . import planner, processor
 from ._version import __version__
 from .backends import AUTO, BACKENDS, backend, current
 from .ops import dispatch
@@ -41,7 +41,8 @@ def report() -> str:
 
 
 def _capability() -> str:
-    return torch.backends.cpu.get_cpu_capability()
+    own = torch.backends.cpu.get_cpu_capability()
+    return own if processor.kernels() == own.lower() else f"{own}, with the kernels for {processor.kernels()}"
 
 
 def _contract() -> str:

@@ -11,14 +11,22 @@ import os
 
 import torch
 
+_KNOWN = ("default", "avx2", "avx512", "width4", "width8", "width16")
+
 
 def kernels() -> str:
     """Return the name of the compiled kernels to load: those for the instruction set that torch takes here.
 
     ``FASTHYPER_CPU`` names others: ``default``, ``avx2``, ``avx512``, or of a build under sanitizers ``width4``,
     ``width8``, ``width16``, which every processor can run.
+
+    Raises:
+        ValueError: if it names none of them.
     """
-    return os.environ.get("FASTHYPER_CPU") or torch.backends.cpu.get_cpu_capability().lower()
+    forced = os.environ.get("FASTHYPER_CPU")
+    if forced and forced not in _KNOWN:
+        raise ValueError(f"FASTHYPER_CPU must be one of {', '.join(_KNOWN)}, got {forced!r}")
+    return forced or torch.backends.cpu.get_cpu_capability().lower()
 
 
 @functools.cache
@@ -37,10 +45,15 @@ def kernels_multiply(dtype: torch.dtype) -> bool:
 
     ``FASTHYPER_BFLOAT16`` is ``1`` or ``0`` to say so whatever the processor has; kernels that cannot compute in
     float32 all the same.
+
+    Raises:
+        ValueError: if it is something else.
     """
     if dtype != torch.bfloat16:
         return False
     if forced := os.environ.get("FASTHYPER_BFLOAT16"):
+        if forced not in ("0", "1"):
+            raise ValueError(f"FASTHYPER_BFLOAT16 must be 0 or 1, got {forced!r}")
         return forced == "1"
     if kernels() != "avx512" or not has_fast(dtype):
         return False
