@@ -11,26 +11,25 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from fasthyper import compiled, processor
+from fasthyper import compiled
 
 ROOT = Path(__file__).parents[2]
 SANITIZED = ROOT / "build" / "sanitized" / "fasthyper" / "_compiled"
 CASES = int(os.environ.get("FASTHYPER_FUZZ_CASES", "2000"))  # of each library; half a minute or so
 
 
-def fuzz(library: Path, preload: str = "", *arguments: str) -> subprocess.CompletedProcess[str]:
+def fuzz(library: Path, cases: int = CASES, seed: int = 0, preload: str = "") -> None:
     if not library.exists():
         pytest.skip(f"{library.name} was not built; make test builds it")
     env = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
-    command = [sys.executable, str(Path(__file__).with_name("fuzz.py")), str(library), *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-
-
-def check(result: subprocess.CompletedProcess[str]) -> None:
+    script = str(Path(__file__).with_name("fuzz.py"))
+    command = [sys.executable, script, str(library), "--cases", str(cases), "--seed", str(seed)]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     said = result.stdout.splitlines()[-2:] + result.stderr.splitlines()[:40]
     assert result.returncode == 0, "\n".join(said)
-    assert f"{CASES} cases are right" in result.stdout
+    assert f"{cases} cases are right" in result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +46,17 @@ def preload() -> str:
 
 @pytest.mark.parametrize("width", [4, 8, 16])
 def test_any_width_under_sanitizers(width, preload):
-    check(fuzz(SANITIZED / f"cpu_width{width}.so", preload, "--cases", str(CASES), "--seed", str(width)))
+    fuzz(SANITIZED / f"cpu_width{width}.so", seed=width, preload=preload)
 
 
-def test_the_kernels_of_this_processor():
-    why = compiled.load(f"cpu_{processor.kernels()}")
-    if why is not None:
+SETS = ("default", "avx2", "avx512")
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_as_they_are_with_products_of_onednn(name):
+    """Those of this processor, and those of older ones."""
+    if SETS.index(name) > SETS.index(torch.backends.cpu.get_cpu_capability().lower()):
+        pytest.skip(f"this processor has no {name}")
+    if (why := compiled.load("eager")) is not None:
         pytest.skip(f"compiled CPU kernels: {why}")
-    library = compiled.FOLDER / f"cpu_{processor.kernels()}.so"
-    check(fuzz(library, "", "--cases", str(CASES)))
+    fuzz(ROOT / "fasthyper" / "_compiled" / f"cpu_{name}.so", CASES // 2)
