@@ -113,9 +113,9 @@ def hyper_linear(
     Under autocast, the arguments are cast to the region's dtype, float64 ones excepted. Differentiable to any
     order, in reverse and forward mode, under `torch.func`, `torch.compile` and `torch.export`.
 
-    An instance whose x or z is infinite or NaN spoils its own results, and no other's. Whether these are infinite or NaN
-    depends on the order: ``fold`` multiplies x with z first, and ``project`` x with the head, so that an infinite x
-    beside a z of zero is NaN where ``generate``, as W written out, gives infinity; so does an infinite gradient in
+    An instance whose x or z is infinite or NaN spoils its own results, and no other's. Whether these are infinite or
+    NaN depends on the order: ``fold`` multiplies x with z first, and ``project`` x with the head, so that an infinite
+    x beside a z of zero is NaN where ``generate``, as W written out, gives infinity; so does an infinite gradient in
     backward.
 
     Args:

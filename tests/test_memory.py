@@ -97,6 +97,23 @@ def test_every_schedule(sizes, schedule):
     assert twice - once < MIB
 
 
+# Skewed ones with which the compiled kernels have exceeded it: features of z beside a slice of dH, one instance beside
+# a register of them, z of a product's depth.
+VERY_SKEWED = [
+    (32 * MIB, (130, 5, 16384, 32, 32), torch.float16),
+    (32 * MIB, (20, 100, 2, 262144, 1), torch.float32),
+    (32 * MIB, (100, 1, 65536, 2, 2), torch.float32),
+    (MIB, (40, 3, 1024, 64, 64), torch.bfloat16),
+    (MIB, (20, 100, 8, 16384, 4), torch.float32),
+]
+
+
+@pytest.mark.parametrize(("limit", "sizes", "dtype"), VERY_SKEWED, ids=str)
+def test_very_skewed_sizes(limit, sizes, dtype):
+    fasthyper.set_workspace_limit(limit)
+    assert temporary(*sizes, dtype) < limit + MIB // 4
+
+
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -16,12 +16,12 @@ namespace fasthyper {
 
 constexpr int64_t PANEL = LANES;                         // columns of a right operand
 constexpr int64_t GROUP = tile_of(128, LANES);           // instances that meet a piece of H together, in a thread
-constexpr int64_t ROWS = tile_of(512, PANEL);            // of H that are generated at a time
+constexpr int64_t ROWS = tile_of(512, 2 * PANEL);        // of H that are generated at a time
 constexpr int64_t PACK = tile_of(1 << 15);               // numbers of these that are packed at a time
 constexpr int64_t SHALLOW = PACK / ROWS;                 // of a row, at least
 constexpr int64_t PACKED_ROWS = PACK + 2 * LINE * ROWS;  // with what rows are apart
 
-static_assert(PANEL % SQUARE == 0 && GROUP % LANES == 0 && ROWS % SQUARE == 0 && SHALLOW % SQUARE == 0);
+static_assert(PANEL % SQUARE == 0 && GROUP % LANES == 0 && ROWS % (2 * PANEL) == 0 && SHALLOW % SQUARE == 0);
 
 // A block of floats as one of T, as many bytes.
 template <class T>
@@ -39,7 +39,7 @@ constexpr int64_t floats_for(int64_t numbers) {
 template <class T, class F>
 void for_units(int64_t units, double flops, int64_t floats, int64_t workspace, F&& f) {
   const int64_t fit = workspace / 4 / (floats * int64_t(sizeof(float)));
-  const int64_t threads = std::min({int64_t(at::get_num_threads()), units, fit, many(flops / (1 << 18))});
+  const int64_t threads = std::min({int64_t(at::get_num_threads()), units, fit, many(flops / (WORTH / 2))});
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::max<int64_t>(1, threads), 1, [&](int64_t, int64_t) {
     const Scratch<float> scratch(floats);
@@ -49,7 +49,7 @@ void for_units(int64_t units, double flops, int64_t floats, int64_t workspace, F
 }
 
 // Floats of a piece of W or dW.
-inline int64_t piece(int64_t workspace) { return std::clamp<int64_t>(workspace / 16, 1 << 16, 1 << 21); }
+inline int64_t piece(int64_t workspace) { return std::clamp<int64_t>(workspace / 16, tile_of(1 << 16), 1 << 21); }
 
 // Pairs of rows q of t, each of `width` floats, as rows of right operands of 16-bit numbers, where t is.
 inline void pair_rows(float* t, int64_t tp, int64_t tq, int64_t p, int64_t q, int64_t width) {
@@ -61,11 +61,12 @@ inline void pair_rows(float* t, int64_t tp, int64_t tq, int64_t p, int64_t q, in
 }
 
 // w[b·ld_b + q·ld_q + p] = Σ_c h[p,q,c] z[c,b] + base[p,q], rows q of a right operand of T; h may be without data. z is
-// a right operand, a block of lanes after another. `t` holds ROWS·GROUP floats, and `packed` PACKED_ROWS numbers.
+// a right operand, a block of lanes after another; w has room for so many `lanes`. `t` holds ROWS·GROUP floats, and
+// `packed` PACKED_ROWS numbers.
 template <class S, class T, bool Operand = true>
 void generate(
-    const Head<S>& h, const Matrix<S>& base, const Group& group, Block<const T> z, Block<float> w, int64_t ld_b,
-    int64_t ld_q, Block<float> t, Block<T> packed) {
+    const Head<S>& h, const Matrix<S>& base, const Group& group, Block<const T> z, Block<float> w, int64_t lanes,
+    int64_t ld_b, int64_t ld_q, Block<float> t, Block<T> packed) {
   const bool inner_p = h.sp < h.sq || h.q == 1;  // rows of H that lie one after another
   int64_t rows = inner_p ? h.p : h.q, runs = inner_p ? h.q : h.p;
   const int64_t stride = inner_p ? h.sp : h.sq, next = inner_p ? h.sq : h.sp, each = h.p * h.q * LANES;
@@ -94,7 +95,7 @@ void generate(
   const int64_t qs = pairs ? k_rows<T>(h.q) : h.q;
   for (int64_t k = 0; k < group.blocks; ++k) {
     float* const made = t.at(k * each, each);
-    const int64_t width = group.width(k), room = whole_squares(h.p);
+    const int64_t width = std::min(group.width(k), lanes - k * LANES), room = whole_squares(h.p);
     if constexpr (pairs) pair_rows(made, tp, tq, h.p, h.q, width);
     for (int64_t q = 0; q < qs; ++q)
       transpose(
@@ -127,7 +128,7 @@ void load_operand(const Factors<S>& f, const Group& group, int64_t b0, Block<T> 
 
 // How W is cut: groups of `each` instances, panels of P columns, `at_once` of them together.
 struct Pieces {
-  int64_t P, panels, pitch, each, at_once;
+  int64_t P, panels, pitch, each, at_once, lanes;
 
   // `K` are rows of a panel. A group reads H, and x again for every piece: the size that reads least.
   template <class S>
@@ -147,7 +148,8 @@ struct Pieces {
     }
     const int64_t groups = ceil_div(f.B, each);
     if (groups > 1) each = whole_squares(ceil_div(f.B, groups));
-    while (each > 1 && whole_registers(each) * pitch > 2 * room) each = ceil_div(each, 2);  // very wide
+    while (each > 1 && each * pitch > 2 * room) each = ceil_div(each, 2);  // very wide
+    lanes = each < WIDTH ? each : whole_registers(each);
   }
 };
 
@@ -157,7 +159,7 @@ void apply_points(const Factors<S>& f, const S* base_bias, int64_t base_bias_str
   const int64_t K = k_rows<T>(f.I);
   const Pieces cut(f, K + shifted, piece(workspace));
   const int64_t P = cut.P, pitch = cut.pitch, each = cut.each, at_once = cut.at_once, depth_z = round_k<T>(f.R);
-  const int64_t lanes = whole_registers(each);
+  const int64_t lanes = cut.lanes;
   const Scratch<float> w(at_once * lanes * pitch);
   const Scratch<T> z(whole_lanes(each) * depth_z);
   // H is cut along its slower axis, so that rows which lie one after another stay together
@@ -189,13 +191,13 @@ void apply_points(const Factors<S>& f, const S* base_bias, int64_t base_bias_str
         if (last)
           generate<S, T, false>(
               {f.bias.data ? f.bias.data + o * f.bias.s0 : nullptr, os, 1, f.R, f.bias.s0, 0, f.bias.s1},
-              {base_bias ? base_bias + o * base_bias_stride : nullptr, base_bias_stride, 0}, part, z_part, to, pitch, P,
-              t.part(0, made), as<T>(t.from(made)));
+              {base_bias ? base_bias + o * base_bias_stride : nullptr, base_bias_stride, 0}, part, z_part, to,
+              lanes - b, pitch, P, t.part(0, made), as<T>(t.from(made)));
         else
           generate<S, T>(
               {f.h + o * f.so + i0 * f.si, os, std::min(iw, f.I - i0), f.R, f.so, f.si, f.sr},
               {f.base.data ? f.base.data + o * f.base.s0 + i0 * f.base.s1 : nullptr, f.base.s0, f.base.s1}, part,
-              z_part, to, pitch, P, t.part(0, made), as<T>(t.from(made)));
+              z_part, to, lanes - b, pitch, P, t.part(0, made), as<T>(t.from(made)));
       });
       const int64_t parts = group.rows * n_units < 2 * (at::get_num_threads() - 1) ? ps : 1;
       const int64_t floats = rows * PANEL + floats_for<T>(x_numbers);

@@ -227,11 +227,15 @@ void weight_points(const Factors<S>& f, Rows<S> dz, S* dh, const OfBases& bases,
   constexpr bool direct = std::is_same_v<S, float>;
   const int64_t room = piece(workspace), R = f.R, panels = ceil_div(R, PANEL);
   const bool biased = dz.data && f.bias.data, summed = biased || bases.bias || bases.base_bias, sliced = dh && !direct;
-  int64_t o_size = f.O, i_size = std::min<int64_t>(f.I, 512), G = std::min(f.B, GROUP);
-  while (o_size * i_size > room / std::max(G, sliced ? 2 * R : 1) && (o_size > LANES || i_size > PANEL)) {
-    if (o_size >= i_size) o_size = ceil_div(o_size, 2);
-    else i_size = whole_squares(ceil_div(i_size, 2));
-  }
+  int64_t o_size = f.O, i_size = std::min(f.I, tile_of(512)), G = std::min(f.B, GROUP);
+  const auto halve = [&](int64_t most, int64_t least_o, int64_t least_i) {
+    while (o_size * i_size > most && (o_size > least_o || i_size > least_i)) {
+      if (o_size > least_o && (o_size >= i_size || i_size <= least_i)) o_size = ceil_div(o_size, 2);
+      else i_size = whole_squares(ceil_div(i_size, 2));
+    }
+  };
+  halve(room / G, LANES, PANEL);
+  if (sliced) halve(room / 2 / R, 1, SQUARE);                            // dH is added up in floats beside it
   const int64_t pitch = packed_ld(o_size * (i_size + summed) + SQUARE);  // a transposition reads beyond
   const bool one_chunk = o_size == f.O && i_size == f.I;
   G = std::clamp<int64_t>(std::min(room / pitch, room / 4 / R), 1, one_chunk ? f.B : G);

@@ -66,9 +66,9 @@ Head<S> cut_q(Head<S> h, Range r) {
   return h;
 }
 
-// Tasks a thread must take at least: one with less than 2¹⁹ multiplications to do is not worth waking.
+// Tasks a thread must take at least.
 inline int64_t tasks_per_thread(int64_t tasks, double multiplications) {
-  return ceil_div(tasks, std::clamp<int64_t>(many(multiplications / (1 << 19)), 1, tasks));
+  return ceil_div(tasks, std::clamp<int64_t>(many(multiplications / WORTH), 1, tasks));
 }
 
 // How a call is cut into tasks: groups of instances, whose blocks meet a piece of H together, and, where there are
@@ -79,17 +79,20 @@ struct Tasks {
   template <class S>
   Tasks(const Factors<S>& f, int64_t axis, bool summed, int64_t workspace) {
     const int64_t rows = f.B * f.N, blocks = ceil_div(rows, LANES), threads = at::get_num_threads();
-    const int64_t floats = std::clamp<int64_t>(workspace / (2 * threads), 1 << 18, 1 << 22) / int64_t(sizeof(float));
+    // Where an instance has several rows, groups are where sums over them are cut: the same for any number of threads.
+    const int64_t together_at_least = f.N > 1 ? 16 : 2 * threads;
+    const int64_t floats =
+        std::clamp<int64_t>(workspace / together_at_least, 1 << 18, 1 << 22) / int64_t(sizeof(float));
     const int64_t features = f.R + f.I + f.O, fit = std::max<int64_t>(1, floats / (3 * features * LANES));
     slices = 1;
     if (blocks < 16) {
-      const int64_t worth = many(f.multiplications() / (1 << 20));  // a slice of less is worth no thread
-      const int64_t wanted = summed ? std::min<int64_t>(16, f.I * f.O / 1024) : 4;  // a slice costs: lanes, and a sum
+      const int64_t worth = many(f.multiplications() / (2 * WORTH));  // a slice of less is worth no thread
+      const int64_t wanted =
+          summed ? std::min<int64_t>(16, f.I * f.O / tile_of(1024)) : 4;  // a slice costs: lanes, and a sum
       const int64_t room = summed ? workspace / 4 / (f.B * f.R * int64_t(sizeof(float))) : 4;
       slices = std::max<int64_t>(1, std::min({wanted, axis, worth, room}));
       slices = std::bit_floor(uint64_t(slices));  // as many for each of two, four, eight threads
     }
-    // Where an instance has several rows, groups are where sums over them are cut.
     int64_t groups_wanted = round_up(ceil_div(blocks, 32), threads);
     if (slices > 1) groups_wanted = f.N > 1 ? 1 : ceil_div(threads, slices);
     else if (f.N > 1) groups_wanted = std::max<int64_t>(16, ceil_div(blocks, 32));

@@ -69,17 +69,17 @@ class Slice {
 
 // Rows o of this range, columns (i, r) of these.
 template <class S, class T>
-void fold_slice(const Factors<S>& f, Range o, Range columns, S* dh) {
+void fold_slice(const Factors<S>& f, Range o, Range columns, S* dh, int64_t deepest) {
   const int64_t Q = f.B * f.N, RP = whole_registers(f.R), i0 = columns.begin / f.R;
   const int64_t RZ = RP + WIDTH;  // a row of z may be read in whole registers from any r on
   const Range i{i0, (columns.end - 1) / f.R + 1};
   const Slice<S> slice(
       dh + o.begin * f.I * f.R + columns.begin, f.I * f.R, o.size(), columns.size(), o.size(), o.size());
-  const Scratch<T> g(o.size() * DEPTH), operand(std::is_same_v<T, float> ? 0 : DEPTH * COLUMNS);
-  const Scratch<float> z(DEPTH * RZ), x(DEPTH * i.size()), xz(DEPTH * COLUMNS), row(COLUMNS + 2 * (f.R + WIDTH));
-  for (int64_t q = 0; q < Q; q += DEPTH) {
-    const int64_t end = std::min(Q, q + DEPTH), depth = std::min(DEPTH, whole_lanes(end - q));
-    load_lanes<S, T>(f.g.columns(o.begin, o.end), q, end, g, DEPTH, depth);
+  const Scratch<T> g(o.size() * deepest), operand(std::is_same_v<T, float> ? 0 : deepest * COLUMNS);
+  const Scratch<float> z(deepest * RZ), x(deepest * i.size()), xz(deepest * COLUMNS), row(COLUMNS + 2 * (f.R + WIDTH));
+  for (int64_t q = 0; q < Q; q += deepest) {
+    const int64_t end = std::min(Q, q + deepest), depth = std::min(deepest, whole_lanes(end - q));
+    load_lanes<S, T>(f.g.columns(o.begin, o.end), q, end, g, deepest, depth);
     load_rows(f.z, q, end, z, RZ, depth);
     load_rows(f.x.columns(i.begin, i.end), q, end, x, i.size(), depth);
     for (int64_t c = 0; c < columns.size(); c += COLUMNS) {
@@ -104,8 +104,8 @@ void fold_slice(const Factors<S>& f, Range o, Range columns, S* dh) {
       }
       const T* b = right(xz.at(0, depth * COLUMNS), operand, depth, COLUMNS);
       gemm(
-          o.size(), cols, end - q, (const T*)g.at(0, o.size() * DEPTH), DEPTH, b, COLUMNS, slice.rows(0, o.size()) + c,
-          slice.ld(), q > 0);
+          o.size(), cols, end - q, (const T*)g.at(0, o.size() * deepest), deepest, b, COLUMNS,
+          slice.rows(0, o.size()) + c, slice.ld(), q > 0);
     }
   }
   slice.finish();
@@ -116,10 +116,10 @@ inline int64_t rows_together(int64_t I) { return std::max<int64_t>(1, 64 / I); }
 
 // Rows (o, i) of these ranges, all columns r.
 template <class S, class T>
-void generate_slice(const Factors<S>& f, Range o, Range i, S* dh) {
+void generate_slice(const Factors<S>& f, Range o, Range i, S* dh, int64_t most) {
   const int64_t Q = f.B * f.N, RP = round_up(f.R, COLUMNS), I = i.size(), rows = o.size() * I;
   const bool at_once = Q <= 2 * DEPTH && f.R <= COLUMNS;
-  const int64_t deepest = at_once ? whole_lanes(Q) : DEPTH;
+  const int64_t deepest = at_once ? whole_lanes(Q) : most;
   const Slice<S> slice(dh + (o.begin * f.I + i.begin) * f.R, f.R, rows, f.R, I, f.I, at_once);
   // Blocks of rows begin anew with every `run` of them: some products round by how many rows they have.
   const int64_t run = I * (slice.whole() ? rows_together(f.I) : 1), M = even_share(run, 64, 6);
@@ -169,7 +169,10 @@ void generate_slice(const Factors<S>& f, Range o, Range i, S* dh) {
 template <class S, class T>
 void weight_grad(const Factors<S>& f, S* dh, Schedule schedule, int64_t workspace) {
   const double work = f.multiplications();
-  const int64_t tasks = std::clamp<int64_t>(many(work / (1 << 19)), 1, at::get_num_threads());
+  const int64_t tasks = std::clamp<int64_t>(many(work / WORTH), 1, at::get_num_threads());
+  // Instances that one product contracts: fewer where there are so many features that their z would fill the workspace.
+  const int64_t rows_of_z = workspace / 8 / int64_t(sizeof(float)) / (f.R + COLUMNS);
+  const int64_t deepest = std::clamp(rows_of_z / LANES * LANES, LANES, DEPTH);
   const int64_t together = std::max<int64_t>(1, workspace / 2 / (4 * (3 * SLICE + 2 * DEPTH * f.R)));
   const auto grain = [&](int64_t count) { return std::max(tasks_per_thread(count, work), ceil_div(count, together)); };
   if (schedule == Schedule::fold) {
@@ -180,7 +183,8 @@ void weight_grad(const Factors<S>& f, S* dh, Schedule schedule, int64_t workspac
     at::parallel_for(0, o_parts * parts, grain(o_parts * parts), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t)
         fold_slice<S, T>(
-            f, share(f.O, t / parts, o_parts), {t % parts * each, std::min(total, (t % parts + 1) * each)}, dh);
+            f, share(f.O, t / parts, o_parts), {t % parts * each, std::min(total, (t % parts + 1) * each)}, dh,
+            deepest);
       release<T>();
     });
   } else {
@@ -194,7 +198,7 @@ void weight_grad(const Factors<S>& f, S* dh, Schedule schedule, int64_t workspac
     at::parallel_for(0, o_parts * i_parts, grain(o_parts * i_parts), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         const Range own = share(units, t / i_parts, o_parts), o{own.begin * each, std::min(f.O, own.end * each)};
-        generate_slice<S, T>(f, o, share(f.I, t % i_parts, i_parts), dh);
+        generate_slice<S, T>(f, o, share(f.I, t % i_parts, i_parts), dh, deepest);
       }
       release<T>();
     });

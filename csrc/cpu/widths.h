@@ -47,6 +47,12 @@ constexpr int64_t tile_of(int64_t numbers, int64_t step = 1) {
   return (numbers / FASTHYPER_TILES + step - 1) / step * step;
 }
 
+// Multiplications that are worth a thread.
+#if !defined(FASTHYPER_WORTH)
+#define FASTHYPER_WORTH (1 << 19)
+#endif
+constexpr int64_t WORTH = FASTHYPER_WORTH;
+
 static_assert(LANES % WIDTH == 0 && LANES % SQUARE == 0 && (WIDTH & (WIDTH - 1)) == 0);
 
 // A register of floats; the compiler's own vector type, so that the same lines serve every instruction set.

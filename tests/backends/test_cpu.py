@@ -100,6 +100,27 @@ def test_the_number_of_threads_changes_no_bit(sizes, schedule, factors):
 
 
 @ready
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("limit", [1 << 20, 32 << 20], ids=["1 MiB", "32 MiB"])
+@pytest.mark.parametrize("sizes", [(700, 17, 8, 300, 1), (300, 100, 1, 1, 300), (100, 60, 33, 1, 33)], ids=str)
+def test_sums_over_points_are_cut_by_sizes_alone(sizes, limit, schedule, factors):
+    """Whatever threads share the workspace."""
+    fasthyper.set_workspace_limit(limit)
+    x, z, weight, g = factors(sizes, torch.float32)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 6, 16):
+            torch.set_num_threads(threads)
+            results.append(cpu.grads(x, z, weight, None, None, g, (True,) * 3 + (False,) * 3, schedule=schedule)[:3])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for one, same in zip(results[0], other, strict=True):
+            assert torch.equal(one, same)
+
+
+@ready
 @pytest.mark.parametrize("mask", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1)], ids=str)
 @pytest.mark.parametrize("sizes", [(50, 1, 6, 7, 8), (6, 9, 6, 7, 8)], ids=str)
 @pytest.mark.parametrize("schedule", SCHEDULES)

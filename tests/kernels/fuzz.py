@@ -118,7 +118,7 @@ def strides_of(shape: list[int], layout: str, rng: random.Random) -> list[int]:
         if layout == "far":
             step = step * rng.choice((1, 3)) + rng.choice((0, 1, 1009, 20011)) // max(1, shape[order[0]] // 16)
     if layout == "expanded":
-        strides[0] = 0
+        strides[rng.randrange(len(shape))] = 0
     return strides
 
 
@@ -139,9 +139,11 @@ def operands(case: Case, rng: random.Random) -> Iterator[dict[str, Tensor]]:
             flat.fill_(math.nan)
         view = flat.as_strided(shape, strides)
         values = torch.randn(shape, generator=torch.Generator().manual_seed(rng.randrange(1 << 30)))
-        if layout == "expanded":
-            values = values[:1].expand(shape)
-        view.copy_(values) if layout != "expanded" else view[:1].copy_(values[:1])
+        if 0 in strides:  # one of the indices of an axis has the numbers of all
+            axis = strides.index(0)
+            view.narrow(axis, 0, 1).copy_(values.narrow(axis, 0, 1))
+        else:
+            view.copy_(values)
         tensors[name] = view
     try:
         yield tensors
