@@ -33,7 +33,7 @@ def compare(out, fault, *options, under=()):
     """The command line, in a process of its own whose last run meets a fault."""
     command = [sys.executable, *under, "-m", "tiny_experiment", "compare", "tiny", *OPTIONS, *options, "--out", out]
     env = {**os.environ, "PYTHONPATH": HERE, "TINY_FAULT": fault, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, env=env, timeout=120)
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, env=env, timeout=600)
 
 
 @pytest.mark.parametrize("fault", ["ValueError", "MemoryError", "SIGSEGV", "SIGABRT"])
