@@ -25,10 +25,10 @@ inline void product(
   constexpr int64_t step = K_STEP<T>;
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < n; ++j) {
-      float sum = add ? c[i * ldc + j] : 0.f;
+      float sum = 0.f;  // what is there is added at the end, as the library does
       for (int64_t l = 0; l < k; ++l)
         sum += float(a[i * lda + l]) * float(b[l / step * step * ldb + j * step + l % step]);
-      c[i * ldc + j] = sum;
+      c[i * ldc + j] = add ? c[i * ldc + j] + sum : sum;
     }
 #else
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, !std::is_same_v<T, float>);
