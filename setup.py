@@ -99,16 +99,8 @@ def extension(name, source, headers, flags):
 
     # Pairs of 16-bit numbers are moved as floats, which no compiler may take for something else; loops that copy a few
     # numbers stay what they are, and no calls.
-    compile_args = [
-        "-std=c++20",
-        "-O3",
-        "-g0",
-        "-fopenmp",
-        "-fno-strict-aliasing",
-        "-fno-tree-loop-distribute-patterns",
-    ]
-    compile_args += ["-fvisibility=hidden"]
-    compile_args += ["-Wall", "-Wno-psabi", *flags]
+    compile_args = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *flags]
+    compile_args += ["-fno-strict-aliasing", "-fno-tree-loop-distribute-patterns"]
     link_args = ["-fopenmp", "-Wl,--no-undefined"]  # so that a symbol that torch lacks shows now, not on import
     if SANITIZE:
         compile_args += SANITIZER

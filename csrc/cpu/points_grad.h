@@ -21,7 +21,6 @@ struct PieceOfdW {
 
   int64_t numbers() const { return os * is; }
   int64_t rows() const { return numbers() + (biased ? os : 0); }
-  int64_t all() const { return numbers() + (summed ? os : 0); }
   float* at(int64_t b, int64_t first, int64_t count) const { return data.at(b * pitch + first, count); }
 };
 
@@ -130,12 +129,7 @@ void add_to_dz(
         }
       }
     }
-    Left<T> a;
-    if constexpr (std::is_same_v<T, float>) {
-      a = {dw.at(b, j0, extent(M, dw.pitch, K)), dw.pitch};
-    } else {
-      a = left<float, T>(dw.at(b, j0, extent(M, dw.pitch, K)), dw.pitch, 1, M, K, rows);
-    }
+    const auto a = left<float, T>(dw.at(b, j0, extent(M, dw.pitch, K)), dw.pitch, 1, M, K, rows);
     for (int64_t r = 0; r < f.R; r += PANEL) {
       const int64_t width = std::min(PANEL, f.R - r);
       gemm(
