@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 
 from . import processor
-from .kernels.tiles import dx_dz_tiles
 from .problem import AUTO, SCHEDULES, Machine, Plan, Problem
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -127,6 +126,8 @@ def _grads_cost(p: Problem, schedule: str, mach: Machine) -> _Cost:
     B, N, R, I, O = p.batch, p.points, p.cond_features, p.in_features, p.out_features
     dx, dz, dh = p.needs
     if _is_kernel(p, schedule):
+        from .backends.triton.tiles import dx_dz_tiles  # not at the top: backends import this module
+
         together = dx and dz and dx_dz_tiles("sm_90", p.dtype.itemsize * 8, R, O)
         cost = _gemm(B * N, I * R, O, mach)
         passes = (dx or dz) * (1 if together else dx + dz) + dh

@@ -80,7 +80,7 @@ class TestTuning:
 
     @staticmethod
     def candidates(tuning, count=5):
-        from fasthyper.kernels.tiles import Tile
+        from fasthyper.backends.triton.tiles import Tile
 
         return [tuning.Candidate(Tile(16 << i, 64, 64, 8, 3), 1, 1.0 - i / 10) for i in range(count)]
 
@@ -145,7 +145,7 @@ class TestTuning:
             torch.use_deterministic_algorithms(False)
 
     def test_a_sum_is_split_where_blocks_are_few(self, tuning):
-        from fasthyper.kernels.tiles import Tile
+        from fasthyper.backends.triton.tiles import Tile
 
         tile = Tile(256, 64, 64, 8, 4)
         block = tuning.Block(2, 256, 64, 128 * 64, 64)

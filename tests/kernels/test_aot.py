@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from fasthyper.backends import triton
 from fasthyper.backends.triton import aot
-from fasthyper.kernels.tiles import PARTS
+from fasthyper.backends.triton.tiles import PARTS
 
 pytestmark = pytest.mark.skipif(triton.interpreting(), reason="interpreted kernels cannot be compiled")
 

@@ -22,7 +22,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...kernels.tiles import PARTS, SHARED
 from .calls import (
     Call,
     cdiv,
@@ -37,6 +36,7 @@ from .calls import (
     weight_grad_call,
     weight_grad_tiles,
 )
+from .tiles import PARTS, SHARED
 
 WARNINGS = ("C7508", "C7512", "C7514", "C7515")
 """ptxas: setmaxnreg ignored, and wgmma serialised, for one reason or another."""

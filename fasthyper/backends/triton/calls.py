@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...kernels import dx_dz, fold, pad, reduce, tiles, weight_grad
-from ...kernels.tiles import INTERPRETER, Tile, power_of_two
+from ...kernels import dx_dz, fold, pad, reduce, weight_grad
+from . import tiles
+from .tiles import INTERPRETER, Tile, power_of_two
 
 _INT32 = 1 << 31
 _DESCRIPTORS = ("sm_90", "sm_100", INTERPRETER)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels.tiles import INTERPRETER, PARTS
 from . import interpreting
+from .tiles import INTERPRETER, PARTS
 
 _INTERPRETED_PROCESSORS = 4  # few, so that small problems are split
 

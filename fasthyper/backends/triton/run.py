@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from ... import planner
-from ...kernels import tiles
-from ...kernels.tiles import Tile
 from .. import aten
-from . import calls, device, tuning
+from . import calls, device, tiles, tuning
 from .calls import Call, cdiv
+from .tiles import Tile
 from .tuning import Block, Candidate
 
 

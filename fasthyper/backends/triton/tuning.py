@@ -20,8 +20,8 @@ import torch
 import triton
 
 from ..._version import __version__
-from ...kernels.tiles import INTERPRETER, Tile
 from .device import Device
+from .tiles import INTERPRETER, Tile
 
 _MOST = 3
 _RUNS, _SLEEP = 5, 4_000_000  # cycles: about two milliseconds, in which Python launches the runs
