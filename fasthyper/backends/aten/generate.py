@@ -12,50 +12,52 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .tiles import Affine, Head, Sum, Tile, blocks, outer, put, rows
+from .tiling import Affine, Head, Sum, Tiling, blocks, head_matrix, outer, put
 
-# Fewer instances than this in a product with H and reading H decides, not multiplying. With many points the
-# products with W weigh more than those with H, and want all of its outputs.
+# With fewer instances than this, a product with H is bound by reading H. With many points the products with W cost more
+# than those with H, and are faster with all outputs at once.
 _INSTANCES = 128
 _INSTANCES_WITH_POINTS = 4
 
 
-def _shape(B: int, N: int, O: int, I: int, R: int, copied: bool | None, tile: Tile) -> tuple[int, int]:
-    """Instances and outputs of one tile of W; `copied`: whether its block of H is copied, None if only when cut."""
+def _shape(B: int, N: int, O: int, I: int, R: int, copied: bool | None, tiling: Tiling) -> tuple[int, int]:
+    """Return the instances and outputs of a tile of W; `copied`: whether H is copied, None if only a part of it is."""
     few = _INSTANCES if N == 1 else _INSTANCES_WITH_POINTS
-    room = tile.elements if N == 1 or copied else 2 * tile.elements  # with points, x and y are tiles of half its size
+    room = (
+        tiling.elements if N == 1 or copied else 2 * tiling.elements
+    )  # with points, x and y are tiles of half its size
     outputs = max(1, min(O, room // max(1, I * min(B, few))))
     if copied or (copied is None and outputs < O):  # the block of H is a tile, too
-        outputs = max(1, min(outputs, tile.elements // max(1, I * R)))
-        room = tile.elements
+        outputs = max(1, min(outputs, tiling.elements // max(1, I * R)))
+        room = tiling.elements
     return max(1, min(B, room // max(1, outputs * I, R))), outputs
 
 
-def _copied(weight: Tensor, tile: Tile) -> bool | None:
-    if weight.dtype == tile.dtype:
-        if rows(weight) is not None:
+def _copied(weight: Tensor, tiling: Tiling) -> bool | None:
+    if weight.dtype == tiling.dtype:
+        if head_matrix(weight) is not None:
             return False
-        if rows(weight.transpose(0, 1)) is not None:
+        if head_matrix(weight.transpose(0, 1)) is not None:
             return None
     return True
 
 
-def apply(x: Tensor, z: Tensor, weight: Tensor, y: Tensor, affine: Affine, tile: Tile) -> None:
+def apply(x: Tensor, z: Tensor, weight: Tensor, y: Tensor, affine: Affine, tiling: Tiling) -> None:
     """y = T(x, z, H) + affine."""
     B, N, I = x.shape
     O, _, R = weight.shape
-    instances, outputs = _shape(B, N, O, I, R, _copied(weight, tile), tile)
-    points = tile.elements // max(1, instances * max(I, outputs))
+    instances, outputs = _shape(B, N, O, I, R, _copied(weight, tiling), tiling)
+    points = tiling.elements // max(1, instances * max(I, outputs))
     for o in blocks(O, outputs):
-        head = Head(weight[o], tile)
+        head = Head(weight[o], tiling)
         for b in blocks(B, instances):
-            w = head.weights(tile.work(z[b])).mT
+            w = head.weights(tiling.work(z[b])).mT
             for n in blocks(N, points):
-                out = tile.target(y[b, n, o])
-                torch.bmm(tile.work(x[b, n]), w, out=out)
+                out = tiling.target(y[b, n, o])
+                torch.bmm(tiling.work(x[b, n]), w, out=out)
                 affine.add(out, b, n, o)
                 put(y[b, n, o], out)
-            del w  # or the next tile is made beside it
+            del w  # before the next tile is allocated
 
 
 def grads(
@@ -66,43 +68,43 @@ def grads(
     dz: Tensor | None,
     dh: Tensor | None,
     affine: Affine,
-    tile: Tile,
+    tiling: Tiling,
 ) -> None:
-    """dz and dH as asked for, dW formed once for both where one loop over its tiles can serve both."""
+    """Compute those of dz and dH that are given, from one dW where one loop over its tiles serves both."""
     shared = False
     if dz is not None:
         (B, N, I), O, R = x.shape, g.shape[2], weight.shape[2]
-        copied = tile.dtype != tile.sum_dtype or _copied(weight, tile)  # the former where a sum converts its operands
-        instances, outputs = _shape(B, N, O, I, R, copied, tile)
-        # dz is summed over the blocks of outputs, dH over those of instances: one of the two is a single block.
+        copied = tiling.dtype != tiling.sum_dtype or _copied(weight, tiling)  # sums convert their operands
+        instances, outputs = _shape(B, N, O, I, R, copied, tiling)
+        # dz is a sum over blocks of outputs, dH one over blocks of instances. One loop serves both if one is a single block.
         shared = dh is not None and B > 0 and (outputs >= O or instances >= B)
-        if dh is not None and dh.dtype != tile.sum_dtype:
-            shared = shared and min(O, outputs) * I * R <= tile.elements
+        if dh is not None and dh.dtype != tiling.sum_dtype:
+            shared = shared and min(O, outputs) * I * R <= tiling.elements
         for b in blocks(B, instances):
             dz_b = affine.start(g[b], R)
             for o in blocks(O, outputs):
-                dw = outer(g[b, :, o], x[b], tile)
-                Head(weight[o], tile).contract(dz_b, dw)
+                dw = outer(g[b, :, o], x[b], tiling)
+                Head(weight[o], tiling).contract(dz_b, dw)
                 if shared and dh is not None:
                     if b.start == 0:
-                        total = Sum(dh[o], tile)
-                    total.add(dw.flatten(1).T, tile.work(z[b]))
+                        total = Sum(dh[o], tiling)
+                    total.add(dw.flatten(1).T, tiling.work(z[b]))
                     if b.stop == B:
                         total.store()
-                del dw  # or the next tile is made beside it
+                del dw  # before the next tile is allocated
             dz[b] = dz_b
     if dh is not None and not shared:
-        _weight_grad(x, z, g, dh, tile)
+        _weight_grad(x, z, g, dh, tiling)
 
 
-def _weight_grad(x: Tensor, z: Tensor, g: Tensor, dh: Tensor, tile: Tile) -> None:
+def _weight_grad(x: Tensor, z: Tensor, g: Tensor, dh: Tensor, tiling: Tiling) -> None:
     O, I, R = dh.shape
     # Where sums cannot be kept in dH itself, the block of dH is a tile, too.
-    inputs = I if dh.dtype == tile.sum_dtype else max(1, min(I, tile.elements // max(1, R)))
-    _, outputs = _shape(len(x), x.shape[1], O, inputs, R, dh.dtype != tile.sum_dtype, tile)
+    inputs = I if dh.dtype == tiling.sum_dtype else max(1, min(I, tiling.elements // max(1, R)))
+    _, outputs = _shape(len(x), x.shape[1], O, inputs, R, dh.dtype != tiling.sum_dtype, tiling)
     for o in blocks(O, outputs):
         for i in blocks(I, inputs):
-            total = Sum(dh[o, i], tile)
-            for b in blocks(len(x), tile.elements // max(1, outputs * inputs, R)):
-                total.add(outer(g[b, :, o], x[b, :, i], tile).flatten(1).T, tile.work(z[b]))
+            total = Sum(dh[o, i], tiling)
+            for b in blocks(len(x), tiling.elements // max(1, outputs * inputs, R)):
+                total.add(outer(g[b, :, o], x[b, :, i], tiling).flatten(1).T, tiling.work(z[b]))
             total.store()

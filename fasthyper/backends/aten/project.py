@@ -13,68 +13,68 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .tiles import Affine, Tile, accumulate, blocks, put
+from .tiling import Affine, Tiling, accumulate, blocks, put
 
 
-def _cut(x: Tensor, O: int, R: int, tile: Tile) -> tuple[bool, int, int, int]:
-    """Whether x is shared, and the instances, points and outputs of one tile of A."""
+def _cut(x: Tensor, O: int, R: int, tiling: Tiling) -> tuple[bool, int, int, int]:
+    """Return whether x is shared, and the instances, points and outputs of a tile of A."""
     B, N, I = x.shape
     shared = B > 1 and x.stride(0) == 0
-    room = tile.elements // max(1, R)
-    points = max(1, min(N, tile.elements // max(1, I), room))
+    room = tiling.elements // max(1, R)
+    points = max(1, min(N, tiling.elements // max(1, I), room))
     if shared:
         outputs = max(1, min(O, room // points))
-        return True, max(1, tile.elements // max(1, points * max(outputs, I), R)), points, outputs
-    instances = max(1, min(B, min(room, tile.elements // max(1, I)) // points))
+        return True, max(1, tiling.elements // max(1, points * max(outputs, I), R)), points, outputs
+    instances = max(1, min(B, min(room, tiling.elements // max(1, I)) // points))
     return False, instances, points, max(1, min(O, room // (points * instances)))
 
 
-def _products(x: Tensor, weight: Tensor, tile: Tile) -> Tensor:
-    """A for rows x (K, I) and a block of H: (O, K, R), H going through the work dtype by pieces of a tile."""
+def _products(x: Tensor, weight: Tensor, tiling: Tiling) -> Tensor:
+    """Return A (O, K, R) of rows x (K, I) and a block of H, which is converted a tile at a time."""
     O, I, R = weight.shape
-    if weight.dtype == tile.dtype and weight.stride(2) == 1:
+    if weight.dtype == tiling.dtype and weight.stride(2) == 1:
         return torch.bmm(x.expand(O, *x.shape), weight)
-    a = torch.empty(O, len(x), R, dtype=tile.dtype, device=x.device)
+    a = torch.empty(O, len(x), R, dtype=tiling.dtype, device=x.device)
     for o in range(O):
-        for k, i in enumerate(blocks(I, tile.elements // max(1, R))):
-            h, xi = tile.work(weight[o, i]), x[:, i]
+        for k, i in enumerate(blocks(I, tiling.elements // max(1, R))):
+            h, xi = tiling.work(weight[o, i]), x[:, i]
             torch.mm(xi, h, out=a[o]) if k == 0 else a[o].addmm_(xi, h)
     return a if I else a.zero_()
 
 
-def _tiles(x: Tensor, weight: Tensor, tile: Tile) -> Iterator[tuple[slice, slice, slice, bool, Tensor]]:
-    """Blocks (b, n, o), whether A is shared by the block's instances, and A as (o, b, n, r) or (o·n, r)."""
+def _tiles_of_products(x: Tensor, weight: Tensor, tiling: Tiling) -> Iterator[tuple[slice, slice, slice, bool, Tensor]]:
+    """Yield blocks (b, n, o), whether their instances share A, and A as (o, b, n, r), or as (o·n, r) if they do."""
     B, N, _ = x.shape
     O, _, R = weight.shape
-    shared, instances, points, outputs = _cut(x, O, R, tile)
+    shared, instances, points, outputs = _cut(x, O, R, tiling)
     if shared:
         for n in blocks(N, points):
-            rows = tile.work(x[0, n])
+            rows = tiling.work(x[0, n])
             for o in blocks(O, outputs):
-                a = _products(rows, weight[o], tile).flatten(0, 1)
+                a = _products(rows, weight[o], tiling).flatten(0, 1)
                 for b in blocks(B, instances):
                     yield b, n, o, True, a
         return
     for b in blocks(B, instances):
         for n in blocks(N, points):
-            rows = tile.work(x[b, n]).flatten(0, 1)
+            rows = tiling.work(x[b, n]).flatten(0, 1)
             for o in blocks(O, outputs):
-                a = _products(rows, weight[o], tile)
+                a = _products(rows, weight[o], tiling)
                 yield b, n, o, False, a.view(len(a), b.stop - b.start, n.stop - n.start, R)
-                del a  # or the next tile is made beside it
+                del a  # before the next tile is allocated
 
 
-def apply(x: Tensor, z: Tensor, weight: Tensor, y: Tensor, affine: Affine, tile: Tile) -> None:
+def apply(x: Tensor, z: Tensor, weight: Tensor, y: Tensor, affine: Affine, tiling: Tiling) -> None:
     """y = T(x, z, H) + affine."""
-    for b, n, o, shared, a in _tiles(x, weight, tile):
-        zb = tile.work(z[b])
+    for b, n, o, shared, a in _tiles_of_products(x, weight, tiling):
+        zb = tiling.work(z[b])
         if shared:
             out = torch.mm(zb, a.T).view(len(zb), o.stop - o.start, n.stop - n.start).mT
         else:
             out = (a * zb[:, None, :]).sum(3).permute(1, 2, 0)
         affine.add(out, b, n, o)
         put(y[b, n, o], out)
-        del a, out  # or the next tile is made beside it
+        del a, out  # before the next tile is allocated
 
 
 def grads(
@@ -85,22 +85,22 @@ def grads(
     dz: Tensor | None,
     dh: Tensor | None,
     affine: Affine,
-    tile: Tile,
+    tiling: Tiling,
 ) -> None:
-    """dz and dH as asked for."""
+    """Compute those of dz and dH that are given."""
     if dz is not None:
-        _cond_grad(x, weight, g, dz, affine, tile)
+        _cond_grad(x, weight, g, dz, affine, tiling)
     if dh is not None:
-        _weight_grad(x, z, g, dh, tile)
+        _weight_grad(x, z, g, dh, tiling)
 
 
-def _cond_grad(x: Tensor, weight: Tensor, g: Tensor, dz: Tensor, affine: Affine, tile: Tile) -> None:
+def _cond_grad(x: Tensor, weight: Tensor, g: Tensor, dz: Tensor, affine: Affine, tiling: Tiling) -> None:
     R = weight.shape[2]
-    for outer in blocks(len(x), tile.elements // max(1, R)):  # so that a block of dz is a tile
+    for outer in blocks(len(x), tiling.elements // max(1, R)):  # so that a block of dz is a tile
         gb = g[outer]
         total = affine.start(gb, R)
-        for b, n, o, shared, a in _tiles(x[outer], weight, tile):
-            go = tile.work(gb[b, n, o])
+        for b, n, o, shared, a in _tiles_of_products(x[outer], weight, tiling):
+            go = tiling.work(gb[b, n, o])
             if shared:
                 accumulate(total[b], go.mT.flatten(1), a)
             else:
@@ -109,33 +109,33 @@ def _cond_grad(x: Tensor, weight: Tensor, g: Tensor, dz: Tensor, affine: Affine,
         dz[outer] = total
 
 
-def _weight_grad(x: Tensor, z: Tensor, g: Tensor, dh: Tensor, tile: Tile) -> None:
+def _weight_grad(x: Tensor, z: Tensor, g: Tensor, dh: Tensor, tiling: Tiling) -> None:
     B, N, I = x.shape
     O, _, R = dh.shape
-    direct = dh.dtype == tile.sum_dtype
-    shared, instances, points, outputs = _cut(x, O, R, tile)
-    inputs = I if direct else max(1, min(I, tile.elements // max(1, R)))
-    outputs = outputs if direct else max(1, min(outputs, tile.elements // max(1, inputs * R)))
+    direct = dh.dtype == tiling.sum_dtype
+    shared, instances, points, outputs = _cut(x, O, R, tiling)
+    inputs = I if direct else max(1, min(I, tiling.elements // max(1, R)))
+    outputs = outputs if direct else max(1, min(outputs, tiling.elements // max(1, inputs * R)))
     for i in blocks(I, inputs):
         for o in blocks(O, outputs):
             out = dh[o, i]
-            total = out if direct else torch.empty(out.shape, dtype=tile.sum_dtype, device=dh.device)
+            total = out if direct else torch.empty(out.shape, dtype=tiling.sum_dtype, device=dh.device)
             total.zero_()
             for n in blocks(N, points):
                 for b in [slice(0, 1)] if shared else blocks(B, instances):
                     rows = x[b, n, i].flatten(0, 1).to(total.dtype)
-                    q = _sum_over_instances(z, g[:, n, o], instances, tile) if shared else None
+                    q = _sum_over_instances(z, g[:, n, o], instances, tiling) if shared else None
                     if q is None:
-                        gz = tile.work(g[b, n, o]).permute(2, 0, 1).unsqueeze(3) * tile.work(z[b]).unsqueeze(1)
+                        gz = tiling.work(g[b, n, o]).permute(2, 0, 1).unsqueeze(3) * tiling.work(z[b]).unsqueeze(1)
                         q = gz.flatten(1, 2).to(total.dtype)
                     total.baddbmm_(rows.T.expand(len(out), *rows.T.shape), q)
             put(out, total)
 
 
-def _sum_over_instances(z: Tensor, g: Tensor, instances: int, tile: Tile) -> Tensor:
+def _sum_over_instances(z: Tensor, g: Tensor, instances: int, tiling: Tiling) -> Tensor:
     """Q[o,n,r] = Σ_b g[b,n,o] z[b,r]."""
     B, points, outputs = g.shape
-    q = torch.zeros(outputs * points, z.shape[1], dtype=tile.sum_dtype, device=z.device)
+    q = torch.zeros(outputs * points, z.shape[1], dtype=tiling.sum_dtype, device=z.device)
     for b in blocks(B, instances):
-        accumulate(q, tile.work(g[b]).mT.flatten(1).T, tile.work(z[b]))
+        accumulate(q, tiling.work(g[b]).mT.flatten(1).T, tiling.work(z[b]))
     return q.view(outputs, points, z.shape[1])

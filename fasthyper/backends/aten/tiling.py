@@ -1,4 +1,4 @@
-"""What the schedules share: blocks, tiles in the work dtype, sums that do not lose digits, and the affine part."""
+"""What the schedules share: blocks, tiles in the work dtype, sums in float32, and the bias and base."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def blocks(size: int, step: int) -> Iterator[slice]:
     return (slice(i, min(i + step, size)) for i in range(0, size, step))
 
 
-def rows(weight: Tensor) -> Tensor | None:
-    """View (O, I, R) as (O·I, R), or None where that would copy or where a matrix product would."""
+def head_matrix(weight: Tensor) -> Tensor | None:
+    """View (O, I, R) as (O·I, R); None where the view, or a matrix product with it, would copy."""
     O, I, R = weight.shape
     s, t, u = weight.stride()
     merges = O <= 1 or I <= 1 or s == t * I
@@ -24,19 +24,19 @@ def rows(weight: Tensor) -> Tensor | None:
     return weight.flatten(0, 1) if merges and unit else None
 
 
-class Tile(NamedTuple):
-    """The elements that one tile may hold, its dtype, and the dtype in which tiles are summed."""
+class Tiling(NamedTuple):
+    """How many elements a tile may hold, its dtype, and the dtype of sums over tiles."""
 
     elements: int
     dtype: torch.dtype
     sum_dtype: torch.dtype
 
     def work(self, t: Tensor) -> Tensor:
-        """Bring an operand, at most a tile of it, to the work dtype."""
+        """Convert an operand, at most a tile of it, to the work dtype."""
         return t.to(self.dtype)
 
     def target(self, out: Tensor) -> Tensor:
-        """Return where to compute a tile of an output: in place where that can be, else a buffer; see `put`."""
+        """Return where to compute a tile of an output: the output itself if possible, else a buffer; see `put`."""
         if out.dtype == self.dtype and out.is_contiguous():
             return out
         return torch.empty(out.shape, dtype=self.dtype, device=out.device)
@@ -45,27 +45,27 @@ class Tile(NamedTuple):
 class Head:
     """A block (O, I, R) of the head, as a matrix that a product with z or with dW reads without a copy.
 
-    Rows are (o, i), or (i, o) where the block is the transposed view of a head. A block in another dtype or
-    with other strides is copied if it is at most a tile, and otherwise gone through piece by piece.
+    Rows are (o, i), or (i, o) where the block is the transposed view of a head. A block in another dtype or with other
+    strides is copied: at once if it is at most a tile, else piece by piece.
     """
 
-    def __init__(self, weight: Tensor, tile: Tile):
-        self._weight, self._tile = weight, tile
+    def __init__(self, weight: Tensor, tiling: Tiling):
+        self._weight, self._tiling = weight, tiling
         self._swapped = False
         self._rows = None
-        if weight.dtype == tile.dtype:
-            self._rows = rows(weight)
+        if weight.dtype == tiling.dtype:
+            self._rows = head_matrix(weight)
             if self._rows is None:
-                self._rows = rows(weight.transpose(0, 1))
+                self._rows = head_matrix(weight.transpose(0, 1))
                 self._swapped = self._rows is not None
-        if self._rows is None and weight.numel() <= tile.elements:
-            self._rows = tile.work(weight).contiguous().flatten(0, 1)
+        if self._rows is None and weight.numel() <= tiling.elements:
+            self._rows = tiling.work(weight).contiguous().flatten(0, 1)
 
     def _pieces(self) -> Iterator[tuple[int, slice, Tensor]]:
         O, I, R = self._weight.shape
         for o in range(O):
-            for i in blocks(I, self._tile.elements // max(R, 1)):
-                yield o, i, self._tile.work(self._weight[o, i])
+            for i in blocks(I, self._tiling.elements // max(R, 1)):
+                yield o, i, self._tiling.work(self._weight[o, i])
 
     def weights(self, z: Tensor) -> Tensor:
         """W[b,o,i] = Σ_r H[o,i,r] z[b,r] for a block of instances."""
@@ -92,22 +92,22 @@ def put(out: Tensor, tile: Tensor) -> None:
         out.copy_(tile)
 
 
-def outer(g: Tensor, x: Tensor, tile: Tile) -> Tensor:
+def outer(g: Tensor, x: Tensor, tiling: Tiling) -> Tensor:
     """dW[b,o,i] = Σ_n g[b,n,o] x[b,n,i] for a block of instances."""
     B, N, O = g.shape
     I = x.shape[2]
     if N == 1:  # several times faster than a batched product with K = 1
-        out = torch.empty(B, O, I, dtype=tile.dtype, device=x.device)
-        return torch.mul(tile.work(g).mT, tile.work(x), out=out)
+        out = torch.empty(B, O, I, dtype=tiling.dtype, device=x.device)
+        return torch.mul(tiling.work(g).mT, tiling.work(x), out=out)
     dw: Tensor | None = None
-    for n in blocks(N, tile.elements // max(1, B * max(O, I))):
-        a, b = tile.work(g[:, n]).mT, tile.work(x[:, n])
+    for n in blocks(N, tiling.elements // max(1, B * max(O, I))):
+        a, b = tiling.work(g[:, n]).mT, tiling.work(x[:, n])
         dw = torch.bmm(a, b) if dw is None else dw.baddbmm_(a, b)
-    return x.new_zeros(B, O, I, dtype=tile.dtype) if dw is None else dw
+    return x.new_zeros(B, O, I, dtype=tiling.dtype) if dw is None else dw
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
-    """Total = beta·total + a·b, summed in total's dtype even where a and b have fewer digits."""
+    """Total = beta·total + a·b, added in total's dtype even where that of a and b is shorter."""
     if a.dtype == b.dtype == total.dtype:
         total.addmm_(a, b, beta=beta)
     elif total.is_cuda and a.dtype == b.dtype:
@@ -118,13 +118,13 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
 
 
 class Sum:
-    """Sum of products a·b into a block (o, i, R) of dH, rounded once at the end."""
+    """A sum of products a·b into a block (o, i, R) of dH, rounded once, at the end."""
 
-    def __init__(self, out: Tensor, tile: Tile):
+    def __init__(self, out: Tensor, tiling: Tiling):
         O, I, R = out.shape
-        direct = out.dtype == tile.sum_dtype
+        direct = out.dtype == tiling.sum_dtype
         self._out = out
-        self._total = out.view(O * I, R) if direct else torch.empty(O * I, R, dtype=tile.sum_dtype, device=out.device)
+        self._total = out.view(O * I, R) if direct else torch.empty(O * I, R, dtype=tiling.sum_dtype, device=out.device)
         self._empty = True
 
     def add(self, a: Tensor, b: Tensor) -> None:
@@ -139,45 +139,45 @@ class Sum:
 
 
 class Affine(NamedTuple):
-    """What is added to T(x, z, H): W0 x + bias·z + b0, by tiles."""
+    """The terms beside T(x, z, H), by tiles: W0 x + bias·z + b0."""
 
     x: Tensor
     z: Tensor
     bias: Tensor | None
     base_weight: Tensor | None
     base_bias: Tensor | None
-    tile: Tile
+    tiling: Tiling
 
     def add(self, y: Tensor, b: slice, n: slice, o: slice) -> None:
         """Add the block [b, n, o] in place."""
         if self.base_weight is None and self.bias is None and self.base_bias is None:
             return
-        work, room = self.tile.work, self.tile.elements // max(1, self.x.shape[2], self.z.shape[1])
-        for part in blocks(o.stop - o.start, room):
-            out, rows = y[:, :, part], slice(o.start + part.start, o.start + part.stop)
+        work, room = self.tiling.work, self.tiling.elements // max(1, self.x.shape[2], self.z.shape[1])
+        for piece in blocks(o.stop - o.start, room):
+            out, of = y[:, :, piece], slice(o.start + piece.start, o.start + piece.stop)
             if self.base_weight is not None:
-                out += torch.matmul(work(self.x[b, n]), work(self.base_weight[rows]).T)
+                out += torch.matmul(work(self.x[b, n]), work(self.base_weight[of]).T)
             if self.bias is not None:
-                out += torch.mm(work(self.z[b]), work(self.bias[rows]).T).unsqueeze(1)
+                out += torch.mm(work(self.z[b]), work(self.bias[of]).T).unsqueeze(1)
             if self.base_bias is not None:
-                out += work(self.base_bias[rows])
+                out += work(self.base_bias[of])
 
     def start(self, g: Tensor, R: int) -> Tensor:
-        """Return where to sum dz of a block of instances: the part of the generated bias, or zeros."""
+        """Return the start of a sum of dz for a block of instances: the term of the generated bias, or zeros."""
         B, N, O = g.shape
-        total = torch.zeros(B, R, dtype=self.tile.sum_dtype, device=g.device)
+        total = torch.zeros(B, R, dtype=self.tiling.sum_dtype, device=g.device)
         if self.bias is None:
             return total
-        for o in blocks(O, self.tile.elements // max(1, R)):
-            bias = self.tile.work(self.bias[o])
-            for b, n in boxes(B, N, o.stop - o.start, self.tile):
-                accumulate(total[b], self.tile.work(g[b, n, o]).sum(1, dtype=total.dtype), bias)
+        for o in blocks(O, self.tiling.elements // max(1, R)):
+            bias = self.tiling.work(self.bias[o])
+            for b, n in boxes(B, N, o.stop - o.start, self.tiling):
+                accumulate(total[b], self.tiling.work(g[b, n, o]).sum(1, dtype=total.dtype), bias)
         return total
 
 
-def boxes(B: int, N: int, features: int, tile: Tile) -> Iterator[tuple[slice, slice]]:
-    """Cut instances and points into blocks of which `features` columns are at most a tile."""
-    room = max(1, tile.elements // max(1, features))
+def boxes(B: int, N: int, features: int, tiling: Tiling) -> Iterator[tuple[slice, slice]]:
+    """Cut instances and points into blocks whose `features` columns are at most a tile."""
+    room = max(1, tiling.elements // max(1, features))
     for b in blocks(B, max(1, room // max(1, N))):
         for n in blocks(N, room):
             yield b, n
