@@ -5,18 +5,10 @@ from __future__ import annotations
 import torch
 
 from . import backends, planner
-from .backends import cpu, triton
 from .problem import Plan, Problem
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
-_FORWARD = ("apply", "forward", (True, True, True))
-_TOGETHER = (_FORWARD, ("grads", "backward, all three gradients", (True, True, True)))
-# The compiled kernels plan these two apart where an instance has one point: they share nothing then.
-_APART = (
-    _FORWARD,
-    ("grads", "backward of x and z", (True, True, False)),
-    ("grads", "backward of the head", (False, False, True)),
-)
+_GRADIENTS = ("x", "z", "the head")
 _ORDERS = {
     "fold": "x ⊗ z first, then one product with K = I·R",
     "generate": "z · H first, a tile of W at a time, then x",
@@ -64,19 +56,34 @@ def explain(
         device = torch.device(device).type
     except RuntimeError as error:
         raise ValueError(f"device must be a device type such as cpu or cuda, got {device!r}") from error
-    compiled = device == "cpu" and DTYPES[dtype] in cpu.DTYPES and backends.backend("auto", torch.device("cpu")) is cpu
-    backend = "cpu" if compiled else "triton" if device == "cuda" and DTYPES[dtype] in triton.DTYPES else "aten"
+    sizes_of = (batch, points, cond, in_features, out_features)
+    forward = Problem("apply", *sizes_of, DTYPES[dtype], device)
+    backend = _backend(forward)
+    forward = forward._replace(backend=backend)
     written_out = batch * in_features * out_features * DTYPES[dtype].itemsize
     lines = [
         f"B = {batch:,}, N = {points:,}, R = {cond:,}, I = {in_features:,}, O = {out_features:,}, {dtype} on {device}, "
         f"backend {backend}, workspace at most {_mib(planner.get_workspace_limit())}",
         f"written out, W would take {_mib(written_out)}",
     ]
-    for op, title, needs in _APART if compiled and points == 1 else _TOGETHER:
-        sizes_of = (batch, points, cond, in_features, out_features)
-        problem = Problem(op, *sizes_of, DTYPES[dtype], device, needs=needs, backend=backend)
-        lines += ["", title, *_table(planner.plans(problem))]
+    lines += ["", "forward", *_table(planner.plans(forward))]
+    backward = forward._replace(op="grads")
+    for needs in planner.costs_of(backward).backward(backward):
+        lines += ["", _title(needs), *_table(planner.plans(backward._replace(needs=needs)))]
     return "\n".join(lines)
+
+
+def _backend(problem: Problem) -> str:
+    """Return the backend that runs a problem by default: on a device that is not here, the one that is made for it."""
+    here = problem.device == "cpu" or torch.get_device_module(problem.device).is_available()
+    name = backends.automatic(problem.device) if here else backends.default(problem.device)
+    return name if backends.BACKENDS[name].takes(problem) else backends.FALLBACK
+
+
+def _title(needs: tuple[bool, ...]) -> str:
+    if all(needs):
+        return "backward, all three gradients"
+    return f"backward of {' and '.join(name for name, k in zip(_GRADIENTS, needs, strict=True) if k)}"
 
 
 def _table(plans: list[Plan]) -> list[str]:

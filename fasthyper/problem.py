@@ -30,8 +30,7 @@ class Problem(NamedTuple):
         device: device type, such as ``"cpu"``.
         shared_x: whether all instances have the same x (a batch stride of zero).
         needs: for ``grads``, which of dx, dz, dH are asked for.
-        backend: whose costs count: ``"aten"`` (which also stands for ``"materialised"``), ``"cpu"``, ``"triton"``
-            or ``"cuda"``.
+        backend: the backend whose costs count; empty for torch's own operations on tiles.
     """
 
     op: str
@@ -44,7 +43,7 @@ class Problem(NamedTuple):
     device: str = "cpu"
     shared_x: bool = False
     needs: tuple[bool, bool, bool] = (True, True, True)
-    backend: str = "aten"
+    backend: str = ""
 
     @classmethod
     def of(
@@ -54,7 +53,7 @@ class Problem(NamedTuple):
         R: int,
         O: int,
         needs: tuple[bool, bool, bool] = (True,) * 3,
-        backend: str = "aten",
+        backend: str = "",
     ) -> Problem:
         """The problem of a call with x (B, N, I)."""
         B, N, I = x.shape

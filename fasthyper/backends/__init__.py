@@ -1,31 +1,38 @@
 """Ways to run the op family, and which one a call takes.
 
-A backend is a module with ``apply`` and ``grads`` (signatures in `fasthyper.backends.aten`) and
-``unavailable() -> str | None``, which says why it cannot run here.
+`contract.Backend` says what a backend is. To add one: write a module with its names, and register it here in one line.
 """
 
 from __future__ import annotations
 
 import threading
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
+from .. import planner
 from ..problem import AUTO, SCHEDULES
 from . import aten, cpu, cuda, materialised, triton
+from .contract import Backend
 
-BACKENDS: dict[str, ModuleType] = {
-    "aten": aten,
-    "cpu": cpu,
-    "triton": triton,
-    "cuda": cuda,
-    "materialised": materialised,
-}
-_BEST = {"cpu": "cpu", "cuda": "triton"}
-"""The best backend for a type of device, where it can run. `cuda` is none yet: what it gains was never measured."""
-_ON_GPU = {"triton": triton.interpreting, "cuda": cuda.emulating}
-"""The backends for GPUs, and whether a CPU plays one."""
+FALLBACK = "aten"
+"""The backend that runs any call on any device."""
+BACKENDS: dict[str, Backend] = {}
+"""The backends by name, in the order of `fasthyper info`."""
+_PLACES = {"cpu": "the cpu", "cuda": "a GPU"}
+
+
+def register(name: str, backend: Backend) -> None:
+    """Add a backend under a name."""
+    BACKENDS[name] = backend
+    planner.register(name, backend.COSTS)
+
+
+register("aten", aten)
+register("cpu", cpu)
+register("triton", triton)
+register("cuda", cuda)
+register("materialised", materialised)
 
 
 class Choice(NamedTuple):
@@ -43,9 +50,7 @@ class _Thread(threading.local):
 
     choice: Choice | None
 
-    def __init__(
-        self,
-    ) -> None:  # in every thread; torch 2.11's Dynamo would prefer a default of the class to what is set
+    def __init__(self) -> None:  # runs in every thread; torch 2.11's Dynamo reads a default of the class instead
         self.choice = None
 
 
@@ -122,17 +127,28 @@ class use_backend:
         _thread.choice = self._before.pop()
 
 
-def backend(name: str, device: torch.device) -> ModuleType:
-    """Return the module that runs a call: the one named, or the best for the device.
+def default(device: str) -> str:
+    """Return the name of the backend for a type of device, whether it can run here or not: the last registered."""
+    named = [name for name, backend in BACKENDS.items() if device in backend.DEFAULT_ON]
+    return named[-1] if named else FALLBACK
+
+
+def automatic(device: str) -> str:
+    """Return the name of the backend that ``"auto"`` takes on a type of device."""
+    name = default(device)
+    return name if BACKENDS[name].unavailable() is None else FALLBACK
+
+
+def backend(name: str, device: torch.device) -> Backend:
+    """Return the backend that runs a call: the one named, or the one that ``"auto"`` takes.
 
     Raises:
         ValueError: if the one named does not run on the device.
     """
     if name == AUTO:
-        best = _BEST.get(device.type)
-        name = best if best and BACKENDS[best].unavailable() is None else "aten"
-    elif name == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend 'cpu' must have tensors on the cpu, got x on {device}")
-    elif name in _ON_GPU and device.type != "cuda" and not _ON_GPU[name]():
-        raise ValueError(f"backend {name!r} must have tensors on a GPU, got x on {device}")
+        return BACKENDS[automatic(device.type)]
+    devices = BACKENDS[name].devices()
+    if devices is not None and device.type not in devices:
+        where = " or ".join(_PLACES.get(place, place) for place in devices)
+        raise ValueError(f"backend {name!r} must have tensors on {where}, got x on {device}")
     return BACKENDS[name]

@@ -1,7 +1,7 @@
-"""The compiled CPU kernels: the sum at the speed of the machine's own matrix product, in csrc/cpu.
+"""The compiled CPU kernels of csrc/cpu: float32, bfloat16 and float16, every schedule.
 
-float32, bfloat16 and float16, every schedule. What they leave to `aten`: float64, empty problems, and x · H where
-all instances share x, which is two plain matrix products.
+They leave to `aten`: float64, empty problems, and `project` where all instances share x, which is two plain matrix
+products.
 """
 
 from __future__ import annotations
@@ -12,11 +12,76 @@ import torch
 from torch import Tensor
 
 from .. import compiled, planner, processor
-from ..problem import AUTO, Plan, Problem
+from ..costs import Cost, Costs, gemm, moved
+from ..problem import AUTO, Machine, Plan, Problem
 from . import aten
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEFAULT_ON = ("cpu",)
+REMARK = ""
 _ops = torch.ops.fasthyper_cpu
+
+
+class CpuCosts(Costs):
+    """The compiled kernels read H where it lies, in one call, and have one output almost for free."""
+
+    _ROWS = 1024  # of (b, n) that meet a packed piece of H
+    _PACKING_G, _PACKING_P = 5.0, 20.0  # passes over H that packing it costs, as measured: for g·H, and for x·H
+
+    def machine(self, device: str, dtype: torch.dtype, threads: int) -> Machine:
+        work, rate = (dtype, 400e9) if processor.kernels_multiply(dtype) else (torch.float32, 100e9)
+        return Machine(rate * threads, 150e9 * threads, 10e9, 1e-6, 2 << 20, work, 2.0)
+
+    def in_tiles(self, schedule: str) -> bool:
+        return False
+
+    def backward(self, p: Problem) -> tuple[tuple[bool, bool, bool], ...]:
+        """With one point an instance, dH shares nothing with dx and dz: each group has the schedule that suits it."""
+        dx, dz, dh = p.needs
+        if p.points == 1 and dh and (dx or dz):
+            return (dx, dz, False), (False, False, True)
+        return (p.needs,)
+
+    def apply(self, p: Problem, schedule: str, machine: Machine) -> Cost:
+        if schedule == "project" and self._is_one_output(p):  # x·H, and a product of rows
+            B, R = p.batch, p.cond_features
+            return gemm(B, R, p.in_features, machine) + moved(B * R, 1, machine)
+        packing = self._packing(p, self._PACKING_P if schedule == "project" else 0.0, machine)
+        return super().apply(p, schedule, machine) + packing
+
+    def grads(self, p: Problem, schedule: str, machine: Machine) -> Cost:
+        dx, dz, dh = p.needs
+        if schedule == "project" and dh:  # there is no other dH
+            rest = self.grads(p._replace(needs=(dx, dz, False)), schedule, machine)
+            return rest + self.grads(p._replace(needs=(False, False, True)), "generate", machine)
+        if schedule == "project" and self._is_one_output(p):  # x·H and z·Hᵀ, scaled by g as they are written
+            return gemm(p.batch, p.cond_features, p.in_features, machine, dx + dz)
+        if schedule == "fold":
+            passes = self._PACKING_G if dx or dz else 0.0
+        else:
+            passes = self._PACKING_P if dz else 0.0
+        return super().grads(p, schedule, machine) + self._packing(p, passes, machine)
+
+    def _packing(self, p: Problem, passes: float, machine: Machine) -> Cost:
+        """Sums along another axis of H than its last pack it, once for a group of rows."""
+        if not passes or self._is_one_output(p):
+            return Cost()
+        groups = max(1.0, p.batch * p.points / self._ROWS)
+        return moved(p.cond_features * p.in_features * p.out_features * groups, passes, machine)
+
+    @staticmethod
+    def _is_one_output(p: Problem) -> bool:
+        """Whether y, dx and dz are plain products of x, z and H, which is then the cheapest."""
+        small = p.in_features * p.cond_features <= 1 << 18
+        return p.dtype == torch.float32 and p.out_features == 1 and p.points == 1 and small
+
+
+COSTS = CpuCosts()
+
+
+def devices() -> tuple[str, ...]:
+    """Return the types of device that it runs on."""
+    return ("cpu",)
 
 
 @functools.cache
@@ -25,12 +90,13 @@ def unavailable() -> str | None:
     return compiled.load(f"cpu_{processor.kernels()}")
 
 
-def _left_to_aten(x: Tensor, R: int, O: int) -> bool:
-    return x.dtype not in DTYPES or 0 in (*x.shape, R, O)
+def takes(problem: Problem) -> bool:
+    """Return whether there is a kernel for a problem."""
+    return problem.dtype in DTYPES and 0 not in problem[1:6]
 
 
 def _remember(*decision: object) -> None:
-    """Let the next call of the same problem go without Python, through csrc/eager.cpp."""
+    """Let the next call of the same problem run without Python, through csrc/eager.cpp."""
     if compiled.load("eager") is None:
         torch.ops.fasthyper_eager.remember(*decision)
 
@@ -57,19 +123,19 @@ def apply(
     *,
     schedule: str,
 ) -> Tensor:
-    """y (B, N, O) from x (B, N, I), z (B, R), H (O, I, R); bias (O, R), W0 (O, I), b0 (O,) or None."""
+    """Return y (B, N, O) of x (B, N, I), z (B, R), H (O, I, R); bias (O, R), W0 (O, I), b0 (O,) or None."""
     O, _, R = weight.shape
     tensors = (x, z, weight, bias, base_weight, base_bias)
-    if _left_to_aten(x, R, O):
-        return aten.apply(*tensors, schedule=schedule)
     problem = Problem.of("apply", x, R, O, backend="cpu")
+    if not takes(problem):
+        return aten.apply(*tensors, schedule=schedule)
     plan = planner.plan(problem, schedule)
     if _shares_products(problem, plan):
         return aten.apply(*tensors, schedule=plan.schedule)
-    how = (planner.get_workspace_limit(), plan.work_dtype != torch.float32)
+    options = (planner.get_workspace_limit(), plan.work_dtype != torch.float32)
     if schedule == AUTO:
-        _remember(x, R, O, 0, plan.schedule, plan.schedule, *how)
-    return _ops.apply(*tensors, plan.schedule, *how)
+        _remember(x, R, O, 0, plan.schedule, plan.schedule, *options)
+    return _ops.apply(*tensors, plan.schedule, *options)
 
 
 def grads(
@@ -83,28 +149,29 @@ def grads(
     *,
     schedule: str,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, z, H, bias, W0, b0 as asked for by the mask; z is not read for dz alone, nor H for dH alone."""
+    """Return the gradients of x, z, H, bias, W0, b0 that the mask asks for; dz alone does not read z, nor dH alone H."""
     O = g.shape[2]
     R = (z if weight is None else weight).shape[-1]  # type: ignore[union-attr]
     tensors = (x, z, weight, bias, base_weight, g)
-    if _left_to_aten(x, R, O):
-        return aten.grads(*tensors, mask, schedule=schedule)
-    dx, dz, dh = mask[:3]
-    out: list[Tensor | None] = [None] * 6
+    dx, dz, dh, *_ = mask
     problem = Problem.of("grads", x, R, O, (dx, dz, dh), "cpu")
+    if not takes(problem):
+        return aten.grads(*tensors, mask, schedule=schedule)
+    out: list[Tensor | None] = [None] * 6
     if dx or dz or dh:
         plan = planner.plan(problem, schedule)
         if _shares_products(problem, plan):
             return aten.grads(*tensors, mask, schedule=plan.schedule)
-        of_weight = plan
-        if x.shape[1] == 1 and schedule == AUTO and dh and (dx or dz):  # nothing is shared: each at its best
-            plan = planner.plan(problem._replace(needs=(dx, dz, False)))
-            of_weight = planner.plan(problem._replace(needs=(False, False, True)))
-        schedules = (plan.schedule, of_weight.schedule)
-        how = (*schedules, planner.get_workspace_limit(), plan.work_dtype != torch.float32)
+        plan_of_weight = plan
+        groups = COSTS.backward(problem)
+        if schedule == AUTO and len(groups) == 2:
+            plan, plan_of_weight = (planner.plan(problem._replace(needs=needs)) for needs in groups)
+        options = (planner.get_workspace_limit(), plan.work_dtype != torch.float32)
         if schedule == AUTO:
-            _remember(x, R, O, dx | dz << 1 | dh << 2, *how)
-        out = list(_ops.grads(*tensors, mask, *how))
+            needs = dx | dz << 1 | dh << 2
+            _remember(x, R, O, needs, plan.schedule, plan_of_weight.schedule, *options)
+        out = list(_ops.grads(*tensors, mask, plan.schedule, plan_of_weight.schedule, *options))
     if any(k and t is None for t, k in zip(out[3:], mask[3:], strict=True)):
-        out[3:] = aten.base_grads(x, z, g, R, mask, aten.tile_of(planner.plan(problem._replace(backend="aten"))))
+        tiling = aten.tiling_of(planner.plan(problem._replace(backend="")))
+        out[3:] = aten.base_grads(x, z, g, R, mask, tiling)
     return tuple(t if k else None for t, k in zip(out, mask, strict=True))

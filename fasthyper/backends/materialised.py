@@ -1,7 +1,7 @@
-"""The usual way: write out W[b] for every instance, read it back, and do it again for the gradients.
+"""The usual way: write out W[b] for every instance, read it back, and do the same for the gradients.
 
-No plan takes it for a whole problem: it is there to compare with, forced by ``use_backend("materialised")``. The
-aten backend takes it where all of W is smaller than one of its tiles, and there is nothing to cut.
+``use_backend("materialised")`` takes it, to compare with. The aten backend takes it where all of W is smaller than one
+tile, and there is nothing to cut.
 """
 
 from __future__ import annotations
@@ -11,10 +11,28 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ..costs import Costs
+from ..problem import Problem
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DEFAULT_ON = ()
+COSTS = Costs()
+REMARK = ""
+
+
+def devices() -> None:
+    """Return the types of device that it runs on: None, for any."""
+    return
+
 
 def unavailable() -> str | None:
     """Return why this backend cannot run here: it always can."""
     return None
+
+
+def takes(problem: Problem) -> bool:
+    """Return whether it computes a problem: it computes all."""
+    return True
 
 
 def _generate(z: Tensor, weight: Tensor, base_weight: Tensor | None) -> Tensor:
@@ -33,7 +51,7 @@ def apply(
     *,
     schedule: str,
 ) -> Tensor:
-    """y = (H·z + W0) x + bias·z + b0, through W."""
+    """Return y = (H·z + W0) x + bias·z + b0, through W."""
     y = torch.bmm(x, _generate(z, weight, base_weight).mT)
     if bias is not None:
         y += (z @ bias.T).unsqueeze(1)
@@ -51,9 +69,9 @@ def grads(
     *,
     schedule: str,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, z, H, bias, W0, b0, through W and dW."""
+    """Return the gradients of x, z, H, bias, W0, b0 that the mask asks for, through W and dW."""
     dx, dz, dh, dbias, dbase, db0 = mask
-    z, weight = cast(Tensor, z), cast(Tensor, weight)  # absent only where nothing that is asked for reads them
+    z, weight = cast(Tensor, z), cast(Tensor, weight)  # None only where no gradient that is asked for reads it
     out: list[Tensor | None] = [None] * 6
     if dx:
         out[0] = torch.bmm(g, _generate(z, weight, base_weight))

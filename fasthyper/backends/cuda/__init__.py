@@ -18,11 +18,23 @@ from torch import Tensor
 from ... import compiled, planner
 from ...problem import Problem
 from .. import aten, triton
+from ..gpu_costs import GpuCosts
 from . import launch, primaries
 from .device import Device
 
 REMARK = "only use_backend takes it: its kernels have never run on a GPU, they are proven by an emulator"
 """What `fasthyper info` says of it."""
+
+
+DTYPES = triton.DTYPES
+DEFAULT_ON = ()
+COSTS = GpuCosts()
+takes = triton.takes
+
+
+def devices() -> tuple[str, ...]:
+    """Return the types of device that it runs on."""
+    return ("cuda", "cpu") if emulating() else ("cuda",)
 
 
 def emulating() -> bool:
@@ -57,10 +69,8 @@ def _others() -> ModuleType:
 
 def _ours(op: str, x: Tensor, R: int, O: int, schedule: str, needs: tuple[bool, bool, bool] = (True,) * 3) -> bool:
     """Whether a call is folded, which these kernels do."""
-    if not triton.takes(x, R, O):
-        return False
     problem = Problem.of(op, x, R, O, needs, "cuda")._replace(device="cuda")  # under the emulator, too
-    return planner.plan(problem, schedule).schedule == "fold"
+    return takes(problem) and planner.plan(problem, schedule).schedule == "fold"
 
 
 def apply(

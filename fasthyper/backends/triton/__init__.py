@@ -19,11 +19,29 @@ from torch import Tensor
 from ... import planner
 from ...problem import Problem
 from .. import aten
+from ..gpu_costs import GpuCosts
+from .tiles import dx_dz_tiles
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEFAULT_ON = ("cuda",)
 _LEAST = (3, 6)
 REMARK = "its kernels have never run on a GPU: proven by Triton's interpreter and by compiling ahead of time"
 """What `fasthyper info` says of it."""
+
+
+class TritonCosts(GpuCosts):
+    """`dx_dz` takes dx and dz together where all of R and O fit its tile."""
+
+    def one_pass(self, p: Problem) -> bool:
+        return bool(dx_dz_tiles("sm_90", p.dtype.itemsize * 8, p.cond_features, p.out_features))
+
+
+COSTS = TritonCosts()
+
+
+def devices() -> tuple[str, ...]:
+    """Return the types of device that it runs on."""
+    return ("cuda", "cpu") if interpreting() else ("cuda",)
 
 
 def interpreting() -> bool:
@@ -53,18 +71,18 @@ def _kernels() -> Any:
     return importlib.import_module(f"{__name__}.run")
 
 
-def takes(x: Tensor, R: int, O: int) -> bool:
-    """Whether a call is of the dtypes and sizes that kernels for GPUs have, these and those of `cuda`."""
-    return x.dtype in DTYPES and 0 not in (*x.shape, R, O) and x.shape[0] * x.shape[1] < 1 << 31
+def takes(problem: Problem) -> bool:
+    """Return whether kernels for GPUs, these and those of `cuda`, are for such a dtype and such sizes."""
+    return problem.dtype in DTYPES and 0 not in problem[1:6] and problem.batch * problem.points < 1 << 31
 
 
 def _schedule(
     op: str, x: Tensor, R: int, O: int, schedule: str, needs: tuple[bool, bool, bool] = (True,) * 3
 ) -> tuple[str, bool]:
     """The schedule of a call, and whether these kernels run it; else `aten` does."""
-    if not takes(x, R, O) or not any(needs):
-        return schedule, False
     problem = Problem.of(op, x, R, O, needs, "triton")._replace(device="cuda")  # under the interpreter, too
+    if not takes(problem) or not any(needs):
+        return schedule, False
     schedule = planner.plan(problem, schedule).schedule
     return schedule, schedule == "fold"
 
@@ -110,5 +128,5 @@ def grads(
     _kernels().grads(x, z, weight, bias, base_weight, g, *out)
     rest: tuple[Tensor | None, ...] = (None, None, None)
     if any(mask[3:]):
-        rest = aten.base_grads(x, z, g, R, mask, aten.tile_of(planner.plan(Problem.of("grads", x, R, O))))
+        rest = aten.base_grads(x, z, g, R, mask, aten.tiling_of(planner.plan(Problem.of("grads", x, R, O))))
     return *out, *rest

@@ -1,0 +1,143 @@
+"""What a backend is: a module with the names of `Backend`, and those of `Fusing` if it fuses two layers.
+
+A backend runs the op family with a base and a generated bias,
+
+    y[b,n] = (H·z[b] + W0) x[b,n] + bias·z[b] + b0
+
+and the gradients of that sum. The family itself is the calls without bias and base. Arguments are checked before, may
+have any strides, and are not written to; results are contiguous. Temporary memory stays within
+`planner.get_workspace_limit()` and does not grow with B.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..costs import Costs
+from ..problem import Problem
+
+
+class Wanted(NamedTuple):
+    """Which gradients are asked for: of x, z, H, bias, W0 and b0, as a backend returns them."""
+
+    x: bool = False
+    z: bool = False
+    weight: bool = False
+    bias: bool = False
+    base_weight: bool = False
+    base_bias: bool = False
+
+
+class Layer(NamedTuple):
+    """The parameters of a generated layer."""
+
+    weight: Tensor
+    bias: Tensor | None
+    base_weight: Tensor | None
+    base_bias: Tensor | None
+
+
+class Backend(Protocol):
+    """A way to run the op family."""
+
+    @property
+    def DTYPES(self) -> tuple[torch.dtype, ...]:
+        """The dtypes that it has kernels for; it leaves others to another backend."""
+
+    @property
+    def DEFAULT_ON(self) -> tuple[str, ...]:
+        """The types of device, such as ``"cuda"``, where ``"auto"`` takes it if it can run."""
+
+    @property
+    def COSTS(self) -> Costs:
+        """What the planner predicts its schedules with."""
+
+    @property
+    def REMARK(self) -> str:
+        """What `fasthyper info` adds to its name; may be empty."""
+
+    def devices(self) -> tuple[str, ...] | None:
+        """Return the types of device that it runs on; None stands for any."""
+
+    def unavailable(self) -> str | None:
+        """Return why it cannot run here, or None."""
+
+    def takes(self, problem: Problem) -> bool:
+        """Return whether it has kernels for these sizes and this dtype. It leaves other calls to another backend."""
+
+    def apply(
+        self,
+        x: Tensor,
+        z: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        base_weight: Tensor | None = None,
+        base_bias: Tensor | None = None,
+        *,
+        schedule: str,
+    ) -> Tensor:
+        """Return y (B, N, O).
+
+        Args:
+            x: inputs, (B, N, I).
+            z: features, (B, R).
+            weight: the head H, (O, I, R).
+            bias: (O, R), or None.
+            base_weight: W0, (O, I), or None.
+            base_bias: b0, (O,), or None.
+            schedule: one of `problem.SCHEDULES`, or ``"auto"`` for the one that the planner chooses.
+        """
+
+    def grads(
+        self,
+        x: Tensor,
+        z: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        base_weight: Tensor | None,
+        g: Tensor,
+        mask: tuple[bool, ...],
+        *,
+        schedule: str,
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, z, H, bias, W0 and b0, None for each that is not asked for.
+
+        Args:
+            x: inputs, (B, N, I).
+            z: features, (B, R); None where dz alone is asked for, which does not read it.
+            weight: the head H, (O, I, R); None where dH alone is asked for.
+            bias: (O, R), or None.
+            base_weight: W0, (O, I), or None.
+            g: gradient of y, (B, N, O).
+            mask: which gradients are asked for, in the order of `Wanted`.
+            schedule: as for `apply`.
+        """
+
+
+class Fusing(Protocol):
+    """What a backend has beside, if it runs two layers and the activation between them in one.
+
+    In `primary_grads`, and in `fuses` before it, base_bias is None in both layers: no gradient reads it.
+    """
+
+    def fuses(self, x: Tensor, z: Tensor, first: Layer, second: Layer, activation: str) -> bool:
+        """Return whether it fuses this call, from sizes, dtypes and strides: tensors may have no values."""
+
+    def primary(self, x: Tensor, z: Tensor, first: Layer, second: Layer, activation: str) -> tuple[Tensor, Tensor]:
+        """Return y (B, N, O), and a (B, N, J), to which the activation is applied."""
+
+    def primary_grads(
+        self,
+        x: Tensor,
+        z: Tensor,
+        first: Layer,
+        second: Layer,
+        activation: str,
+        a: Tensor,
+        g: Tensor,
+        mask: tuple[bool, ...],
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, z, the four of first and the four of second, None for each not asked for."""

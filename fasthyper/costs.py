@@ -1,0 +1,117 @@
+"""What a schedule costs: flops, bytes of tiles, torch calls, and the seconds that follow from a machine's rates.
+
+`Costs` is the prediction for torch's own operations on tiles. A backend brings a subclass that says what differs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from . import processor
+from .problem import Machine, Problem
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+class Cost(NamedTuple):
+    """Flops, bytes of tiles moved, seconds of both, and torch calls."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    seconds: float = 0.0
+    calls: int = 0
+
+    def __add__(self, other: Cost) -> Cost:  # type: ignore[override]
+        return Cost(
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.seconds + other.seconds,
+            self.calls + other.calls,
+        )
+
+
+def gemm(m: float, n: float, k: float, machine: Machine, times: float = 1.0) -> Cost:
+    """2·m·n·k flops, slower where a side is too short to fill the registers of a matrix unit."""
+    flops = 2.0 * times * m * n * k
+    short = math.prod(side / (side + machine.short_side) for side in (m, n, k)) if flops else 1.0
+    return Cost(flops, 0.0, flops / (machine.flops * short), 1)
+
+
+def moved(elements: float, passes: float, machine: Machine) -> Cost:
+    """Elements of a tile that are written or read `passes` times, in cache."""
+    moved = elements * passes * machine.work_dtype.itemsize
+    return Cost(0.0, moved, moved / machine.cache_bandwidth, 1)
+
+
+def _instances(B: int, N: int, m: int, n: int, machine: Machine) -> Cost:
+    """B small products of N rows. At N = 1, reading the tile is the bound, and that is counted with the tile."""
+    return gemm(N, m, n, machine, B) if N > 1 else Cost(2.0 * B * m * n, 0.0, 0.0, 1)
+
+
+class Costs:
+    """The costs of the op family by torch's own operations, tile by tile."""
+
+    def machine(self, device: str, dtype: torch.dtype, threads: int) -> Machine:
+        """Return typical rates of a type of device. Only their ratios decide, so that they need not be exact."""
+        if device == "cpu":
+            native = dtype not in LOW_PRECISION or processor.has_fast(dtype)
+            work = dtype if native else torch.float32
+            rate = 40e9 if work == torch.float64 else 80e9
+            return Machine(rate * threads, 16e9 * threads, 10e9, 3e-6, 2 << 20, work)
+        rate = {torch.float64: 30e12, torch.float32: 50e12}.get(dtype, 600e12)
+        return Machine(rate, 5e12, 3e12, 4e-6, 16 << 20, dtype)
+
+    def in_tiles(self, schedule: str) -> bool:
+        """Return whether a schedule is torch calls on tiles, each of which costs its launch."""
+        return True
+
+    def on_chip(self, schedule: str) -> bool:
+        """Return whether a kernel makes x ⊗ z and g·H where it multiplies them, so that no tile is in memory."""
+        return False
+
+    def backward(self, p: Problem) -> tuple[tuple[bool, bool, bool], ...]:
+        """Return the gradients (dx, dz, dH) that are planned together, a group for each plan."""
+        return (p.needs,)
+
+    def apply(self, p: Problem, schedule: str, machine: Machine) -> Cost:
+        """Predict a forward."""
+        B, N, R, I, O = p.batch, p.points, p.cond_features, p.in_features, p.out_features
+        if schedule == "fold":  # x ⊗ z, then one product with K = I·R
+            return moved(B * N * I * R, 2, machine) + gemm(B * N, O, I * R, machine)
+        if schedule == "generate":  # W = z·H, then x·Wᵀ instance by instance
+            return gemm(B, O * I, R, machine) + moved(B * O * I, 2, machine) + _instances(B, N, I, O, machine)
+        products = gemm(p.distinct, O * R, I, machine)
+        if p.shared_x:  # x·H once, then one product with z
+            return products + gemm(B, N * O, R, machine) + moved(B * N * O, 2, machine)
+        return products + moved(B * N * O * R, 3, machine)
+
+    def grads(self, p: Problem, schedule: str, machine: Machine) -> Cost:
+        """Predict a backward."""
+        B, N, R, I, O = p.batch, p.points, p.cond_features, p.in_features, p.out_features
+        dx, dz, dh = p.needs
+        cost = Cost()
+        if schedule == "fold":
+            if dx or dz:  # G = g·H, reduced with z and with x
+                cost += gemm(B * N, I * R, O, machine) + moved(B * N * I * R, 2 + dx + dz, machine)
+            if dh:
+                cost += moved(B * N * I * R, 2, machine) + gemm(O, I * R, B * N, machine)
+            return cost
+        if dx:  # a forward with H transposed
+            cost += self.apply(p._replace(in_features=O, out_features=I, shared_x=False), "generate", machine)
+        if schedule == "generate":
+            if dz or dh:  # dW = gᵀx
+                cost += _instances(B, N, O, I, machine) + moved(B * O * I, 1 + dz + dh, machine)
+            if dz:
+                cost += gemm(B, R, O * I, machine)
+            if dh:
+                cost += gemm(O * I, R, B, machine)
+            return cost
+        if dz:
+            cost += self.apply(p, "project", machine)
+        if dh:  # z ⊗ g, then xᵀ
+            cost += gemm(O * R, I, p.distinct, machine)
+            cost += gemm(N * O, R, B, machine) if p.shared_x else moved(B * N * O * R, 2, machine)
+        return cost

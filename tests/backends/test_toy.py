@@ -1,0 +1,80 @@
+"""A backend is a module with the names of `fasthyper.backends.contract`, and one line registers it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+import fasthyper
+from fasthyper import backends, info, planner
+from fasthyper.explain import explain
+from fasthyper.problem import Problem
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    spec = importlib.util.spec_from_file_location("toy", Path(__file__).with_name("toy.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(backends.BACKENDS, "toy", None)  # both are as before after the test
+    monkeypatch.setitem(planner._costs, "toy", None)
+    backends.register("toy", module)
+    yield module
+    planner.forget()
+
+
+@pytest.mark.parametrize("name", ["toy", "auto"])
+def test_it_runs_forward_and_backward(toy, name, factors, oracle, monkeypatch):
+    calls = []
+    for method in ("apply", "grads"):
+        original = getattr(toy, method)
+        monkeypatch.setattr(toy, method, lambda *a, _f=original, _m=method, **k: calls.append(_m) or _f(*a, **k))
+    args = factors(names=factors.AFFINE, requires_grad=True)
+    x, z, weight, bias, base_weight, base_bias = args
+    with fasthyper.use_backend(name):
+        y = fasthyper.hyper_linear(x, z, weight, bias, base_weight=base_weight, base_bias=base_bias)
+    torch.testing.assert_close(y, oracle.linear(*args))
+    got, expected = (torch.autograd.grad((t**2).sum(), args) for t in (y, oracle.linear(*args)))
+    torch.testing.assert_close(got, expected)
+    assert calls == ["apply", "grads"]
+
+
+def test_its_derivatives_and_transforms_are_those_of_the_ops(toy, factors):
+    args = factors(names=("x", "z", "weight"), requires_grad=True)
+    with fasthyper.use_backend("toy"):
+        assert torch.autograd.gradcheck(fasthyper.ops.apply, args, check_forward_ad=True, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(fasthyper.ops.apply, args)
+
+
+def test_it_is_refused_elsewhere(toy):
+    with pytest.raises(ValueError, match="backend 'toy' must have tensors on the cpu, got x on meta"):
+        backends.backend("toy", torch.device("meta"))
+
+
+def test_it_says_why_it_cannot_run(toy, monkeypatch):
+    monkeypatch.setattr(toy, "unavailable", lambda: "the toy is broken")
+    with pytest.raises(ValueError, match="'toy' cannot run here: the toy is broken"):
+        fasthyper.use_backend("toy")
+    assert backends.automatic("cpu") == "aten"
+
+
+def test_the_planner_counts_with_its_costs(toy):
+    class Eager(type(toy.COSTS)):
+        def apply(self, p, schedule, machine):
+            cost = super().apply(p, schedule, machine)
+            return cost._replace(seconds=0.0 if schedule == "project" else 1.0)
+
+    planner.register("toy", Eager())
+    problem = Problem("apply", 8192, 1, 8, 64, 128, backend="toy")
+    assert planner.plan(problem).schedule == "project"
+    assert planner.plan(problem._replace(backend="")).schedule == "fold"
+
+
+def test_what_prints_backends_prints_it(toy):
+    assert "toy: ready (for a test)" in info.report()
+    assert "backend toy" in explain(batch=4, points=1, cond=5, in_features=3, out_features=6)
+    half = explain(batch=4, points=1, cond=5, in_features=3, out_features=6, dtype="bfloat16")
+    assert "backend aten" in half
