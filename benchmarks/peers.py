@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 import fasthyper
-from fasthyper.functional import hyper_primary
+from fasthyper.fused import hyper_primary
 from fasthyper.planner import machine
 
 from . import libraries

@@ -1,10 +1,9 @@
 // The plain case of fasthyper::hyper_linear on CPU tensors without a step through Python, which is most of the time of
 // a small problem.
 //
-// Plain is eager reverse mode and nothing else: no torch.func transform, no dual numbers, no gradient of a gradient;
-// the backend and the schedule left to choice, and a problem that was planned before. Whatever is not goes on to the
-// kernels that fasthyper/ops registers for every device and every autograd key, which these shadow for the CPU: they
-// say what is computed, and what its derivatives are.
+// Plain is eager reverse mode and nothing else: no torch.func transform, no dual numbers, no gradient of a gradient; no
+// backend and no schedule is forced, and the problem was planned before. Any other call goes on to the kernels that
+// fasthyper/ops registers for every device and every autograd key, and that these kernels shadow on the CPU.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/Parallel.h>
@@ -142,7 +141,7 @@ struct Problem {
 
 struct Hash {
   size_t operator()(const Problem& p) const {
-    return std::apply([](const auto&... part) { return c10::get_hash(part...); }, p.all());
+    return std::apply([](const auto&... field) { return c10::get_hash(field...); }, p.all());
   }
 };
 
@@ -187,17 +186,49 @@ Problem problem_of(const Tensor& x, int64_t R, int64_t O, int64_t needs) {
 
 int64_t needs_of(const Mask& mask) { return mask[0] | mask[1] << 1 | mask[2] << 2; }
 
-// Whether t is absent, or on the CPU in the dtype of x and of this shape.
-bool fits(const Tensor& x, const Tensor& t, at::IntArrayRef shape) {
-  return t.sizes() == shape && t.scalar_type() == x.scalar_type() && t.is_cpu();
+// The letters of the axes of each argument, and which of them the ops below have, as fasthyper/ops/shapes.py has them.
+struct Axes {
+  static constexpr const char* FORWARD[] = {"x", "z", "weight", "bias", "base_weight", "base_bias"};
+  static constexpr const char* BACKWARD[] = {"x", "z", "weight", "bias", "base_weight", "g"};
+  std::array<std::string, 6> forward, backward;
+  bool declared = false;
+};
+
+Axes axes;
+
+void declare_axes(const std::vector<std::string>& names, const std::vector<std::string>& letters) {
+  const auto of = [&](const char* name) {
+    for (size_t i = 0; i < names.size(); ++i)
+      if (names[i] == name) return letters.at(i);
+    TORCH_CHECK(false, "no axes are declared for ", name);
+  };
+  for (size_t i = 0; i < 6; ++i) axes.forward[i] = of(Axes::FORWARD[i]), axes.backward[i] = of(Axes::BACKWARD[i]);
+  axes.declared = true;
 }
 
-bool fits(const Tensor& x, const Maybe& t, at::IntArrayRef shape) { return !t || fits(x, *t, shape); }
+const Tensor* given(const Tensor& t) { return &t; }
 
-bool agree(const Tensor& x, const Tensor& z, const Tensor& weight, const Maybe& bias, const Maybe& base_weight) {
-  if (x.dim() != 3 || weight.dim() != 3 || z.dim() != 2) return false;
-  const int64_t B = x.size(0), I = x.size(2), O = weight.size(0), R = weight.size(2);
-  return fits(x, z, {B, R}) && fits(x, weight, {O, I, R}) && fits(x, bias, {O, R}) && fits(x, base_weight, {O, I});
+const Tensor* given(const Maybe& t) { return t ? &*t : nullptr; }
+
+// Whether the tensors, of which some may be absent, have one dtype, are on the CPU, and have sizes that agree.
+template <class... Tensors>
+bool agree(const std::array<std::string, 6>& letters, const Tensor& x, const Tensors&... others) {
+  if (!axes.declared) return false;
+  std::array<int64_t, 26> size;
+  size.fill(-1);
+  size_t argument = 0;
+  for (const Tensor* t : {&x, given(others)...}) {
+    const std::string& of = letters[argument++];
+    if (t == nullptr) continue;
+    if (t->scalar_type() != x.scalar_type() || !t->is_cpu() || t->dim() != int64_t(of.size())) return false;
+    const auto sizes = t->sizes();
+    for (size_t k = 0; k < of.size(); ++k) {
+      int64_t& known = size[of[k] - 'A'];
+      if (known < 0) known = sizes[k];
+      if (known != sizes[k]) return false;
+    }
+  }
+  return true;
 }
 
 // The kernels that fasthyper/ops registers for every device, shadowed here for the CPU: they check, plan and remember.
@@ -216,7 +247,7 @@ using Grads =
 Tensor run(
     const Tensor& x, const Tensor& z, const Tensor& weight, const Maybe& bias, const Maybe& base_weight,
     const Maybe& base_bias, string_view backend, string_view schedule) {
-  if (chosen_here(backend, schedule) && agree(x, z, weight, bias, base_weight) && fits(x, base_bias, {weight.size(0)}))
+  if (chosen_here(backend, schedule) && agree(axes.forward, x, z, weight, bias, base_weight, base_bias))
     if (const auto plan = plans.find(problem_of(x, weight.size(2), weight.size(0), FORWARD))) {
       static const auto apply =
           c10::Dispatcher::singleton().findSchemaOrThrow("fasthyper_cpu::apply", "").typed<Apply>();
@@ -230,8 +261,8 @@ Six run_grads(
     const Tensor& g, Mask mask, string_view backend, string_view schedule) {
   const bool of_base = mask[3] || mask[4] || mask[5];
   const bool may_come_along = x.size(1) > 1 && x.scalar_type() == at::kFloat;
-  if (chosen_here(backend, schedule) && (!of_base || may_come_along) && agree(x, z, weight, bias, base_weight) &&
-      fits(x, g, {x.size(0), x.size(1), weight.size(0)}))
+  if (chosen_here(backend, schedule) && (!of_base || may_come_along) &&
+      agree(axes.backward, x, z, weight, bias, base_weight, g))
     if (const auto plan = plans.find(problem_of(x, weight.size(2), weight.size(0), needs_of(mask)));
         plan && (!of_base || plan->schedule == "generate")) {
       static const auto grads =
@@ -268,6 +299,7 @@ TORCH_LIBRARY(fasthyper_eager, m) {
       " -> ()",
       remember);
   m.def("forget() -> ()", [] { plans.forget(); });
+  m.def("declare_axes(str[] names, str[] letters) -> ()", declare_axes);
 }
 
 }  // namespace

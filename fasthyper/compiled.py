@@ -1,6 +1,6 @@
-"""The compiled libraries: whether they were built, for which torch, and loading them.
+"""Loading the compiled libraries, if they were built, for the torch that is here.
 
-``FASTHYPER_COMPILED`` is another folder of them, such as those that were built under sanitizers.
+``FASTHYPER_COMPILED`` names another folder of libraries, such as those built under sanitizers.
 """
 
 from __future__ import annotations
@@ -17,10 +17,7 @@ FOLDER = Path(os.environ.get("FASTHYPER_COMPILED") or Path(__file__).parent / "_
 
 @functools.cache
 def load(name: str) -> str | None:
-    """Load a library; returns why it cannot be, or None.
-
-    Loading registers its operators with torch, once.
-    """
+    """Load a library, which registers its operators with torch; return why that is impossible, or None."""
     try:
         record = json.loads((FOLDER / "build.json").read_text())
     except FileNotFoundError:

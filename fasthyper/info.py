@@ -9,8 +9,9 @@ import torch
 
 from . import planner, processor
 from ._version import __version__
-from .backends import AUTO, BACKENDS, backend, current
-from .ops import dispatch
+from .backends import BACKENDS, automatic, current
+from .ops import register
+from .problem import AUTO
 
 _EXTRAS = ("sklearn", "matplotlib", "rich", "typer", "pandas")
 
@@ -46,30 +47,26 @@ def _capability() -> str:
 
 
 def _contract() -> str:
-    if dispatch.MISSING is None:
+    if register.MISSING is None:
         return "all derivatives and transforms, without writing weights out"
-    return f"by the reference, which writes the weights out: this torch has no {dispatch.MISSING}"
+    return f"by the reference, which writes the weights out: this torch has no {register.MISSING}"
 
 
 def _readiness(name: str) -> str:
     why = BACKENDS[name].unavailable()
-    remark = getattr(BACKENDS[name], "REMARK", "")
+    remark = BACKENDS[name].REMARK
     return ("ready" if why is None else f"not ready: {why}") + (f" ({remark})" if remark else "")
-
-
-def _best() -> str:
-    return backend(AUTO, torch.device("cpu")).__name__.rpartition(".")[2]
 
 
 def _in_force() -> str:
     choice = current()
     if choice.backend == AUTO:
-        return f"auto, which takes {_best()} on the cpu; schedule {choice.schedule}"
+        return f"auto, which takes {automatic('cpu')} on the cpu; schedule {choice.schedule}"
     return f"{choice.backend}; schedule {choice.schedule}"
 
 
 def _precision(dtype: torch.dtype) -> str:
-    work = planner.machine("cpu", dtype, backend=_best()).work_dtype
+    work = planner.machine("cpu", dtype, backend=automatic("cpu")).work_dtype
     return f"{str(dtype).removeprefix('torch.')} on the cpu is multiplied in {str(work).removeprefix('torch.')}"
 
 

@@ -1,7 +1,7 @@
-"""What the processor decides, each thing in one place: which compiled kernels run, and what they multiply in 16 bits.
+"""What the processor decides: which compiled kernels run, and whether they multiply in 16 bits.
 
-Two environment variables put something else in the place of what it is, for the whole process: so that what a machine
-does not have is tested there, and an instruction set that misbehaves can be avoided.
+Two environment variables force another answer for the whole process. Tests use them for instruction sets that the
+machine does not have; a user may avoid one that misbehaves.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ _KNOWN = ("default", "avx2", "avx512", "width4", "width8", "width16")
 
 
 def kernels() -> str:
-    """Return the name of the compiled kernels to load: those for the instruction set that torch takes here.
+    """Return the name of the compiled kernels to load: those for the instruction set that torch itself uses.
 
-    ``FASTHYPER_CPU`` names others: ``default``, ``avx2``, ``avx512``, or of a build under sanitizers ``width4``,
+    ``FASTHYPER_CPU`` names others: ``default``, ``avx2``, ``avx512``, or, in a build under sanitizers, ``width4``,
     ``width8``, ``width16``, which every processor can run.
 
     Raises:
-        ValueError: if it names none of them.
+        ValueError: if ``FASTHYPER_CPU`` is another name.
     """
     forced = os.environ.get("FASTHYPER_CPU")
     if forced and forced not in _KNOWN:
@@ -31,7 +31,7 @@ def kernels() -> str:
 
 @functools.cache
 def has_fast(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has products of this 16-bit dtype; elsewhere float32 is tens of times faster."""
+    """Return whether oneDNN has fast products of a 16-bit dtype. Where it has not, float32 is tens of times faster."""
     probe = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     try:
         return bool(getattr(torch.ops.mkldnn, probe)())
@@ -41,13 +41,12 @@ def has_fast(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def kernels_multiply(dtype: torch.dtype) -> bool:
-    """Whether the compiled kernels multiply in this 16-bit dtype: bfloat16, where there are instructions for it.
+    """Return whether the compiled kernels multiply in a 16-bit dtype: bfloat16, if the processor has instructions.
 
-    ``FASTHYPER_BFLOAT16`` is ``1`` or ``0`` to say so whatever the processor has; kernels that cannot compute in
-    float32 all the same.
+    ``FASTHYPER_BFLOAT16`` forces it, ``1`` or ``0``. Kernels that cannot multiply bfloat16 compute in float32 anyway.
 
     Raises:
-        ValueError: if it is something else.
+        ValueError: if ``FASTHYPER_BFLOAT16`` is neither.
     """
     if dtype != torch.bfloat16:
         return False

@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as _modules
 
-from fasthyper.functional import hyper_primary, may_fuse
+from fasthyper.backends.contract import Layer
+from fasthyper.fused import hyper_primary, may_fuse
 from fasthyper.nn.deliver import deliver
 from fasthyper.nn.hyperize import ungenerated
 from fasthyper.nn.linear import HyperLinear
-from fasthyper.ops.primary import Layer, activation_of
+from fasthyper.ops.primary import activation_of
 
 _LISTED = 8
 _hooked_everywhere = getattr(_modules, "_has_any_global_hook", lambda: True)
@@ -142,4 +143,4 @@ def _calls_forward(module: nn.Module) -> bool:
 
 
 def _parameters(layer: HyperLinear) -> Layer:
-    return layer.weight, layer.bias, layer.base_weight, layer.base_bias
+    return Layer(layer.weight, layer.bias, layer.base_weight, layer.base_bias)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fasthyper.ops.dispatch import transformed
+from fasthyper.ops.register import transformed
 
 # Elements of a head that are worked on at a time: 16 MiB in float32.
 _PIECE = 2**22

@@ -1,8 +1,12 @@
-"""What torch sees: ``torch.ops.fasthyper``, and the functions that call it.
+"""The custom ops of torch, ``torch.ops.fasthyper``, and the functions of the family that call them.
 
-`apply`, `cond_grad` and `weight_grad` are the closed family (`fasthyper.ops.rules` has its table), `grads` is
-what backward calls. `hyper_linear` adds a base and a bias in place, `primary` is two of those and the activation
-between. `reference` holds the definition.
+shapes.py     the axes of every tensor: the check, its message, the shapes of results
+register.py   `define` registers an op; torch's private names
+rules.py      the table of derivatives and of vmap
+family.py     apply, cond_grad, weight_grad, and grads, the gradients of apply
+linear.py     hyper_linear: the family with a generated bias and a base added in place
+primary.py    primary: two of those and the activation between them
+reference.py  the definition, one einsum for each
 """
 
 from .family import apply, cond_grad, grads, weight_grad

@@ -1,176 +1,168 @@
-"""Registration of the family: schemas, fake kernels, derivatives, vmap, and the kernels of the backends.
+"""The family: three contractions of T(x, z, H, g), and the gradients of one of them in one call.
 
     apply        y[b,n,o]  = Σ_{i,r}   H[o,i,r] x[b,n,i] z[b,r]
     cond_grad    dz[b,r]   = Σ_{n,i,o} H[o,i,r] x[b,n,i] g[b,n,o]
     weight_grad  dH[o,i,r] = Σ_{b,n}   x[b,n,i] z[b,r] g[b,n,o]
-    grads        dx, dz, dH of `apply`, as asked for
+    grads        dx, dz, dH of `apply`, those that are asked for
 
-Every op ends in two strings, the backend and the schedule: resolved in forward, so that a backward in another
-thread does as its forward did. Empty means not resolved yet.
+Every op ends in two strings, the backend and the schedule (see `register.choice`).
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import backends
-from ..problem import AUTO
+from ..backends.contract import Wanted
 from . import autocast, reference, rules
-from .checks import check_factors
-from .dispatch import LIBRARY, MISSING, below, recording, register, rule, transformed
+from .register import MISSING, Arguments, Gradients, Op, choice, define
+from .shapes import LINEAR
 
-HOW = 'str backend="", str schedule=""'
-TAGS = (torch.Tag.pt2_compliant_tag,)
 ops = torch.ops.fasthyper
 
 
-def resolved(how: tuple[str, ...]) -> backends.Choice:
-    """Return the choice that travels with the call, or the one in force."""
-    return backends.checked(*(name or AUTO for name in how)) if any(how) else backends.current()
+class Apply(NamedTuple):
+    x: Tensor
+    z: Tensor
+    weight: Tensor
+    backend: str = ""
+    schedule: str = ""
 
 
-def check_mask(mask: Any, length: int) -> None:
-    """Check that a mask has one entry for each gradient: torch leaves that to us."""
-    if len(mask) != length:
-        raise ValueError(f"mask must have {length} entries, one for each gradient, got {list(mask)}")
+class CondGrad(NamedTuple):
+    x: Tensor
+    g: Tensor
+    weight: Tensor
+    backend: str = ""
+    schedule: str = ""
 
 
-def run_apply(how: tuple[str, ...], *args: Tensor | None) -> Tensor:
-    """Run a backend's `apply`, with or without bias and base."""
-    choice = resolved(how)
-    x = cast(Tensor, args[0])
+class WeightGrad(NamedTuple):
+    x: Tensor
+    z: Tensor
+    g: Tensor
+    backend: str = ""
+    schedule: str = ""
+
+
+class Grads(NamedTuple):
+    x: Tensor
+    z: Tensor
+    weight: Tensor
+    g: Tensor
+    mask: list[bool]
+    backend: str = ""
+    schedule: str = ""
+
+
+def run_apply(
+    a: Arguments,
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    base_weight: Tensor | None = None,
+    base_bias: Tensor | None = None,
+) -> Tensor:
+    """Run `apply` of the backend that a call takes."""
+    backend, schedule = choice(a)
     with autocast.off(x):
-        return backends.backend(choice.backend, x.device).apply(*args, schedule=choice.schedule)
+        found = backends.backend(backend, x.device)
+        return found.apply(x, z, weight, bias, base_weight, base_bias, schedule=schedule)
 
 
-def run_grads(how: tuple[str, ...], *args: Any) -> tuple[Tensor | None, ...]:
-    """Run a backend's `grads`: x, z, H, bias, W0, g, and a mask of six."""
-    choice = resolved(how)
-    with autocast.off(args[0]):
-        return backends.backend(choice.backend, args[0].device).grads(*args, schedule=choice.schedule)
+def run_grads(
+    a: Arguments,
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_weight: Tensor | None,
+    g: Tensor,
+    wanted: Wanted,
+) -> tuple[Tensor | None, ...]:
+    """Run `grads` of the backend that a call takes."""
+    backend, schedule = choice(a)
+    with autocast.off(x):
+        found = backends.backend(backend, x.device)
+        return found.grads(x, z, weight, bias, base_weight, g, wanted, schedule=schedule)
 
 
-def _kernel_apply(x: Tensor, z: Tensor, weight: Tensor, *how: str) -> Tensor:
-    return run_apply(how, x, z, weight)
+def _apply(a: Apply) -> Tensor:
+    return run_apply(a, a.x, a.z, a.weight)
 
 
-def _kernel_cond_grad(x: Tensor, g: Tensor, weight: Tensor, *how: str) -> Tensor:
-    mask = (False, True, False, False, False, False)
-    return cast(Tensor, run_grads(how, x, None, weight, None, None, g, mask)[1])
+def _cond_grad(a: CondGrad) -> Tensor | None:
+    return run_grads(a, a.x, None, a.weight, None, None, a.g, Wanted(z=True))[1]
 
 
-def _kernel_weight_grad(x: Tensor, z: Tensor, g: Tensor, *how: str) -> Tensor:
-    mask = (False, False, True, False, False, False)
-    return cast(Tensor, run_grads(how, x, z, None, None, None, g, mask)[2])
+def _weight_grad(a: WeightGrad) -> Tensor | None:
+    return run_grads(a, a.x, a.z, None, None, None, a.g, Wanted(weight=True))[2]
 
 
-_KERNELS = {"apply": _kernel_apply, "cond_grad": _kernel_cond_grad, "weight_grad": _kernel_weight_grad}
-
-
-def _define(name: str) -> None:
+def _define(name: str, arguments: type, kernel: Op) -> None:
+    """Define a member of the family: its derivatives are a row of the table of rules."""
     factors, result = rules.INPUTS[name], rules.RESULT[name]
-    arguments = ", ".join(f"Tensor {'weight' if f == 'w' else f}" for f in factors)
-    LIBRARY.define(f"{name}({arguments}, {HOW}) -> Tensor", tags=TAGS)
-    op = getattr(ops, name).default
 
-    def written_out(a: Tensor, b: Tensor, c: Tensor, *how: str) -> Tensor:
-        check_factors(**dict(zip(factors, (a, b, c), strict=True)))
-        return getattr(reference, name)(a, b, c)
+    def factors_of(a: Any, **more: Any) -> dict[str, Tensor]:
+        return {**{f: getattr(a, f) for f in factors}, **more}
 
-    if MISSING:
-        LIBRARY.impl(name, written_out, "CompositeImplicitAutograd")
-        return
-
-    def kernel(a: Tensor, b: Tensor, c: Tensor, *how: str) -> Tensor:
-        check_factors(**dict(zip(factors, (a, b, c), strict=True)))
-        return _KERNELS[name](a, b, c, *how)
-
-    def fake(a: Tensor, b: Tensor, c: Tensor, *how: str) -> Tensor:
-        check_factors(**dict(zip(factors, (a, b, c), strict=True)))
-        return a.new_empty(rules.result_shape(name, (a.shape, b.shape, c.shape)))
-
-    def named(args: tuple[Any, ...]) -> dict[str, Any]:
-        return dict(zip(factors, args, strict=False))
-
-    def backward(args, need, g):
-        t, how = {**named(args), result: g}, args[3:]
+    def backward(a: Any, wanted: dict[str, bool], g: Tensor) -> Gradients:
+        t = factors_of(a, **{result: g})
         if name == "apply":
-            out = ops.grads(t["x"], t["z"], t["w"], t["g"], need[:3], *how)
-        else:
-            out = [rules.partial(f, t, how) if k else None for f, k in zip(factors, need, strict=False)]
-        return *(v if k else None for v, k in zip(out, need, strict=False)), *[None] * len(how)
+            mask = [wanted[f] for f in factors]
+            return dict(zip(factors, ops.grads(t["x"], t["z"], t["weight"], g, mask, *choice(a)), strict=True))
+        return {f: rules.partial(f, t, *choice(a)) for f in factors if wanted[f]}
 
-    def jvp(args, tangents):
-        terms = [
-            op(*{**named(args), f: dot}.values(), *args[3:])
-            for f, dot in zip(factors, tangents, strict=False)
-            if dot is not None
-        ]
+    def jvp(a: Any, tangents: Gradients) -> Tensor:
+        terms = (rules.partial(result, factors_of(a, **{f: t}), *choice(a)) for f, t in tangents.items())
         return functools.reduce(torch.add, terms)
 
-    recorded = rule(op, backward, jvp)
-
-    def autograd(keys, a, b, c, *how):
-        return recorded(keys, a, b, c, *resolved(how))
-
-    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
-    torch.library.register_fake(f"fasthyper::{name}", fake, lib=LIBRARY)
-    torch.library.register_vmap(
-        f"fasthyper::{name}",
-        lambda info, dims, *args: rules.vmap(name, info.batch_size, dims, args),
-        lib=LIBRARY,
+    define(
+        name,
+        arguments,
+        {result: LINEAR[result]},
+        axes=LINEAR,
+        kernel=kernel,
+        definition=lambda a: getattr(reference, name)(**factors_of(a)),
+        backward=backward,
+        jvp=jvp,
+        vmap=lambda info, dims, *args: rules.vmap(name, info.batch_size, dims, args),
     )
 
 
-def _members(x: Tensor, z: Tensor, weight: Tensor, g: Tensor, mask: list[bool], *how: str) -> tuple[Tensor, ...]:
-    """`grads` written in the family: what every transform sees of it."""
-    check_mask(mask, 3)
-    t = {"x": x, "z": z, "w": weight, "g": g}
-    return tuple(rules.partial(f, t, how) if k else x.new_empty(0) for f, k in zip("xzw", mask, strict=True))
+_define("apply", Apply, _apply)
+_define("cond_grad", CondGrad, _cond_grad)
+_define("weight_grad", WeightGrad, _weight_grad)
 
 
-def _define_grads() -> None:
-    LIBRARY.define(
-        "grads(Tensor x, Tensor z, Tensor weight, Tensor g, bool[3] mask, " + HOW + ") -> (Tensor, Tensor, Tensor)",
-        tags=TAGS,
-    )
-    if MISSING:
-        LIBRARY.impl("grads", _members, "CompositeImplicitAutograd")
-        return
-
-    def kernel(x, z, weight, g, mask, *how):
-        check_factors(x=x, z=z, w=weight, g=g)
-        check_mask(mask, 3)
-        out = run_grads(how, x, z, weight, None, None, g, (*mask, False, False, False))
-        return tuple(x.new_empty(0) if t is None else t for t in out[:3])
-
-    def fake(x, z, weight, g, mask, *how):
-        check_factors(x=x, z=z, w=weight, g=g)
-        check_mask(mask, 3)
-        return tuple(x.new_empty(t.shape if k else 0) for t, k in zip((x, z, weight), mask, strict=True))
-
-    def autograd(keys, x, z, weight, g, mask, *how):
-        how = tuple(resolved(how))
-        if transformed() or recording(x, z, weight, g):
-            return _members(x, z, weight, g, mask, *how)
-        return below(ops.grads.default, keys, (x, z, weight, g, mask, *how))
-
-    register("grads", kernel, fake, autograd, _members)
+def _grads(a: Grads) -> tuple[Tensor | None, ...]:
+    return run_grads(a, a.x, a.z, a.weight, None, None, a.g, Wanted(*a.mask))[:3]
 
 
-for _name in rules.INPUTS:
-    _define(_name)
-_define_grads()
+def _members(a: Grads) -> tuple[Tensor | None, ...]:
+    t = {"x": a.x, "z": a.z, "weight": a.weight, "g": a.g}
+    factors = ("x", "z", "weight")
+    return tuple(rules.partial(f, t, *choice(a)) if k else None for f, k in zip(factors, a.mask, strict=True))
+
+
+define(
+    "grads",
+    Grads,
+    {"dx": LINEAR["x"], "dz": LINEAR["z"], "dh": LINEAR["weight"]},
+    axes=LINEAR,
+    kernel=_grads,
+    composite=_members,
+)
 if MISSING:
     warnings.warn(
-        f"fasthyper runs by its reference, which writes out the generated weights: torch {torch.__version__} has "
-        f"no {MISSING}. Results are right; memory and time are those of the usual way.",
+        f"fasthyper runs by its definition, which writes out the generated weights: torch {torch.__version__} lacks "
+        f"{MISSING}. Results are right; memory and time are those of weights written out.",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -1,48 +1,37 @@
-"""A whole primary network of two generated layers in one op, for backends that write nothing between the two.
+"""A primary network of two generated layers in one op, for backends that keep what is between the layers on chip.
 
     a[b,n] = (H1·z[b] + W1) x[b,n] + bias1·z[b] + b1
     y[b,n] = (H2·z[b] + W2) σ(a[b,n]) + bias2·z[b] + b2
 
-It is `hyper_linear` twice, with torch's own σ between: `_composite` and `_composite_grads` say it so. They are what
-second order, forward mode and every transform see, and what runs where no backend fuses the two layers. `a` is an
-output because backward reads it, and has derivatives like any other: in second order gradients come in through it.
+It is `hyper_linear` twice, with torch's own σ between: the composites below say it so. Second order, forward mode and
+every transform see them, and they run where no backend fuses the two layers. `a` is a result because backward reads it.
+It has derivatives like any other result: in second order, gradients come in through it.
 
-A backend that fuses has three functions beside those of every backend. In them first and second are the tuples
-(weight, bias, base_weight, base_bias) of a layer, with None for what is absent.
-
-    fuses(x, z, first, second, activation) -> bool, by sizes, dtypes and strides: there may be no values
-    primary(x, z, first, second, activation) -> (y, a)
-    primary_grads(x, z, first, second, activation, a, g, mask) -> ten gradients, None for each not asked for
-
-The ten are those of x, z, the four of first, the four of second. No gradient reads a base_bias: `primary_grads`, and
-`fuses` before it, meet None for both. All have been checked to agree, with any strides; results are contiguous.
+A backend that fuses brings the three functions of `backends.contract.Fusing`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
+from ..backends.contract import Fusing, Layer, Wanted
 from ..problem import AUTO
-from . import affine, autocast
-from .checks import check_shapes, check_tensors
-from .dispatch import LIBRARY, MISSING, below, recording, register, rule, transformed
-from .family import HOW, TAGS, check_mask, ops, resolved
+from . import autocast
+from .register import Gradients, choice, define
+from .shapes import PRIMARY, agree
 
-Layer = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""weight, bias, base_weight and base_bias of a `hyper_linear`."""
-
+ops = torch.ops.fasthyper
 _aten = torch.ops.aten
 
 
 class Activation(NamedTuple):
-    """σ: its module, itself, and g·σ'(a) of (g, a, σ(a)) by what torch can derive again."""
+    """σ: its module, the function, and g·σ'(a) as a function of (g, a, σ(a)) that torch can derive again."""
 
     module: type[nn.Module]
     forward: Callable[[Tensor], Tensor]
@@ -51,7 +40,7 @@ class Activation(NamedTuple):
 
 def _silu_backward(g: Tensor, a: Tensor, h: Tensor) -> Tensor:
     s = torch.sigmoid(a)
-    return g * (s * (1 + a * (1 - s)))  # torch's own has no derivative
+    return g * (s * (1 + a * (1 - s)))  # torch.ops.aten.silu_backward has no derivative
 
 
 ACTIVATIONS = {
@@ -81,147 +70,153 @@ def sigma(name: str) -> Activation:
     return ACTIVATIONS[name]
 
 
-def fusing(x: Tensor, how: tuple[str, ...] = ()) -> ModuleType | None:
-    """Return the backend that runs a call, if it can fuse: not where a schedule is forced, which is one of a layer."""
-    choice = resolved(how)
+class Primary(NamedTuple):
+    x: Tensor
+    z: Tensor
+    weight1: Tensor
+    bias1: Tensor | None
+    base_weight1: Tensor | None
+    base_bias1: Tensor | None
+    weight2: Tensor
+    bias2: Tensor | None
+    base_weight2: Tensor | None
+    base_bias2: Tensor | None
+    activation: str
+    backend: str = ""
+    schedule: str = ""
+
+    @property
+    def first(self) -> Layer:
+        return Layer(self.weight1, self.bias1, self.base_weight1, self.base_bias1)
+
+    @property
+    def second(self) -> Layer:
+        return Layer(self.weight2, self.bias2, self.base_weight2, self.base_bias2)
+
+
+class PrimaryGrads(NamedTuple):
+    x: Tensor
+    z: Tensor
+    weight1: Tensor
+    bias1: Tensor | None
+    base_weight1: Tensor | None
+    weight2: Tensor
+    bias2: Tensor | None
+    base_weight2: Tensor | None
+    a: Tensor
+    g: Tensor
+    mask: list[bool]
+    activation: str
+    backend: str = ""
+    schedule: str = ""
+
+    @property
+    def first(self) -> Layer:
+        return Layer(self.weight1, self.bias1, self.base_weight1, None)
+
+    @property
+    def second(self) -> Layer:
+        return Layer(self.weight2, self.bias2, self.base_weight2, None)
+
+
+TENSORS = Primary._fields[:10]
+"""The tensors of a call, which are also those that have gradients."""
+
+
+def fits(a: Primary) -> bool:
+    """Return whether the arguments of a call are right: the quick answer."""
+    given = dict(zip(TENSORS, a, strict=False))
+    return all(given[name] is not None for name in ("z", "weight1", "weight2")) and agree(PRIMARY, given)
+
+
+def fusing(x: Tensor, backend: str, schedule: str) -> Fusing | None:
+    """Return the backend that runs a call, if it can fuse. It may not under a forced schedule, which is one layer's."""
     try:
-        backend = backends.backend(choice.backend, x.device)
-    except ValueError:  # not on this device, as the layers say
+        found = backends.backend(backend, x.device)
+    except ValueError:  # not on this device, which the layers say
         return None
-    return backend if choice.schedule == AUTO and hasattr(backend, "fuses") else None
+    return cast(Fusing, found) if schedule == AUTO and hasattr(found, "fuses") else None
 
 
-def fused_by(x, z, first: Layer, second: Layer, activation: str, how: tuple[str, ...] = ()) -> ModuleType | None:
-    """Return the backend that fuses a call, its arguments checked before."""
-    backend = fusing(x, how)
-    return backend if backend is not None and backend.fuses(x, z, first, second, activation) else None
+def fused_by(a: Primary | PrimaryGrads) -> Fusing | None:
+    """Return the backend that fuses a call, whose arguments are checked."""
+    found = fusing(a.x, *choice(a))
+    return found if found is not None and found.fuses(a.x, a.z, a.first, a.second, a.activation) else None
 
 
-def check(x, z, first: Layer, second: Layer, activation: str, a=None, g=None) -> None:
-    """Check the arguments of `primary`, and with a and g of `primary_grads`.
-
-    Raises:
-        TypeError: if the dtypes differ or are not floating point.
-        ValueError: names the argument of the wrong shape, or on another device; or an activation is unknown.
-    """
-    sigma(activation)
-    check_tensors(x=x)
-    weight1, weight2 = first[0], second[0]
-    if (x.dim(), z.dim(), weight1.dim(), weight2.dim()) != (3, 2, 3, 3):
-        axes = (("x", x, "B, N, I"), ("z", z, "B, R"), ("weight1", weight1, "J, I, R"), ("weight2", weight2, "O, J, R"))
-        name, t, letters = next(wrong for wrong in axes if wrong[1].dim() != len(wrong[2].split()))
-        raise ValueError(f"{name} must have shape ({letters}), got {tuple(t.shape)}")
-    B, N, I = x.shape
-    R, J, O = z.shape[1], weight1.shape[0], weight2.shape[0]
-    factors = ("z", z, (B, R)), ("weight1", weight1, (J, I, R)), ("weight2", weight2, (O, J, R))
-    check_shapes(x, (*factors, ("a", a, (B, N, J)), ("g", g, (B, N, O))))
-    check_shapes(x, affine.blocks(*first), "1")
-    check_shapes(x, affine.blocks(*second), "2")
+def _validate(a: Primary | PrimaryGrads) -> None:
+    sigma(a.activation)
 
 
-def _composite(x, z, *rest) -> tuple[Tensor, Tensor]:
-    first, second, activation, how = rest[:4], rest[4:8], rest[8], rest[9:]
-    check(x, z, first, second, activation)
-    a = ops.hyper_linear(x, z, *first, *how)
-    return ops.hyper_linear(sigma(activation).forward(a), z, *second, *how), a
+def _kernel(a: Primary) -> tuple[Tensor, Tensor]:
+    backend = fused_by(a)
+    if backend is None:
+        return _composite(a)
+    with autocast.off(a.x):
+        return backend.primary(a.x, a.z, a.first, a.second, a.activation)
 
 
-def _composite_grads(x, z, *rest) -> tuple[Tensor, ...]:
-    first, second, (a, g, mask, activation, *how) = rest[:3], rest[3:6], rest[6:]
-    check(x, z, first, second, activation, a, g)
-    check_mask(mask, 10)
-    of_first, of_second = list(mask[:6]), [any(mask[:6]), mask[1], *mask[6:]]
-    h = sigma(activation).forward(a)
-    dh, dz, *grads2 = ops.hyper_linear_grads(h, z, *second, g, of_second, *how)
-    if not any(of_first):
-        return *(x.new_empty(0) for _ in of_first), *grads2
-    da = sigma(activation).backward(dh, a, h)
-    dx, dz1, *grads1 = ops.hyper_linear_grads(x, z, *first, da, of_first, *how)
+def _composite(a: Primary) -> tuple[Tensor, Tensor]:
+    hidden = ops.hyper_linear(a.x, a.z, *a.first, *choice(a))
+    return ops.hyper_linear(sigma(a.activation).forward(hidden), a.z, *a.second, *choice(a)), hidden
+
+
+def _backward(p: Primary, wanted: dict[str, bool], a: Tensor, gy: Tensor | None, ga: Tensor | None) -> Gradients:
+    mask = [wanted[name] for name in TENSORS]
+    grads: dict[str, Tensor | None] = dict.fromkeys(TENSORS)
+    if gy is not None:
+        layers = (*p.first[:3], *p.second[:3])
+        out = ops.primary_grads(p.x, p.z, *layers, a, gy, mask, p.activation, *choice(p))
+        grads.update(zip(TENSORS, out, strict=True))
+    if ga is not None:  # a is read elsewhere, too: by second order
+        out = ops.hyper_linear_grads(p.x, p.z, *p.first[:3], ga, mask[:6], *choice(p))
+        for name, t in zip(TENSORS, out, strict=False):
+            if wanted[name]:
+                grads[name] = t if grads[name] is None else grads[name] + t
+    return grads
+
+
+define(
+    "primary",
+    Primary,
+    {"y": PRIMARY["g"], "a": PRIMARY["a"]},
+    axes=PRIMARY,
+    validate=_validate,
+    kernel=_kernel,
+    composite=_composite,
+    backward=_backward,
+    unread=("base_bias1", "base_bias2"),
+    reread=("a",),
+)
+
+
+def _grads_kernel(a: PrimaryGrads) -> tuple[Tensor | None, ...]:
+    backend = fused_by(a)
+    if backend is None:
+        return _grads_composite(a)
+    with autocast.off(a.x):
+        return backend.primary_grads(a.x, a.z, a.first, a.second, a.activation, a.a, a.g, tuple(a.mask))
+
+
+def _grads_composite(a: PrimaryGrads) -> tuple[Tensor | None, ...]:
+    wanted = dict(zip(TENSORS, a.mask, strict=True))
+    first = Wanted(*a.mask[:6])
+    second = Wanted(any(first), wanted["z"], *a.mask[6:])
+    h = sigma(a.activation).forward(a.a)
+    dh, dz, *grads2 = ops.hyper_linear_grads(h, a.z, *a.second[:3], a.g, list(second), *choice(a))
+    if not any(first):
+        return *[None] * 6, *grads2
+    da = sigma(a.activation).backward(dh, a.a, h)
+    dx, dz1, *grads1 = ops.hyper_linear_grads(a.x, a.z, *a.first[:3], da, list(first), *choice(a))
     return dx, dz1 + dz, *grads1, *grads2
 
 
-def _backward(args: tuple[Any, ...], need: tuple[bool, ...], gy: Tensor | None, ga: Tensor | None) -> tuple:
-    x, z, *layers, activation, backend, schedule, a = args
-    first, second, how, mask = layers[:3], layers[4:7], (backend, schedule), need[:10]
-    grads: list[Tensor | None] = [None] * 10
-
-    def add(terms: tuple[Tensor, ...]) -> None:
-        for k, t in enumerate(terms):
-            if mask[k]:
-                sum_ = grads[k]
-                grads[k] = t if sum_ is None else sum_ + t
-
-    if gy is not None:
-        add(ops.primary_grads(x, z, *first, *second, a, gy, list(mask), activation, *how))
-    if ga is not None:  # something else reads a: a second order does
-        add(ops.hyper_linear_grads(x, z, *first, ga, list(mask[:6]), *how))
-    return *grads, None, None, None
-
-
-def _define() -> None:
-    first, second = (f"Tensor weight{k}, Tensor? bias{k}, Tensor? base_weight{k}" for k in (1, 2))
-    LIBRARY.define(
-        f"primary(Tensor x, Tensor z, {first}, Tensor? base_bias1, {second}, Tensor? base_bias2, str activation, {HOW})"
-        " -> (Tensor y, Tensor a)",
-        tags=TAGS,
-    )
-    LIBRARY.define(
-        f"primary_grads(Tensor x, Tensor z, {first}, {second}, Tensor a, Tensor g, bool[10] mask, str activation, "
-        f"{HOW}) -> ({', '.join(['Tensor'] * 10)})",
-        tags=TAGS,
-    )
-    if MISSING:
-        LIBRARY.impl("primary", _composite, "CompositeImplicitAutograd")
-        LIBRARY.impl("primary_grads", _composite_grads, "CompositeImplicitAutograd")
-        return
-
-    def kernel(x, z, *rest):
-        first, second, activation, how = rest[:4], rest[4:8], rest[8], rest[9:]
-        check(x, z, first, second, activation)
-        backend = fused_by(x, z, first, second, activation, how)
-        if backend is None:
-            return _composite(x, z, *rest)
-        with autocast.off(x):
-            return backend.primary(x, z, first, second, activation)
-
-    def fake(x, z, *rest):
-        check(x, z, rest[:4], rest[4:8], rest[8])
-        return tuple(x.new_empty(x.shape[0], x.shape[1], weight.shape[0]) for weight in (rest[4], rest[0]))
-
-    recorded = rule(ops.primary.default, _backward, unread=(5, 9), reread=(1,))
-
-    def autograd(keys, *args):
-        args = *args[:11], *resolved(args[11:])
-        return _composite(*args) if transformed() else recorded(keys, *args)
-
-    def kernel_grads(x, z, *rest):
-        first, second, (a, g, mask, activation, *how) = (*rest[:3], None), (*rest[3:6], None), rest[6:]
-        check(x, z, first, second, activation, a, g)
-        check_mask(mask, 10)
-        backend = fused_by(x, z, first, second, activation, tuple(how))
-        if backend is None:
-            return _composite_grads(x, z, *rest)
-        with autocast.off(x):
-            out = backend.primary_grads(x, z, first, second, activation, a, g, tuple(mask))
-        return tuple(x.new_empty(0) if t is None else t for t in out)
-
-    def fake_grads(x, z, *rest):
-        weight1, weight2, (a, g, mask, activation) = rest[0], rest[3], rest[6:10]
-        check(x, z, rest[:3], rest[3:6], activation, a, g)
-        check_mask(mask, 10)
-        shapes = [x.shape, z.shape]
-        for O, I, R in (weight1.shape, weight2.shape):
-            shapes += [(O, I, R), (O, R), (O, I), (O,)]
-        return tuple(x.new_empty(s if k else 0) for s, k in zip(shapes, mask, strict=True))
-
-    def autograd_grads(keys, *args):
-        args = *args[:12], *resolved(args[12:])
-        if transformed() or recording(*args[:10]):
-            return _composite_grads(*args)
-        return below(ops.primary_grads.default, keys, args)
-
-    register("primary", kernel, fake, autograd, _composite)
-    register("primary_grads", kernel_grads, fake_grads, autograd_grads, _composite_grads)
-
-
-_define()
+define(
+    "primary_grads",
+    PrimaryGrads,
+    {f"d{name}": PRIMARY[name] for name in TENSORS},
+    axes=PRIMARY,
+    validate=_validate,
+    kernel=_grads_kernel,
+    composite=_grads_composite,
+)

@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fasthyper
-from fasthyper import functional
-from fasthyper.functional import hyper_linear, hyper_primary
+from fasthyper import fused as fused_module
+from fasthyper.functional import hyper_linear
+from fasthyper.fused import hyper_primary
 from fasthyper.ops.primary import ACTIVATIONS, activation_of
 
 RAW = torch.ops.fasthyper
@@ -754,4 +755,4 @@ class TestFusing:
 
 def test_nothing_fuses_here():
     """No backend of the CPU does: the layers run, as always."""
-    assert not functional.may_fuse(torch.ones(4, 3))
+    assert not fused_module.may_fuse(torch.ones(4, 3))

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from fasthyper.ops import dispatch
+from fasthyper.ops import register
 
 NAMES = (
     "_C._after_autograd_keyset",
@@ -77,8 +77,8 @@ close(primary(*layers), two(E)(*layers))
 wrt = (0, 1, 2, 6)
 for d in (lambda f: jacrev(f, wrt), lambda f: jacfwd(f, wrt), lambda f: hessian(lambda *a: (f(*a) ** 2).sum(), wrt)):
     close(d(primary)(*layers), d(two(E))(*layers))
-close(fasthyper.functional.hyper_primary(x, z, layers[2:6], layers[6:], "tanh"), two(E)(*layers))
-assert not fasthyper.functional.may_fuse(x)
+close(fasthyper.fused.hyper_primary(x, z, layers[2:6], layers[6:], "tanh"), two(E)(*layers))
+assert not fasthyper.fused.may_fuse(x)
 print("right")
 """
 ERRORS = """
@@ -113,7 +113,7 @@ def run(code: str, name: str) -> None:
 
 
 def test_no_name_is_missing_here():
-    assert dispatch.MISSING is None
+    assert register.MISSING is None
 
 
 @pytest.mark.parametrize("name", NAMES)

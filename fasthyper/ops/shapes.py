@@ -1,0 +1,175 @@
+"""The axes of every tensor of every op: one table, for the check, its message and the shapes of results.
+
+| letter | size                             | letter | size                               |
+|--------|----------------------------------|--------|------------------------------------|
+| B      | instances, each with its own z   | O      | out features of the layer          |
+| N      | points that share an instance    | I      | in features of the layer           |
+| R      | features of z                    | J      | features between two layers        |
+
+The kernels on the CPU check by the same table: `csrc/eager.cpp` is given it when its library is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+Axes = Mapping[str, str]
+"""Letters by argument. The first argument that has an axis fixes its size; an error names the one that disagrees."""
+
+LINEAR: Axes = {
+    "weight": "OIR",
+    "x": "BNI",
+    "z": "BR",
+    "bias": "OR",
+    "base_weight": "OI",
+    "base_bias": "O",
+    "g": "BNO",
+}
+PRIMARY: Axes = {
+    "x": "BNI",
+    "z": "BR",
+    "weight1": "JIR",
+    "weight2": "OJR",
+    "bias1": "JR",
+    "base_weight1": "JI",
+    "base_bias1": "J",
+    "bias2": "OR",
+    "base_weight2": "OJ",
+    "base_bias2": "O",
+    "a": "BNJ",
+    "g": "BNO",
+}
+
+
+def agree(axes: Axes, tensors: Mapping[str, Any]) -> bool:
+    """Return whether all tensors have one dtype that is known, one device, and sizes that agree: the quick answer."""
+    x = tensors["x"]
+    dtype, device = x.dtype, x.device
+    if dtype not in DTYPES:
+        return False
+    sizes: dict[str, int] = {}
+    for name, letters in axes.items():
+        t = tensors.get(name)
+        if t is None:
+            continue
+        shape = t.shape
+        if len(shape) != len(letters) or t.dtype != dtype or t.device != device:
+            return False
+        for letter, size in zip(letters, shape, strict=True):
+            if sizes.setdefault(letter, size) != size:
+                return False
+    return True
+
+
+def sizes_of(axes: Axes, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Return the size of every letter, from shapes that agree."""
+    return {letter: size for name, shape in shapes.items() for letter, size in zip(axes[name], shape, strict=True)}
+
+
+def shape_of(letters: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the shape that letters stand for."""
+    return tuple(sizes[letter] for letter in letters)
+
+
+def check(axes: Axes, tensors: Mapping[str, Any], optional: Iterable[str] = ()) -> None:
+    """Check the tensors of a call: kind, dtype, device, then rank and sizes.
+
+    Args:
+        axes: the letters of each argument. A ``*`` stands for any number of axes.
+        tensors: the arguments by name, in the order of the call; x is the first.
+        optional: the names of those that may be None.
+
+    Raises:
+        TypeError: an argument is not a floating point tensor, or has another dtype than x.
+        ValueError: an argument is on another device than x, or its shape is wrong.
+    """
+    for name, t in tensors.items():
+        if t is not None or name not in optional:
+            _check_kind(name, t, tensors["x"])
+    fixed: dict[str, tuple[int, str]] = {}  # the size of each letter, and the argument that fixed it
+    for name, letters in axes.items():
+        t = tensors.get(name)
+        if t is None:
+            continue
+        named = _named(letters, t.shape)
+        if named is None:
+            raise ValueError(_wrong_shape(name, letters, t, fixed) + _shared_z(name, tensors))
+        for letter, size in named:
+            expected, other = fixed.setdefault(letter, (size, name))
+            if size != expected:
+                raise ValueError(
+                    f"{_wrong_shape(name, letters, t, fixed)}; {name} must have {letter} = {expected}, as {other} "
+                    f"{_written(axes[other])} of shape {tuple(tensors[other].shape)} has{_shared_z(name, tensors)}"
+                )
+
+
+def _check_kind(name: str, t: Any, x: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {'None' if t is None else type(t).__name__}")
+    if t.dtype not in DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{name} must be floating point, got shape {tuple(t.shape)} of {t.dtype}; known are {known}")
+    if t.dtype != x.dtype:
+        raise TypeError(
+            f"{name} must have the dtype of x: {name} has shape {tuple(t.shape)} of {t.dtype}, "
+            f"x has shape {tuple(x.shape)} of {x.dtype}"
+        )
+    if t.device != x.device:
+        raise ValueError(
+            f"{name} must be on the device of x: {name} with shape {tuple(t.shape)} is on {t.device}, "
+            f"x with shape {tuple(x.shape)} is on {x.device}"
+        )
+
+
+def _named(letters: str, shape: Sequence[int]) -> list[tuple[str, int]] | None:
+    """Pair letters with sizes; None if the rank is another."""
+    first, star, last = letters.partition("*")
+    rank = len(first) + len(last)
+    if len(shape) < rank or (len(shape) > rank and not star):
+        return None
+    return [*zip(first, shape, strict=False), *zip(last, shape[len(shape) - len(last) :], strict=True)]
+
+
+def _written(axes: Sequence[str]) -> str:
+    """Return axes as a reader writes a shape: (B, R), or (O,), or (B, I) or (B, *, I)."""
+    if "*" in axes:
+        return f"{_written([axis for axis in axes if axis != '*'])} or ({', '.join(axes)})"
+    return f"({', '.join(axes)})" if len(axes) > 1 else f"({axes[0]},)"
+
+
+def _wrong_shape(name: str, letters: str, t: Tensor, fixed: Mapping[str, tuple[int, str]]) -> str:
+    expected = [str(fixed[letter][0]) if letter in fixed else letter for letter in letters]
+    return f"{name} must have shape {_written(expected)}, got {tuple(t.shape)}: its axes are {_written(letters)}"
+
+
+def _shared_z(name: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return what to do instead, where a z looks like one for the whole batch."""
+    z, x = tensors.get("z"), tensors["x"]
+    if name != "z" or z is None or not (z.dim() == 1 or (z.dim() == 2 and z.shape[0] == 1)):
+        return ""
+    one = "z[None]" if z.dim() == 1 else "z"
+    return (
+        f"; for one z that the whole batch of x {tuple(x.shape)} shares, "
+        f"pass x[None] and {one}: the batch becomes points"
+    )
+
+
+def flatten_points(x: Tensor) -> Tensor:
+    """View x (B, I) or (B, *, I) as (B, N, I)."""
+    if x.dim() == 3:
+        return x
+    return x.unsqueeze(1) if x.dim() == 2 else x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+
+
+def restore_points(y: Tensor, x: Tensor) -> Tensor:
+    """View y (B, N, O) with the points of x."""
+    if x.dim() == 3:
+        return y
+    return y.squeeze(1) if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])

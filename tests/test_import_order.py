@@ -1,0 +1,106 @@
+"""Imports run one way, from the command line down to the vocabulary of planning, and in no circle."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fasthyper
+
+ROOT = Path(fasthyper.__file__).parent
+
+FLOORS = (
+    ("__init__", "__main__"),
+    ("cli",),
+    ("experiments",),
+    ("measure", "info", "explain"),
+    ("nn",),
+    ("fused",),
+    ("functional",),
+    ("ops",),
+    ("backends",),
+    ("planner", "compiled", "kernels"),
+    ("costs",),
+    ("problem", "processor", "_version"),
+)
+"""The parts of the package, the highest first: a part imports from itself and from the floors below it."""
+
+FLOOR = {part: height for height, parts in enumerate(reversed(FLOORS)) for part in parts}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name below it; a package is named like its folder."""
+    found = {}
+    linked = (ROOT / "kernels").glob("*.py")  # rglob does not follow a link
+    for path in sorted({*ROOT.rglob("*.py"), *linked}):
+        *folders, name = path.relative_to(ROOT).with_suffix("").parts
+        if "_compiled" not in folders:
+            found[".".join(folders if name == "__init__" and folders else [*folders, name])] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imported(name: str) -> Iterator[str]:
+    """The modules of the package that a module imports, wherever in it."""
+    path = MODULES[name]
+    package = list(path.relative_to(ROOT).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (a.name.removeprefix("fasthyper.") for a in node.names if a.name.startswith("fasthyper."))
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module.split(".") if node.module else []
+            if node.level:
+                start = [*package[: len(package) - node.level + 1], *module]
+            elif module[:1] == ["fasthyper"]:
+                start = module[1:]
+            else:
+                continue
+            for alias in node.names:
+                inner, outer = ".".join([*start, alias.name]), ".".join(start)
+                yield inner if inner in MODULES else outer or "__init__"
+
+
+GRAPH = {name: set(imported(name)) - {name} for name in MODULES}
+
+
+def part(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def test_every_part_has_a_floor():
+    assert {part(name) for name in MODULES} == set(FLOOR)
+
+
+def test_the_graph_is_read():
+    """The edges that a reader of this test knows are there: relative, absolute, of modules and of names."""
+    assert {"functional", "ops.register", "backends.contract"} <= GRAPH["fused"]
+    assert "planner" in GRAPH["backends.cpu"]
+    assert "kernels.fold" in GRAPH["backends.triton.calls"]
+    assert any(part(name) == "experiments" for name in GRAPH["cli"])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_import_runs_up(name):
+    above = {other for other in GRAPH[name] if FLOOR[part(other)] > FLOOR[part(name)]}
+    beside = {other for other in GRAPH[name] if FLOOR[part(other)] == FLOOR[part(name)] and part(other) != part(name)}
+    allowed = {"__init__"} if name == "__main__" else set()
+    assert above | beside <= allowed
+
+
+def test_no_file_imports_in_a_circle():
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name not in done:
+            for other in GRAPH[name]:
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in GRAPH:
+        visit(name, ())
