@@ -149,7 +149,7 @@ def grads(
     *,
     schedule: str,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, z, H, bias, W0, b0 that the mask asks for; dz alone does not read z, nor dH alone H."""
+    """Return the gradients of x, z, H, bias, W0, b0 that the mask asks for; dz alone does not read z; dH, H."""
     O = g.shape[2]
     R = (z if weight is None else weight).shape[-1]  # type: ignore[union-attr]
     tensors = (x, z, weight, bias, base_weight, g)

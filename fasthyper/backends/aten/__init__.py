@@ -95,7 +95,7 @@ def grads(
     *,
     schedule: str,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, z, H, bias, W0, b0 that the mask asks for; dz alone does not read z, nor dH alone H."""
+    """Return the gradients of x, z, H, bias, W0, b0 that the mask asks for; dz alone does not read z; dH, H."""
     B, N, I = x.shape
     O = g.shape[2]
     z, weight = (

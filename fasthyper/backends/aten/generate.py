@@ -76,7 +76,7 @@ def grads(
         (B, N, I), O, R = x.shape, g.shape[2], weight.shape[2]
         copied = tiling.dtype != tiling.sum_dtype or _copied(weight, tiling)  # sums convert their operands
         instances, outputs = _shape(B, N, O, I, R, copied, tiling)
-        # dz is a sum over blocks of outputs, dH one over blocks of instances. One loop serves both if one is a single block.
+        # dz sums over blocks of outputs, dH over blocks of instances: one loop serves both if one is a single block
         shared = dh is not None and B > 0 and (outputs >= O or instances >= B)
         if dh is not None and dh.dtype != tiling.sum_dtype:
             shared = shared and min(O, outputs) * I * R <= tiling.elements
