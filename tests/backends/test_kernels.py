@@ -154,7 +154,7 @@ def test_float64_and_nothing_are_left_to_aten(kernels, factors, oracle):
 @pytest.mark.parametrize("module", [triton, cuda], ids=["triton", "cuda"])
 def test_tensors_elsewhere_are_refused(module, monkeypatch):
     name = module.__name__.rpartition(".")[2]
-    monkeypatch.setitem(fasthyper.backends._ON_GPU, name, lambda: False)
+    monkeypatch.setattr(module, "devices", lambda: ("cuda",))
     with pytest.raises(ValueError, match=f"backend '{name}' must have tensors on a GPU, got x on cpu"):
         fasthyper.backends.backend(name, torch.device("cpu"))
 
