@@ -32,7 +32,8 @@ def _hows() -> Iterator[tuple[str, str | None]]:
     """Every backend that runs here, with every schedule; where a CPU plays a GPU, that GPU's backend alone."""
     played = "triton" if triton.interpreting() else "cuda" if cuda.emulating() else None
     for name, module in backends.BACKENDS.items():
-        elsewhere = {"cpu": DEVICE != "cpu", "triton": DEVICE == "cpu", "cuda": DEVICE == "cpu"}.get(name, False)
+        devices = module.devices()
+        elsewhere = devices is not None and DEVICE not in devices
         if played and DEVICE == "cpu":
             elsewhere = name != played
         if not elsewhere and module.unavailable() is None:
