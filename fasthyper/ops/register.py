@@ -42,7 +42,7 @@ except (ImportError, AttributeError) as error:
     MISSING = str(error)
 
 LIBRARY = torch.library.Library("fasthyper", "DEF")
-_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str"}
+_SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str"}
 
 Op = Callable[..., Any]
 Gradients = Mapping[str, Tensor | None]
@@ -112,54 +112,9 @@ def define(
         reread: results that backward reads; it gets them as ``(a, wanted, *reread, *g)``.
         validate: raises for an argument that is no tensor.
     """
-    fields = arguments._fields  # type: ignore[attr-defined]
-    types = get_type_hints(arguments)
-    masked = "mask" in fields
-    tensors = [field for field in fields if types[field] in (Tensor, Tensor | None)]
-    optional = [field for field in tensors if types[field] != Tensor]
-
-    def declared(field: str) -> str:
-        text = f"bool[{len(results)}]" if field == "mask" else _TYPES[types[field]]
-        return f'{text} {field}=""' if field in ("backend", "schedule") else f"{text} {field}"
-
-    def checked(*args: Any) -> Any:
-        a = arguments(*args)
-        given = {field: getattr(a, field) for field in tensors}
-        if not shapes.agree(axes, given):
-            shapes.check(axes, given, optional)
-        if masked and len(a.mask) != len(results):
-            raise ValueError(f"mask must have {len(results)} entries, one for each gradient, got {list(a.mask)}")
-        if validate is not None:
-            validate(a)
-        return a
-
-    def returned(out: Any, a: Any) -> Any:
-        if len(results) == 1:
-            return out
-        return tuple(a.x.new_empty(0) if t is None else t for t in out)
-
-    def run(*args: Any) -> Any:
-        a = checked(*args)
-        return returned(kernel(a), a)
-
-    def fake(*args: Any) -> Any:
-        a = checked(*args)
-        given = {field: getattr(a, field) for field in tensors}
-        sizes = shapes.sizes_of(axes, {field: t.shape for field, t in given.items() if t is not None})
-        wanted = a.mask if masked else [True] * len(results)
-        out = [
-            a.x.new_empty(shapes.shape_of(letters, sizes) if k else 0)
-            for letters, k in zip(results.values(), wanted, strict=True)
-        ]
-        return out[0] if len(results) == 1 else tuple(out)
-
-    def by_ops(*args: Any) -> Any:
-        a = checked(*args)
-        return returned((composite or definition)(a), a)  # type: ignore[misc]
-
-    names = ", ".join(f"Tensor {result}" for result in results) if not masked else ", ".join(["Tensor"] * len(results))
-    schema = f"{name}({', '.join(map(declared, fields))}) -> {'Tensor' if len(results) == 1 else f'({names})'}"
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    signature = _Signature(name, arguments, results, axes, validate)
+    by_ops = signature.checked(composite or definition)
+    LIBRARY.define(signature.schema(), tags=(torch.Tag.pt2_compliant_tag,))
     if MISSING:
         LIBRARY.impl(name, by_ops, "CompositeImplicitAutograd")
         return
@@ -179,13 +134,67 @@ def define(
             return by_ops(*a)
         return _below(op, keys, a)
 
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, signature.checked(kernel), "CompositeExplicitAutograd")
     LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
-    torch.library.register_fake(f"fasthyper::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"fasthyper::{name}", signature.checked(signature.empty), lib=LIBRARY)
     if composite is not None:
         LIBRARY.impl(name, by_ops, "FuncTorchBatched")
     else:
         torch.library.register_vmap(f"fasthyper::{name}", vmap, lib=LIBRARY)
+
+
+class _Signature:
+    """The names, types and axes of an op: its schema, the check of its arguments, the shapes of its results."""
+
+    def __init__(
+        self, name: str, arguments: Any, results: Mapping[str, str], axes: shapes.Axes, validate: Op | None
+    ) -> None:
+        self.name, self.arguments, self.results, self.axes, self.validate = name, arguments, results, axes, validate
+        self.types = get_type_hints(arguments)
+        self.masked = "mask" in self.types
+        self.tensors = [field for field, kind in self.types.items() if kind in (Tensor, Tensor | None)]
+        self.optional = [field for field in self.tensors if self.types[field] != Tensor]
+
+    def schema(self) -> str:
+        arguments = []
+        for field, kind in self.types.items():
+            text = f"bool[{len(self.results)}]" if field == "mask" else _SCHEMA[kind]
+            arguments.append(f'{text} {field}=""' if field in ("backend", "schedule") else f"{text} {field}")
+        returns = ["Tensor" if self.masked else f"Tensor {result}" for result in self.results]
+        returned = "Tensor" if len(returns) == 1 else f"({', '.join(returns)})"
+        return f"{self.name}({', '.join(arguments)}) -> {returned}"
+
+    def checked(self, run: Op | None) -> Op:
+        """Return a function of the op's arguments that checks them and calls `run` with their named tuple."""
+
+        def call(*args: Any) -> Any:
+            a = self.arguments(*args)
+            given = self.given(a)
+            if not shapes.agree(self.axes, given):
+                shapes.check(self.axes, given, self.optional)
+            if self.masked and len(a.mask) != len(self.results):
+                raise ValueError(
+                    f"mask must have {len(self.results)} entries, one for each gradient, got {list(a.mask)}"
+                )
+            if self.validate is not None:
+                self.validate(a)
+            out = run(a)  # type: ignore[misc]
+            return out if len(self.results) == 1 else tuple(a.x.new_empty(0) if t is None else t for t in out)
+
+        return call
+
+    def given(self, a: Any) -> dict[str, Tensor | None]:
+        return {field: getattr(a, field) for field in self.tensors}
+
+    def empty(self, a: Any) -> Any:
+        """Return results of the right shapes with no values."""
+        sizes = shapes.sizes_of(self.axes, {field: t.shape for field, t in self.given(a).items() if t is not None})
+        wanted = a.mask if self.masked else [True] * len(self.results)
+        out = [
+            a.x.new_empty(shapes.shape_of(letters, sizes)) if k else None
+            for letters, k in zip(self.results.values(), wanted, strict=True)
+        ]
+        return out[0] if len(out) == 1 else tuple(out)
 
 
 def _requires_grad(a: Sequence[Any]) -> bool:
