@@ -140,7 +140,7 @@ def info() -> None:
     """Print versions, devices, the backends that are ready, and for the others why not."""
     from fasthyper import info
 
-    typer.echo(info.report())
+    typer.echo(info.describe())
 
 
 def _listed(text: str | None) -> list[str] | None:

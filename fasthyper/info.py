@@ -16,11 +16,11 @@ from .problem import AUTO
 _EXTRAS = ("sklearn", "matplotlib", "rich", "typer", "pandas")
 
 
-def report() -> str:
+def describe() -> str:
     """Return versions, devices, which backends are ready, and for the others why not.
 
     Example:
-        >>> print(report())
+        >>> print(describe())
         fasthyper 0...
     """
     devices = [f"cpu ({platform.machine()}, {torch.get_num_threads()} threads, {_capability()})"]

@@ -29,7 +29,7 @@ def test_the_kernels_are_those_that_torch_takes(environ):
 def test_other_kernels_are_named(environ):
     environ("FASTHYPER_CPU", "width4")
     assert processor.kernels() == "width4"
-    assert "with the kernels for width4" in info.report()
+    assert "with the kernels for width4" in info.describe()
 
 
 def test_kernels_that_nobody_knows(environ):

@@ -6,7 +6,7 @@ from fasthyper.nn.hyperize import hyperize, ungenerated
 from fasthyper.nn.hypernetwork import Hypernetwork
 from fasthyper.nn.init import bias_hyper_, hyperfan_in_, hyperfan_out_
 from fasthyper.nn.linear import HyperLinear
-from fasthyper.nn.report import ParameterReport, parameter_report
+from fasthyper.nn.parameters import ParameterReport, parameter_report
 
 __all__ = [
     "Bilinear",

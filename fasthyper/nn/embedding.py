@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fasthyper.nn.plain import obstacle
+from fasthyper.nn.plain_linear import why_not_plain
 
 
 class EmbeddingNetwork(nn.Module):
@@ -45,7 +45,7 @@ class EmbeddingNetwork(nn.Module):
                 "primary must be an nn.Linear, or an nn.Sequential whose first module is one, "
                 f"got {type(primary).__name__}" + (f" of {type(first).__name__}" if first is not primary else "")
             )
-        if problem := obstacle(first):
+        if problem := why_not_plain(first):
             raise TypeError(f"the primary's first layer cannot be split: {problem}")
 
     def forward(self, x: Tensor, cond: Any) -> Tensor:

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from fasthyper.nn.linear import HyperLinear
-from fasthyper.nn.plain import BYPASSED, obstacle
+from fasthyper.nn.plain_linear import NEVER_CALLED, why_not_plain
 
 
 def hyperize(
@@ -124,9 +124,9 @@ def _refuse(module: nn.Module, chosen: list[str]) -> None:
     for name in chosen:
         linear = module.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        problem = obstacle(linear)
+        problem = why_not_plain(linear)
         if name and isinstance(module.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-            problem = BYPASSED
+            problem = NEVER_CALLED
         if problem:
             refused.append(f"{name!r}: {problem}")
     if refused:

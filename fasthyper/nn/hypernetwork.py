@@ -10,13 +10,13 @@ from torch.nn.modules import module as _modules
 
 from fasthyper.backends.contract import Layer
 from fasthyper.fused import hyper_primary, may_fuse
-from fasthyper.nn.deliver import deliver
+from fasthyper.nn.current_z import use_z
 from fasthyper.nn.hyperize import ungenerated
 from fasthyper.nn.linear import HyperLinear
 from fasthyper.ops.primary import activation_of
 
-_LISTED = 8
-_hooked_everywhere = getattr(_modules, "_has_any_global_hook", lambda: True)
+_MAX_LISTED = 8
+_has_global_hook = getattr(_modules, "_has_any_global_hook", lambda: True)
 
 
 class Hypernetwork(nn.Module):
@@ -51,7 +51,7 @@ class Hypernetwork(nn.Module):
                 raise TypeError(f"{name} must be an nn.Module, got a {type(module).__name__}")
         self.trunk = trunk
         self.primary = primary
-        if next(_layers(primary), None) is None:
+        if next(_generated_layers(primary), None) is None:
             raise ValueError(
                 f"primary must have a HyperLinear that z reaches, got a {type(primary).__name__} with none: "
                 "z would have no effect. hyperize makes them of nn.Linears; those in the primary of an inner "
@@ -76,17 +76,17 @@ class Hypernetwork(nn.Module):
         """
         z = self.trunk(cond)
         if isinstance(z, dict):
-            z = self._by_layer(z)
+            z = self._z_by_layer(z)
         elif not isinstance(z, Tensor):
             raise TypeError(f"trunk must return a tensor or a dict of tensors, got a {type(z).__name__}")
-        elif not args and not kwargs and may_fuse(x) and (layers := _two_layers(self.primary)):
+        elif not args and not kwargs and may_fuse(x) and (layers := _fusable_layers(self.primary)):
             return hyper_primary(x, z, *layers)
-        with deliver(z):
+        with use_z(z):
             return self.primary(x, *args, **kwargs)
 
-    def _by_layer(self, z: dict[str, Tensor]) -> dict[nn.Module, Tensor]:
+    def _z_by_layer(self, z: dict[str, Tensor]) -> dict[nn.Module, Tensor]:
         # Looked up at every call: the modules may be replicas, or have been replaced since.
-        layers = dict(_layers(self.primary))
+        layers = dict(_generated_layers(self.primary))
         by_layer: dict[nn.Module, Tensor] = {}
         for name, value in z.items():
             if name not in layers:
@@ -103,11 +103,11 @@ class Hypernetwork(nn.Module):
 
     def extra_repr(self) -> str:
         names = ungenerated(self.primary)
-        more = f", … ({len(names)} in all)" if len(names) > _LISTED else ""
-        return f"ungenerated: {', '.join(names[:_LISTED]) or 'none'}{more}"
+        more = f", … ({len(names)} in all)" if len(names) > _MAX_LISTED else ""
+        return f"ungenerated: {', '.join(names[:_MAX_LISTED]) or 'none'}{more}"
 
 
-def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, HyperLinear]]:
+def _generated_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, HyperLinear]]:
     """The HyperLinears that z is for, under all their names: not those of an inner Hypernetwork's primary."""
     if isinstance(module, HyperLinear):
         yield prefix, module
@@ -115,28 +115,28 @@ def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, HyperLin
         if child is None or (isinstance(module, Hypernetwork) and name == "primary"):
             continue
         if name == "_orig_mod":  # the wrapper of torch.compile: layers keep the names that they had before
-            yield from _layers(child, prefix)
+            yield from _generated_layers(child, prefix)
         else:
-            yield from _layers(child, f"{prefix}.{name}" if prefix else name)
+            yield from _generated_layers(child, f"{prefix}.{name}" if prefix else name)
 
 
-def _two_layers(primary: nn.Module) -> tuple[Layer, Layer, str] | None:
+def _fusable_layers(primary: nn.Module) -> tuple[Layer, Layer, str] | None:
     """The two layers of a primary and the activation between them, where there is nothing else to its call.
 
     Looked at in every call: any of it may have been changed since.
     """
-    if type(primary) is not nn.Sequential or len(primary._modules) != 3 or _hooked_everywhere():
+    if type(primary) is not nn.Sequential or len(primary._modules) != 3 or _has_global_hook():
         return None
     first, between, second = primary._modules.values()
     activation = activation_of(between)
     if activation is None or not (type(first) is type(second) is HyperLinear):
         return None
-    if not all(map(_calls_forward, (primary, first, between, second))):
+    if not all(map(_only_calls_forward, (primary, first, between, second))):
         return None
     return _parameters(first), _parameters(second), activation
 
 
-def _calls_forward(module: nn.Module) -> bool:
+def _only_calls_forward(module: nn.Module) -> bool:
     """Whether to call a module is to call the forward of its class, and no more."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return not (hooks or module._compiled_call_impl or "forward" in vars(module))

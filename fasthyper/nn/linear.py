@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasthyper.functional import hyper_linear
-from fasthyper.nn.deliver import delivered
+from fasthyper.nn.current_z import current_z
+from fasthyper.nn.generated_norm import generated_norm_sq
 from fasthyper.nn.init import INITS
-from fasthyper.nn.norm import norm_sq
-from fasthyper.nn.plain import obstacle
+from fasthyper.nn.plain_linear import why_not_plain
 from fasthyper.ops import autocast
 
 
@@ -141,7 +141,7 @@ class HyperLinear(nn.Module):
         """
         if not isinstance(head, nn.Linear):
             raise TypeError(f"head must be an nn.Linear, got {type(head).__name__}")
-        if problem := obstacle(head):
+        if problem := why_not_plain(head):
             raise TypeError(f"head cannot be taken over: {problem}")
         _check_sizes(in_features=in_features, out_features=out_features)
         weights = out_features * in_features
@@ -181,7 +181,7 @@ class HyperLinear(nn.Module):
             TypeError: dtypes that differ, or integers.
         """
         if z is None:
-            z = delivered(self)
+            z = current_z(self)
         return hyper_linear(x, z, self.weight, self.bias, base_weight=self.base_weight, base_bias=self.base_bias)
 
     def materialize(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -241,7 +241,7 @@ class HyperLinear(nn.Module):
         w = None if self.base_weight is None else self.base_weight.flatten()
         z = z.to(torch.promote_types(torch.promote_types(z.dtype, h.dtype), torch.float32))
         with autocast.off(z):
-            return norm_sq(z, h, w)
+            return generated_norm_sq(z, h, w)
 
     def _check(self, z: Tensor) -> None:
         if z.ndim != 2 or z.shape[1] != self.cond_features:

@@ -252,7 +252,7 @@ def test_weight_norm_sq_is_never_negative():
 @pytest.mark.parametrize("converted", [2**22, 1000])
 def test_weight_norm_sq_low_precision(dtype, converted, monkeypatch):
     """Summed in float32, in pieces or not: beside float64 of the same values, float32's error is left."""
-    monkeypatch.setattr("fasthyper.nn.norm._PIECE", converted)
+    monkeypatch.setattr("fasthyper.nn.generated_norm._CHUNK_ELEMENTS", converted)
     torch.manual_seed(0)
     layer = filled(64, 64, 24, dtype=dtype)
     z = torch.randn(5, 24).to(dtype).requires_grad_()
@@ -274,7 +274,7 @@ def test_weight_norm_sq_low_precision(dtype, converted, monkeypatch):
 
 
 def test_weight_norm_sq_pieces_keep_no_float32_head(monkeypatch):
-    monkeypatch.setattr("fasthyper.nn.norm._PIECE", 1000)
+    monkeypatch.setattr("fasthyper.nn.generated_norm._CHUNK_ELEMENTS", 1000)
     layer = filled(64, 64, 24, dtype=torch.bfloat16)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -337,7 +337,7 @@ def test_weight_norm_sq_by_pieces_under_func(monkeypatch, instances, dtype):
         return (torch.einsum("oir,br->boi", weight, z) + layer.base_weight.double()).square().sum((1, 2)).sum()
 
     whole = torch.func.grad(expected)(z.double())
-    monkeypatch.setattr("fasthyper.nn.norm._PIECE", 100)
+    monkeypatch.setattr("fasthyper.nn.generated_norm._CHUNK_ELEMENTS", 100)
     pieces = torch.func.grad(lambda z: layer.weight_norm_sq(z).sum())(z)
     torch.testing.assert_close(pieces.double(), whole, rtol=0.02 if dtype == torch.bfloat16 else 1e-9, atol=1e-2)
     layer.weight_norm_sq(z).sum().backward()

@@ -1,4 +1,4 @@
-"""What keeps an `nn.Linear` from being taken over by a generated layer."""
+"""Check that an `nn.Linear` computes `x @ weight.T + bias` and no more, so that other code may use its parameters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
-BYPASSED = "the layer that owns it (MultiheadAttention) reads its weights and never calls it"
+NEVER_CALLED = "its owner (MultiheadAttention) reads its weights and never calls it"
 
 _HOOKS = (
     "_forward_hooks",
@@ -20,18 +20,18 @@ _HOOKS = (
 )
 
 
-def obstacle(linear: nn.Linear) -> str | None:
-    """Why a layer generated from this Linear's parameters could differ from it, or None where it cannot."""
+def why_not_plain(linear: nn.Linear) -> str | None:
+    """Return why this Linear may compute more than its weight and bias say, or None if it does not."""
     if is_lazy(linear.weight):
-        return "it is lazy and not initialised yet: call its network once before"
+        return "it is lazy and not initialised yet: call its network once first"
     if isinstance(linear, NonDynamicallyQuantizableLinear):
-        return BYPASSED
+        return NEVER_CALLED
     if not isinstance(linear._parameters.get("weight"), nn.Parameter):
-        return "its weight is computed by a parametrization, a weight norm or a pruning: remove that before"
+        return "its weight is computed by a parametrization, a weight norm or a pruning: remove that first"
     if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
         return f"it is a {type(linear).__name__} with a forward of its own"
     if set(linear._parameters) != {"weight", "bias"} or linear._buffers or linear._modules:
         return f"it is a {type(linear).__name__} with parameters, buffers or submodules beyond weight and bias"
     if any(getattr(linear, hooks, None) for hooks in _HOOKS):
-        return "it has hooks, which would be lost: remove them before and register them after"
+        return "it has hooks, which would be lost: remove them first and register them again afterwards"
     return None

@@ -1,0 +1,76 @@
+"""Pass z to the layers inside a primary network, without an argument.
+
+`Hypernetwork.forward` runs its primary inside ``with use_z(z):``. A `HyperLinear` that is called there without a z,
+in the same thread, takes ``current_z(layer)``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class _Current(threading.local):
+    """The z of this thread.
+
+    Dynamo does not trace contextvars, and threads would share an attribute or a buffer of the modules.
+    """
+
+    z: Tensor | dict[nn.Module, Tensor] | None
+    backward_id: int | None
+
+    # In __init__, which runs once per thread: torch 2.11's Dynamo reads a class default instead of a thread's value.
+    def __init__(self) -> None:
+        self.z = None
+        self.backward_id = None
+
+
+_current = _Current()
+
+
+def _backward_id() -> int | None:
+    """Return the id of the running backward pass: -1 outside of any, None in compiled code, where it is unknown.
+
+    A checkpoint inside a primary is recomputed in a backward pass. That pass may run during the forward of another
+    Hypernetwork, and must not use the z of that one.
+    """
+    return None if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+def _is_same_backward(backward_id: int | None) -> bool:
+    return torch.compiler.is_compiling() or backward_id is None or backward_id == _backward_id()
+
+
+@contextmanager
+def use_z(z: Tensor | dict[nn.Module, Tensor]) -> Iterator[None]:
+    """Make z, or the z of each layer, current in this thread; the previous one returns at the end."""
+    outer = _current.z, _current.backward_id
+    _current.z, _current.backward_id = z, _backward_id()
+    try:
+        yield
+    finally:
+        _current.z, _current.backward_id = outer
+
+
+def current_z(layer: nn.Module) -> Tensor:
+    """Return the current z for `layer`.
+
+    Raises:
+        ValueError: there is none; the message lists the possible causes.
+    """
+    z = _current.z if _is_same_backward(_current.backward_id) else None
+    if isinstance(z, dict):
+        z = z.get(layer)
+    if z is None:
+        raise ValueError(
+            f"{type(layer).__name__} was called with no z. Pass it, layer(x, z), or call the layer inside the "
+            "primary of a Hypernetwork, whose forward provides z. There is no z outside of that forward; when "
+            "activation checkpointing inside the primary recomputes the layer in the backward pass (checkpoint "
+            "the whole Hypernetwork instead); when the primary runs the layer in another thread (as DataParallel "
+            "does); or when the trunk returns a dict and the layer is no submodule of the primary."
+        )
+    return z
