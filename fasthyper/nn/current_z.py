@@ -41,8 +41,10 @@ def _backward_id() -> int | None:
     return None if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
-def _is_same_backward(backward_id: int | None) -> bool:
-    return torch.compiler.is_compiling() or backward_id is None or backward_id == _backward_id()
+def _may_be_same_backward(backward_id: int | None) -> bool:
+    # Either id may come from compiled code: Dynamo may compile `_backward_id` alone, and not its caller.
+    now = _backward_id()
+    return backward_id is None or now is None or backward_id == now
 
 
 @contextmanager
@@ -62,7 +64,7 @@ def current_z(layer: nn.Module) -> Tensor:
     Raises:
         ValueError: there is none; the message lists the possible causes.
     """
-    z = _current.z if _is_same_backward(_current.backward_id) else None
+    z = _current.z if _may_be_same_backward(_current.backward_id) else None
     if isinstance(z, dict):
         z = z.get(layer)
     if z is None:
