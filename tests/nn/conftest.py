@@ -1,0 +1,20 @@
+"""Lets the tests import the helpers of this folder by name."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(params=["one z", "a z per layer"])
+def model(request):
+    """A hypernetwork of two generated layers, with one z for both or one for each."""
+    from small_networks import R, TrunkByName, primary
+    from torch import nn
+
+    from fasthyper.nn import Hypernetwork
+
+    trunk = nn.Linear(6, R) if request.param == "one z" else TrunkByName("0", "2")
+    return Hypernetwork(trunk, primary())
