@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from small_networks import B, Checkpointed, R, TrunkByName, data, fill, primary
+from small_networks import B, Checkpointed, R, TrunkByName, by_hand, data, fill, primary
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -220,3 +220,17 @@ def test_layer_that_the_primary_does_not_hold():
     assert Hypernetwork(nn.Linear(6, R), Uses())(x, cond).shape == (B, 3)
     with pytest.raises(ValueError, match="no submodule of the primary"):
         Hypernetwork(TrunkByName("layer"), Uses())(x, cond)
+
+
+def test_after_the_recompile_limit():
+    """A graph break compiles a helper alone; at the limit its eager caller meets the compiled one."""
+    torch._dynamo.reset()
+    broken = Hypernetwork(nn.Linear(6, R), nn.Sequential(*primary()[:2], GraphBreak(), HyperLinear(5, 3, R)))
+    torch.compile(broken, backend="eager")(*data())
+    model = Hypernetwork(nn.Linear(6, R), primary())
+    model.primary.compile(backend="eager")
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for b in (B, 5, 3):
+            x, cond = data(b)
+            torch.testing.assert_close(model(x, cond), by_hand(model, x, cond))
+    torch._dynamo.reset()
