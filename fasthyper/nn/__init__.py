@@ -1,4 +1,4 @@
-"""The layers: generated linear layers, hypernetworks built of them, and what they are compared with."""
+"""Layers: generated linear layers, hypernetworks built from them, and the embedding method as a baseline."""
 
 from fasthyper.nn.bilinear import Bilinear
 from fasthyper.nn.embedding import EmbeddingNetwork

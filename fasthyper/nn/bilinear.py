@@ -1,4 +1,4 @@
-"""`Bilinear`: a drop-in for `torch.nn.Bilinear`, which is the same sum over the head, x and z."""
+"""`Bilinear`: a drop-in replacement for `torch.nn.Bilinear`."""
 
 from __future__ import annotations
 
@@ -10,45 +10,59 @@ from fasthyper.functional import hyper_linear
 
 
 class Bilinear(nn.Bilinear):
-    """`torch.nn.Bilinear`, computed without its intermediate of B·O·I elements.
+    """Drop-in replacement for :class:`torch.nn.Bilinear` that never forms its intermediate of B·O·I elements.
 
-    The constructor, the parameters `weight (O, I, R)` and `bias (O,)`, their initialisation, the state dict
-    and the results are those of `torch.nn.Bilinear` with in1_features = I, in2_features = R and out_features
-    = O, of which it is a subclass: swapped in for it, it loads what the other saved.
+    It computes ``y[b, o] = input1[b] @ weight[o] @ input2[b] + bias[o]``, which equals
+    ``torch.nn.functional.bilinear(input1, input2, weight, bias)``.
+
+    The class is a subclass of :class:`torch.nn.Bilinear`, with the same constructor, initialisation, parameters and
+    state dict: a checkpoint of one loads into the other. In the letters of this library, ``input1`` is x and
+    ``input2`` is z.
 
     Args:
-        in1_features: I, positive.
-        in2_features: R, positive.
-        out_features: O, positive.
-        bias: learn a bias too.
-        device: of the parameters.
-        dtype: of the parameters.
+        in1_features: the number of features of ``input1``, I, positive.
+        in2_features: the number of features of ``input2``, R, positive.
+        out_features: the number of output features, O, positive.
+        bias: if True, learn a bias.
+        device: the device of the parameters.
+        dtype: the dtype of the parameters.
+
+    Shape:
+        - input1: ``(*, I)``, with any number of leading dimensions, or none.
+        - input2: ``(*, R)``, with the same leading dimensions.
+        - Output: ``(*, O)``.
+
+    Attributes:
+        weight: ``(O, I, R)``.
+        bias: ``(O,)``, or None.
 
     Raises:
-        ValueError: in1_features is not positive.
+        ValueError: ``in1_features`` is not positive.
 
-    >>> import torch
-    >>> ours, theirs = Bilinear(5, 6, 8), torch.nn.Bilinear(5, 6, 8)
-    >>> ours.load_state_dict(theirs.state_dict())
-    <All keys matched successfully>
-    >>> x, z = torch.randn(2, 3, 5), torch.randn(2, 3, 6)
-    >>> torch.allclose(ours(x, z), theirs(x, z), atol=1e-5)
-    True
+    Example:
+        >>> import torch
+        >>> from fasthyper.nn import Bilinear
+        >>> ours, theirs = Bilinear(5, 6, 8), torch.nn.Bilinear(5, 6, 8)
+        >>> ours.load_state_dict(theirs.state_dict())
+        <All keys matched successfully>
+        >>> x, z = torch.randn(2, 3, 5), torch.randn(2, 3, 6)
+        >>> torch.allclose(ours(x, z), theirs(x, z), atol=1e-5)
+        True
     """
 
     def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
-        """`input1ᵀ weight input2 + bias`.
+        """Return ``input1ᵀ weight input2 + bias``.
 
         Args:
-            input1: `(*, I)`, any number of leading sizes, none included.
-            input2: `(*, R)`, with the same leading sizes.
+            input1: ``(*, I)``, with any number of leading dimensions, or none.
+            input2: ``(*, R)``, with the same leading dimensions.
 
         Returns:
-            `(*, O)`.
+            ``(*, O)``.
 
         Raises:
-            ValueError: sizes that do not fit; nothing is broadcast.
-            TypeError: dtypes that differ, or integers.
+            TypeError: the dtypes differ or are not floating point.
+            ValueError: the sizes do not fit; nothing is broadcast.
         """
         lead = input1.shape[:-1]
         if input1.ndim == 0 or input1.shape[-1] != self.in1_features:
@@ -60,7 +74,7 @@ class Bilinear(nn.Bilinear):
                 "input1 and input2 must have the same leading sizes, "
                 f"got {tuple(input1.shape)} and {tuple(input2.shape)}"
             )
-        # Not reshape(-1, ...): the -1 is ambiguous where a size is 0.
+        # reshape(-1, ...) is ambiguous where a size is 0.
         batch = math.prod(lead)
         y = hyper_linear(
             input1.reshape(batch, self.in1_features),

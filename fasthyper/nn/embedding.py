@@ -1,4 +1,4 @@
-"""`EmbeddingNetwork`: the embedding method, `q(x, e(I))`, what a hypernetwork is compared with."""
+"""`EmbeddingNetwork`: the embedding method `q(x, e(I))`, the baseline for hypernetworks."""
 
 from __future__ import annotations
 
@@ -11,25 +11,37 @@ from fasthyper.nn.plain_linear import why_not_plain
 
 
 class EmbeddingNetwork(nn.Module):
-    """`primary([x, embed(cond)])`, with x and the embedding concatenated, and the concatenation never formed.
+    """Run a primary network on x concatenated with an embedding, without forming the concatenation.
 
-    The first layer's weight is split instead: W [x, e] = W_x x + W_e e, the second term computed once for
-    each instance and added to all of its points.
+    This is the embedding method, the baseline that hypernetworks are compared with. For x of shape ``(B, I)`` it
+    equals ``primary(torch.cat([x, embed(cond)], dim=-1))``. The weight of the first layer is split instead,
+    W [x, e] = Wx x + We e; the second term is computed once per instance and added at all of its points.
 
     Args:
-        embed: maps cond to e, `(B, E)`.
-        primary: an `nn.Linear(I + E, …)`, or an `nn.Sequential` that begins with one.
+        embed: maps cond to the embedding e, ``(B, E)``.
+        primary: a ``torch.nn.Linear(I + E, ...)``, or a :class:`torch.nn.Sequential` that begins with one.
+
+    Shape:
+        - x: ``(B, I)`` or ``(B, *, I)``.
+        - cond: the input of ``embed``.
+        - Output: ``(B, O)`` or ``(B, *, O)``.
 
     Raises:
-        TypeError: embed is no module, the primary is of another kind, or its first layer no plain nn.Linear.
+        TypeError: ``embed`` is not a module, ``primary`` is of another type, or its first layer is not a plain
+            :class:`torch.nn.Linear`.
 
-    Source: Galanti, Wolf, "On the Modularity of Hypernetworks", NeurIPS 2020, arXiv 2002.10006.
+    References:
+        Galanti, Wolf, "On the Modularity of Hypernetworks", NeurIPS 2020,
+        `arXiv 2002.10006 <https://arxiv.org/abs/2002.10006>`_.
 
-    >>> import torch
-    >>> primary = nn.Sequential(nn.Linear(2 + 16, 8), nn.ReLU(), nn.Linear(8, 1))
-    >>> model = EmbeddingNetwork(nn.Linear(5, 16), primary)
-    >>> model(torch.randn(32, 100, 2), torch.randn(32, 5)).shape
-    torch.Size([32, 100, 1])
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from fasthyper.nn import EmbeddingNetwork
+        >>> primary = nn.Sequential(nn.Linear(2 + 16, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> model = EmbeddingNetwork(nn.Linear(5, 16), primary)
+        >>> model(torch.randn(32, 100, 2), torch.randn(32, 5)).shape
+        torch.Size([32, 100, 1])
     """
 
     def __init__(self, embed: nn.Module, primary: nn.Linear | nn.Sequential) -> None:
@@ -49,29 +61,31 @@ class EmbeddingNetwork(nn.Module):
             raise TypeError(f"the primary's first layer cannot be split: {problem}")
 
     def forward(self, x: Tensor, cond: Any) -> Tensor:
-        """Run the primary on x and the embedding.
+        """Run the primary on x and the embedding of cond.
 
         Args:
-            x: `(B, I)` or `(B, *, I)`.
-            cond: the input of `embed`.
+            x: ``(B, I)`` or ``(B, *, I)``.
+            cond: the input of ``embed``.
 
         Returns:
-            `(B, O)` or `(B, *, O)`.
+            ``(B, O)`` or ``(B, *, O)``.
 
         Raises:
-            ValueError: x, e and the first layer do not fit.
-            TypeError: `embed` returns no tensor, or there are hooks on the primary or its first layer.
+            TypeError: ``embed`` does not return a tensor, or the primary or its first layer has hooks.
+            ValueError: the sizes of x, the embedding and the first layer do not fit.
         """
-        first, *rest = self._layers()
+        first, *others = self._layers()
         assert isinstance(first, nn.Linear)
         if any(m._forward_hooks or m._forward_pre_hooks for m in (first, self.primary)):
-            raise TypeError("the primary and its first layer are not called: the hooks on them would be lost")
+            raise TypeError(
+                "the primary and its first layer must have no hooks: they are not called, so hooks would not run"
+            )
         e = self.embed(cond)
         if not isinstance(e, Tensor):
             raise TypeError(f"embed must return a tensor, got a {type(e).__name__}")
         if x.ndim < 2 or e.ndim != 2 or x.shape[0] != e.shape[0]:
             raise ValueError(
-                "x must be (B, I) or (B, *, I) and what embed returns (B, E), with the same B, "
+                "x must be (B, I) or (B, *, I) and the embedding (B, E), with the same B, "
                 f"got {tuple(x.shape)} and {tuple(e.shape)}"
             )
         if x.shape[-1] + e.shape[-1] != first.in_features:
@@ -82,7 +96,7 @@ class EmbeddingNetwork(nn.Module):
         weight_x, weight_e = first.weight.split([x.shape[-1], e.shape[-1]], dim=1)
         y = F.linear(e, weight_e, first.bias)
         y = F.linear(x, weight_x) + y.view(y.shape[0], *[1] * (x.ndim - 2), y.shape[1])
-        for layer in rest:
+        for layer in others:
             y = layer(y)
         return y
 

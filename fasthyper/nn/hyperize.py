@@ -23,71 +23,89 @@ def hyperize(
     base: bool = True,
     init: str | None = None,
 ) -> nn.Module:
-    """A deep copy of `module` with chosen `nn.Linear`s turned into `HyperLinear`s, for a `Hypernetwork`.
+    """Return a copy of a module in which chosen linear layers are generated, as the primary of a Hypernetwork.
 
-    The parameters of a chosen Linear become the base of its HyperLinear (`fc.weight` is then
-    `fc.base_weight`, `fc.bias` is `fc.base_bias`), frozen where they were. With the default init the head is
-    zero, so that at the start the copy computes what `module` does, pretrained or not.
+    Each chosen :class:`torch.nn.Linear` becomes a :class:`~fasthyper.nn.HyperLinear`, and its parameters become the
+    base: ``fc.weight`` becomes ``fc.base_weight``, and ``fc.bias`` becomes ``fc.base_bias``. Frozen parameters stay
+    frozen. With the default ``base`` and ``init`` the head starts at zero, so that for any z the copy starts with the
+    outputs of ``module``, pretrained or not.
 
-    What is tied stays tied: a layer found in two places is one HyperLinear, and chosen if any of its names
-    is; Linears that share a Parameter share its base and its head; a Linear that shares its weight with, say,
-    an Embedding shares its base with it. Instances are the first dimension of whatever reaches a HyperLinear.
+    Ties are preserved:
+
+    - A layer in two places becomes one HyperLinear. It is chosen if any of its names is.
+    - Linears that share a parameter share its base and its head.
+    - A Linear that shares its weight with another module, such as an Embedding, shares its base with that module.
+
+    The first dimension of any tensor that reaches a HyperLinear is B, the instances.
 
     Args:
         module: any module; it is not changed.
-        cond_features: R, the number of features of z.
-        include: patterns of the qualified names to choose from all nn.Linears (`fnmatch`: `*` matches dots
-            too), or a single one; None chooses all. A module that is itself a Linear has the name "".
-        exclude: patterns of those not to choose.
-        bias: generate the bias as well, where a Linear has one; if not, it stays a learned, shared one.
-        base: keep what is generated as the base as well. If not, nothing of it is kept.
-        init: of the heads, see `HyperLinear.reset_parameters`; None is "bias_hyper" with a base, which starts
-            every instance from the base alone, and "hyperfan_in" without.
+        cond_features: the number of features of z, R.
+        include: a pattern, or several, of the qualified names of the Linears to choose (:mod:`fnmatch`; ``*`` also
+            matches dots). None chooses all. If ``module`` itself is a Linear, its name is ``""``.
+        exclude: a pattern, or several, of names not to choose.
+        bias: if True, generate the bias of each chosen Linear that has one. If False, it stays an ordinary parameter,
+            shared by all instances.
+        base: if True, keep the parameters of a chosen Linear as the base. If False, discard those that are generated.
+        init: the initialisation of the heads, see :meth:`HyperLinear.reset_parameters
+            <fasthyper.nn.HyperLinear.reset_parameters>`. None means ``"bias_hyper"`` with a base, so that every
+            instance starts from the base alone, and ``"hyperfan_in"`` without.
 
     Returns:
-        The copy. `ungenerated` lists what stays an ordinary parameter in it.
+        The copy. :func:`~fasthyper.nn.ungenerated` lists its ordinary parameters.
 
     Raises:
-        TypeError: `module` is not a module, or a pattern is not a string.
-        ValueError: a pattern that matches no Linear; no Linear chosen; a negative size or unknown init; a
-            chosen Linear that cannot be generated, by name: one that the layer above reads without calling it
-            (the out_proj of MultiheadAttention), with a forward of its own, hooked, parametrized, or lazy and
-            not initialised.
+        TypeError: ``module`` is not a module, or a pattern is not a string.
+        ValueError: a pattern matches no Linear, no Linear is chosen, a size is negative, ``init`` is unknown, or a
+            chosen Linear cannot be generated. This is a Linear that its owner reads without calling it (the out_proj
+            of :class:`torch.nn.MultiheadAttention`), that has hooks or a forward of its own, that is parametrized, or
+            that is lazy and not initialised.
 
     Warns:
-        UserWarning: a chosen Linear sits in a transformer layer with batch_first=False, whose first dimension
-            is time.
+        UserWarning: a chosen Linear is part of a transformer layer with ``batch_first=False``, whose inputs have time
+            as their first dimension.
 
-    >>> import torch
-    >>> mlp = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
-    >>> primary = hyperize(mlp, cond_features=16, exclude="0")
-    >>> ungenerated(primary)
-    ['0.weight', '0.bias']
-    >>> x, z = torch.randn(5, 2), torch.randn(5, 16)
-    >>> from fasthyper.nn import Hypernetwork
-    >>> torch.allclose(Hypernetwork(nn.Identity(), primary)(x, z), mlp(x), atol=1e-6)
-    True
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from fasthyper.nn import Hypernetwork, hyperize, ungenerated
+        >>> mlp = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> primary = hyperize(mlp, cond_features=16, exclude="0")
+        >>> ungenerated(primary)
+        ['0.weight', '0.bias']
+        >>> x, z = torch.randn(5, 2), torch.randn(5, 16)
+        >>> torch.allclose(Hypernetwork(nn.Identity(), primary)(x, z), mlp(x), atol=1e-6)
+        True
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
-    chosen = _chosen(module, _patterns("include", include), _patterns("exclude", exclude))
-    _refuse(module, chosen)
+    chosen = _chosen_names(module, _patterns("include", include), _patterns("exclude", exclude))
+    _check_convertible(module, chosen)
     root = copy.deepcopy(module)
     init = init or ("bias_hyper" if base else "hyperfan_in")
     heads: dict[int, nn.Parameter] = {}
     for name in chosen:
         linear = root.get_submodule(name)
-        if isinstance(linear, nn.Linear):  # else the same layer was met before under another name
+        if isinstance(linear, nn.Linear):  # else it was converted before, under another of its names
             _convert(linear, cond_features, bias, base, init, heads)
     _adapt_transformers(root)
     return root
 
 
 def ungenerated(module: nn.Module) -> list[str]:
-    """Names of the parameters that are not part of a `HyperLinear`: learned ones that no z reaches.
+    """Return the names of the parameters that are not part of a HyperLinear: z has no influence on them.
 
-    >>> ungenerated(nn.Sequential(HyperLinear(2, 2, cond_features=3), nn.LayerNorm(2)))
-    ['1.weight', '1.bias']
+    Args:
+        module: any module, such as a result of :func:`~fasthyper.nn.hyperize`.
+
+    Returns:
+        The names, as in ``module.named_parameters()``.
+
+    Example:
+        >>> from torch import nn
+        >>> from fasthyper.nn import HyperLinear, ungenerated
+        >>> ungenerated(nn.Sequential(HyperLinear(2, 2, cond_features=3), nn.LayerNorm(2)))
+        ['1.weight', '1.bias']
     """
     generated = {id(p) for m in module.modules() if isinstance(m, HyperLinear) for p in m.parameters(recurse=False)}
     return [name for name, p in module.named_parameters() if id(p) not in generated]
@@ -103,7 +121,7 @@ def _patterns(argument: str, value: str | Iterable[str] | None) -> list[str] | N
     return patterns
 
 
-def _chosen(module: nn.Module, include: list[str] | None, exclude: list[str] | None) -> list[str]:
+def _chosen_names(module: nn.Module, include: list[str] | None, exclude: list[str] | None) -> list[str]:
     names = [name for name, m in module.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)]
     for argument, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns or []:
@@ -119,7 +137,7 @@ def _chosen(module: nn.Module, include: list[str] | None, exclude: list[str] | N
     return chosen
 
 
-def _refuse(module: nn.Module, chosen: list[str]) -> None:
+def _check_convertible(module: nn.Module, chosen: list[str]) -> None:
     refused = []
     for name in chosen:
         linear = module.get_submodule(name)
@@ -154,13 +172,13 @@ def _convert(
     layer.base_weight = weight if base else None
     layer.base_bias = old_bias if base or not bias else None
     layer.train(linear.training)
-    # In place, so that whatever else refers to the layer (another name, a plain list) sees the new one.
+    # In place: every other reference to the layer (a second name, a plain list) then refers to the new one.
     linear.__class__ = HyperLinear  # type: ignore[assignment]
     vars(linear).update(vars(layer))
 
 
 def _adapt_transformers(root: nn.Module) -> None:
-    """Turn off their fast path for inference: it reads the weights of their Linears, and calls none."""
+    """Disable the fast path of transformers for inference, which reads the weights of their Linears and calls none."""
     for name, module in root.named_modules():
         if not any(isinstance(child, HyperLinear) for child in module.modules()):
             continue
@@ -172,6 +190,6 @@ def _adapt_transformers(root: nn.Module) -> None:
             if not module.self_attn.batch_first:
                 warnings.warn(
                     f"{name or type(module).__name__!r} has batch_first=False: the first dimension of its "
-                    "input is time, but a HyperLinear takes the first dimension for the instances.",
+                    "input is time, but a HyperLinear expects the instances there.",
                     stacklevel=3,
                 )

@@ -1,4 +1,4 @@
-"""`Hypernetwork`: a trunk that computes z, and a primary network that runs under it."""
+"""`Hypernetwork`: a trunk that computes z, and a primary network with weights generated from z."""
 
 from __future__ import annotations
 
@@ -20,28 +20,41 @@ _has_global_hook = getattr(_modules, "_has_any_global_hook", lambda: True)
 
 
 class Hypernetwork(nn.Module):
-    """`primary(x)` with the weights of its `HyperLinear`s generated from `z = trunk(cond)`.
+    """Run a primary network with the weights of its generated layers computed by a trunk.
 
-    The z reaches them without being passed along, so that the primary may be any network (see `hyperize`);
-    one that passes a z of its own to a HyperLinear overrides it. A primary may hold Hypernetworks: the layers
-    of an inner primary meet the inner z, those of an inner trunk the outer one.
+    It computes ``z = trunk(cond)`` and returns ``primary(x)``, in which every :class:`~fasthyper.nn.HyperLinear` that
+    is called without a z takes this one. The primary may therefore be any module, see :func:`~fasthyper.nn.hyperize`.
+    For ``primary = torch.nn.Sequential(a, torch.nn.ReLU(), b)`` with two generated layers a and b it equals::
+
+        z = trunk(cond)
+        y = b(torch.relu(a(x, z)), z)
+
+    A primary may contain other Hypernetworks. The layers of an inner primary take the inner z; the layers of an inner
+    trunk take the outer z.
 
     Args:
-        trunk: maps cond to z, `(B, R)`, or to a dict with one z for each HyperLinear of the primary, keyed by
-            its name in `primary.named_modules()` (any one of its names, if it has several).
-        primary: the network, with at least one HyperLinear. All that is not generated stays an ordinary
-            parameter, shared by all instances; the representation of the Hypernetwork lists it.
+        trunk: maps cond to z, ``(B, R)``, or to a dict with one z for each HyperLinear of the primary. The keys are
+            the names in ``primary.named_modules()``; a layer with several names has one z, under any one of them.
+        primary: the network, with at least one HyperLinear. Its other parameters are ordinary parameters, shared by
+            all instances; the repr of the Hypernetwork lists them.
+
+    Shape:
+        - x: the input of the primary. Where it reaches a HyperLinear, its first dimension is B.
+        - cond: the input of the trunk.
+        - Output: the output of the primary.
 
     Raises:
         TypeError: the trunk or the primary is not a module.
         ValueError: the primary has no HyperLinear.
 
-    >>> import torch
-    >>> from fasthyper.nn import hyperize
-    >>> primary = hyperize(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1)), cond_features=16)
-    >>> model = Hypernetwork(nn.Linear(5, 16), primary)
-    >>> model(torch.randn(32, 100, 2), torch.randn(32, 5)).shape
-    torch.Size([32, 100, 1])
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from fasthyper.nn import Hypernetwork, hyperize
+        >>> primary = hyperize(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1)), cond_features=16)
+        >>> model = Hypernetwork(nn.Linear(5, 16), primary)
+        >>> model(torch.randn(32, 100, 2), torch.randn(32, 5)).shape
+        torch.Size([32, 100, 1])
     """
 
     def __init__(self, trunk: nn.Module, primary: nn.Module) -> None:
@@ -54,25 +67,25 @@ class Hypernetwork(nn.Module):
         if next(_generated_layers(primary), None) is None:
             raise ValueError(
                 f"primary must have a HyperLinear that z reaches, got a {type(primary).__name__} with none: "
-                "z would have no effect. hyperize makes them of nn.Linears; those in the primary of an inner "
-                "Hypernetwork meet its z."
+                "z would have no effect. hyperize converts nn.Linears to HyperLinears; those in the primary of an "
+                "inner Hypernetwork take its z."
             )
 
     def forward(self, x: Any, cond: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the primary.
+        """Compute ``z = trunk(cond)`` and return ``primary(x, *args, **kwargs)`` with the weights that z generates.
 
         Args:
-            x: the primary's input; where it meets a HyperLinear, its first dimension is B.
-            cond: the trunk's input.
+            x: the input of the primary. Where it reaches a HyperLinear, its first dimension is B.
+            cond: the input of the trunk.
             *args: passed to the primary after x.
             **kwargs: passed to the primary.
 
         Returns:
-            What the primary returns.
+            The output of the primary.
 
         Raises:
             TypeError: the trunk returns neither a tensor nor a dict of tensors.
-            ValueError: a dict whose names are not those of the primary's HyperLinears.
+            ValueError: the trunk returns a dict whose keys are not the names of the primary's HyperLinears.
         """
         z = self.trunk(cond)
         if isinstance(z, dict):
@@ -85,7 +98,7 @@ class Hypernetwork(nn.Module):
             return self.primary(x, *args, **kwargs)
 
     def _z_by_layer(self, z: dict[str, Tensor]) -> dict[nn.Module, Tensor]:
-        # Looked up at every call: the modules may be replicas, or have been replaced since.
+        # Not cached: the modules may be replicas, or may have been replaced since the last call.
         layers = dict(_generated_layers(self.primary))
         by_layer: dict[nn.Module, Tensor] = {}
         for name, value in z.items():
@@ -108,22 +121,22 @@ class Hypernetwork(nn.Module):
 
 
 def _generated_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, HyperLinear]]:
-    """The HyperLinears that z is for, under all their names: not those of an inner Hypernetwork's primary."""
+    """Yield the HyperLinears that take z, by each of their names: not those in an inner Hypernetwork's primary."""
     if isinstance(module, HyperLinear):
         yield prefix, module
     for name, child in module._modules.items():
         if child is None or (isinstance(module, Hypernetwork) and name == "primary"):
             continue
-        if name == "_orig_mod":  # the wrapper of torch.compile: layers keep the names that they had before
+        if name == "_orig_mod":  # torch.compile's wrapper: the layers inside keep their names
             yield from _generated_layers(child, prefix)
         else:
             yield from _generated_layers(child, f"{prefix}.{name}" if prefix else name)
 
 
 def _fusable_layers(primary: nn.Module) -> tuple[Layer, Layer, str] | None:
-    """The two layers of a primary and the activation between them, where there is nothing else to its call.
+    """Return the parameters of a primary's two layers and the name of the activation between them.
 
-    Looked at in every call: any of it may have been changed since.
+    Return None if a call of the primary does anything else. This is not cached: all of it may change between calls.
     """
     if type(primary) is not nn.Sequential or len(primary._modules) != 3 or _has_global_hook():
         return None
@@ -137,7 +150,7 @@ def _fusable_layers(primary: nn.Module) -> tuple[Layer, Layer, str] | None:
 
 
 def _only_calls_forward(module: nn.Module) -> bool:
-    """Whether to call a module is to call the forward of its class, and no more."""
+    """Return whether a call of the module runs the forward of its class and nothing else."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return not (hooks or module._compiled_call_impl or "forward" in vars(module))
 

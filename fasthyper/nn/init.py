@@ -1,19 +1,23 @@
-"""Initialisations of a generated layer: they fill its parameters in place.
+"""Initialisations of a generated layer. They fill its parameters in place.
 
-With fan-in I, fan-out O, R features z of second moment V = E[z²] (after a ReLU it is not the variance) and
-the gain of the nonlinearity that follows the layer (`torch.nn.init.calculate_gain`), a generated weight has
-variance R · Var(weight) · V, and so
+A layer has I input and O output features, and z has R features of second moment V = E[z²] (after a ReLU, V is not the
+variance). ``gain`` is that of the nonlinearity after the layer, see :func:`torch.nn.init.calculate_gain`. A generated
+weight then has variance R · Var(weight) · V, which gives:
 
-| | Var(weight) | Var(bias) | base_weight, base_bias |
-|---|---|---|---|
-| `hyperfan_in_` | gain² / (k · I · R · V), k = 2 with a generated bias, else 1 | gain² / (2 · R · V) | 0 |
-| `hyperfan_out_` | gain² / (O · R · V) | max(0, gain² (1 − I/O) / (R · V)) | 0 |
-| `bias_hyper_` | 0 | 0 | Var = gain² / I, and 0 |
+===================================  =================  ===============================  ======================
+Function                             Var(weight)        Var(bias)                        base_weight, base_bias
+===================================  =================  ===============================  ======================
+:func:`~fasthyper.nn.hyperfan_in_`   gain² / (k·I·R·V)  gain² / (2·R·V)                  0, 0
+:func:`~fasthyper.nn.hyperfan_out_`  gain² / (O·R·V)    max(0, gain² (1 − I/O) / (R·V))  0, 0
+:func:`~fasthyper.nn.bias_hyper_`    0                  0                                variance gain² / I, 0
+===================================  =================  ===============================  ======================
 
-For inputs of second moment 1 the outputs of the first and the last then have variance gain², and so has, with
-the second, the gradient that goes back to x for output gradients of variance 1 (and, where O ≥ I and a bias
-is generated, the output too). The hyperfan bases start at zero because the generated part already carries all
-of that variance; with `bias_hyper_` the base carries all of it.
+k is 2 if the layer generates a bias, else 1.
+
+For inputs of second moment 1, ``hyperfan_in_`` and ``bias_hyper_`` give outputs of variance gain². For output gradients
+of variance 1, ``hyperfan_out_`` gives gradients of x of variance gain². If O ≥ I and the layer generates a bias, its
+outputs have variance gain², too. The hyperfan functions set the base to zero, because the generated weights already
+have the full variance; ``bias_hyper_`` gives it to the base instead.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from torch import Tensor, nn
 
 
 def _variance(z_second_moment: float, nonlinearity: str) -> float:
-    """gain² / V."""
+    """Return gain² / V."""
     if not (z_second_moment > 0 and math.isfinite(z_second_moment)):
         raise ValueError(f"z_second_moment must be positive and finite, got {z_second_moment}")
     return _gain_sq(nonlinearity) / z_second_moment
@@ -56,29 +60,33 @@ def hyperfan_in_(
     z_second_moment: float = 1.0,
     nonlinearity: str = "linear",
 ) -> None:
-    """Keep the variance of activations: Var(weight) = gain² / (k·I·R·V), Var(bias) = gain² / (2·R·V).
+    """Fill a generated layer so that the variance of activations is preserved (Hyperfan-in).
 
-    Uniform. With k = 2 half of the output's variance is left to the bias, where one is generated; else k = 1.
+    The distributions are uniform, with Var(weight) = gain² / (k·I·R·V) and Var(bias) = gain² / (2·R·V). With a bias
+    k is 2 and each of weight and bias gives half of the output's variance; without a bias k is 1.
 
     Args:
-        weight: `(O, I, R)`, filled in place, as all that follow.
-        bias: `(O, R)` or None.
-        base_weight: `(O, I)` or None, set to zero.
-        base_bias: `(O,)` or None, set to zero.
-        z_second_moment: V = E[z²] of one feature.
-        nonlinearity: what follows the layer, a name that `torch.nn.init.calculate_gain` knows.
+        weight: the head, ``(O, I, R)``.
+        bias: the head of the bias, ``(O, R)``, or None.
+        base_weight: ``(O, I)`` or None, set to zero.
+        base_bias: ``(O,)`` or None, set to zero.
+        z_second_moment: V = E[z²] of one feature of z.
+        nonlinearity: the function that follows the layer, by its name in :func:`torch.nn.init.calculate_gain`.
 
     Raises:
-        ValueError: an unknown nonlinearity, or a second moment that is not positive and finite.
+        ValueError: ``nonlinearity`` is unknown, or ``z_second_moment`` is not positive and finite.
 
-    Source: Chang, Flokas, Lipson, "Principled Weight Initialization for Hypernetworks", ICLR 2020,
-    arXiv 2312.08399.
+    References:
+        Chang, Flokas, Lipson, "Principled Weight Initialization for Hypernetworks", ICLR 2020,
+        `arXiv 2312.08399 <https://arxiv.org/abs/2312.08399>`_.
 
-    >>> import torch
-    >>> weight = torch.empty(256, 64, 32)
-    >>> hyperfan_in_(weight, z_second_moment=0.5)
-    >>> abs(weight.var().item() * 64 * 32 * 0.5 - 1) < 0.02
-    True
+    Example:
+        >>> import torch
+        >>> from fasthyper.nn import hyperfan_in_
+        >>> weight = torch.empty(256, 64, 32)
+        >>> hyperfan_in_(weight, z_second_moment=0.5)
+        >>> abs(weight.var().item() * 64 * 32 * 0.5 - 1) < 0.02
+        True
     """
     variance = _variance(z_second_moment, nonlinearity)
     _, fan_in, features = weight.shape
@@ -97,30 +105,33 @@ def hyperfan_out_(
     z_second_moment: float = 1.0,
     nonlinearity: str = "linear",
 ) -> None:
-    """Keep the variance of gradients: Var(weight) = gain² / (O·R·V).
+    """Fill a generated layer so that the variance of gradients is preserved (Hyperfan-out).
 
-    Uniform. Var(bias) = max(0, gain² (1 − I/O) / (R·V)), so that a layer that widens keeps the variance of
-    activations too.
+    The distributions are uniform, with Var(weight) = gain² / (O·R·V) and Var(bias) = max(0, gain² (1 − I/O) / (R·V)).
+    If O ≥ I, this bias preserves the variance of activations, too.
 
     Args:
-        weight: `(O, I, R)`, filled in place, as all that follow.
-        bias: `(O, R)` or None.
-        base_weight: `(O, I)` or None, set to zero.
-        base_bias: `(O,)` or None, set to zero.
-        z_second_moment: V = E[z²] of one feature.
-        nonlinearity: what follows the layer, a name that `torch.nn.init.calculate_gain` knows.
+        weight: the head, ``(O, I, R)``.
+        bias: the head of the bias, ``(O, R)``, or None.
+        base_weight: ``(O, I)`` or None, set to zero.
+        base_bias: ``(O,)`` or None, set to zero.
+        z_second_moment: V = E[z²] of one feature of z.
+        nonlinearity: the function that follows the layer, by its name in :func:`torch.nn.init.calculate_gain`.
 
     Raises:
-        ValueError: an unknown nonlinearity, or a second moment that is not positive and finite.
+        ValueError: ``nonlinearity`` is unknown, or ``z_second_moment`` is not positive and finite.
 
-    Source: Chang, Flokas, Lipson, "Principled Weight Initialization for Hypernetworks", ICLR 2020,
-    arXiv 2312.08399.
+    References:
+        Chang, Flokas, Lipson, "Principled Weight Initialization for Hypernetworks", ICLR 2020,
+        `arXiv 2312.08399 <https://arxiv.org/abs/2312.08399>`_.
 
-    >>> import torch
-    >>> weight = torch.empty(256, 64, 32)
-    >>> hyperfan_out_(weight, nonlinearity="relu")
-    >>> abs(weight.var().item() * 256 * 32 / 2 - 1) < 0.02
-    True
+    Example:
+        >>> import torch
+        >>> from fasthyper.nn import hyperfan_out_
+        >>> weight = torch.empty(256, 64, 32)
+        >>> hyperfan_out_(weight, nonlinearity="relu")
+        >>> abs(weight.var().item() * 256 * 32 / 2 - 1) < 0.02
+        True
     """
     variance = _variance(z_second_moment, nonlinearity)
     fan_out, fan_in, features = weight.shape
@@ -138,30 +149,34 @@ def bias_hyper_(
     z_second_moment: float = 1.0,
     nonlinearity: str = "linear",
 ) -> None:
-    """Start every instance from the same usual weights: the head is zero, the base uniform, Var = gain² / I.
+    """Fill a generated layer so that all instances start from the same weights (Bias-HyperInit).
 
-    The gradient to z is zero until the head has moved, that is after the first step.
+    The head is zero, and base_weight is uniform with variance gain² / I, as in a linear layer. The gradient of z is
+    zero until the first step has changed the head.
 
     Args:
-        weight: `(O, I, R)`, set to zero.
-        bias: `(O, R)` or None, set to zero.
-        base_weight: `(O, I)`, filled in place.
-        base_bias: `(O,)` or None, set to zero.
-        z_second_moment: checked, and of no effect: nothing is generated at the start.
-        nonlinearity: what follows the layer, a name that `torch.nn.init.calculate_gain` knows.
+        weight: the head, ``(O, I, R)``, set to zero.
+        bias: the head of the bias, ``(O, R)``, or None, set to zero.
+        base_weight: ``(O, I)``.
+        base_bias: ``(O,)`` or None, set to zero.
+        z_second_moment: checked, but without effect, because the head is zero.
+        nonlinearity: the function that follows the layer, by its name in :func:`torch.nn.init.calculate_gain`.
 
     Raises:
-        ValueError: there is no base_weight; an unknown nonlinearity; a second moment that is not positive
-            and finite.
+        ValueError: ``base_weight`` is None, ``nonlinearity`` is unknown, or ``z_second_moment`` is not positive and
+            finite.
 
-    Source: "Bias-HyperInit" of Beck, Jackson, Vuorio, Whiteson, "Hypernetworks in Meta-Reinforcement
-    Learning", CoRL 2022, arXiv 2210.11348.
+    References:
+        Beck, Jackson, Vuorio, Whiteson, "Hypernetworks in Meta-Reinforcement Learning", CoRL 2022,
+        `arXiv 2210.11348 <https://arxiv.org/abs/2210.11348>`_.
 
-    >>> import torch
-    >>> weight, base_weight = torch.empty(8, 4, 2), torch.empty(8, 4)
-    >>> bias_hyper_(weight, None, base_weight)
-    >>> weight.any().item(), base_weight.any().item()
-    (False, True)
+    Example:
+        >>> import torch
+        >>> from fasthyper.nn import bias_hyper_
+        >>> weight, base_weight = torch.empty(8, 4, 2), torch.empty(8, 4)
+        >>> bias_hyper_(weight, None, base_weight)
+        >>> weight.any().item(), base_weight.any().item()
+        (False, True)
     """
     _variance(z_second_moment, nonlinearity)
     if base_weight is None:

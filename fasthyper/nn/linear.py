@@ -1,4 +1,4 @@
-"""`HyperLinear`: a linear layer whose weights are generated from `z`, one set for each instance."""
+"""`HyperLinear`: a linear layer with weights generated from z for each instance."""
 
 from __future__ import annotations
 
@@ -15,38 +15,51 @@ from fasthyper.ops import autocast
 
 
 class HyperLinear(nn.Module):
-    """A linear layer with its own weights and bias for each instance, generated from z and never written out.
+    """Linear layer whose weights are generated from z for each instance, and never written out.
 
-        y[b] = x[b] (weight·z[b] + base_weight)ᵀ + bias·z[b] + base_bias
+    It computes ``y[b] = x[b] (weight·z[b] + base_weight)ᵀ + bias·z[b] + base_bias``. For x of shape ``(B, I)`` this
+    equals::
 
-    In the names used throughout: B instances, R features of z, I in and O out features.
+        W = (z @ weight.flatten(0, 1).T).view(B, O, I) + base_weight
+        y = torch.einsum("boi,bi->bo", W, x) + z @ bias.T + base_bias
+
+    B is the number of instances; the other letters are below.
 
     Args:
-        in_features: I.
-        out_features: O.
-        cond_features: R.
-        bias: generate a bias too.
-        base: learn weights (and with `bias` a bias) shared by all instances, to which the generated ones are
-            added.
-        init: "hyperfan_in", "hyperfan_out" or "bias_hyper", see `reset_parameters`.
-        device: of the parameters.
-        dtype: of the parameters.
+        in_features: the number of input features, I.
+        out_features: the number of output features, O.
+        cond_features: the number of features of z, R.
+        bias: if True, generate a bias too.
+        base: if True, learn weights (and with ``bias`` a bias) that all instances share; the generated ones are
+            added to them.
+        init: ``"hyperfan_in"``, ``"hyperfan_out"`` or ``"bias_hyper"``, see :meth:`reset_parameters`.
+        device: the device of the parameters.
+        dtype: the dtype of the parameters.
+
+    Shape:
+        - x: ``(B, I)`` or ``(B, *, I)``. The dimensions ``*`` are points, which share the weights of their instance.
+        - z: ``(B, R)``.
+        - Output: ``(B, O)`` or ``(B, *, O)``.
 
     Attributes:
-        weight: the head, `(O, I, R)`, what an `nn.Linear(R, O * I).weight` holds.
-        bias: `(O, R)` or None.
-        base_weight: `(O, I)` or None.
-        base_bias: `(O,)` or None.
+        weight: the head, ``(O, I, R)``: the weight of a ``torch.nn.Linear(R, O * I)``, viewed.
+        bias: the head of the bias, ``(O, R)``, or None.
+        base_weight: the shared weights, ``(O, I)``, or None.
+        base_bias: the shared bias, ``(O,)``, or None.
 
     Raises:
-        ValueError: a negative size, an unknown `init`, or "bias_hyper" without a base.
+        TypeError: a size is not an integer.
+        ValueError: a size is negative, ``init`` is unknown, or it is ``"bias_hyper"`` without a base.
 
-    >>> layer = HyperLinear(8, 4, cond_features=16)
-    >>> x, z = torch.randn(32, 8), torch.randn(32, 16)  # each of 32 instances meets its own weights
-    >>> layer(x, z).shape
-    torch.Size([32, 4])
-    >>> layer(torch.randn(32, 10, 10, 8), z).shape  # here 100 points of an instance share them
-    torch.Size([32, 10, 10, 4])
+    Example:
+        >>> import torch
+        >>> from fasthyper.nn import HyperLinear
+        >>> layer = HyperLinear(8, 4, cond_features=16)
+        >>> x, z = torch.randn(32, 8), torch.randn(32, 16)  # 32 instances, each with its own weights
+        >>> layer(x, z).shape
+        torch.Size([32, 4])
+        >>> layer(torch.randn(32, 10, 10, 8), z).shape  # 100 points per instance
+        torch.Size([32, 10, 10, 4])
     """
 
     weight: nn.Parameter
@@ -84,20 +97,24 @@ class HyperLinear(nn.Module):
     def reset_parameters(
         self, init: str | None = None, z_second_moment: float = 1.0, nonlinearity: str = "linear"
     ) -> None:
-        """Initialise all parameters anew; the formulas and their sources are in `fasthyper.nn.init`.
+        """Initialise all parameters again.
 
         Args:
-            init: "hyperfan_in" keeps the variance of activations, "hyperfan_out" that of gradients; with both
-                the base starts at zero. "bias_hyper" sets the head to zero and gives the base the usual
-                initialisation of a linear layer. None takes what the layer was made with.
-            z_second_moment: E[z²] of one feature of z: 1 for a standard normal z, ½ for the ReLU of one.
-            nonlinearity: what follows the layer, a name that `torch.nn.init.calculate_gain` knows.
+            init: ``"hyperfan_in"`` preserves the variance of activations (:func:`~fasthyper.nn.hyperfan_in_`),
+                ``"hyperfan_out"`` the variance of gradients (:func:`~fasthyper.nn.hyperfan_out_`); both set the base
+                to zero. ``"bias_hyper"`` sets the head to zero and initialises the base like a linear layer
+                (:func:`~fasthyper.nn.bias_hyper_`). None means the ``init`` of the constructor.
+            z_second_moment: E[z²] of one feature of z: 1 for a standard normal z, 0.5 after a ReLU of one.
+            nonlinearity: the function that follows the layer, by its name in :func:`torch.nn.init.calculate_gain`.
 
         Raises:
-            ValueError: one of the three is not as said, or "bias_hyper" without a base.
+            ValueError: ``init`` or ``nonlinearity`` is unknown, ``z_second_moment`` is not positive and finite, or
+                ``init`` is ``"bias_hyper"`` without a base.
 
-        >>> layer = HyperLinear(64, 64, cond_features=128)
-        >>> layer.reset_parameters("hyperfan_in", z_second_moment=0.5, nonlinearity="relu")
+        Example:
+            >>> from fasthyper.nn import HyperLinear
+            >>> layer = HyperLinear(64, 64, cond_features=128)
+            >>> layer.reset_parameters("hyperfan_in", z_second_moment=0.5, nonlinearity="relu")
         """
         name = self.init if init is None else init
         if name not in INITS:
@@ -113,36 +130,39 @@ class HyperLinear(nn.Module):
 
     @classmethod
     def from_head(cls, head: nn.Linear, in_features: int, out_features: int) -> HyperLinear:
-        """The layer whose weights an existing head generates; it shares the head's storage.
+        """Create a layer from an existing head, with shared storage.
 
         Args:
-            head: an `nn.Linear(R, O*I)`, or an `nn.Linear(R, O*I + O)` that generates weights, then biases;
-                its row `o * I + i` generates the weight from input i to output o. Its own bias becomes the
-                base.
-            in_features: I.
-            out_features: O.
+            head: a ``torch.nn.Linear(R, O * I)``, or a ``torch.nn.Linear(R, O * I + O)`` that generates the weights
+                and then the biases. Row ``o * I + i`` of its weight generates the weight from input i to output o.
+                Its bias becomes the base.
+            in_features: the number of input features, I.
+            out_features: the number of output features, O.
 
         Returns:
-            A layer with parameters that are views of the head's: what trains or loads one in place changes
-            the other. Gradients are each their own, so give an optimizer one of the two. Parameters that are
-            frozen stay frozen.
+            A layer whose parameters are views of the head's parameters. An in-place change of one, by training or
+            loading, changes the other. Their gradients are separate, so give an optimizer only one of the two.
+            Frozen parameters stay frozen.
 
         Raises:
-            TypeError: `head` is not an nn.Linear, or it computes something else (a subclass, parametrized,
-                hooked).
-            ValueError: the head's out_features are neither O*I nor O*I + O, or a size is negative.
+            TypeError: ``head`` is not a :class:`torch.nn.Linear`, or it is one that computes more than its weight and
+                bias say (parametrized, with hooks, or of a subclass with a forward of its own).
+            ValueError: the head's out_features are neither O * I nor O * I + O, or a size is negative.
 
-        >>> trunk, head = torch.nn.Linear(3, 16), torch.nn.Linear(16, 4 * 8)
-        >>> layer = HyperLinear.from_head(head, in_features=8, out_features=4)
-        >>> x, cond = torch.randn(5, 8), torch.randn(5, 3)
-        >>> W = head(trunk(cond)).view(5, 4, 8)  # what the layer spares
-        >>> torch.allclose(layer(x, trunk(cond)), torch.einsum("boi,bi->bo", W, x), atol=1e-5)
-        True
+        Example:
+            >>> import torch
+            >>> from fasthyper.nn import HyperLinear
+            >>> trunk, head = torch.nn.Linear(3, 16), torch.nn.Linear(16, 4 * 8)
+            >>> layer = HyperLinear.from_head(head, in_features=8, out_features=4)
+            >>> x, cond = torch.randn(5, 8), torch.randn(5, 3)
+            >>> W = head(trunk(cond)).view(5, 4, 8)  # the layer does not form this
+            >>> torch.allclose(layer(x, trunk(cond)), torch.einsum("boi,bi->bo", W, x), atol=1e-5)
+            True
         """
         if not isinstance(head, nn.Linear):
             raise TypeError(f"head must be an nn.Linear, got {type(head).__name__}")
         if problem := why_not_plain(head):
-            raise TypeError(f"head cannot be taken over: {problem}")
+            raise TypeError(f"head cannot be converted: {problem}")
         _check_sizes(in_features=in_features, out_features=out_features)
         weights = out_features * in_features
         if head.out_features not in (weights, weights + out_features):
@@ -167,36 +187,43 @@ class HyperLinear(nn.Module):
         return layer
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """Apply each instance's weights.
+        """Apply the generated weights of each instance to x, see :func:`fasthyper.hyper_linear`.
 
         Args:
-            x: `(B, I)` or `(B, *, I)`.
-            z: `(B, R)`; None takes the z that the `Hypernetwork` in whose primary the layer runs delivers.
+            x: ``(B, I)`` or ``(B, *, I)``.
+            z: ``(B, R)``. If None, the layer takes the z of the :class:`~fasthyper.nn.Hypernetwork` inside whose
+                primary it is called.
 
         Returns:
-            `(B, O)` or `(B, *, O)`.
+            ``(B, O)`` or ``(B, *, O)``.
 
         Raises:
-            ValueError: sizes that do not fit, or no z given and none delivered.
-            TypeError: dtypes that differ, or integers.
+            TypeError: the dtypes differ or are not floating point.
+            ValueError: the sizes do not fit, or z is None outside of a Hypernetwork.
         """
         if z is None:
             z = current_z(self)
         return hyper_linear(x, z, self.weight, self.bias, base_weight=self.base_weight, base_bias=self.base_bias)
 
     def materialize(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The generated weights `(B, O, I)` and biases `(B, O)`, or None, base included: for inspection.
+        """Return the weights and biases of each instance, base included, for inspection.
 
         Args:
-            z: `(B, R)`.
+            z: ``(B, R)``.
+
+        Returns:
+            The weights ``(B, O, I)`` and the biases ``(B, O)``, or None for a layer without biases.
 
         Raises:
-            ValueError: z is not `(B, R)`.
             TypeError: z has another dtype than the parameters, outside autocast.
+            ValueError: z does not have shape ``(B, R)``.
 
-        >>> W, b = HyperLinear(8, 4, cond_features=16).materialize(torch.randn(32, 16))
-        >>> W.shape, b.shape
-        (torch.Size([32, 4, 8]), torch.Size([32, 4]))
+        Example:
+            >>> import torch
+            >>> from fasthyper.nn import HyperLinear
+            >>> W, b = HyperLinear(8, 4, cond_features=16).materialize(torch.randn(32, 16))
+            >>> W.shape, b.shape
+            (torch.Size([32, 4, 8]), torch.Size([32, 4]))
         """
         self._check(z)
         base_weight = None if self.base_weight is None else self.base_weight.flatten()
@@ -209,32 +236,36 @@ class HyperLinear(nn.Module):
         return weight, None
 
     def weight_norm_sq(self, z: Tensor) -> Tensor:
-        """‖W_b‖² of each instance, for weight decay on generated weights: base weight included, biases not.
+        """Return the squared norm ‖W[b]‖² of each instance's weights, for weight decay on generated weights.
 
-        W is not kept. With h the head as `(O*I, R)` and w the base weight,
+        W is ``materialize(z)[0]``: the base weight counts, biases do not. It is not kept in memory. With h the head as
+        ``(O * I, R)`` and w the base weight, the formula ::
 
             ‖h z + w‖² = zᵀ(hᵀh)z + 2 zᵀ(hᵀw) + ‖w‖²
 
-        needs an R × R matrix, once for all instances; where B is below R, pieces of W are formed and squared
-        instead, which is less work. Differentiable in z and in the parameters; the gradient of the head takes
-        temporary memory of the head's size.
+        needs one R × R matrix for all instances. With fewer instances than features, chunks of W are formed and
+        squared instead, which is less work. The result is differentiable in z and in the parameters; the gradient of
+        the head needs temporary memory of the head's size.
 
         Args:
-            z: `(B, R)`.
+            z: ``(B, R)``.
 
         Returns:
-            `(B,)`, never negative; in float64 where z or the parameters are, else in float32, in which it is
-            also summed, autocast or not: a half precision would overflow at norms of 256. Where the base
-            nearly cancels what is generated, digits are lost as in any difference.
+            ``(B,)``, never negative. It is computed in float64 if z or the parameters are, else in float32, with or
+            without autocast: in float16 it would overflow at a norm of 256. Where the base nearly cancels the
+            generated weights, the result loses digits, as any difference does.
 
         Raises:
-            ValueError: z is not `(B, R)`.
             TypeError: z has another dtype than the parameters, outside autocast.
+            ValueError: z does not have shape ``(B, R)``.
 
-        >>> layer, z = HyperLinear(8, 4, cond_features=16), torch.randn(32, 16)
-        >>> W, _ = layer.materialize(z)
-        >>> torch.allclose(layer.weight_norm_sq(z), W.square().sum((1, 2)), rtol=1e-4)
-        True
+        Example:
+            >>> import torch
+            >>> from fasthyper.nn import HyperLinear
+            >>> layer, z = HyperLinear(8, 4, cond_features=16), torch.randn(32, 16)
+            >>> W, _ = layer.materialize(z)
+            >>> torch.allclose(layer.weight_norm_sq(z), W.square().sum((1, 2)), rtol=1e-4)
+            True
         """
         self._check(z)
         h = self.weight.flatten(0, 1)

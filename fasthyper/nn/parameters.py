@@ -1,4 +1,4 @@
-"""How many parameters a model has, in the terms in which the two methods are compared."""
+"""`parameter_report`: the numbers of parameters by which hypernetworks and the embedding method are compared."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from fasthyper.nn.linear import HyperLinear
 
 @dataclass(frozen=True)
 class ParameterReport:
-    """Numbers of parameters, each shared one counted once; None where a number is of the other method.
+    """Numbers of parameters of a model; a shared parameter counts once.
+
+    The letters are those of Galanti and Wolf: a hypernetwork is a network f that generates the weights of g, and the
+    embedding method a network q that reads an embedding e. The numbers of the other method are None.
 
     Attributes:
         n_f: trainable parameters of f: the trunk and all HyperLinears, bases included.
@@ -48,22 +51,32 @@ class ParameterReport:
 
 
 def parameter_report(model: Hypernetwork | EmbeddingNetwork) -> ParameterReport:
-    """Count the parameters of either method's model.
+    """Count the parameters of a hypernetwork or of an embedding network.
+
+    Args:
+        model: a :class:`~fasthyper.nn.Hypernetwork` or an :class:`~fasthyper.nn.EmbeddingNetwork`.
+
+    Returns:
+        The numbers; as a string, a table.
 
     Raises:
-        TypeError: the model is neither a `Hypernetwork` nor an `EmbeddingNetwork`.
+        TypeError: the model is of another type.
 
-    Source: Galanti, Wolf, "On the Modularity of Hypernetworks", NeurIPS 2020, arXiv 2002.10006.
+    References:
+        Galanti, Wolf, "On the Modularity of Hypernetworks", NeurIPS 2020,
+        `arXiv 2002.10006 <https://arxiv.org/abs/2002.10006>`_.
 
-    >>> from fasthyper.nn import hyperize
-    >>> g = nn.Sequential(nn.Linear(64, 10, bias=False), nn.ReLU(), nn.Linear(10, 12, bias=False))
-    >>> primary = hyperize(g, cond_features=50, base=False)
-    >>> print(parameter_report(Hypernetwork(nn.Linear(64, 50), primary)))
-    N_f                41,250  trainable, trunk and heads
-    N_g                   760  generated for each instance
-    ungenerated             0  trainable, rest of the primary
-    trainable          41,250  all
-    total              41,250  all, frozen ones included
+    Example:
+        >>> from torch import nn
+        >>> from fasthyper.nn import Hypernetwork, hyperize, parameter_report
+        >>> g = nn.Sequential(nn.Linear(64, 10, bias=False), nn.ReLU(), nn.Linear(10, 12, bias=False))
+        >>> primary = hyperize(g, cond_features=50, base=False)
+        >>> print(parameter_report(Hypernetwork(nn.Linear(64, 50), primary)))
+        N_f                41,250  trainable, trunk and heads
+        N_g                   760  generated for each instance
+        ungenerated             0  trainable, rest of the primary
+        trainable          41,250  all
+        total              41,250  all, frozen ones included
     """
     trainable, total = _count(model.parameters()), _count(model.parameters(), frozen=True)
     if isinstance(model, EmbeddingNetwork):
@@ -73,7 +86,7 @@ def parameter_report(model: Hypernetwork | EmbeddingNetwork) -> ParameterReport:
         raise TypeError(f"model must be a Hypernetwork or an EmbeddingNetwork, got {type(model).__name__}")
     layers = [m for m in model.modules() if isinstance(m, HyperLinear)]
     n_f = _count([*model.trunk.parameters(), *(p for layer in layers for p in layer.parameters())])
-    # Layers that share a head share what it generates.
+    # A shared head generates its weights once.
     heads = {id(p): p for layer in layers for p in (layer.weight, layer.bias) if p is not None}
     n_g = sum(p.shape[:-1].numel() for p in heads.values())
     return ParameterReport(n_f, n_g, None, None, trainable - n_f, trainable, total)
