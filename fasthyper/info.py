@@ -1,4 +1,4 @@
-"""What is here and what is ready: what ``fasthyper info`` prints."""
+"""The text that ``fasthyper info`` prints: versions, devices and backends."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from .backends import BACKENDS, automatic, current
 from .ops import register
 from .problem import AUTO
 
-_EXTRAS = ("sklearn", "matplotlib", "rich", "typer", "pandas")
+_COMPARE_PACKAGES = ("sklearn", "scipy", "numpy", "matplotlib", "rich", "typer", "pandas", "jinja2")
 
 
 def describe() -> str:
-    """Return versions, devices, which backends are ready, and for the others why not.
+    """Return versions, devices, settings, and for each backend whether it is ready or why not.
 
     Example:
-        >>> print(describe())
+        >>> from fasthyper import info
+        >>> print(info.describe())
         fasthyper 0...
     """
     devices = [f"cpu ({platform.machine()}, {torch.get_num_threads()} threads, {_capability()})"]
@@ -31,25 +32,26 @@ def describe() -> str:
         ("python", platform.python_version()),
         ("system", platform.platform()),
         *(("device", device) for device in devices),
-        ("torch contract", _contract()),
+        ("derivatives", _derivatives()),
         *(("backend", f"{name}: {_readiness(name)}") for name in BACKENDS),
-        ("in force", _in_force()),
-        ("workspace", f"{planner.get_workspace_limit() / 2**20:.1f} MiB"),
-        *(("low precision", _precision(dtype)) for dtype in (torch.bfloat16, torch.float16)),
-        ("comparison", _extras()),
+        ("selected", _selected()),
+        ("workspace", f"at most {planner.get_workspace_limit() / 2**20:.1f} MiB"),
+        *(("arithmetic", _arithmetic(dtype)) for dtype in (torch.bfloat16, torch.float16)),
+        ("compare", _compare()),
     ]
     return "\n".join(f"{name:<16}{value}" for name, value in lines)
 
 
 def _capability() -> str:
-    own = torch.backends.cpu.get_cpu_capability()
-    return own if processor.kernels() == own.lower() else f"{own}, with the kernels for {processor.kernels()}"
+    torch_capability, kernels = torch.backends.cpu.get_cpu_capability(), processor.kernels()
+    same = kernels == torch_capability.lower()
+    return torch_capability if same else f"{torch_capability}, with the kernels for {kernels}"
 
 
-def _contract() -> str:
+def _derivatives() -> str:
     if register.MISSING is None:
-        return "all derivatives and transforms, without writing weights out"
-    return f"by the reference, which writes the weights out: this torch has no {register.MISSING}"
+        return "all orders, forward mode and torch.func, without writing out the generated weights"
+    return f"by the reference, which writes out the generated weights: this torch lacks a name ({register.MISSING})"
 
 
 def _readiness(name: str) -> str:
@@ -58,18 +60,18 @@ def _readiness(name: str) -> str:
     return ("ready" if why is None else f"not ready: {why}") + (f" ({remark})" if remark else "")
 
 
-def _in_force() -> str:
+def _selected() -> str:
     choice = current()
     if choice.backend == AUTO:
-        return f"auto, which takes {automatic('cpu')} on the cpu; schedule {choice.schedule}"
-    return f"{choice.backend}; schedule {choice.schedule}"
+        return f"backend auto ({automatic('cpu')} on the CPU), schedule {choice.schedule}"
+    return f"backend {choice.backend}, schedule {choice.schedule}"
 
 
-def _precision(dtype: torch.dtype) -> str:
+def _arithmetic(dtype: torch.dtype) -> str:
     work = planner.machine("cpu", dtype, backend=automatic("cpu")).work_dtype
-    return f"{str(dtype).removeprefix('torch.')} on the cpu is multiplied in {str(work).removeprefix('torch.')}"
+    return f"{str(dtype).removeprefix('torch.')} products on the CPU use {str(work).removeprefix('torch.')}"
 
 
-def _extras() -> str:
-    missing = [name for name in _EXTRAS if find_spec(name) is None]
-    return f"not ready: {', '.join(missing)} missing; pip install fasthyper[compare]" if missing else "ready"
+def _compare() -> str:
+    missing = [name for name in _COMPARE_PACKAGES if find_spec(name) is None]
+    return f"not ready: {', '.join(missing)} missing; pip install 'fasthyper[compare]'" if missing else "ready"
