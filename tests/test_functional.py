@@ -1,4 +1,4 @@
-"""hyper_linear: its values, its shapes, its checks."""
+"""hyper_linear: values, shapes, errors."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_any_shape(batch, points, sizes, oracle):
 
 
 def test_points_in_any_order_of_axes(factors, oracle):
-    """x of images, channels moved last: strides no reshape can view."""
+    """x of images, channels moved last: a reshape cannot be a view with these strides."""
     _, z, weight, *rest = factors(names=factors.AFFINE)
     images = torch.randn(4, 3, 5, 7, dtype=torch.float64)
     for x in (images.movedim(1, -1), images.permute(0, 3, 2, 1)):
@@ -75,14 +75,14 @@ def test_points_in_any_order_of_axes(factors, oracle):
         torch.testing.assert_close(affine(x, z, weight, *rest), truth)
 
 
-def test_one_z_for_the_whole_batch_as_the_message_says(factors, oracle):
+def test_one_z_for_the_whole_batch(factors, oracle):
     x, z, weight, _ = factors((8, 1, 5, 3, 6))
     got = hyper_linear(x[:, 0][None], z[:1], weight)[0]
     torch.testing.assert_close(got, oracle.linear(x, z[:1].expand_as(z), weight)[:, 0])
 
 
-def test_it_is_a_linear_layer_where_z_is_one(factors):
-    """R = 1 and z = 1: nn.functional.linear."""
+def test_equals_linear_if_z_is_one(factors):
+    """With R = 1 and z = 1, hyper_linear is nn.functional.linear."""
     x, w, b = torch.randn(7, 3).double(), torch.randn(6, 3).double(), torch.randn(6).double()
     z = torch.ones(7, 1, dtype=torch.float64)
     expected = torch.nn.functional.linear(x, w, b)
@@ -181,7 +181,7 @@ def test_mixed_dtypes(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64])
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_what_is_not_floating_point(name, dtype, autocast):
+def test_not_floating_point(name, dtype, autocast):
     with (
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
         pytest.raises(TypeError, match=f"{name} must be floating point.*{re.escape(str(SHAPES[name]))}.*{dtype}"),
@@ -191,18 +191,18 @@ def test_what_is_not_floating_point(name, dtype, autocast):
 
 @pytest.mark.parametrize("wrong", [[1.0], 3.0, "x"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_what_is_no_tensor(name, wrong):
+def test_not_a_tensor(name, wrong):
     with pytest.raises(TypeError, match=f"{name} must be a tensor, got {type(wrong).__name__}"):
         call(**{name: wrong})
 
 
 @pytest.mark.parametrize("name", ["x", "z", "weight"])
-def test_what_may_not_be_left_out(name):
+def test_required_arguments(name):
     with pytest.raises(TypeError, match=f"{name} must be a tensor, got None"):
         call(**{name: None})
 
 
-def test_base_weight_and_base_bias_are_given_by_name():
+def test_base_weight_and_base_bias_are_keyword_only():
     args = [torch.randn(shape) for shape in SHAPES.values()]
     with pytest.raises(TypeError, match="positional"):
         hyper_linear(*args)
@@ -216,7 +216,7 @@ def test_a_workspace_limit_too_small(limit):
 
 
 @pytest.mark.parametrize("limit", [2.0e7, "32 MiB", None, True])
-def test_a_workspace_limit_of_another_kind(limit):
+def test_a_workspace_limit_of_another_type(limit):
     with pytest.raises(TypeError, match="limit must be an integer"):
         fasthyper.set_workspace_limit(limit)
     assert fasthyper.get_workspace_limit() == 32 << 20

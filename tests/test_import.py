@@ -1,4 +1,4 @@
-"""`import fasthyper` needs torch alone, and starts nothing."""
+"""`import fasthyper` needs only torch and has no side effects."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 OPTIONAL = ("sklearn", "matplotlib", "rich", "typer", "click", "numpy", "pandas", "triton", "hypothesis", "pytest")
 
-TORCH_ALONE = """
+ONLY_TORCH = """
 import sys
 
 class Refuse:
@@ -18,7 +18,7 @@ class Refuse:
 REFUSED = set(sys.argv[1].split(","))
 sys.meta_path.insert(0, Refuse())
 import warnings
-warnings.simplefilter("ignore")  # torch says that numpy is not there
+warnings.simplefilter("ignore")  # torch warns that numpy is missing
 import torch
 warnings.simplefilter("error")
 import fasthyper
@@ -34,7 +34,7 @@ assert not REFUSED & set(sys.modules), REFUSED & set(sys.modules)
 print("right")
 """
 
-STARTS_NOTHING = """
+NO_SIDE_EFFECTS = """
 import sys
 import torch
 before, threads = set(sys.modules), torch.get_num_threads()
@@ -55,12 +55,12 @@ def run(code: str) -> None:
     assert done.stdout.strip() == "right"
 
 
-def test_torch_alone_is_enough():
-    run(TORCH_ALONE)
+def test_torch_is_the_only_requirement():
+    run(ONLY_TORCH)
 
 
-def test_importing_starts_nothing():
-    run(STARTS_NOTHING)
+def test_importing_has_no_side_effects():
+    run(NO_SIDE_EFFECTS)
 
 
 def test_the_public_names_are_there():

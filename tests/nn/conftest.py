@@ -1,4 +1,4 @@
-"""Lets the tests import the helpers of this folder by name."""
+"""Make the helpers of this folder importable by name, and share fixtures."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture(params=["one z", "a z per layer"])
 def model(request):
-    """A hypernetwork of two generated layers, with one z for both or one for each."""
+    """Return a hypernetwork of two generated layers, with one z for both or one for each."""
     from small_networks import R, TrunkByName, primary
     from torch import nn
 

@@ -1,4 +1,4 @@
-"""Small hypernetworks and their parts, for several test files."""
+"""Small hypernetworks and their parts, shared by the tests of this folder."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ R, B = 7, 9
 
 
 def primary():
-    """Two generated layers with parameters away from zero."""
+    """Return two generated layers with nonzero parameters."""
     return nn.Sequential(HyperLinear(4, 5, R), nn.Tanh(), HyperLinear(5, 3, R)).apply(fill)
 
 
@@ -21,7 +21,7 @@ def fill(module):
 
 
 class TrunkByName(nn.Module):
-    """One z per layer name."""
+    """A trunk that returns one z per layer name."""
 
     def __init__(self, *names):
         super().__init__()
@@ -55,7 +55,7 @@ def data(b=B):
 
 
 def by_hand(model, x, cond):
-    """The sequential primary, with z passed along."""
+    """Run the sequential primary with z passed to each layer."""
     z = model.trunk(cond)
     for name, layer in model.primary.named_children():
         x = layer(x, z[name] if isinstance(z, dict) else z) if isinstance(layer, HyperLinear) else layer(x)

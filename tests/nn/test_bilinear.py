@@ -9,7 +9,7 @@ from fasthyper.nn import Bilinear
 
 
 def pair(*args, dtype=torch.float64, **kwargs):
-    """Ours and torch's, with the same parameters."""
+    """Return our layer and torch's, with the same parameters."""
     theirs = nn.Bilinear(*args, dtype=dtype, **kwargs)
     ours = Bilinear(*args, dtype=dtype, **kwargs)
     ours.load_state_dict(theirs.state_dict())

@@ -103,7 +103,7 @@ def test_after_an_exception(compiled):
             try:
                 self.failing(x, cond)
             except RuntimeError:
-                return self.layer(x)  # under the outer z again
+                return self.layer(x)  # takes the outer z again
 
     outer = Hypernetwork(nn.Linear(6, R), Outer())
     torch.testing.assert_close(outer(x, cond, cond), outer.primary.layer(x, outer.trunk(cond)))
@@ -144,7 +144,7 @@ def test_checkpointing_inside_the_primary_is_refused():
         y.sum().backward()
 
 
-def test_checkpointing_around_works(model):
+def test_checkpointing_the_whole_network(model):
     x, cond = data()
     parameters = list(model.parameters())
     expected = torch.autograd.grad(model(x, cond).square().sum(), parameters)
@@ -177,7 +177,7 @@ def test_a_checkpoint_recomputed_under_another_network_raises():
         Hypernetwork(nn.Linear(6, R), Primary())(torch.randn(5, 4), torch.randn(5, 6))
 
 
-def test_another_thread_meets_no_z():
+def test_no_z_in_another_thread():
     class Elsewhere(nn.Module):
         def __init__(self):
             super().__init__()
@@ -200,12 +200,12 @@ def test_another_thread_meets_no_z():
     assert "another thread" in str(model.primary.error)
 
 
-def test_called_outside():
+def test_no_z_outside_of_a_hypernetwork():
     with pytest.raises(ValueError, match=r"HyperLinear was called with no z.*layer\(x, z\).*Hypernetwork"):
         HyperLinear(4, 3, R)(torch.randn(B, 4))
 
 
-def test_layer_that_the_primary_does_not_hold():
+def test_layer_outside_of_the_primary():
     outsider = HyperLinear(4, 4, R)
 
     class Uses(nn.Module):
@@ -223,7 +223,7 @@ def test_layer_that_the_primary_does_not_hold():
 
 
 def test_after_the_recompile_limit():
-    """A graph break compiles a helper alone; at the limit its eager caller meets the compiled one."""
+    """After a graph break Dynamo compiles a helper alone; at the limit, eager code calls the compiled helper."""
     torch._dynamo.reset()
     broken = Hypernetwork(nn.Linear(6, R), nn.Sequential(*primary()[:2], GraphBreak(), HyperLinear(5, 3, R)))
     torch.compile(broken, backend="eager")(*data())

@@ -16,7 +16,7 @@ def mlp(**kwargs):
 
 
 def hyper(module):
-    """Under z itself."""
+    """Return a Hypernetwork whose z is its input."""
     return Hypernetwork(nn.Identity(), module)
 
 
@@ -25,7 +25,7 @@ def generated(module):
 
 
 def fill(module):
-    """Heads away from zero."""
+    """Set the heads to random values."""
     for m in module.modules():
         if isinstance(m, HyperLinear):
             nn.init.normal_(m.weight, std=0.3)
@@ -35,7 +35,7 @@ def fill(module):
 
 
 def per_instance(module, copied, z, *inputs):
-    """The original run once for each instance, its Linears holding what is generated for it."""
+    """Run the original once per instance, with the weights generated for this instance in its Linears."""
     outputs = []
     for b in range(z.shape[0]):
         one = copy.deepcopy(module)
@@ -49,7 +49,7 @@ def per_instance(module, copied, z, *inputs):
     return torch.cat(outputs)
 
 
-def test_starts_as_what_it_was_made_from():
+def test_starts_with_the_outputs_of_the_original():
     net = mlp()
     copied = hyperize(net, R)
     x, z = torch.randn(5, 3), torch.randn(5, R)
@@ -74,7 +74,7 @@ def test_function(bias, base, has_bias):
         if isinstance(m, HyperLinear):
             assert (m.bias is not None) == (bias and has_bias)
             assert (m.base_weight is not None) == base
-            # a bias that is not generated stays as it was
+            # a bias that is not generated stays an ordinary parameter
             assert (m.base_bias is not None) == (has_bias and (base or not bias))
 
 
@@ -165,7 +165,7 @@ def test_one_layer_in_two_places():
         torch.testing.assert_close(hyper(copied)(x, z), per_instance(net, copied, z, x))
 
 
-def test_one_layer_that_a_plain_list_holds_too():
+def test_one_layer_in_a_plain_list():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -264,19 +264,19 @@ def test_excluded_is_not_refused():
     assert generated(hyperize(nn.Sequential(nn.Linear(2, 2), hooked()), R, exclude="1")) == ["0"]
 
 
-def test_all_that_is_refused_is_named():
+def test_the_error_names_all_refused_layers():
     with pytest.raises(ValueError, match=r"'0': .*'2': "):
         hyperize(nn.Sequential(OwnForward(2, 2), nn.Linear(2, 2), nn.LazyLinear(2)), R)
 
 
-def test_a_subclass_that_computes_the_same_is_taken():
+def test_subclass_with_the_same_forward_is_converted():
     net = nn.Sequential(OnlyAnotherInit(2, 2))
     copied = hyperize(net, R)
     assert type(copied[0]) is HyperLinear
     assert (copied[0].base_weight == 1).all()
 
 
-def test_materialised_lazy_is_taken():
+def test_initialised_lazy_layer_is_converted():
     net = nn.Sequential(nn.LazyLinear(2))
     x, z = torch.randn(5, 3), torch.randn(5, R)
     y = net(x)
@@ -288,7 +288,7 @@ def test_attention_is_refused_by_name():
     with pytest.raises(ValueError, match=r"'self_attn\.out_proj': .*MultiheadAttention"):
         hyperize(layer, R)
     attention = nn.MultiheadAttention(8, 2)
-    attention.out_proj = nn.Linear(8, 8)  # read, and not called, whatever it is
+    attention.out_proj = nn.Linear(8, 8)  # its type does not matter: it is read and never called
     with pytest.raises(ValueError, match=r"'out_proj': .*MultiheadAttention"):
         hyperize(attention, R)
 
@@ -299,7 +299,7 @@ def test_attention_is_refused_by_name():
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_transformer_layer(training, norm_first):
-    """Its fast path for inference would read linear1.weight directly."""
+    """The fast path of the layer for inference would read linear1.weight directly."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=norm_first)
     layer.train(training)
     copied = fill(hyperize(layer, R, "linear?"))
@@ -309,7 +309,7 @@ def test_transformer_layer(training, norm_first):
     with torch.no_grad():
         torch.testing.assert_close(hyper(copied)(x, z), expected)
         torch.testing.assert_close(per_instance(layer, copied, z, x), expected)
-    assert layer.activation_relu_or_gelu == 1  # the original keeps its own
+    assert layer.activation_relu_or_gelu == 1  # the original is unchanged
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

@@ -1,4 +1,4 @@
-"""Hypernetwork: its values, compiled and exported too, z by layer name, its checks."""
+"""Hypernetwork: values and gradients, compile and export, z by layer name, errors."""
 
 import copy
 import pickle
@@ -59,7 +59,7 @@ def test_exported(model, strict):
         torch.testing.assert_close(exported(x, cond), model(x, cond))
 
 
-def test_z_by_name_is_checked():
+def test_wrong_z_by_name():
     z = torch.randn(B, R)
     for returned, message in [
         ({"0": z}, r"no z for \['2'\], only for \['0'\]"),
@@ -106,7 +106,7 @@ def test_primary_without_a_generated_layer():
         Hypernetwork(nn.Linear(6, R), Hypernetwork(nn.Linear(6, R), primary()))
 
 
-def test_repr_lists_what_is_not_generated():
+def test_repr_lists_ungenerated_parameters():
     net = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3))
     assert "ungenerated: 1.weight, 1.bias\n" in repr(Hypernetwork(nn.Linear(6, R), hyperize(net, R)))
     assert "ungenerated: none" in repr(Hypernetwork(nn.Linear(6, R), primary()))

@@ -1,4 +1,4 @@
-"""Variances at the start, on real widths: second moments over many weights and instances."""
+"""Variances after initialisation, at realistic widths: second moments over many weights and instances."""
 
 import math
 
@@ -12,7 +12,7 @@ B = 512
 
 
 def features(kind, R):
-    """z and its second moment."""
+    """Return z and its second moment."""
     z = torch.randn(B, R)
     if kind == "normal":
         return z, 1.0
@@ -65,7 +65,7 @@ def test_hyperfan_out_keeps_the_gradients(widths, kind, nonlinearity, gain_sq):
     x = torch.randn(B, I, requires_grad=True)
     (dx,) = torch.autograd.grad(layer(x, z), x, torch.randn(B, O))
     assert dx.square().mean().item() == pytest.approx(gain_sq, rel=0.08)
-    # A layer that widens keeps the activations too, by its bias; one that narrows adds none.
+    # With O > I the bias preserves the variance of activations, too; otherwise it is zero.
     expected = gain_sq * max(1, I / O)
     assert outputs(layer, z).square().mean().item() == pytest.approx(expected, rel=0.08)
     assert bool(layer.bias.any()) == (O > I)
@@ -89,7 +89,7 @@ def test_bias_hyper_needs_a_base():
         HyperLinear(3, 4, 5, base=False, init="bias_hyper")
 
 
-def test_the_variances_of_the_table():
+def test_the_formulas():
     I, O, R = 20, 60, 50
     weight, bias, base_weight, base_bias = (torch.full(shape, math.nan) for shape in [(O, I, R), (O, R), (O, I), (O,)])
 

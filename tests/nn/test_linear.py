@@ -15,7 +15,7 @@ ALL = ("weight", "bias", "base_weight", "base_bias")
 
 
 def filled(*args, dtype=torch.float64, **kwargs):
-    """A HyperLinear with every parameter, base included, away from zero."""
+    """Return a HyperLinear with all parameters, base included, nonzero."""
     layer = HyperLinear(*args, dtype=dtype, **kwargs)
     with torch.no_grad():
         for p in layer.parameters():
@@ -24,7 +24,7 @@ def filled(*args, dtype=torch.float64, **kwargs):
 
 
 def oracle(layer, x, z):
-    """The formula by einsum in float64, from the parameters."""
+    """Compute the formula by einsum in float64, from the parameters."""
     w, b, w0, b0 = (None if getattr(layer, n) is None else getattr(layer, n).double() for n in ALL)
     x, z = x.double(), z.double()
     W = torch.einsum("oir,br->boi", w, z)
@@ -128,7 +128,7 @@ def test_dtype_and_meta():
 
 def test_meta_to_empty_and_reset():
     layer = HyperLinear(3, 4, 5, init="bias_hyper", device="meta").to_empty(device="cpu")
-    layer.reset_parameters()  # the init that it was made with
+    layer.reset_parameters()  # the init of the constructor
     assert not layer.weight.any()
     assert layer.base_weight.any()
 
@@ -138,7 +138,7 @@ def test_meta_to_empty_and_reset():
 
 @pytest.mark.parametrize("head_bias", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_from_head_is_what_people_write(bias, head_bias):
+def test_from_head_equals_the_usual_code(bias, head_bias):
     I, O, R = 3, 4, 5
     head = nn.Linear(R, O * I + (O if bias else 0), bias=head_bias, dtype=torch.float64)
     layer = HyperLinear.from_head(head, I, O)
@@ -173,7 +173,7 @@ def test_from_head_shares_storage():
     torch.testing.assert_close(layer.base_bias, head.bias[12:])
 
 
-def test_from_head_keeps_what_is_frozen():
+def test_from_head_keeps_frozen_parameters():
     head = nn.Linear(5, 16)
     head.bias.requires_grad_(False)
     layer = HyperLinear.from_head(head, 3, 4)
@@ -232,14 +232,14 @@ def test_weight_norm_sq_gradients():
     def norm(z, *values):
         return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (z,))
 
-    layer.forward = layer.weight_norm_sq  # what functional_call runs
+    layer.forward = layer.weight_norm_sq  # functional_call runs forward
     inputs = (z, *(getattr(layer, name).detach().requires_grad_() for name in names))
     assert torch.autograd.gradcheck(norm, inputs)
     assert torch.autograd.gradgradcheck(norm, inputs)
 
 
 def test_weight_norm_sq_is_never_negative():
-    """Where the base cancels what is generated, rounding alone decides the sign."""
+    """If the base cancels the generated weights, only rounding decides the sign."""
     for seed in range(8):
         torch.manual_seed(seed)
         layer, z = HyperLinear(64, 64, 4), torch.randn(1, 4)
@@ -249,10 +249,10 @@ def test_weight_norm_sq_is_never_negative():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("converted", [2**22, 1000])
-def test_weight_norm_sq_low_precision(dtype, converted, monkeypatch):
-    """Summed in float32, in pieces or not: beside float64 of the same values, float32's error is left."""
-    monkeypatch.setattr("fasthyper.nn.generated_norm._CHUNK_ELEMENTS", converted)
+@pytest.mark.parametrize("chunk_elements", [2**22, 1000])
+def test_weight_norm_sq_low_precision(dtype, chunk_elements, monkeypatch):
+    """Sums are in float32, in chunks or not: the error against float64 is that of float32."""
+    monkeypatch.setattr("fasthyper.nn.generated_norm._CHUNK_ELEMENTS", chunk_elements)
     torch.manual_seed(0)
     layer = filled(64, 64, 24, dtype=dtype)
     z = torch.randn(5, 24).to(dtype).requires_grad_()
@@ -273,7 +273,7 @@ def test_weight_norm_sq_low_precision(dtype, converted, monkeypatch):
             torch.testing.assert_close(ours.grad.double(), reference.grad.to(dtype).double(), rtol=2e-2, atol=1e-2)
 
 
-def test_weight_norm_sq_pieces_keep_no_float32_head(monkeypatch):
+def test_weight_norm_sq_chunks_keep_no_float32_head(monkeypatch):
     monkeypatch.setattr("fasthyper.nn.generated_norm._CHUNK_ELEMENTS", 1000)
     layer = filled(64, 64, 24, dtype=torch.bfloat16)
     saved = []
@@ -327,9 +327,9 @@ def test_checkpointed_layer():
     torch.testing.assert_close(torch.autograd.grad(y.sum(), (x, z)), plain)
 
 
-@pytest.mark.parametrize("instances", [3, 40])  # fewer and more than features: by weights, and by the Gram matrix
+@pytest.mark.parametrize("instances", [3, 40])  # fewer than features: by W; more: by the Gram matrix
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_weight_norm_sq_by_pieces_under_func(monkeypatch, instances, dtype):
+def test_weight_norm_sq_by_chunks_under_func(monkeypatch, instances, dtype):
     layer, z = filled(8, 8, 24, dtype=dtype), torch.randn(instances, 24).to(dtype)
     weight = layer.weight.double().detach().requires_grad_()
 
@@ -338,8 +338,8 @@ def test_weight_norm_sq_by_pieces_under_func(monkeypatch, instances, dtype):
 
     whole = torch.func.grad(expected)(z.double())
     monkeypatch.setattr("fasthyper.nn.generated_norm._CHUNK_ELEMENTS", 100)
-    pieces = torch.func.grad(lambda z: layer.weight_norm_sq(z).sum())(z)
-    torch.testing.assert_close(pieces.double(), whole, rtol=0.02 if dtype == torch.bfloat16 else 1e-9, atol=1e-2)
+    by_chunks = torch.func.grad(lambda z: layer.weight_norm_sq(z).sum())(z)
+    torch.testing.assert_close(by_chunks.double(), whole, rtol=0.02 if dtype == torch.bfloat16 else 1e-9, atol=1e-2)
     layer.weight_norm_sq(z).sum().backward()
     (head,) = torch.autograd.grad(expected(z.double()), weight)
     torch.testing.assert_close(

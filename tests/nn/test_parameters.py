@@ -29,7 +29,7 @@ def test_weights_only():
     assert report == ParameterReport(n_f, n_g, None, None, 0, n_f, n_f)
 
 
-def test_with_biases_bases_and_the_ungenerated():
+def test_biases_bases_and_ungenerated_parameters():
     net = nn.Sequential(nn.Linear(64, 10), nn.LayerNorm(10), nn.Linear(10, 12))
     n_g = 64 * 10 + 10 + 10 * 12 + 12
     report = parameter_report(Hypernetwork(trunk(), hyperize(net, R)))
@@ -37,7 +37,7 @@ def test_with_biases_bases_and_the_ungenerated():
     assert report == ParameterReport(n_f, n_g, None, None, 20, n_f + 20, n_f + 20)
 
 
-def test_a_bias_that_is_not_generated():
+def test_ungenerated_bias():
     report = parameter_report(Hypernetwork(trunk(), hyperize(nn.Linear(64, 10), R, bias=False)))
     assert report.n_g == 640
     assert report.n_f == TRUNK + 640 * R + 640 + 10
