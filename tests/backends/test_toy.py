@@ -74,7 +74,7 @@ def test_the_planner_counts_with_its_costs(toy):
 
 
 def test_what_prints_backends_prints_it(toy):
-    assert "toy: ready (for a test)" in info.report()
+    assert "toy: ready (for a test)" in info.describe()
     assert "backend toy" in explain(batch=4, points=1, cond=5, in_features=3, out_features=6)
     half = explain(batch=4, points=1, cond=5, in_features=3, out_features=6, dtype="bfloat16")
     assert "backend aten" in half
