@@ -1,6 +1,11 @@
 // The operators, as fasthyper/backends/cuda calls them. They check nothing that Python has checked: shapes agree, the
 // dtype is one, results are contiguous.
+#include <string>
+#include <utility>
+
+#include "hopper_fold.h"
 #include "hopper_kernels.h"
+#include "hopper_weight_grad.h"
 #include "tensors.h"
 
 #ifdef FASTHYPER_EMULATED
@@ -188,6 +193,37 @@ static int64_t grads_shared_op(int64_t O, int64_t inputs_per_split, int64_t item
   return itemsize == 4 ? bytes(float{}) : bytes(bfloat16{});
 }
 
+// A constant that the kernels are compiled with, by its name: the sizes of tiles, from which Python computes splits,
+// and the numbers of activations. fasthyper/backends/cuda/library.py describes each.
+static int64_t constant_op(std::string name) {
+  using Fold = FoldShape<float, 2, 4, 1, 8>;
+  using WideFold = FoldShape<float, 4, 1, 2, 8>;
+  using Rows = DxDzShape<float, 2, 4>;
+  using WeightGrads = WeightGradShape<float>;
+  using HopperWeightGrads = HopperWeightGradShape<128>;
+  static_assert(Fold::BP == WideFold::BP && WeightGrads::WI == HopperWeightGrads::INPUTS);
+  static_assert(Fold::BM == Rows::BM && WideFold::BM == DxDzShape<float, 8, 1>::BM);
+  const std::pair<const char*, int64_t> constants[] = {
+      {"rows", Fold::BM},
+      {"wide_rows", WideFold::BM},
+      {"columns", Fold::BP},
+      {"kept_outputs", Rows::DEPTH},
+      {"inputs", WeightGrads::WI},
+      {"row_bytes", ROW_BYTES},
+      {"hopper_rows", HopperFoldShape<128>::BM},
+      {"hopper_columns", HopperFoldShape<128>::BN},
+      {"hopper_batch", HopperWeightGrads::BATCH},
+      {"relu", static_cast<int64_t>(Activation::relu)},
+      {"tanh", static_cast<int64_t>(Activation::tanh)},
+      {"sigmoid", static_cast<int64_t>(Activation::sigmoid)},
+      {"silu", static_cast<int64_t>(Activation::silu)},
+      {"gelu", static_cast<int64_t>(Activation::gelu)},
+  };
+  for (const auto& [known, value] : constants)
+    if (name == known) return value;
+  STD_TORCH_CHECK(false, "no constant is called ", name);
+}
+
 // a (B, N, J) and y (B, N, O) of two layers; `partial`, where the first one's sums come in parts, (splits, B·N, J).
 static void primary_op(
     const Tensor& x, const Tensor& z, const Tensor& h1, const Maybe& bias1, const Maybe& base1, const Maybe& b1,
@@ -249,6 +285,7 @@ LIBRARY(FASTHYPER_NAMESPACE, m) {
       "grads(Tensor x, Tensor z, Tensor? h, Tensor? bias, Tensor? base, Tensor g, Tensor(a!)? dx, Tensor(b!)? dz, "
       "Tensor(c!)? dz_parts, Tensor(d!)? dh, Tensor(e!)? dbias, Tensor(f!)? dbase, Tensor(g!)? db0, "
       "Tensor(h!)? parts, int inputs_per_split, int rows_per_split, bool wide, bool hopper, bool tf32) -> int");
+  m.def("constant(str name) -> int");
   m.def("generation() -> int");
   m.def("grads_shared(int O, int inputs_per_split, int itemsize, bool dx, bool wide) -> int");
   m.def(
@@ -264,6 +301,7 @@ LIBRARY(FASTHYPER_NAMESPACE, m) {
 }
 
 LIBRARY_IMPL(FASTHYPER_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("constant", TORCH_BOX(&fasthyper::constant_op));
   m.impl("generation", TORCH_BOX(&fasthyper::generation_op));
   m.impl("grads_shared", TORCH_BOX(&fasthyper::grads_shared_op));
 }
