@@ -76,9 +76,9 @@ bench: .venv/ready $(BUILT)
 report: .venv/ready
 	$(BIN)/python -m benchmarks report
 
-# The table of all Triton kernels and tiles, compiled for every part; PARTS="sm_90" for one.
+# The resource usage of every Triton kernel and tile, compiled for every arch; ARCHS="sm_90" for one.
 aot: .venv/ready
-	$(BIN)/python -m fasthyper.backends.triton.aot $(PARTS)
+	$(BIN)/python tests/kernels/aot.py $(ARCHS)
 
 # On a machine with a GPU, with its own Python and what is installed there: build and tests, then workloads, each within
 # ten minutes. Tests take the likeliest tile, or each would wait for three to be compiled. GPU_PARTS=8.0 for an A100. Of the

@@ -60,6 +60,11 @@ class Problem(NamedTuple):
         return cls(op, B, N, R, I, O, x.dtype, x.device.type, B > 1 and x.stride(0) == 0, needs, backend)
 
     @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """B, N, R, I, O."""
+        return self.batch, self.points, self.cond_features, self.in_features, self.out_features
+
+    @property
     def distinct(self) -> int:
         """Distinct rows of x."""
         return self.points if self.shared_x else self.batch * self.points

@@ -92,7 +92,7 @@ def unavailable() -> str | None:
 
 def takes(problem: Problem) -> bool:
     """Return whether there is a kernel for a problem."""
-    return problem.dtype in DTYPES and 0 not in problem[1:6]
+    return problem.dtype in DTYPES and 0 not in problem.sizes
 
 
 def _remember(*decision: object) -> None:

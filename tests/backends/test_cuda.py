@@ -1,6 +1,6 @@
-"""The CUDA kernels: how their work is cut, and what they leave to others. What else is asked is in test_kernels.py.
+"""The CUDA kernels: blocks, splits, and the calls that other backends compute. test_kernels.py tests their results.
 
-On a GPU where there is one; else by the emulator of csrc/cuda, in a run of its own (`make test`).
+They run on a GPU if there is one; else in the emulator of csrc/cuda, in a separate run of `make test`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import fasthyper
-from fasthyper.backends import cuda
-from fasthyper.backends.cuda import launch, primaries
-from fasthyper.backends.cuda.device import Device
+from fasthyper import compiled
+from fasthyper.backends import cuda, gpu
+from fasthyper.backends.cuda import launch, library, primaries
 
 ready = pytest.mark.skipif(cuda.unavailable() is not None, reason=f"CUDA kernels: {cuda.unavailable()}")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,33 +30,39 @@ def everything(x, z, weight, bias, base_weight, g):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The calls of operators, by name and arguments."""
-    seen = []
+    """The calls of the operators that launch kernels, by name and arguments."""
+    seen, ops = [], library.ops()
 
     class Ops:
         def __getattr__(self, name):
-            op = getattr(Device.of(torch.empty(0, device=device())).ops, name)
+            op = getattr(ops, name)
 
             def call(*args):
                 seen.append((name, args))
                 return op(*args)
 
-            return call if name != "grads_shared" else op
+            return op if name in ("constant", "generation", "grads_shared") else call
 
-    of = Device.of
-
-    def device():
-        return "cuda" if torch.cuda.is_available() else "cpu"
-
-    ops = Ops()
-    monkeypatch.setattr(Device, "of", lambda t: of(t)._replace(ops=ops) if t.numel() else of(t))
+    recorded = Ops()
+    monkeypatch.setattr(library, "ops", lambda: recorded)
     return seen
 
 
 def processors(monkeypatch, count):
-    """Let the device be one of so many multiprocessors, for which a problem is small or large."""
-    of = Device.of
-    monkeypatch.setattr(Device, "of", lambda t: of(t)._replace(processors=count))
+    """Give the device a number of multiprocessors, for which a problem is small or large."""
+    device = library.device
+    monkeypatch.setattr(library, "device", lambda t: device(t)._replace(processors=count))
+
+
+@pytest.fixture
+def constants(monkeypatch):
+    """Read constants from any library that can be loaded: no kernel runs."""
+    for name in ("cuda_emulated", "cuda"):
+        if compiled.load(name) is None:
+            ops = getattr(torch.ops, f"fasthyper_{name}")
+            monkeypatch.setattr(library, "ops", lambda ops=ops: ops)
+            return
+    pytest.skip(f"CUDA kernels: {compiled.load('cuda_emulated')}")
 
 
 @ready
@@ -144,7 +150,7 @@ def test_numbers_beside_a_factor_are_not_read(neighbour, factors, oracle):
 @ready
 def test_what_has_no_room_is_left_to_others(factors, oracle, monkeypatch, launches):
     args = factors((30, 8, 20, 7, 9), torch.float32, NAMES)
-    monkeypatch.setattr(launch, "room", lambda: 1000)  # dz of several points comes in rows
+    monkeypatch.setattr(gpu, "partial_sums_limit", lambda: 1000)  # dz of several points has partial sums
     oracle.check_linear(args, everything(*args))
     assert [name for name, _ in launches] == ["fold"]
     wide = factors((3, 1, 4, 5, 3000), torch.float32, NAMES)  # g of a block has no room beside H
@@ -159,7 +165,16 @@ def test_auto_does_not_take_it(monkeypatch):
     assert fasthyper.backends.backend("cuda", torch.device("cuda")) is cuda
 
 
-def test_a_sum_is_split_where_blocks_are_few_and_has_work():
+def test_constants_are_those_of_the_library(constants):
+    """Each has a name there. No activation is 0, which stands for none."""
+    assert all(size > 0 for size in library.tile_sizes())
+    numbers = [library.ops().constant(name) for name in primaries.ACTIVATIONS]
+    assert sorted(numbers) == list(range(1, len(numbers) + 1))
+    with pytest.raises(RuntimeError, match="no constant is called height"):
+        library.ops().constant("height")
+
+
+def test_a_sum_is_split_where_blocks_are_few_and_has_work(constants):
     room = 16 << 20
     per_split, wide = launch.fold_launch(64, 784, 50, 10, 132, room)
     assert (per_split < 784 // 16, wide) == (True, False)
@@ -168,7 +183,7 @@ def test_a_sum_is_split_where_blocks_are_few_and_has_work():
     assert launch.fold_launch(39168, 64, 128, 64, 132, room) == (64, True)
 
 
-def test_the_last_wave_is_split_where_it_would_be_nearly_empty():
+def test_the_last_wave_is_split_where_it_would_be_nearly_empty(constants):
     rows = launch._whole_waves(39168, 64, 132)  # 153 tiles
     assert rows == 132 * 256
     assert launch._whole_waves(132 * 256, 64, 132) == 132 * 256
@@ -181,7 +196,8 @@ def test_the_last_wave_is_split_where_it_would_be_nearly_empty():
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_the_kernels_for_hopper_take_what_is_large(dtype, factors, oracle, monkeypatch, launches):
     """And its last wave, of few blocks, in parts."""
-    if not Device.of(torch.empty(1, device="cuda" if torch.cuda.is_available() else "cpu")).hopper:
+    device = library.device(torch.empty(1, device="cuda" if torch.cuda.is_available() else "cpu"))
+    if not library.has_hopper_kernels(device):
         pytest.skip("this GPU is not of compute capability 9.0")
     monkeypatch.setattr(launch, "_HOPPER_WORK", 1)
     monkeypatch.setattr(launch, "_LEAST_WORK", 64)
@@ -292,9 +308,9 @@ class TestPrimary:
         x, z = meta(B, N, I), meta(B, R)
         first = (meta(J, I, R), None, None, None)
         second = (meta(O, J, R), None, None, None)
-        here = Device.of(torch.empty(1, device="cuda" if torch.cuda.is_available() else "cpu"))
+        here = library.device(torch.empty(1, device="cuda" if torch.cuda.is_available() else "cpu"))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Device, "of", lambda t: here)
+            patch.setattr(library, "device", lambda t: here)
             assert not primaries.fuses(x, z, first, second, "relu")
             assert primaries.fuses(
                 meta(9, 1, 5), meta(9, 8), (meta(6, 5, 8), *[None] * 3), (meta(3, 6, 8), *[None] * 3), "relu"

@@ -1,7 +1,7 @@
-"""The Triton kernels: their tiles, their workspace, their precision. What else is asked of them is in test_kernels.py.
+"""The Triton kernels: their tiles, their workspace, their precision. test_kernels.py tests their results.
 
-On a GPU where there is one; else by Triton's interpreter, in a run of its own (`make test`), since it is chosen when
-triton is imported.
+They run on a GPU if there is one; else in Triton's interpreter, in a separate run of `make test`, because importing
+triton selects it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fasthyper
-from fasthyper.backends import triton
+from fasthyper.backends import gpu, triton
 
 ready = pytest.mark.skipif(triton.unavailable() is not None, reason=f"Triton kernels: {triton.unavailable()}")
 ALL = (True,) * 6
@@ -29,19 +29,17 @@ def everything(x, z, weight, bias, base_weight, g, schedule="fold"):
 @pytest.mark.parametrize(
     ("room", "sizes"),
     [
-        (1000, (20, 1, 33, 9, 7)),  # for nothing
-        (1000, (5, 9, 20, 7, 8)),  # dz of several points is summed an instance at a time
+        (1000, (20, 1, 33, 9, 7)),  # no copy fits
+        (1000, (5, 9, 20, 7, 8)),  # dz of several points is summed one instance at a time
         (600, (2, 40, 20, 3, 8)),  # and some points at a time
-        (8000, (20, 1, 33, 9, 7)),  # for a copy of z with an even R, and not of H
-        (4000, (100, 1, 5, 3, 4)),  # of H, and of some instances of z
+        (8000, (20, 1, 33, 9, 7)),  # a padded copy of z fits, but not of H
+        (4000, (100, 1, 5, 3, 4)),  # a copy of H fits, and of some instances of z
     ],
     ids=str,
 )
 def test_little_workspace(room, sizes, factors, oracle, monkeypatch):
-    """No room for parts of sums, or to make odd sizes even; what would be read beyond H is not a number."""
-    from fasthyper.backends.triton import run
-
-    monkeypatch.setattr(run, "_room", lambda: room)
+    """No room for partial sums, or for padded copies; NaN stands in memory behind H."""
+    monkeypatch.setattr(gpu, "partial_sums_limit", lambda: room)
     args = factors(sizes, torch.float32, NAMES)
     behind = torch.full((args[2].numel() + 1000,), float("nan"), device=args[2].device)
     behind[: args[2].numel()] = args[2].flatten()
@@ -59,7 +57,7 @@ def test_auto_takes_it_for_a_gpu(monkeypatch):
 
 
 class TestTuning:
-    """Which tile is taken, with clocks that tell what the test wants."""
+    """The choice of a tile, with times that the test makes up."""
 
     @pytest.fixture
     def tuning(self, monkeypatch, tmp_path):
@@ -74,9 +72,7 @@ class TestTuning:
 
     @pytest.fixture
     def device(self):
-        from fasthyper.backends.triton.device import Device
-
-        return Device("NVIDIA Test 9000", "sm_90", 132)
+        return gpu.Device("NVIDIA Test 9000", "sm_90", 132, 227 << 10)
 
     @staticmethod
     def candidates(tuning, count=5):
@@ -88,17 +84,17 @@ class TestTuning:
         ours = self.candidates(tuning)
         timed = []
         monkeypatch.setattr(tuning, "_time", lambda run, c: (timed.append(c), c.seconds)[1] * -1)
-        kind = ("fold", torch.bfloat16, (64, 1), True)
-        assert tuning.choose(kind, ours, device, lambda c: None) is ours[2]
+        key = ("fold", torch.bfloat16, (64, 1), True)
+        assert tuning.choose(key, ours, device, lambda c: None) is ours[2]
         assert timed == [ours[4], ours[3], ours[2]]
         kept = json.loads(tuning.path(device).read_text())
         assert kept == {"fold torch.bfloat16 (64, 1) True": list(ours[2].tile)}
         tuning.forget()  # as in another process
         monkeypatch.setattr(tuning, "_time", lambda run, c: pytest.fail("timed again"))
-        assert tuning.choose(kind, ours, device, lambda c: None) is ours[2]
+        assert tuning.choose(key, ours, device, lambda c: None) is ours[2]
 
     @pytest.mark.parametrize("text", ["", "{", "[]", '{"fold 1": 3}', '{"fold 1": [1, 2, 3, 4, 5]}'])
-    def test_a_file_of_something_else_is_timed_anew(self, text, tuning, device, monkeypatch):
+    def test_a_file_with_other_content_is_timed_again(self, text, tuning, device, monkeypatch):
         ours = self.candidates(tuning)
         monkeypatch.setattr(tuning, "_time", lambda run, c: c.seconds)
         tuning.path(device).write_text(text)
@@ -129,7 +125,7 @@ class TestTuning:
         ours = self.candidates(tuning)
         monkeypatch.setattr(tuning, "_time", lambda run, c: c.seconds)
         assert tuning.choose(("fold", 1), ours, device, lambda c: None) is ours[4]
-        tuning.path(device).write_text(json.dumps({"fold 1": ours[3].tile}))  # another process finds another
+        tuning.path(device).write_text(json.dumps({"fold 1": ours[3].tile}))  # of another process
         tuning.choose(("fold", 2), ours, device, lambda c: None)
         assert tuning.choose(("fold", 1), ours, device, lambda c: None) is ours[4]
 
@@ -148,12 +144,12 @@ class TestTuning:
         from fasthyper.backends.triton.tiles import Tile
 
         tile = Tile(256, 64, 64, 8, 4)
-        block = tuning.Block(2, 256, 64, 128 * 64, 64)
-        few = tuning.candidate(tile, block, 1 << 16, 16 << 20, 132, 16)
-        many = tuning.candidate(tile, block._replace(blocks=13200), 1 << 16, 16 << 20, 132, 16)
+        tiling = tuning.Tiling(2, 256, 64, 128 * 64, 64)
+        few = tuning.candidate(tile, tiling, 1 << 16, 16 << 20, 132, 16)
+        many = tuning.candidate(tile, tiling._replace(blocks=13200), 1 << 16, 16 << 20, 132, 16)
         assert few.splits > 8
         assert many.splits == 1
-        assert tuning.candidate(tile, block, 1 << 16, 1 << 17, 132, 16).splits <= 2  # no room for more
+        assert tuning.candidate(tile, tiling, 1 << 16, 1 << 17, 132, 16).splits <= 2  # no room for more
 
 
 class TestPrecision:
@@ -166,19 +162,17 @@ class TestPrecision:
 
         return calls
 
-    def test_by_part(self, calls):
+    def test_by_arch(self, calls):
         assert calls.precision_of(torch.float32, "sm_90", False) == "tf32x3"
         assert calls.precision_of(torch.float32, "sm_90", True) == "tf32"
         assert calls.precision_of(torch.float32, "gfx942", False) == "ieee"
         assert calls.precision_of(torch.float32, "interpreter", False) == "ieee"
 
-    def test_torch_says_what_is_allowed(self, calls):
-        from fasthyper.backends.triton import device
-
+    def test_torch_says_what_is_allowed(self):
         before = torch.get_float32_matmul_precision()
         try:
             for setting, allowed in (("highest", False), ("high", True)):
                 torch.set_float32_matmul_precision(setting)
-                assert device.allows_tf32() is allowed
+                assert gpu.allows_tf32() is allowed
         finally:
             torch.set_float32_matmul_precision(before)

@@ -1,15 +1,14 @@
-"""The CUDA kernels of csrc/cuda: few launches where a problem is small, hand-placed pipelines on Hopper.
+"""The CUDA kernels of csrc/cuda: few launches for small problems, and hand-written pipelines for Hopper.
 
-float32, bfloat16 and float16; the schedule `fold` is theirs, and whole primaries of two layers. What they leave to
-others: float64, empty problems, `generate` and `project`, and what has no room in a block's shared memory or in the
-workspace. With FASTHYPER_EMULATED=1 they run on the CPU, slowly, by the emulator of csrc/cuda/emulated.h: that is how
-they are tested.
+They compute the schedule `fold` in float32, bfloat16 and float16, and whole primary networks of two layers. Other
+backends compute the rest: float64, empty problems, the schedules `generate` and `project`, and problems that exceed
+the shared memory of a block or the workspace. With FASTHYPER_EMULATED=1 the emulator of csrc/cuda/emulated.h runs the
+kernels on the CPU, slowly: the tests use that.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 from types import ModuleType
 
 import torch
@@ -17,19 +16,15 @@ from torch import Tensor
 
 from ... import compiled, planner
 from ...problem import Problem
-from .. import aten, triton
-from ..gpu_costs import GpuCosts
-from . import launch, primaries
-from .device import Device
+from .. import aten, gpu, triton
+from . import launch, library, primaries
 
+DTYPES, takes = gpu.DTYPES, gpu.takes
 REMARK = "only use_backend takes it: its kernels have never run on a GPU, they are proven by an emulator"
-"""What `fasthyper info` says of it."""
-
-
-DTYPES = triton.DTYPES
-DEFAULT_ON = ()
-COSTS = GpuCosts()
-takes = triton.takes
+"""A remark for `fasthyper info`."""
+DEFAULT_ON = ()  # no GPU has shown it to be right and fast
+COSTS = gpu.GpuCosts()
+emulating = library.emulating
 
 
 def devices() -> tuple[str, ...]:
@@ -37,38 +32,31 @@ def devices() -> tuple[str, ...]:
     return ("cuda", "cpu") if emulating() else ("cuda",)
 
 
-def emulating() -> bool:
-    """Whether the emulator runs the kernels, on CPU tensors."""
-    return os.environ.get("FASTHYPER_EMULATED", "0") == "1"
-
-
 @functools.cache
 def unavailable() -> str | None:
     """Return why these kernels cannot run here, or None."""
     if emulating():
         return compiled.load("cuda_emulated")
-    if not torch.cuda.is_available():
-        return "there is no GPU"
+    if (why := gpu.unsuitable()) is not None:
+        return why
     if torch.version.hip is not None:
         return "it is for NVIDIA GPUs"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return f"{torch.cuda.get_device_name()} is older than sm_80"
     if (why := compiled.load("cuda")) is not None:
         return why
     try:
-        torch.ops.fasthyper_cuda.generation()
+        library.ops().generation()
     except RuntimeError as error:
         return f"built, but not for {torch.cuda.get_device_name()}: {error}"
     return None
 
 
-def _others() -> ModuleType:
-    """Who runs what these kernels leave."""
+def _fallback() -> ModuleType:
+    """Return the backend that computes what these kernels do not."""
     return aten if emulating() or triton.unavailable() else triton
 
 
-def _ours(op: str, x: Tensor, R: int, O: int, schedule: str, needs: tuple[bool, bool, bool] = (True,) * 3) -> bool:
-    """Whether a call is folded, which these kernels do."""
+def _is_fold(op: str, x: Tensor, R: int, O: int, schedule: str, needs: tuple[bool, bool, bool] = (True,) * 3) -> bool:
+    """Return whether the schedule of a call is `fold`, which these kernels compute."""
     problem = Problem.of(op, x, R, O, needs, "cuda")._replace(device="cuda")  # under the emulator, too
     return takes(problem) and planner.plan(problem, schedule).schedule == "fold"
 
@@ -83,12 +71,12 @@ def apply(
     *,
     schedule: str,
 ) -> Tensor:
-    """y (B, N, O) from x (B, N, I), z (B, R), H (O, I, R); bias (O, R), W0 (O, I), b0 (O,) or None."""
+    """Return y (B, N, O) from x (B, N, I), z (B, R), H (O, I, R); bias (O, R), W0 (O, I), b0 (O,) or None."""
     O, _, R = weight.shape
-    if not _ours("apply", x, R, O, schedule):
-        return _others().apply(x, z, weight, bias, base_weight, base_bias, schedule=schedule)
+    if not _is_fold("apply", x, R, O, schedule):
+        return _fallback().apply(x, z, weight, bias, base_weight, base_bias, schedule=schedule)
     y = x.new_empty(x.shape[0], x.shape[1], O)
-    launch.fold(x, z, weight.permute(1, 2, 0), base_weight, bias, base_bias, y, Device.of(x))
+    launch.fold(x, z, weight.permute(1, 2, 0), base_weight, bias, base_bias, y, library.device(x))
     return y
 
 
@@ -103,17 +91,20 @@ def grads(
     *,
     schedule: str,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, z, H, bias, W0, b0 as asked for by the mask; z is not read for dz alone, nor H for dH alone."""
+    """Return the gradients of x, z, H, bias, W0, b0 where the mask is set, else None.
+
+    z may be None if only dz is needed, and H if only dH is.
+    """
     (B, N, I), O = x.shape, g.shape[2]
     R = (z if weight is None else weight).shape[-1]  # type: ignore[union-attr]
-    dev = Device.of(x)
-    ours = any(mask) and _ours("grads", x, R, O, schedule, (mask[0], mask[1], mask[2]))
-    how = launch.grads_launch(B, N, R, I, O, x.dtype, tuple(mask), dev) if ours else None
-    if how is None:
-        return _others().grads(x, z, weight, bias, base_weight, g, mask, schedule=schedule)
+    device, config = library.device(x), None
+    if any(mask) and _is_fold("grads", x, R, O, schedule, (mask[0], mask[1], mask[2])):
+        config = launch.grads_launch(B, N, R, I, O, x.dtype, tuple(mask), device)
+    if config is None:
+        return _fallback().grads(x, z, weight, bias, base_weight, g, mask, schedule=schedule)
     shapes = ((B, N, I), (B, R), (O, I, R), (O, R), (O, I), (O,))
     out = [x.new_empty(shape) if k else None for shape, k in zip(shapes, mask, strict=True)]
-    launch.grads(x, z, weight, bias, base_weight, g, out, how, dev)
+    launch.grads(x, z, weight, bias, base_weight, g, out, config)
     return tuple(out)
 
 

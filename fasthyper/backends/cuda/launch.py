@@ -1,7 +1,7 @@
-"""How a call is cut into blocks, and the launch itself: `fold` for y, `grads` for all that backward asks for.
+"""Divide a call into blocks and splits, and launch it: `fold` computes y, and `grads` all gradients of a layer.
 
-A sum is split where its blocks are too few to fill the device; the parts are float32, in the workspace, and added in
-order.
+A sum is split where its output has too few blocks to fill the device. The partial sums are float32, in the workspace,
+and are added in order.
 """
 
 from __future__ import annotations
@@ -12,41 +12,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import planner
-from ..triton.device import allows_tf32
-from .device import Device
+from .. import gpu
+from ..gpu import Device, cdiv
+from . import library
+from .library import tile_sizes
 
-_ROWS, _WIDE_ROWS = 32, 128  # of a block of the two shapes: csrc/cuda/kernels.h
-_DEEP = 64  # O from which on a block of few rows does not keep g
-_COLUMNS = 64
-_HOPPER_ROWS, _HOPPER_COLUMNS, _HOPPER_BATCH = 256, 128, 64  # of the kernels for sm_90a
-_HOPPER_WORK = 1 << 31  # flops from which their pipelines are worth filling: predicted, not measured
-_INPUTS = 4  # of a block of weight_grad
+_HOPPER_WORK = 1 << 31  # flops from which on the kernels for sm_90a are faster: predicted, not measured
 _LEAST_WORK = 256  # rows of the batch, or numbers of K, that are worth a block of their own
 _MOST_SPLITS = 32
-_EVEN = 8
-_SPLIT_COST, _WORTH_IT = 1.2, 1.05  # of a split sum, and gain from which on it is worth a launch: predicted
+_ALIGNED = 8  # inputs: a split begins at a multiple, as matrices are read 16 bytes at a time
+_SPLIT_COST = 1.2  # time of a split sum, relative to one that is not split: predicted
+_LEAST_GAIN = 1.05  # from which on a second launch is worth its time: predicted
 HOPPER_DTYPES = (torch.bfloat16, torch.float16)
 
 
-def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return -(-a // b)
+def _splits(blocks: int, work: int, partial: int, processors: int, limit: int) -> int:
+    """Return the number of splits of a sum: those that fill the device, have enough work, and fit the limit.
 
-
-def room() -> int:
-    """Bytes that parts of sums may take: of one, half of that."""
-    return planner.get_workspace_limit() // 2
-
-
-def _row_of(dtype: torch.dtype) -> int:
-    """Numbers in a row of a tile: 128 bytes."""
-    return 128 // dtype.itemsize
-
-
-def _splits(blocks: int, work: int, part: int, processors: int, room: int) -> int:
-    """Parts of a sum: as many as fill the device, have work enough, and have room for their results."""
-    return max(1, min(processors // max(1, blocks), work // _LEAST_WORK, room // 2 // max(1, part), _MOST_SPLITS))
+    Args:
+        blocks: number of blocks of the output.
+        work: rows of the batch, or numbers of K, that the splits share.
+        partial: bytes of the partial sums of one split.
+        processors: number of multiprocessors.
+        limit: bytes that all partial sums may take, of this sum and of another.
+    """
+    return max(1, min(processors // max(1, blocks), work // _LEAST_WORK, limit // 2 // max(1, partial), _MOST_SPLITS))
 
 
 def fold(
@@ -57,115 +47,126 @@ def fold(
     c: Tensor | None,
     d: Tensor | None,
     out: Tensor,
-    dev: Device,
+    device: Device,
 ) -> None:
-    """Out (B, N, P) from u (B, N, C), v (B, K), H (C, K, P), A (P, C), C (P, K), d (P,); see csrc/cuda/fold.h."""
+    """Compute out (B, N, P) from u (B, N, C), v (B, K), H (C, K, P), A (P, C), C (P, K), d (P,): csrc/cuda/fold.h."""
     (B, N, C), (_, K, P) = u.shape, h.shape
-    hopper = dev.hopper and u.dtype in HOPPER_DTYPES and 2 * B * N * C * K * P >= _HOPPER_WORK
-    whole = _whole_waves(B, P, dev.processors) if hopper and N == 1 else B
+    hopper = _is_for_hopper(u.dtype, 2 * B * N * C * K * P, device)
+    whole = _whole_waves(B, P, device.processors) if hopper and N == 1 else B
     if whole < B:
         for rows in (slice(whole), slice(whole, B)):
-            fold(u[rows], v[rows], h, a, c, d, out[rows], dev)
+            fold(u[rows], v[rows], h, a, c, d, out[rows], device)
         return
-    per_split, wide = fold_launch(B * N, C, K, P, dev.processors, room(), hopper)
-    splits = cdiv(C, per_split)
-    partial = torch.empty(splits, B * N, P, dtype=torch.float32, device=u.device) if splits > 1 else None
-    dev.ops.fold(u, v, h, a, c, d, out, partial, per_split, wide, hopper, allows_tf32())
+    per_split, wide = fold_launch(B * N, C, K, P, device.processors, gpu.partial_sums_limit(), hopper)
+    partial = gpu.partial_sums(cdiv(C, per_split), B * N, P, like=u)
+    library.ops().fold(u, v, h, a, c, d, out, partial, per_split, wide, hopper, gpu.allows_tf32())
+
+
+def _is_for_hopper(dtype: torch.dtype, flops: int, device: Device) -> bool:
+    """Return whether the kernels for sm_90a compute a call, if its strides allow it."""
+    return dtype in HOPPER_DTYPES and flops >= _HOPPER_WORK and library.has_hopper_kernels(device)
 
 
 @functools.lru_cache(maxsize=4096)
-def fold_launch(M: int, C: int, K: int, P: int, processors: int, room: int, hopper: bool = False) -> tuple[int, bool]:
-    """C of a split, and whether blocks have many rows: where that still makes one for each multiprocessor."""
-    columns = cdiv(P, _HOPPER_COLUMNS if hopper else _COLUMNS)
-    wide = hopper or cdiv(M, _WIDE_ROWS) * columns >= processors
-    blocks = cdiv(M, _HOPPER_ROWS if hopper else _WIDE_ROWS if wide else _ROWS) * columns
-    return _even(cdiv(C, _splits(blocks, C * K, 4 * M * P, processors, room)), C), wide
+def fold_launch(M: int, C: int, K: int, P: int, processors: int, limit: int, hopper: bool = False) -> tuple[int, bool]:
+    """Return the length of a split of C, and whether blocks are wide: if such blocks still fill the device."""
+    sizes = tile_sizes()
+    columns = cdiv(P, sizes.hopper_columns if hopper else sizes.columns)
+    wide = hopper or cdiv(M, sizes.wide_rows) * columns >= processors
+    rows = sizes.hopper_rows if hopper else sizes.wide_rows if wide else sizes.rows
+    blocks = cdiv(M, rows) * columns
+    return _aligned(cdiv(C, _splits(blocks, C * K, 4 * M * P, processors, limit)), C), wide
 
 
 def _whole_waves(M: int, P: int, processors: int) -> int:
-    """Rows whose blocks fill the device a whole number of times, where the rest is better split; else all."""
-    columns = cdiv(P, _HOPPER_COLUMNS)
-    waves, rest = divmod(cdiv(M, _HOPPER_ROWS) * columns, processors)
-    split = waves + _SPLIT_COST * rest / processors
-    rows = waves * processors // columns * _HOPPER_ROWS
-    return rows if waves and rest and split * _WORTH_IT < waves + 1 else M
+    """Return the number of rows to launch first: whole waves of blocks, if it is faster to split the last wave; else M.
+
+    A wave is as many blocks as the device has multiprocessors.
+    """
+    sizes = tile_sizes()
+    columns = cdiv(P, sizes.hopper_columns)
+    waves, last_wave = divmod(cdiv(M, sizes.hopper_rows) * columns, processors)
+    split = waves + _SPLIT_COST * last_wave / processors
+    rows = waves * processors // columns * sizes.hopper_rows
+    return rows if waves and last_wave and split * _LEAST_GAIN < waves + 1 else M
 
 
-def _even(per_split: int, inputs: int) -> int:
-    """Inputs of a split, a multiple of eight where there are several: matrices are read 16 bytes at a time."""
-    return min(inputs, cdiv(per_split, _EVEN) * _EVEN)
+def _aligned(per_split: int, inputs: int) -> int:
+    """Return the inputs of a split, rounded up to a multiple of `_ALIGNED`, or all inputs if these are fewer."""
+    return min(inputs, cdiv(per_split, _ALIGNED) * _ALIGNED)
 
 
 class GradsLaunch(NamedTuple):
-    """How the blocks of `grads` are cut.
+    """The launch configuration of `grads`.
 
     Args:
         wide: whether blocks of dx and dz have many rows.
-        hopper: whether the kernels for sm_90a are to do what they can of it.
-        inputs: I of a split of dz.
-        rows: of the batch, of a split of the parameters' gradients.
-        parts: numbers of one part of those.
+        hopper: whether the kernels for sm_90a compute the gradients that they can.
+        inputs_per_split: length of a split of I, for dx and dz.
+        rows_per_split: length of a split of the batch, for the gradients of the parameters.
+        parameters: how many numbers the gradients of the parameters have.
     """
 
     wide: bool
     hopper: bool
-    inputs: int
-    rows: int
-    parts: int
+    inputs_per_split: int
+    rows_per_split: int
+    parameters: int
 
 
 def grads_launch(
-    B: int, N: int, R: int, I: int, O: int, dtype: torch.dtype, mask: tuple[bool, ...], dev: Device
+    B: int, N: int, R: int, I: int, O: int, dtype: torch.dtype, mask: tuple[bool, ...], device: Device
 ) -> GradsLaunch | None:
-    """How all gradients of a layer are cut; None where a block or the workspace has no room.
+    """Return the launch configuration of a layer's gradients; None where shared memory or the workspace is too small.
 
     The mask is that of dx, dz, dH, dbias, dW0, db0.
     """
-    return _grads_launch(B, N, R, I, O, dtype, mask, dev, room())
+    return _grads_launch(B, N, R, I, O, dtype, mask, device, gpu.partial_sums_limit())
 
 
 @functools.lru_cache(maxsize=4096)
 def _grads_launch(
-    B: int, N: int, R: int, I: int, O: int, dtype: torch.dtype, mask: tuple[bool, ...], dev: Device, room: int
+    B: int, N: int, R: int, I: int, O: int, dtype: torch.dtype, mask: tuple[bool, ...], device: Device, limit: int
 ) -> GradsLaunch | None:
-    M, row = B * N, _row_of(dtype)
+    sizes, ops, processors = tile_sizes(), library.ops(), device.processors
+    M, row = B * N, sizes.row_bytes // dtype.itemsize  # numbers in a row of a tile
     dx, dz = mask[:2]
-    parts = sum(n for n, k in zip((O * I * R, O * R, O * I, O), mask[2:], strict=True) if k)
+    parameters = sum(n for n, k in zip((O * I * R, O * R, O * I, O), mask[2:], strict=True) if k)
 
-    hopper = dev.hopper and dtype in HOPPER_DTYPES and 2 * M * R * I * O >= _HOPPER_WORK
-    wide, inputs = hopper or cdiv(M, _WIDE_ROWS) >= dev.processors, I
+    hopper = _is_for_hopper(dtype, 2 * M * R * I * O, device)
+    wide, inputs = hopper or cdiv(M, sizes.wide_rows) >= processors, I
     if dx or dz:
-        shared = lambda wide, inputs: dev.ops.grads_shared(O, inputs, dtype.itemsize, dx, wide)
-        wide = wide or O > _DEEP or shared(False, _EVEN) > dev.shared
-        blocks = cdiv(M, _WIDE_ROWS if wide else _ROWS)
-        splits = _splits(blocks, I * R, 4 * M * R, dev.processors, room)
-        inputs = _even(cdiv(I, splits), I)
-        while inputs > _EVEN and shared(wide, inputs) > dev.shared:  # dx of a split is collected there
-            inputs = cdiv(inputs // 2, _EVEN) * _EVEN
-        if shared(wide, inputs) > dev.shared or _dz_parts(M, N, R, I, inputs, dz) > room // 2:
+        shared_memory = lambda wide, inputs: ops.grads_shared(O, inputs, dtype.itemsize, dx, wide)
+        wide = wide or sizes.kept_outputs < O or shared_memory(False, _ALIGNED) > device.shared_memory
+        blocks = cdiv(M, sizes.wide_rows if wide else sizes.rows)
+        inputs = _aligned(cdiv(I, _splits(blocks, I * R, 4 * M * R, processors, limit)), I)
+        while inputs > _ALIGNED and shared_memory(wide, inputs) > device.shared_memory:  # a block collects its dx there
+            inputs = cdiv(inputs // 2, _ALIGNED) * _ALIGNED
+        if shared_memory(wide, inputs) > device.shared_memory:
+            return None
+        if dz and 4 * M * R * _dz_partial_sums(N, I, inputs) > limit // 2:
             return None
 
     rows = M
-    if parts:
-        columns = _HOPPER_COLUMNS if hopper and row < O else row
-        blocks = cdiv(I + mask[3], _INPUTS) * (cdiv(R, row) + mask[4]) * cdiv(O, columns)
-        rows = cdiv(M, _splits(blocks, M, 4 * parts, dev.processors, room))
-        rows = min(M, cdiv(rows, _HOPPER_BATCH) * _HOPPER_BATCH)
-    return GradsLaunch(wide, hopper, inputs, rows, parts)
+    if parameters:
+        columns = sizes.hopper_columns if hopper and row < O else row
+        blocks = cdiv(I + mask[3], sizes.inputs) * (cdiv(R, row) + mask[4]) * cdiv(O, columns)
+        rows = cdiv(M, _splits(blocks, M, 4 * parameters, processors, limit))
+        rows = min(M, cdiv(rows, sizes.hopper_batch) * sizes.hopper_batch)
+    return GradsLaunch(wide, hopper, inputs, rows, parameters)
 
 
-def _dz_parts(M: int, N: int, R: int, I: int, inputs: int, dz: bool) -> int:
-    """Bytes of the parts of dz: none where it comes whole."""
-    splits = cdiv(I, inputs)
-    return 4 * splits * M * R if dz and (N > 1 or splits > 1) else 0
+def _dz_partial_sums(N: int, I: int, inputs_per_split: int) -> int:
+    """Return how many partial sums dz has for each row; none where it has one split and each instance one point."""
+    splits = cdiv(I, inputs_per_split)
+    return splits if N > 1 or splits > 1 else 0
 
 
-def parts_of(how: GradsLaunch, M: int, x: Tensor) -> Tensor | None:
-    """Room for the parts of the parameters' gradients; None where they come whole."""
-    splits = cdiv(M, how.rows)
-    if splits == 1 or not how.parts:
+def parameter_partial_sums(config: GradsLaunch, M: int, like: Tensor) -> Tensor | None:
+    """Return memory for the partial sums of the gradients of the parameters; None where they are not split."""
+    if not config.parameters:
         return None
-    return torch.empty(splits, how.parts, dtype=torch.float32, device=x.device)
+    return gpu.partial_sums(cdiv(M, config.rows_per_split), config.parameters, like=like)
 
 
 def grads(
@@ -176,19 +177,18 @@ def grads(
     base_weight: Tensor | None,
     g: Tensor,
     out: list[Tensor | None],
-    how: GradsLaunch,
-    dev: Device,
+    config: GradsLaunch,
 ) -> None:
-    """The gradients in `out`: dx, dz, dH, dbias, dW0, db0, each where there is one; see csrc/cuda/grads.h."""
+    """Compute the gradients in `out`, each where it is given: dx, dz, dH, dbias, dW0, db0: csrc/cuda/grads.h."""
     (B, N, I), dz = x.shape, out[1]
     R = (z if weight is None else weight).shape[-1]  # type: ignore[union-attr]
-    z_parts = None
-    if _dz_parts(B * N, N, R, I, how.inputs, dz is not None):
-        z_parts = torch.empty(cdiv(I, how.inputs), B * N, R, dtype=torch.float32, device=x.device)
-    if z is None:  # dz alone does not read it
+    dz_partial = None
+    if dz is not None and (count := _dz_partial_sums(N, I, config.inputs_per_split)):
+        dz_partial = torch.empty(count, B * N, R, dtype=torch.float32, device=x.device)
+    if z is None:  # dz alone does not need it
         z = x.new_empty(1).expand(B, R)
-    parts = parts_of(how, B * N, x)
-    dev.ops.grads(
-        x, z, weight, bias, base_weight, g, out[0], dz, z_parts, *out[2:], parts, how.inputs, how.rows, how.wide,
-        how.hopper, allows_tf32(),
+    partial = parameter_partial_sums(config, B * N, x)
+    library.ops().grads(
+        x, z, weight, bias, base_weight, g, out[0], dz, dz_partial, *out[2:], partial, config.inputs_per_split,
+        config.rows_per_split, config.wide, config.hopper, gpu.allows_tf32(),
     )  # fmt: skip

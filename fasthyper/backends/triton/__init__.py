@@ -1,8 +1,9 @@
-"""The Triton kernels of `fasthyper.kernels`: x ⊗ z and G = g·H are made and reduced on chip, on NVIDIA and AMD GPUs.
+"""The Triton kernels of `fasthyper.kernels`: x ⊗ z and G = g·H are formed and reduced on chip, on NVIDIA and AMD GPUs.
 
-float32, bfloat16 and float16; the schedule `fold` is theirs. What they leave to `aten`: float64, empty problems, and
-`generate` and `project`, which are products of cuBLAS on chunks of the workspace, and win where many points share
-what an instance generates. With TRITON_INTERPRET=1 they run on the CPU, slowly: that is how they are tested.
+They compute the schedule `fold` in float32, bfloat16 and float16. `aten` computes the rest: float64, empty problems,
+and the schedules `generate` and `project`, which are products of cuBLAS on chunks of the workspace, and faster where
+many points share the weights of an instance. With TRITON_INTERPRET=1 the kernels run on the CPU, slowly: the tests
+use that.
 """
 
 from __future__ import annotations
@@ -13,23 +14,21 @@ import os
 from importlib.util import find_spec
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ... import planner
 from ...problem import Problem
-from .. import aten
-from ..gpu_costs import GpuCosts
+from .. import aten, gpu
 from .tiles import dx_dz_tiles
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEFAULT_ON = ("cuda",)
-_LEAST = (3, 6)
+DTYPES, takes = gpu.DTYPES, gpu.takes
 REMARK = "its kernels have never run on a GPU: proven by Triton's interpreter and by compiling ahead of time"
-"""What `fasthyper info` says of it."""
+"""A remark for `fasthyper info`."""
+DEFAULT_ON = ("cuda",)
+_OLDEST_TRITON = (3, 6)
 
 
-class TritonCosts(GpuCosts):
+class TritonCosts(gpu.GpuCosts):
     """`dx_dz` takes dx and dz together where all of R and O fit its tile."""
 
     def one_pass(self, p: Problem) -> bool:
@@ -45,7 +44,7 @@ def devices() -> tuple[str, ...]:
 
 
 def interpreting() -> bool:
-    """Whether Triton's interpreter runs the kernels, on CPU tensors."""
+    """Return whether Triton's interpreter runs the kernels, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -55,31 +54,20 @@ def unavailable() -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed; pip install triton"
     version = importlib.import_module("triton").__version__
-    if tuple(int(n) for n in version.split(".")[:2]) < _LEAST:
-        return f"triton {version} is older than {_LEAST[0]}.{_LEAST[1]}"
-    if interpreting():
-        return None
-    if not torch.cuda.is_available():
-        return "there is no GPU"
-    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-        return f"{torch.cuda.get_device_name()} is older than sm_80"
-    return None
+    if tuple(int(n) for n in version.split(".")[:2]) < _OLDEST_TRITON:
+        return f"triton {version} is older than {_OLDEST_TRITON[0]}.{_OLDEST_TRITON[1]}"
+    return None if interpreting() else gpu.unsuitable()
 
 
-def _kernels() -> Any:
-    """The module that launches them: importing it imports triton, which `import fasthyper` does not."""
-    return importlib.import_module(f"{__name__}.run")
-
-
-def takes(problem: Problem) -> bool:
-    """Return whether kernels for GPUs, these and those of `cuda`, are for such a dtype and such sizes."""
-    return problem.dtype in DTYPES and 0 not in problem[1:6] and problem.batch * problem.points < 1 << 31
+def _launch() -> Any:
+    """Return the module that launches the kernels. It imports triton, which `import fasthyper` must not do."""
+    return importlib.import_module(f"{__name__}.launch")
 
 
 def _schedule(
     op: str, x: Tensor, R: int, O: int, schedule: str, needs: tuple[bool, bool, bool] = (True,) * 3
 ) -> tuple[str, bool]:
-    """The schedule of a call, and whether these kernels run it; else `aten` does."""
+    """Return the schedule of a call, and whether these kernels compute it; `aten` computes the others."""
     problem = Problem.of(op, x, R, O, needs, "triton")._replace(device="cuda")  # under the interpreter, too
     if not takes(problem) or not any(needs):
         return schedule, False
@@ -97,13 +85,13 @@ def apply(
     *,
     schedule: str,
 ) -> Tensor:
-    """y (B, N, O) from x (B, N, I), z (B, R), H (O, I, R); bias (O, R), W0 (O, I), b0 (O,) or None."""
+    """Return y (B, N, O) from x (B, N, I), z (B, R), H (O, I, R); bias (O, R), W0 (O, I), b0 (O,) or None."""
     O, _, R = weight.shape
-    schedule, ours = _schedule("apply", x, R, O, schedule)
-    if not ours:
+    schedule, is_fold = _schedule("apply", x, R, O, schedule)
+    if not is_fold:
         return aten.apply(x, z, weight, bias, base_weight, base_bias, schedule=schedule)
     y = x.new_empty(x.shape[0], x.shape[1], O)
-    _kernels().apply(x, z, weight, bias, base_weight, base_bias, y)
+    _launch().apply(x, z, weight, bias, base_weight, base_bias, y)
     return y
 
 
@@ -118,15 +106,18 @@ def grads(
     *,
     schedule: str,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, z, H, bias, W0, b0 as asked for by the mask; z is not read for dz alone, nor H for dH alone."""
+    """Return the gradients of x, z, H, bias, W0, b0 where the mask is set, else None.
+
+    z may be None if only dz is needed, and H if only dH is.
+    """
     (B, N, I), O = x.shape, g.shape[2]
     R = (z if weight is None else weight).shape[-1]  # type: ignore[union-attr]
-    schedule, ours = _schedule("grads", x, R, O, schedule, (mask[0], mask[1], mask[2]))
-    if not ours:
+    schedule, is_fold = _schedule("grads", x, R, O, schedule, (mask[0], mask[1], mask[2]))
+    if not is_fold:
         return aten.grads(x, z, weight, bias, base_weight, g, mask, schedule=schedule)
     out = [x.new_empty(shape) if k else None for shape, k in zip(((B, N, I), (B, R), (O, I, R)), mask, strict=False)]
-    _kernels().grads(x, z, weight, bias, base_weight, g, *out)
-    rest: tuple[Tensor | None, ...] = (None, None, None)
+    _launch().grads(x, z, weight, bias, base_weight, g, *out)
+    shared: tuple[Tensor | None, ...] = (None, None, None)
     if any(mask[3:]):
-        rest = aten.base_grads(x, z, g, R, mask, aten.tiling_of(planner.plan(Problem.of("grads", x, R, O))))
-    return *out, *rest
+        shared = aten.base_grads(x, z, g, R, mask, aten.tiling_of(planner.plan(Problem.of("grads", x, R, O))))
+    return *out, *shared

@@ -1,7 +1,7 @@
-"""One call of a kernel: its arguments, what is constant in it, its grid. Tensors may be meta: nothing is run here.
+"""Build the call of each kernel: its grid, arguments and constants. Nothing is launched; tensors may be meta tensors.
 
-What decides between a descriptor and pointers is alignment: a descriptor (TMA on sm_90 and later) wants the last axis
-contiguous, the others at multiples of 16 bytes, and 16 bytes of alignment where it begins.
+A matrix is read by a tensor descriptor (TMA on sm_90 and later) where its last axis is contiguous, and its rows begin
+at multiples of 16 bytes; else by pointers.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...kernels import dx_dz, fold, pad, reduce, weight_grad
+from ..gpu import INTERPRETER, cdiv, padded
 from . import tiles
-from .tiles import INTERPRETER, Tile, power_of_two
+from .tiles import Tile, power_of_two
 
 _INT32 = 1 << 31
 _DESCRIPTORS = ("sm_90", "sm_100", INTERPRETER)
@@ -34,48 +35,60 @@ class Call(NamedTuple):
         self.kernel[self.grid](**self.args, **self.constants, num_warps=self.warps, num_stages=self.stages)
 
 
-def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return -(-a // b)
+def precision_of(dtype: torch.dtype, arch: str, allow_tf32: bool) -> str:
+    """Return Triton's name for the precision of matrix products.
 
-
-def precision_of(dtype: torch.dtype, part: str, allow_tf32: bool) -> str:
-    """How products of float32 are made: in TF32 if the user allowed it, else as exact as float32.
-
-    NVIDIA's matrix units have no float32: three products in TF32 are as exact. AMD's have.
+    float32 is multiplied in TF32 where torch allows that. Else NVIDIA's matrix units, which have no float32, make
+    three products in TF32 (``"tf32x3"``), and AMD's multiply in float32 (``"ieee"``).
     """
-    if dtype != torch.float32 or part.startswith("gfx") or part == INTERPRETER:
+    if dtype != torch.float32 or arch.startswith("gfx") or arch == INTERPRETER:
         return "ieee" if dtype == torch.float32 else "tf32"
     return "tf32" if allow_tf32 else "tf32x3"
 
 
-def _descriptor(t: Tensor, shape: list[int], stride: int, box: list[int], part: str) -> TensorDescriptor | None:
-    """A matrix of rows `stride` apart, read by boxes; None where it cannot be."""
+def _descriptor(t: Tensor, shape: list[int], stride: int, box: list[int], arch: str) -> TensorDescriptor | None:
+    """Return a descriptor of a matrix whose rows are `stride` apart, read by boxes; None where it cannot have one."""
     size = t.element_size()
     aligned = stride * size % 16 == 0 and t.data_ptr() % 16 == 0 and stride >= shape[1]
-    if part not in _DESCRIPTORS or not aligned or max(shape) >= _INT32:
+    if arch not in _DESCRIPTORS or not aligned or max(shape) >= _INT32:
         return None
     return TensorDescriptor(t, shape, [stride, 1], box)
 
 
-def _head(h: Tensor, columns: int, depth: int, tail: int, cb: int, part: str) -> tuple[str, Any, Any, int]:
-    """How H (C, K, P) is read in `fold`: by which way, its descriptor, that of the tail, what leads from c to c + 1."""
+class _HeadLayout(NamedTuple):
+    """How `fold` reads H (C, K, P).
+
+    Args:
+        name: the constant READ of the kernel.
+        descriptor: of H, or None.
+        tail_descriptor: of H, with boxes of the tail of K, or None.
+        c_stride: distance from c to c + 1, in rows or columns of the descriptor, or in numbers.
+    """
+
+    name: str
+    descriptor: TensorDescriptor | None
+    tail_descriptor: TensorDescriptor | None
+    c_stride: int
+
+
+def _head_layout(h: Tensor, columns: int, depth: int, tail: int, cb: int, arch: str) -> _HeadLayout:
     C, K, P = h.shape
     sc, sk, sp = h.stride()
-    ways = {
+    layouts = {  # whether H has it; the descriptor's shape and row stride; whether its rows are p; c_stride
         "p_ck": (sk == 1 and sc == K and sc * h.element_size() % 16 == 0, [P, C * K], sp, True, K),
         "cp_k": (sk == 1 and sc == P * sp and cb == 1, [C * P, K], sp, True, P),
         "ck_p": (sp == 1 and sc == K * sk, [C * K, P], sk, False, K),
     }
-    for name, (fits, shape, stride, transposed, leads) in ways.items():
-        boxes = [[columns, cb * k] if transposed else [cb * k, columns] for k in (depth, tail)]
-        if fits and (whole := _descriptor(h, shape, stride, boxes[0], part)) is not None:
-            return name, whole, _descriptor(h, shape, stride, boxes[1], part) if tail else None, leads
-    return "pointers", None, None, sc
+    for name, (matches, shape, stride, rows_are_p, c_stride) in layouts.items():
+        box, tail_box = ([columns, cb * k] if rows_are_p else [cb * k, columns] for k in (depth, tail))
+        if matches and (descriptor := _descriptor(h, shape, stride, box, arch)) is not None:
+            tail_descriptor = _descriptor(h, shape, stride, tail_box, arch) if tail else None
+            return _HeadLayout(name, descriptor, tail_descriptor, c_stride)
+    return _HeadLayout("pointers", None, None, sc)
 
 
 def _long(*extents: tuple[int, int]) -> bool:
-    """Whether offsets (size, stride) of a tile need 64 bits."""
+    """Return whether offsets within a tile, whose axes have these sizes and strides, need 64 bits."""
     return sum((size - 1) * abs(stride) for size, stride in extents) >= _INT32
 
 
@@ -88,38 +101,33 @@ def _named(names: str, *values: Any) -> dict[str, Any]:
 
 
 def depths(K: int, most: int, C: int) -> tuple[int, int, int]:
-    """How K is cut in `fold`: pieces of BK, a tail of one smaller piece, and columns c that make one step together.
+    """Return how `fold` divides K: the depth of a step, that of a smaller last step or 0, and columns c per step.
 
-    Pieces are powers of two, and together no more than K rounded up to 16.
+    Depths are powers of two, and the steps add up to K rounded up to 16.
     """
-    room = padded(K)
-    depth = most
-    while depth > 16 and (depth > room or (room % depth and room % depth != power_of_two(room % depth))):
+    total, depth = padded(K), most
+    while depth > 16 and (depth > total or (total % depth and total % depth != power_of_two(total % depth))):
         depth //= 2
-    return depth, room % depth, min(most // depth, power_of_two(C, 1)) if depth == K else 1
-
-
-def padded(K: int) -> int:
-    """K rounded up to 16, which a product takes at a time."""
-    return cdiv(K, 16) * 16
+    return depth, total % depth, min(most // depth, power_of_two(C, 1)) if depth == K else 1
 
 
 def wide_loads(v: Tensor, h: Tensor) -> bool:
-    """Whether loads of v and of H are of several numbers; those of single ones leave registers to small tiles only."""
+    """Return whether v and H are loaded several numbers at a time; else only small tiles have enough registers."""
     unit = v.element_size()
     aligned = v.stride(-1) == 1 and v.shape[-1] % 16 == 0 and all(s * unit % 16 == 0 for s in v.stride()[:-1])
     return aligned and v.data_ptr() % 16 == 0 and 1 in h.stride()
 
 
-def fold_tiles(v: Tensor, h: Tensor, P: int, part: str) -> tuple[Tile, ...]:
-    """Tiles that a fold with P outputs may take."""
-    found = tiles.fold_tiles(part, v.element_size() * 8, P if P % 16 == 0 else min(P, 64))  # stores of single numbers
-    return found if wide_loads(v, h) else found[-1:]
+def fold_tiles(v: Tensor, h: Tensor, P: int, arch: str) -> tuple[Tile, ...]:
+    """Return the tiles that a fold with P outputs may take."""
+    columns = P if P % 16 == 0 else min(P, 64)  # numbers are stored one at a time
+    allowed = tiles.fold_tiles(arch, v.element_size() * 8, columns)
+    return allowed if wide_loads(v, h) else allowed[-1:]
 
 
-def dx_dz_tiles(z: Tensor, h: Tensor, R: int, O: int, part: str) -> tuple[Tile, ...]:
-    """Tiles that dx and dz in one pass may take; none where two folds are better."""
-    return tiles.dx_dz_tiles(part, z.element_size() * 8, R, O) if wide_loads(z, h) else ()
+def dx_dz_tiles(z: Tensor, h: Tensor, R: int, O: int, arch: str) -> tuple[Tile, ...]:
+    """Return the tiles that dx and dz in one pass may take; none where two folds are faster."""
+    return tiles.dx_dz_tiles(arch, z.element_size() * 8, R, O) if wide_loads(z, h) else ()
 
 
 def fold_call(
@@ -132,27 +140,28 @@ def fold_call(
     out: Tensor,
     per_split: int,
     tile: Tile,
-    part: str,
+    arch: str,
     precision: str,
 ) -> Call:
-    """u (B, N, C), v (B, N, K), H as (C, K, P), A (P, C), C (P, K), d (P,), out (B·N, P) or splits of it.
+    """Return the call for u (B, N, C), v (B, N, K), H (C, K, P), A (P, C), C (P, K), d (P,) and out (B·N, P).
 
-    Where H is padded, its P is larger than that of out.
+    For a split sum, out is (splits, B·N, P). Where H is padded, its P is larger than that of out.
     """
     B, N, C = u.shape
     K, P = v.shape[2], out.shape[-1]
     M = B * N
     depth, tail, cb = depths(K, tile.depth, C)
     columns = min(tile.columns, power_of_two(P))
-    read, whole, rest, leads = _head(h, columns, depth, tail, cb, part)
+    layout = _head_layout(h, columns, depth, tail, cb, arch)
     sc, sk, sp = h.stride()
     sizes = _named("M N C K P K_shared per_split", M, N, C, K, P, K if c is None else c.shape[1], per_split)
     strides = _named(
         "su_b su_n su_c sv_b sv_n sv_k sh_c sh_k sh_p sa_p sa_c sc_p sc_k sd_p",
-        *u.stride(), *v.stride(), leads, sk, sp, *_strides(a, 0, 1), *_strides(c, 0, 1), *_strides(d, 0),
+        *u.stride(), *v.stride(), layout.c_stride, sk, sp, *_strides(a, 0, 1), *_strides(c, 0, 1), *_strides(d, 0),
     )  # fmt: skip
     tensors = {"u_ptr": u, "v_ptr": v, "a_ptr": a, "c_ptr": c, "d_ptr": d, "out_ptr": out}
-    tensors |= {"h_ptr": h if whole is None else None, "h": whole, "h_tail": rest}
+    tensors |= {"h_ptr": h if layout.descriptor is None else None}
+    tensors |= {"h": layout.descriptor, "h_tail": layout.tail_descriptor}
     constants = {
         "POINTS": N > 1,
         "BM": tile.rows,
@@ -160,13 +169,13 @@ def fold_call(
         "BK": depth,
         "TAIL": tail,
         "CB": cb,
-        "READ": read,
+        "READ": layout.name,
         "EVEN_C": C % cb == 0,
         "EVEN_K": K % (tail or depth) == 0,
         "CLAMP_K": h.shape[1] < padded(K),
         "CLAMP_P": h.shape[2] % columns != 0,
         "LONG": _long((max(depth, K), sk), (P, sp), (cb, sc)),
-        "WIDE": part == INTERPRETER and u.dtype == torch.bfloat16,
+        "WIDE": arch == INTERPRETER and u.dtype == torch.bfloat16,
         "SCALED": u.dtype == torch.float16,
         "PRECISION": precision,
     }
@@ -174,7 +183,7 @@ def fold_call(
     return Call(fold.fold, grid, tensors | sizes | strides, constants, tile.warps, tile.stages)
 
 
-COLLECTED = 8
+DX_COLUMNS = 8
 """Columns of dx that are stored together: splits of I are multiples of it. With 16, tiles of 128 rows spill."""
 
 
@@ -189,29 +198,29 @@ def dx_dz_call(
     dz: Tensor,
     per_split: int,
     tile: Tile,
-    part: str,
+    arch: str,
     precision: str,
 ) -> Call:
-    """x (B, N, I), z (B, R), H (O, I, R), W0 (O, I), bias (O, R), g (B, N, O), dx (B·N, I), dz (B·N, R) or splits.
+    """Return the call for x (B, N, I), z (B, R), H (O, I, R), W0 (O, I), bias (O, R), g (B, N, O), dx (B·N, I).
 
-    Where z and H are padded, their R is larger than that of dz.
+    dz is (B·N, R), or (splits, B·N, R) for a split sum. Where z and H are padded, their R is larger than that of dz.
     """
     B, N, I = x.shape
     O, R = g.shape[2], dz.shape[-1]
     so, si, sr = h.stride()
     bo, br = power_of_two(O), power_of_two(R)
     width = h.shape[2]
-    read, descriptor, leads = "pointers", None, si
+    layout, descriptor, i_stride = "pointers", None, si
     if sr == 1 and si == width and si * h.element_size() % 16 == 0:
-        read, descriptor, leads = "o_ir", _descriptor(h, [O, I * width], so, [bo, br], part), si
+        layout, descriptor, i_stride = "o_ir", _descriptor(h, [O, I * width], so, [bo, br], arch), si
     elif sr == 1 and si == O * so:
-        read, descriptor, leads = "io_r", _descriptor(h, [I * O, width], so, [bo, br], part), O
+        layout, descriptor, i_stride = "io_r", _descriptor(h, [I * O, width], so, [bo, br], arch), O
     if descriptor is None:
-        read, leads = "pointers", si
+        layout, i_stride = "pointers", si
     sizes = _named("M N I O R per_split", B * N, N, I, O, R, per_split)
     strides = _named(
         "sg_b sg_n sg_o sz_b sz_r sx_b sx_n sx_i sh_o sh_i sh_r sw_o sw_i sb_o sb_r",
-        *g.stride(), *z.stride(), *x.stride(), so, leads, sr, *_strides(base, 0, 1), *_strides(bias, 0, 1),
+        *g.stride(), *z.stride(), *x.stride(), so, i_stride, sr, *_strides(base, 0, 1), *_strides(bias, 0, 1),
     )  # fmt: skip
     tensors = {"g_ptr": g, "z_ptr": z, "x_ptr": x, "h_ptr": h if descriptor is None else None, "h": descriptor}
     tensors |= {"base_ptr": base, "bias_ptr": bias, "dx_ptr": dx, "dz_ptr": dz}
@@ -220,12 +229,12 @@ def dx_dz_call(
         "BM": tile.rows,
         "BO": bo,
         "BR": br,
-        "BI": COLLECTED,
-        "READ": read,
+        "BI": DX_COLUMNS,
+        "READ": layout,
         "EVEN_O": bo == O,
         "EVEN_R": br == z.shape[1],
         "LONG": _long((O, so), (R, sr)),
-        "WIDE": part == INTERPRETER and x.dtype == torch.bfloat16,
+        "WIDE": arch == INTERPRETER and x.dtype == torch.bfloat16,
         "PRECISION": precision,
     }
     grid = (cdiv(B * N, tile.rows), cdiv(I, per_split), 1)
@@ -233,31 +242,31 @@ def dx_dz_call(
 
 
 def weight_grad_block(I: int, R: int, O: int, tile: Tile) -> tuple[int, int, int]:
-    """How many i, r and o one tile of `weight_grad` has."""
+    """Return how many i, r and o one tile of `weight_grad` has."""
     br = min(64, power_of_two(R), tile.rows)
     bi = min(tile.rows // br, power_of_two(I, 1))
     least = min(64, tile.rows) // br  # a product takes 64 rows at a time
     return max(least, bi), br, min(tile.columns, power_of_two(O))
 
 
-def weight_grad_tiles(z: Tensor, g: Tensor, part: str) -> tuple[Tile, ...]:
-    """Tiles that the gradient of H may take."""
-    found = tiles.weight_grad_tiles(part, z.element_size() * 8, g.shape[-1])
-    return found if z.stride(-1) == 1 and g.stride(-1) == 1 else found[-1:]
+def weight_grad_tiles(z: Tensor, g: Tensor, arch: str) -> tuple[Tile, ...]:
+    """Return the tiles that the gradient of H may take."""
+    allowed = tiles.weight_grad_tiles(arch, z.element_size() * 8, g.shape[-1])
+    return allowed if z.stride(-1) == 1 and g.stride(-1) == 1 else allowed[-1:]
 
 
 def weight_grad_call(
-    x: Tensor, z: Tensor, g: Tensor, out: Tensor, per_split: int, tile: Tile, part: str, precision: str
+    x: Tensor, z: Tensor, g: Tensor, out: Tensor, per_split: int, tile: Tile, arch: str, precision: str
 ) -> Call:
-    """x (B, N, I), z (B, R), g (B, N, O), out (O, I, R) or splits of it; z may be padded."""
+    """Return the call for x (B, N, I), z (B, R), g (B, N, O) and out ([splits,] O, I, R); z may be padded."""
     B, N, I = x.shape
     O, R = g.shape[2], out.shape[-1]
     bi, br, bo = weight_grad_block(I, R, O, tile)
     z_rows = g_rows = None
     if z.stride(1) == 1 and N == 1:
-        z_rows = _descriptor(z, list(z.shape), z.stride(0), [tile.depth, br], part)
+        z_rows = _descriptor(z, list(z.shape), z.stride(0), [tile.depth, br], arch)
     if g.stride(2) == 1 and (N == 1 or g.stride(0) == N * g.stride(1)):
-        g_rows = _descriptor(g, [B * N, O], g.stride(0) if N == 1 else g.stride(1), [tile.depth, bo], part)
+        g_rows = _descriptor(g, [B * N, O], g.stride(0) if N == 1 else g.stride(1), [tile.depth, bo], arch)
     sizes = _named("M N I O R per_split", B * N, N, I, O, R, per_split)
     strides = _named("sx_b sx_n sx_i sz_b sz_r sg_b sg_n sg_o", *x.stride(), *z.stride(), *g.stride())
     tensors = {"x_ptr": x, "z_ptr": z, "g_ptr": g, "z_rows": z_rows, "g_rows": g_rows, "out_ptr": out}
@@ -270,7 +279,7 @@ def weight_grad_call(
         "EVEN_I": I % bi == 0,
         "EVEN_R": z.shape[1] % br == 0,
         "EVEN_O": O % bo == 0,
-        "WIDE": part == INTERPRETER and x.dtype == torch.bfloat16,
+        "WIDE": arch == INTERPRETER and x.dtype == torch.bfloat16,
         "SCALED": x.dtype == torch.float16,
         "PRECISION": precision,
     }
@@ -279,14 +288,14 @@ def weight_grad_call(
 
 
 def reduce_call(partial: Tensor, out: Tensor) -> Call:
-    """Partial (S, ...) float32 into out (...), contiguous."""
+    """Return the call that adds partial sums (S, ...) in float32 into out (...), contiguous."""
     sizes = {"J": out.numel(), "S": len(partial)}
     args = {"partial_ptr": partial, "out_ptr": out, **sizes}
     return Call(reduce.reduce, (cdiv(out.numel(), 1024), 1, 1), args, {"BJ": 1024}, 4, 1)
 
 
 def pad_call(z: Tensor | None, h: Tensor | None, z_out: Tensor | None, h_out: Tensor | None) -> Call:
-    """z (B, R) and H (O, I, R), or one of them, into (B, W) and (O, I, W), contiguous, with zeros behind R."""
+    """Return the call that copies z (B, R), H (O, I, R) or both to (B, W) and (O, I, W), padded with zeros."""
     given, out = (z, z_out) if h is None else (h, h_out)
     R, W = given.shape[-1], out.shape[-1]  # type: ignore[union-attr]
     B, (O, I) = 0 if z is None else len(z), (0, 1) if h is None else h.shape[:2]

@@ -1,27 +1,29 @@
-"""Which tiles each part may take: those that ahead-of-time compilation shows to be clean (tests/kernels/test_aot.py).
+"""The tiles that each arch may take: all of them compile without spills or warnings (tests/kernels/test_aot.py).
 
-A tile is chosen among these by time on the machine (`fasthyper.backends.triton.tuning`), the likeliest first.
+`fasthyper.backends.triton.tuning` times some of them on the device and takes the fastest.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
-PARTS = ("sm_80", "sm_90", "sm_100", "gfx942")
-INTERPRETER = "interpreter"
-SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-"""Bytes of shared memory that one block may have; of sm_80, what sm_86, sm_89 and sm_120 have, which take its tiles."""
+from ..gpu import INTERPRETER
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+SHARED_MEMORY = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+"""Bytes of shared memory that one block can have; for sm_80, those of sm_86, sm_89 and sm_120, which take its tiles."""
 
 
 class Tile(NamedTuple):
-    """A block of one kernel's output, and how it is worked on.
+    """The tile of the output that one block computes, and the launch options that go with it.
 
     Args:
-        rows: of the left operand: instances in `fold` and `dx_dz`, pairs (i, r) in `weight_grad`.
-        columns: of the right operand; the whole of R in `dx_dz`.
-        depth: of a step along K; the whole of O in `dx_dz`.
-        warps: of a block.
-        stages: of the software pipeline.
+        rows: rows of the left operand: instances in `fold` and `dx_dz`, pairs (i, r) in `weight_grad`.
+        columns: columns of the right operand; all of R in `dx_dz`.
+        depth: length of a step along K; all of O in `dx_dz`.
+        warps: number of warps of a block.
+        stages: number of stages of the software pipeline.
     """
 
     rows: int
@@ -32,8 +34,23 @@ class Tile(NamedTuple):
 
 
 def power_of_two(n: int, least: int = 16) -> int:
-    """The smallest power of two from n and `least` on: sides of a tile are such, and a product takes 16."""
+    """Return the smallest power of two that is at least n and `least`; a matrix product has at least 16."""
     return max(least, 1 << max(0, n - 1).bit_length())
+
+
+@functools.cache
+def nearest(arch: str) -> str:
+    """Return the arch whose tiles a GPU takes: the newest of `ARCHS` that is no newer; gfx942 for every AMD GPU.
+
+    sm_120 takes the tiles of sm_80: it has neither wgmma nor tcgen05.
+    """
+    if arch == INTERPRETER:
+        return arch
+    if not arch.startswith("sm_"):
+        return "gfx942"
+    generation = int(arch[3:])
+    known = [int(known[3:]) for known in ARCHS if known.startswith("sm_")]
+    return f"sm_{80 if generation >= 120 else max(n for n in known if n <= generation)}"
 
 
 _INTERPRETED = (Tile(16, 16, 32, 1, 1),)
@@ -49,9 +66,9 @@ _WEIGHT_GRAD: dict[str, tuple[Tile, ...]] = {
     "sm_90": (Tile(256, 128, 64, 8, 3), Tile(256, 64, 64, 8, 3), Tile(128, 64, 64, 4, 3)),
     "gfx942": (Tile(128, 64, 64, 4, 3), Tile(128, 64, 32, 4, 2)),
 }
-_FOLD["sm_100"] = (_FOLD["sm_90"][0], Tile(256, 64, 64, 8, 3), *_FOLD["sm_90"][2:])  # with four stages it spills
+_FOLD["sm_100"] = (_FOLD["sm_90"][0], Tile(256, 64, 64, 8, 3), *_FOLD["sm_90"][2:])  # spills with four stages
 _WEIGHT_GRAD["sm_100"] = _WEIGHT_GRAD["sm_90"]
-# float32, in TF32 once or three times; where a part has no list, that of sm_90 is clean.
+# float32, multiplied in TF32 once or three times. An arch without a list takes that of sm_90.
 _FOLD_32 = {
     "sm_80": (Tile(64, 64, 32, 8, 2), Tile(64, 32, 32, 8, 2)),
     "sm_90": (Tile(128, 128, 32, 8, 2), Tile(128, 64, 32, 8, 2), Tile(64, 32, 32, 8, 2)),
@@ -63,37 +80,37 @@ _WEIGHT_GRAD_32 = {
 
 
 def _not_wider(tiles: tuple[Tile, ...], columns: int) -> tuple[Tile, ...]:
-    """The tiles that so many columns fill, or else the narrowest."""
+    """Return the tiles that are not wider than the output, or else the narrowest."""
     narrowest = min(tile.columns for tile in tiles)
     return tuple(tile for tile in tiles if tile.columns <= max(narrowest, power_of_two(columns)))
 
 
-def fold_tiles(part: str, bits: int, P: int) -> tuple[Tile, ...]:
-    """Tiles of `fold` for operands of so many bits and P outputs, the widest first."""
-    if part == INTERPRETER:
+def fold_tiles(arch: str, bits: int, P: int) -> tuple[Tile, ...]:
+    """Return the tiles of `fold` for operands of this many bits and P outputs, the widest first."""
+    if arch == INTERPRETER:
         return _INTERPRETED
-    return _not_wider(_FOLD_32.get(part, _FOLD_32["sm_90"]) if bits == 32 else _FOLD[part], P)
+    return _not_wider(_FOLD_32.get(arch, _FOLD_32["sm_90"]) if bits == 32 else _FOLD[arch], P)
 
 
-def weight_grad_tiles(part: str, bits: int, O: int) -> tuple[Tile, ...]:
-    """Tiles of `weight_grad` for operands of so many bits and O outputs, the widest first."""
-    if part == INTERPRETER:
+def weight_grad_tiles(arch: str, bits: int, O: int) -> tuple[Tile, ...]:
+    """Return the tiles of `weight_grad` for operands of this many bits and O outputs, the widest first."""
+    if arch == INTERPRETER:
         return _INTERPRETED
-    return _not_wider(_WEIGHT_GRAD_32.get(part, _WEIGHT_GRAD_32["sm_90"]) if bits == 32 else _WEIGHT_GRAD[part], O)
+    return _not_wider(_WEIGHT_GRAD_32.get(arch, _WEIGHT_GRAD_32["sm_90"]) if bits == 32 else _WEIGHT_GRAD[arch], O)
 
 
-def dx_dz_tiles(part: str, bits: int, R: int, O: int) -> tuple[Tile, ...]:
-    """Tiles of `dx_dz`; none where all of R and O do not fit one, or a product with K = O is too short to pay."""
+def dx_dz_tiles(arch: str, bits: int, R: int, O: int) -> tuple[Tile, ...]:
+    """Return the tiles of `dx_dz`: none where R and O exceed a tile, or where O is so small that `fold` is faster."""
     r, o = power_of_two(R), power_of_two(O)
     tile = lambda rows, stages: Tile(rows, r, o, 8, stages)
-    if part == INTERPRETER:
+    if arch == INTERPRETER:
         return (Tile(16, r, o, 1, 1),) if r <= 32 and o <= 32 else ()
     if O <= 16 or r > 128 or o > 256:
         return ()
     if bits == 32:
-        return (tile(64, 2),) if r * o <= (1024 if part == "sm_80" else 2048) else ()
-    if part == "gfx942":
+        return (tile(64, 2),) if r * o <= (1024 if arch == "sm_80" else 2048) else ()
+    if arch == "gfx942":
         return (tile(64, 3),) if r * o <= 8192 else ()
-    if part == "sm_80":
+    if arch == "sm_80":
         return ((tile(128, 3), tile(64, 3)) if r <= 64 and o <= 128 else (tile(64, 3),)) if r * o <= 16384 else ()
     return (tile(128, 3), tile(64, 3)) if r * o <= 16384 else (tile(64, 3),)

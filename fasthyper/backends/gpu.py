@@ -1,0 +1,133 @@
+"""The common part of the GPU backends, `triton` and `cuda`: devices, costs, the calls they take, workspace limits."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import planner
+from ..costs import Cost, Costs, gemm
+from ..problem import Machine, Problem
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETER = "interpreter"
+"""The arch of the device that Triton's interpreter stands in for."""
+
+
+class Device(NamedTuple):
+    """A GPU, or the stand-in for one.
+
+    Args:
+        name: the product's name.
+        arch: the architecture, such as ``"sm_90"`` or ``"gfx942"``.
+        processors: number of multiprocessors.
+        shared_memory: bytes of shared memory that one block can have.
+    """
+
+    name: str
+    arch: str
+    processors: int
+    shared_memory: int
+
+
+# Few multiprocessors, so that sums of small problems are split, too.
+INTERPRETED = Device("Triton's interpreter", INTERPRETER, 4, 227 << 10)
+EMULATED = Device("the emulator of csrc/cuda", "sm_90", 4, 227 << 10)
+
+
+def device(t: Tensor, stand_in: Device) -> Device:
+    """Return the GPU of a tensor, or the stand-in for a tensor that is not on a GPU."""
+    return _device(t.device.index) if t.device.type == "cuda" else stand_in
+
+
+@functools.cache
+def _device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        arch, shared_memory = properties.gcnArchName.partition(":")[0], properties.shared_memory_per_block
+    else:
+        arch = f"sm_{properties.major}{properties.minor}"
+        shared_memory = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Device(properties.name, arch, properties.multi_processor_count, shared_memory)
+
+
+@contextlib.contextmanager
+def current(t: Tensor) -> Iterator[None]:
+    """Make the tensor's device the current one: Triton launches there, on its current stream."""
+    if not t.is_cuda:
+        yield
+        return
+    with torch.cuda.device(t.device):
+        torch.cuda.set_device(t.device)  # also where it is current already: a new thread has no context yet
+        yield
+
+
+def unsuitable() -> str | None:
+    """Return why no GPU kernel can run here, or None."""
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return f"{torch.cuda.get_device_name()} is older than sm_80"
+    return None
+
+
+def takes(problem: Problem) -> bool:
+    """Return whether the kernels are for the dtype and the sizes of a problem."""
+    return problem.dtype in DTYPES and 0 not in problem.sizes and problem.batch * problem.points < 1 << 31
+
+
+class GpuCosts(Costs):
+    """`fold` is kernels that make x ⊗ z and g·H on chip; the other schedules are torch calls on tiles."""
+
+    def in_tiles(self, schedule: str) -> bool:
+        return schedule != "fold"
+
+    def on_chip(self, schedule: str) -> bool:
+        return schedule == "fold"
+
+    def one_pass(self, p: Problem) -> bool:
+        """Return whether dx and dz come from one product G = g·H."""
+        return True
+
+    def apply(self, p: Problem, schedule: str, machine: Machine) -> Cost:
+        if schedule == "fold":
+            return gemm(p.batch * p.points, p.out_features, p.in_features * p.cond_features, machine)
+        return super().apply(p, schedule, machine)
+
+    def grads(self, p: Problem, schedule: str, machine: Machine) -> Cost:
+        if schedule != "fold":
+            return super().grads(p, schedule, machine)
+        dx, dz, dh = p.needs
+        cost = gemm(p.batch * p.points, p.in_features * p.cond_features, p.out_features, machine)
+        products = (1 if dx and dz and self.one_pass(p) else dx + dz) + dh
+        return Cost(cost.flops * products, 0.0, cost.seconds * products, products)
+
+
+def allows_tf32() -> bool:
+    """Return whether torch may round operands of float32 products to TF32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def partial_sums_limit() -> int:
+    """Return how many bytes of the workspace the partial sums of split sums may take."""
+    return planner.get_workspace_limit() // 2
+
+
+def partial_sums(splits: int, *shape: int, like: Tensor) -> Tensor | None:
+    """Return memory for the partial sums of a sum of this shape, on the device of `like`; None if it is not split."""
+    return None if splits == 1 else torch.empty(splits, *shape, dtype=torch.float32, device=like.device)
+
+
+def cdiv(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
+    return -(-a // b)
+
+
+def padded(K: int) -> int:
+    """Return K rounded up to a multiple of 16, the depth of one step of the matrix units."""
+    return cdiv(K, 16) * 16

@@ -1,0 +1,260 @@
+"""Launch the kernels of a call: which kernels, on which blocks of instances, with which tiles.
+
+    y        fold(x, z)
+    dx, dz   dx_dz, or fold(g, z) and fold(g, x) where no tile has all of R and O
+    dH       weight_grad
+
+A sum is split where its output has too few blocks to fill the device. The partial sums are float32, and `reduce` adds
+them in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from .. import aten, gpu
+from ..gpu import cdiv, padded
+from . import calls, tiles, tuning
+from .calls import Call
+from .tiles import Tile
+from .tuning import Candidate, Tiling
+
+
+def apply(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    base_weight: Tensor | None,
+    base_bias: Tensor | None,
+    y: Tensor,
+) -> None:
+    """Compute y (B, N, O)."""
+    B, N, O = y.shape
+    with gpu.current(x):
+        for b, z_b, h in _padded_blocks(z, weight, _instances(B, N, z, 0)):
+            rows = _rows(cast(Tensor, z_b), N)
+            _fold(x[b], rows, h.permute(1, 2, 0), base_weight, bias, base_bias, y[b].view(-1, O))
+
+
+def grads(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_weight: Tensor | None,
+    g: Tensor,
+    dx: Tensor | None,
+    dz: Tensor | None,
+    dh: Tensor | None,
+) -> None:
+    """Compute dx (B, N, I), dz (B, R) and dH (O, I, R), each where it is given."""
+    with gpu.current(x):
+        (B, N, _), z_b = x.shape, None
+        if dx is not None or dz is not None:
+            like_z = z if z is not None else cast(Tensor, dz)
+            blocks = _instances(B, N, like_z, 0 if dz is None else 4)
+            for b, z_b, h in _padded_blocks(z, cast(Tensor, weight), blocks):
+                g_b, dx_b, dz_b = (None if t is None else t[b] for t in (g, dx, dz))
+                _dx_and_dz(x[b], z_b, h, base_weight, bias, cast(Tensor, g_b), dx_b, dz_b)
+        if dh is not None:
+            whole_z = z_b if z_b is not None and len(z_b) == B else _padded(z, None)[0]
+            _weight_grad(x, cast(Tensor, whole_z), g, dh)
+
+
+def _share() -> int:
+    """Return how many bytes padded copies may take, and rows of dz, too."""
+    return gpu.partial_sums_limit() // 2
+
+
+def _arch(t: Tensor) -> str:
+    """Return the arch whose tiles the device of a tensor takes."""
+    return tiles.nearest(gpu.device(t, gpu.INTERPRETED).arch)
+
+
+def _instances(B: int, N: int, z: Tensor, row_bytes_per_number: int) -> Iterator[slice]:
+    """Return blocks of instances whose padded z and whose rows of dz each fit their share of the workspace.
+
+    z is copied only where R is no multiple of 16, and dz has rows only where there are several points.
+    """
+    R = z.shape[1]
+    copies = padded(R) * z.element_size() if R % 16 else 0
+    rows = N * R * row_bytes_per_number if N > 1 else 0
+    return aten.blocks(B, min(B, _share() // max(1, copies, rows)))
+
+
+def _padded_blocks(
+    z: Tensor | None, weight: Tensor, blocks: Iterator[slice]
+) -> Iterator[tuple[slice, Tensor | None, Tensor]]:
+    """Yield each block with its z and with H, padded along R; both as they are where a copy of H does not fit."""
+    padded_h: Tensor | None = None
+    for b in blocks:
+        z_b = None if z is None else z[b]
+        if _fits(weight):
+            z_b, copy = _padded(z_b, weight if padded_h is None else None)
+            padded_h = copy if padded_h is None else padded_h
+        yield b, z_b, weight if padded_h is None else padded_h
+
+
+def _fits(t: Tensor) -> bool:
+    """Return whether a padded copy fits its share of the workspace."""
+    return t.numel() // t.shape[-1] * padded(t.shape[-1]) * t.element_size() <= _share()
+
+
+def _padded(z: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return z and H with R padded to a multiple of 16, for wide loads; each as it is where its copy does not fit."""
+    out: list[Tensor | None] = [None, None]
+    for i, t in enumerate((z, weight)):
+        if t is not None and t.shape[-1] % 16 and _fits(t):
+            out[i] = t.new_empty(*t.shape[:-1], padded(t.shape[-1]))
+    if any(t is not None for t in out):
+        given = [t if o is not None else None for t, o in zip((z, weight), out, strict=True)]
+        calls.pad_call(*given, *out).launch()
+    return (z if out[0] is None else out[0]), (weight if out[1] is None else out[1])
+
+
+def _rows(z: Tensor, N: int) -> Tensor:
+    return z[:, None].expand(-1, N, -1)
+
+
+def _dx_and_dz(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    base_weight: Tensor | None,
+    bias: Tensor | None,
+    g: Tensor,
+    dx: Tensor | None,
+    dz: Tensor | None,
+) -> None:
+    """Compute dx (B, N, I) and dz (B, R), each where it is given; dz of several points is summed from its rows."""
+    B, N, I = x.shape
+    if dz is None or N == 1:
+        _grads_of_rows(x, z, weight, base_weight, bias, g, None if dx is None else dx.view(-1, I), dz)
+        return
+    total = torch.zeros(dz.shape, dtype=torch.float32, device=dz.device)
+    for n in aten.blocks(N, _share() // (4 * B * dz.shape[1])):  # all points, unless B is one
+        rows = x.new_empty(B * (n.stop - n.start), dz.shape[1], dtype=torch.float32)
+        dx_n = None if dx is None else dx[:, n].view(-1, I)
+        _grads_of_rows(x[:, n], z, weight, base_weight, bias, g[:, n], dx_n, rows)
+        total += rows.view(B, -1, rows.shape[1]).sum(1)
+    dz.copy_(total)
+
+
+def _grads_of_rows(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    base_weight: Tensor | None,
+    bias: Tensor | None,
+    g: Tensor,
+    dx: Tensor | None,
+    dz: Tensor | None,
+) -> None:
+    """Compute dx (B·N, I) and dz (B·N, R), in one pass where a tile has all of R and O."""
+    N, O = x.shape[1], g.shape[2]
+    if dx is not None and dz is not None:
+        allowed = calls.dx_dz_tiles(cast(Tensor, z), weight, dz.shape[1], O, _arch(x))
+        if allowed:
+            return _dx_dz(x, cast(Tensor, z), weight, base_weight, bias, g, dx, dz, allowed)
+    if dx is not None:
+        base = None if base_weight is None else base_weight.T
+        _fold(g, _rows(cast(Tensor, z), N), weight.permute(0, 2, 1), base, None, None, dx)
+    if dz is not None:
+        _fold(g, x, weight, None if bias is None else bias.T, None, None, dz)
+
+
+def _bucket(rows: int) -> int:
+    """Return the power of two of a number of rows: calls of one bucket share the tile that was timed."""
+    return rows.bit_length()
+
+
+def _tuned(
+    key: tuple[object, ...],
+    allowed: Sequence[Tile],
+    x: Tensor,
+    out: Tensor,
+    size: int,
+    step: Callable[[Tile], int],
+    tiling: Callable[[Tile], tuple[int, int, int, int]],
+    call: Callable[[Tensor, int, Tile, str, str], Call],
+) -> None:
+    """Launch a call with the fastest tile, and add its partial sums if the sum is split.
+
+    Args:
+        key: identifies the call for tuning, beside its dtype and precision.
+        allowed: the tiles that the call may take.
+        x: a factor, for its device and dtype.
+        out: the output.
+        size: length of the axis that a split divides.
+        step: returns the number that the length of a split is a multiple of.
+        tiling: returns the first four fields of `Tiling`.
+        call: returns the call for an output, the length of a split, a tile, an arch and a precision.
+    """
+    device, arch, bits = gpu.device(x, gpu.INTERPRETED), _arch(x), x.dtype.itemsize * 8
+    precision = calls.precision_of(x.dtype, arch, gpu.allows_tf32())
+
+    def predicted(tile: Tile) -> Candidate:
+        tiled = Tiling(*tiling(tile), cdiv(size, step(tile)))
+        return tuning.candidate(tile, tiled, out.numel() * 4, gpu.partial_sums_limit(), device.processors, bits)
+
+    def run(chosen: Candidate) -> None:
+        tile, unit = chosen.tile, step(chosen.tile)
+        per_split = cdiv(cdiv(size, chosen.splits), unit) * unit
+        partial = gpu.partial_sums(cdiv(size, per_split), *out.shape, like=out)
+        call(out if partial is None else partial, per_split, tile, arch, precision).launch()
+        if partial is not None:
+            calls.reduce_call(partial, out).launch()
+
+    run(tuning.choose((*key, x.dtype, precision), [predicted(tile) for tile in allowed], device, run))
+
+
+def _fold(u: Tensor, v: Tensor, h: Tensor, a: Tensor | None, c: Tensor | None, d: Tensor | None, out: Tensor) -> None:
+    """Compute out (B·N, P) from u (B, N, C), v (B, N, K), H (C, K, P), A (P, C), C (P, K), d (P,)."""
+    M, C, K, P = len(out), u.shape[2], v.shape[2], out.shape[1]
+
+    def tiling(tile: Tile) -> tuple[int, int, int, int]:
+        columns = min(tile.columns, tiles.power_of_two(P))
+        return cdiv(M, tile.rows) * cdiv(P, columns), tile.rows, columns, C * padded(K)
+
+    key = ("fold", _bucket(M), C, K, P, h.stride(), u.shape[1] > 1)
+    allowed = calls.fold_tiles(v, h, P, _arch(u))
+    step = lambda tile: calls.depths(K, tile.depth, C)[2]
+    _tuned(key, allowed, u, out, C, step, tiling, lambda to, *args: calls.fold_call(u, v, h, a, c, d, to, *args))
+
+
+def _dx_dz(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    base: Tensor | None,
+    bias: Tensor | None,
+    g: Tensor,
+    dx: Tensor,
+    dz: Tensor,
+    allowed: Sequence[Tile],
+) -> None:
+    """Compute dx (B·N, I) and dz (B·N, R) in one pass."""
+    (M, I), O, R = dx.shape, g.shape[2], dz.shape[1]
+    tiling = lambda tile: (cdiv(M, tile.rows), tile.rows, tile.columns, I * tile.depth)
+    key = ("dx_dz", _bucket(M), I, O, R, weight.stride(), x.shape[1] > 1)
+    call = lambda to, *args: calls.dx_dz_call(x, z, weight, base, bias, g, dx, to, *args)
+    _tuned(key, allowed, x, dz, I, lambda tile: calls.DX_COLUMNS, tiling, call)
+
+
+def _weight_grad(x: Tensor, z: Tensor, g: Tensor, dh: Tensor) -> None:
+    """Compute dH (O, I, R)."""
+    (O, I, R), M = dh.shape, x.shape[0] * x.shape[1]
+
+    def tiling(tile: Tile) -> tuple[int, int, int, int]:
+        bi, br, bo = calls.weight_grad_block(I, R, O, tile)
+        return cdiv(I, bi) * cdiv(R, br) * cdiv(O, bo), bi * br, bo, M
+
+    key = ("weight_grad", _bucket(M), I, O, R, x.shape[1] > 1)
+    allowed = calls.weight_grad_tiles(z, g, _arch(x))
+    call = lambda to, *args: calls.weight_grad_call(x, z, g, to, *args)
+    _tuned(key, allowed, x, dh, M, lambda tile: tile.depth, tiling, call)
