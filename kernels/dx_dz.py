@@ -1,10 +1,10 @@
-"""dx and dz from one pass: G is made a tile at a time and reduced twice while it is in registers.
+"""dx and dz in one pass: a tile of G is formed in registers and summed twice, over r and over i.
 
-    G[m, r]  = Σ_o g[m, o] H[o, i, r]                     for one i after another
+    G[m, r]  = Σ_o g[m, o] H[o, i, r]                     for one i after the other
     dx[m, i] = Σ_r G[m, r] z[m, r]  +  Σ_o g[m, o] W0[o, i]
     dz[m, r] = Σ_i G[m, r] x[m, i]  +  Σ_o g[m, o] bias[o, r]
 
-Rows m are (b, n); dz of several points is summed afterwards. All of O and all of R are one tile.
+Rows m are (b, n). The launcher sums dz over n where there are several points. One tile has all of O and all of R.
 """
 
 import triton
@@ -19,9 +19,10 @@ def dx_dz(g_ptr, z_ptr, x_ptr, h_ptr, h, base_ptr, bias_ptr, dx_ptr, dz_ptr, M, 
           POINTS: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, BI: tl.constexpr,
           READ: tl.constexpr, EVEN_O: tl.constexpr, EVEN_R: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr,
           PRECISION: tl.constexpr):  # fmt: skip
-    """BM rows of dx, in columns of this split, and their share of dz.
+    """Compute BM rows of dx, in the columns i of one split, and the partial sums of dz over these i.
 
-    READ: H by a descriptor of (o, (i, r)) or of ((i, o), r), in which sh_i leads from i to i + 1, or by pointers.
+    READ: H is read by a descriptor of (o, (i, r)) or of ((i, o), r), or by pointers. sh_i is the distance from i to
+    i + 1: in columns or rows of the descriptor, or in numbers.
     """
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     split = tl.program_id(1)
@@ -35,14 +36,14 @@ def dx_dz(g_ptr, z_ptr, x_ptr, h_ptr, h, base_ptr, bias_ptr, dx_ptr, dz_ptr, M, 
     x_row = x_ptr + row_offsets(m, N, sx_b, sx_n, POINTS)
     dx_row = dx_ptr + m.to(tl.int64)[:, None] * I
 
-    if base_ptr is not None:  # what the loop below adds to
+    if base_ptr is not None:  # the loop below adds to this
         for i0 in tl.range(first, last, BI):
             i = i0 + column
             at = base_ptr + (o.to(tl.int64) * sw_o)[:, None] + (tl.cast(i, tl.int64) * sw_i)[None, :]
             base = widened(tl.load(at, mask=(o < O)[:, None] & (i < last)[None, :], other=0.0), WIDE)
-            part = tl.dot(g, base, input_precision=PRECISION)
+            product = tl.dot(g, base, input_precision=PRECISION)
             inside = in_rows[:, None] & (i < last)[None, :]
-            tl.store(dx_row + i[None, :], part.to(dx_ptr.dtype.element_ty), mask=inside)
+            tl.store(dx_row + i[None, :], product.to(dx_ptr.dtype.element_ty), mask=inside)
         tl.debug_barrier()
 
     index = tl.int64 if LONG else tl.int32
@@ -62,7 +63,7 @@ def dx_dz(g_ptr, z_ptr, x_ptr, h_ptr, h, base_ptr, bias_ptr, dx_ptr, dz_ptr, M, 
                 tile = tl.load(at, mask=(o < O)[:, None] & (r < R)[None, :], other=0.0)
         G = tl.dot(g, widened(tile, WIDE), input_precision=PRECISION)
         dz += G * x[:, None]
-        # Columns of dx are collected, so that they are stored side by side.
+        # BI columns of dx are collected and stored together.
         k = (i - first) % BI
         dx = tl.where((column == k)[None, :], tl.sum(G * z, 1)[:, None], dx)
         if (k == BI - 1) | (i == last - 1):

@@ -1,4 +1,4 @@
-"""x ⊗ z, folded into the K dimension of one product. The generated operand stays in registers.
+"""x ⊗ z, folded into the K dimension of one matrix product. The generated left operand stays in registers.
 
     out[m, p] = Σ_c Σ_k u[m, c] v[m, k] H(c, k, p)  +  Σ_c u[m, c] A(p, c)  +  Σ_k v[m, k] C(p, k)  +  d[p]
 
@@ -7,7 +7,7 @@
     dx   (b, n)     g   z   o   r   i    W0ᵀ
     dz   (b, n)     g   x   o   i   r    biasᵀ
 
-dz of several points is summed over n afterwards.
+The launcher sums dz over n where there are several points.
 """
 
 import triton
@@ -20,11 +20,11 @@ from .loads import columns, into_range, larger, row_offsets, widened
 def head_tile(h_ptr, h, c, k0, p0, C, K, P, sh_c, sh_k, sh_p,
               BK: tl.constexpr, BP: tl.constexpr, CB: tl.constexpr, READ: tl.constexpr,
               CLAMP_K: tl.constexpr, CLAMP_P: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """H(c, k0 + 0..BK, p0 + 0..BP), CB columns c of it one below the other: (CB·BK, BP).
+    """Load H(c, k0 + 0..BK, p0 + 0..BP) for CB columns c, one below the other: (CB·BK, BP).
 
-    READ: by a descriptor of (p, (c, k)), of ((c, p), k) or of ((c, k), p), in which sh_c leads from c to c + 1, or by
-    pointers. Beyond K a descriptor reads what belongs to the next c: that meets zeros of v; beyond P, outputs that
-    are not stored.
+    READ: H is read by a descriptor of (p, (c, k)), of ((c, p), k) or of ((c, k), p), or by pointers. sh_c is the
+    distance from c to c + 1: in columns or rows of the descriptor, or in numbers. Beyond K a descriptor reads numbers
+    of the next c, which are multiplied by zeros of v. Beyond P it reads numbers whose outputs are not stored.
     """
     if READ == "p_ck":
         tile = h.load([p0, c * sh_c + k0]).T
@@ -33,7 +33,7 @@ def head_tile(h_ptr, h, c, k0, p0, C, K, P, sh_c, sh_k, sh_p,
     elif READ == "ck_p":
         tile = h.load([c * sh_c + k0, p0])
     else:
-        # Beyond a side, what its last number is multiplied by is zero, or the output is not stored.
+        # Beyond K and P the last number is read again: it is multiplied by zero, or its output is not stored.
         index = tl.int64 if LONG else tl.int32
         j = tl.arange(0, CB * BK)
         k = k0 + j % BK
@@ -55,7 +55,7 @@ def add_products(acc, u_row, v_row, h_ptr, h, in_rows, first, last, k0, p0, C, K
                  EVEN_C: tl.constexpr, EVEN_K: tl.constexpr, CLAMP_K: tl.constexpr, CLAMP_P: tl.constexpr,
                  LONG: tl.constexpr, WIDE: tl.constexpr, SCALED: tl.constexpr, factor,
                  PRECISION: tl.constexpr):  # fmt: skip
-    """acc += Σ_c (u[:, c] v[:, k0 + 0..BK]) H(c, k0 + 0..BK, p0 + 0..BP) for c in [first, last)."""
+    """Add Σ_c (u[:, c] v[:, k0 + 0..BK]) H(c, k0 + 0..BK, p0 + 0..BP) for c in [first, last) to acc."""
     v = widened(columns(v_row, in_rows, k0 + tl.arange(0, BK), K, sv_k, EVEN_K), WIDE)
     for c in tl.range(first, last, CB):
         if CB == 1:
@@ -77,7 +77,7 @@ def add_products(acc, u_row, v_row, h_ptr, h, in_rows, first, last, k0, p0, C, K
 @triton.jit
 def add_plain_product(acc, row, a_ptr, in_rows, p0, J, P, s_j, sa_p, sa_j,
                       BJ: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """acc += Σ_j row[:, j] A(p, j): what all instances share."""
+    """Add Σ_j row[:, j] A(p, j) to acc: A is the same for all instances."""
     p = p0 + tl.arange(0, BP)
     tl.assume(J > 0)
     for j0 in tl.range(0, J, BJ):
@@ -91,10 +91,10 @@ def add_plain_product(acc, row, a_ptr, in_rows, p0, J, P, s_j, sa_p, sa_j,
 
 @triton.jit
 def largest(row, in_rows, first, last, s_j, BM: tl.constexpr):
-    """The largest absolute value of each row in the columns [first, last).
+    """Return the largest absolute value of each row in the columns [first, last).
 
-    Column by column, as the loop over c reads u: a reduction over tiles would settle their layout, and v would not
-    stay in registers for it.
+    It goes column by column, as the loop over c reads u. A reduction over tiles would fix the layout of v, which then
+    would not stay in registers.
     """
     most = tl.zeros((BM,), tl.float32)
     for j in tl.range(first, last):
@@ -109,9 +109,9 @@ def fold(u_ptr, v_ptr, h_ptr, h, h_tail, a_ptr, c_ptr, d_ptr, out_ptr, M, N, C, 
          CB: tl.constexpr, READ: tl.constexpr, EVEN_C: tl.constexpr, EVEN_K: tl.constexpr, CLAMP_K: tl.constexpr,
          CLAMP_P: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr, SCALED: tl.constexpr,
          PRECISION: tl.constexpr):  # fmt: skip
-    """One tile (BM, BP) of out; of a split's part of it where per_split < C, for `reduce` to sum.
+    """Compute one tile (BM, BP) of out, or the partial sums of one split where per_split < C.
 
-    K is cut into pieces of BK and a tail of TAIL; K_shared: columns of v that C has, which is not padded. SCALED:
+    K is divided into steps of BK, and one of TAIL. K_shared: the number of columns of C, which is not padded. SCALED:
     rows of u are multiplied by powers of two that keep u·v in the range of float16.
     """
     m = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -122,7 +122,7 @@ def fold(u_ptr, v_ptr, h_ptr, h, h_tail, a_ptr, c_ptr, d_ptr, out_ptr, M, N, C, 
     v_row = v_ptr + row_offsets(m, N, sv_b, sv_n, POINTS)
     first = split * per_split
     last = tl.minimum(C, first + per_split)
-    tl.assume(last > first)  # no split is empty; a loop that might not run would serialise wgmma
+    tl.assume(last > first)  # no split is empty; ptxas serialises wgmma in a loop that may not run
     whole = K // BK * BK if TAIL > 0 else K
     tl.assume(whole > 0)
 
@@ -145,7 +145,7 @@ def fold(u_ptr, v_ptr, h_ptr, h, h_tail, a_ptr, c_ptr, d_ptr, out_ptr, M, N, C, 
         acc /= factor[:, None]
 
     p = p0 + tl.arange(0, BP)
-    BJ: tl.constexpr = u_ptr.dtype.element_ty.primitive_bitwidth  # 16 or 32, as registers allow
+    BJ: tl.constexpr = u_ptr.dtype.element_ty.primitive_bitwidth  # 16 or 32: larger steps spill
     if split == 0:
         if a_ptr is not None:
             acc = add_plain_product(acc, u_row, a_ptr, in_rows, p0, C, P, su_c, sa_p, sa_c, BJ, BP, WIDE, PRECISION)

@@ -1,4 +1,4 @@
-"""Copies of z and of H with zeros behind their R features, up to W: rows that wide loads can begin at. One launch."""
+"""Copies of z and H in one launch, whose rows are padded with zeros from R to W: each row then starts aligned."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def pad(z_ptr, h_ptr, z_out_ptr, h_out_ptr, B, OI, I, R, W, sz_b, sz_r, sh_o, sh_i, sh_r, BJ: tl.constexpr):
-    """BJ numbers of the copies, one behind the other: rows b of z, then rows (o, i) of H. Either may be None."""
+    """Write BJ numbers of the copies: first rows b of z, then rows (o, i) of H. Either may be None."""
     j = tl.program_id(0).to(tl.int64) * BJ + tl.arange(0, BJ)
     row, r = j // W, j % W
     if z_ptr is not None:

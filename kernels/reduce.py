@@ -1,4 +1,4 @@
-"""out[j] = Σ_s partial[s, j], in order: the second stage of a split sum, the same bits every time."""
+"""out[j] = Σ_s partial[s, j]: the second stage of a split sum. The order is fixed, so that results are reproducible."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def reduce(partial_ptr, out_ptr, J, S, BJ: tl.constexpr):
-    """BJ numbers of out; partial sums are float32."""
+    """Compute BJ numbers of out from partial sums in float32."""
     j = tl.program_id(0).to(tl.int64) * BJ + tl.arange(0, BJ)
     inside = j < J
     total = tl.zeros((BJ,), tl.float32)

@@ -1,8 +1,9 @@
-"""dH: rows (i, r) are the generated left operand, the batch is the K dimension.
+"""dH: the generated left operand has rows (i, r), and the batch is the K dimension.
 
     dH[o, i, r] = Σ_m (x[m, i] z[m, r]) g[m, o]             m = (b, n)
 
-A split of the batch writes its float32 part for `reduce` to sum in order: no atomics, the same bits every time.
+Each split of the batch writes partial sums in float32, which `reduce` adds in order: there are no atomics, and the bits
+of the result are the same every time.
 """
 
 import triton
@@ -13,7 +14,7 @@ from .loads import into_range, larger, row_offsets, widened
 
 @triton.jit
 def transposed(pointer, m, M, N, s_b, s_n, j, J, s_j, POINTS: tl.constexpr, EVEN: tl.constexpr):
-    """A tile (j, m) of rows m."""
+    """Load a tile (j, m) of rows m."""
     at = pointer + row_offsets(m, N, s_b, s_n, POINTS)[None, :] + (j.to(tl.int64) * s_j)[:, None]
     if EVEN:
         return tl.load(at, mask=(m < M)[None, :], other=0.0)
@@ -26,14 +27,14 @@ def weight_grad(x_ptr, z_ptr, g_ptr, z_rows, g_rows, out_ptr, M, N, I, O, R, per
                 POINTS: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr, BM: tl.constexpr,
                 EVEN_I: tl.constexpr, EVEN_R: tl.constexpr, EVEN_O: tl.constexpr, WIDE: tl.constexpr,
                 SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One tile of dH, BI·BR rows and BO columns, of a split's rows of the batch.
+    """Compute one tile of dH, BI·BR rows and BO columns, from the rows of the batch of one split.
 
     z_rows, g_rows: descriptors, or None to read by pointers. SCALED: columns of x are multiplied by powers of two that
-    keep x·z in the range of float16, where products of one column span at most 2^29.
+    keep x·z in the range of float16, if the products of one column span at most 2^29.
     """
-    pieces = tl.cdiv(R, BR)
-    i0 = tl.program_id(0) // pieces * BI
-    r0 = tl.program_id(0) % pieces * BR
+    r_tiles = tl.cdiv(R, BR)
+    i0 = tl.program_id(0) // r_tiles * BI
+    r0 = tl.program_id(0) % r_tiles * BR
     o0 = tl.program_id(1) * BO
     split = tl.program_id(2)
     first = split * per_split

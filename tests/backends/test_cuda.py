@@ -70,7 +70,7 @@ def constants(monkeypatch):
 @pytest.mark.parametrize(
     ("sizes", "count"),
     [
-        ((33, 1, 20, 60, 10), 64),  # y, dz and the parameters' gradients in parts
+        ((33, 1, 20, 60, 10), 64),  # the sums of y, dz and the parameters' gradients are split
         ((6, 50, 70, 40, 33), 64),  # of several points, too
         ((300, 1, 100, 5, 70), 2),  # blocks of many rows
         ((5, 60, 30, 40, 12), 2),
@@ -85,9 +85,9 @@ def test_few_and_many_blocks(sizes, count, dtype, factors, oracle, monkeypatch):
 
 @ready
 @pytest.mark.parametrize("sizes", [(8500, 1, 3, 4, 2), (8500, 1, 3, 80, 2)], ids=str)
-def test_blocks_go_on_to_further_rows(sizes, factors, oracle, monkeypatch):
-    """With the tiles of H still in shared memory, or too many of them."""
-    processors(monkeypatch, 1000)  # so that blocks have few rows, and are more than run at once
+def test_blocks_continue_with_further_rows(sizes, factors, oracle, monkeypatch):
+    """The tiles of H stay in shared memory, or do not fit there."""
+    processors(monkeypatch, 1000)  # so that blocks have few rows, and not all run at once
     monkeypatch.setattr(launch, "_LEAST_WORK", 1 << 30)
     x, z, weight, *_ = factors(sizes, torch.bfloat16)
     oracle.check_op("apply", cuda.apply(x, z, weight, schedule="fold"), x, z, weight)
@@ -99,15 +99,15 @@ def test_every_mask(mask, factors):
     x, z, weight, bias, base_weight, g = factors((20, 2, 6, 7, 9), torch.float32, NAMES)
     every = cuda.grads(x, z, weight, bias, base_weight, g, ALL, schedule="fold")
     some = cuda.grads(x, z, weight, bias, base_weight, g, mask, schedule="fold")
-    for wanted, one, part in zip(mask, every, some, strict=True):
-        assert (part is not None) == wanted
+    for wanted, expected, got in zip(mask, every, some, strict=True):
+        assert (got is not None) == wanted
         if wanted:
-            torch.testing.assert_close(part, one)
+            torch.testing.assert_close(got, expected)
 
 
 @ready
 def test_one_call_is_one_launch_each_way(factors, launches):
-    """Of the kernels' operators: bias, base and all six gradients are inside."""
+    """One call of an operator has bias and base, and one all six gradients."""
     args = factors((40, 1, 16, 5, 6), torch.float32, (*NAMES[:5], "base_bias", "g"))
     tensors = [t.requires_grad_() for t in args[:-1]]
     x, z, weight, bias, base_weight, base_bias = tensors
@@ -137,7 +137,7 @@ def test_float32_is_as_exact_as_torch_is_asked_to_be(factors):
 @ready
 @pytest.mark.parametrize("neighbour", ["before", "behind"])
 def test_numbers_beside_a_factor_are_not_read(neighbour, factors, oracle):
-    """Not even to be multiplied by zero: what lies around H, z and g is no number."""
+    """They are NaN, and would show even if they were multiplied by zero."""
     args = []
     for t in factors((20, 1, 20, 7, 9), torch.bfloat16, NAMES):
         room = t.new_full((t.numel() + 64,), float("nan"))
@@ -148,12 +148,12 @@ def test_numbers_beside_a_factor_are_not_read(neighbour, factors, oracle):
 
 
 @ready
-def test_what_has_no_room_is_left_to_others(factors, oracle, monkeypatch, launches):
+def test_problems_that_do_not_fit_go_to_another_backend(factors, oracle, monkeypatch, launches):
     args = factors((30, 8, 20, 7, 9), torch.float32, NAMES)
     monkeypatch.setattr(gpu, "partial_sums_limit", lambda: 1000)  # dz of several points has partial sums
     oracle.check_linear(args, everything(*args))
     assert [name for name, _ in launches] == ["fold"]
-    wide = factors((3, 1, 4, 5, 3000), torch.float32, NAMES)  # g of a block has no room beside H
+    wide = factors((3, 1, 4, 5, 3000), torch.float32, NAMES)  # g of a block does not fit beside H
     oracle.check_linear(wide, everything(*wide))
     assert [name for name, _ in launches] == ["fold", "fold"]
 
@@ -194,8 +194,8 @@ def test_the_last_wave_is_split_where_it_would_be_nearly_empty(constants):
 
 @ready
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_the_kernels_for_hopper_take_what_is_large(dtype, factors, oracle, monkeypatch, launches):
-    """And its last wave, of few blocks, in parts."""
+def test_the_kernels_for_hopper_compute_large_problems(dtype, factors, oracle, monkeypatch, launches):
+    """The last wave has few blocks and is split."""
     device = library.device(torch.empty(1, device="cuda" if torch.cuda.is_available() else "cpu"))
     if not library.has_hopper_kernels(device):
         pytest.skip("this GPU is not of compute capability 9.0")
@@ -205,7 +205,7 @@ def test_the_kernels_for_hopper_take_what_is_large(dtype, factors, oracle, monke
     processors(monkeypatch, 4)
     oracle.check_linear(args, everything(*args))
     assert [name for name, _ in launches] == ["fold", "fold", "grads"]
-    assert [call[7] is None for name, call in launches if name == "fold"] == [True, False]  # in parts
+    assert [call[7] is None for name, call in launches if name == "fold"] == [True, False]  # partial sums
 
 
 class TestPrimary:
@@ -213,7 +213,7 @@ class TestPrimary:
 
     @staticmethod
     def models(sizes, activation, dtype, bias, base):
-        """A Hypernetwork, and what is in it; sizes B, N, R, I, J, O."""
+        """Return a Hypernetwork of the sizes B, N, R, I, J, O."""
         from fasthyper.nn import HyperLinear, Hypernetwork
 
         _, _, R, I, J, O = sizes
@@ -221,7 +221,7 @@ class TestPrimary:
         make = lambda i, o: HyperLinear(i, o, cond_features=R, bias=bias, base=base)
         model = Hypernetwork(nn.Linear(4, R), nn.Sequential(make(I, J), kinds[activation](), make(J, O)))
         for parameter in model.primary.parameters():
-            nn.init.normal_(parameter, std=0.1)  # σ is not flat where most of a lie
+            nn.init.normal_(parameter, std=0.1)  # most of a is where σ is not flat
         return model.to("cuda" if torch.cuda.is_available() else "cpu", dtype)
 
     @ready
@@ -239,7 +239,7 @@ class TestPrimary:
         ids=str,
     )
     def test_as_exact_as_one_layer_after_the_other(self, sizes, activation, dtype, bias, base, launches, monkeypatch):
-        monkeypatch.setattr(launch, "_LEAST_WORK", 64)  # so that some are split
+        monkeypatch.setattr(launch, "_LEAST_WORK", 64)  # so that some sums are split
         model = self.models(sizes, activation, dtype, bias, base)
         B, N, _, I, *_ = sizes
         device = next(model.parameters()).device
@@ -269,7 +269,7 @@ class TestPrimary:
 
     @ready
     def test_any_strides(self):
-        """Of a, too: a hook may have kept it in another layout."""
+        """Those of a, too: a hook may have stored it in another layout."""
         torch.manual_seed(0)
         made = lambda *shapes: tuple(torch.randn(s).to(device) for s in shapes)
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -302,7 +302,7 @@ class TestPrimary:
     @pytest.mark.parametrize(
         "sizes", [(4, 1, 8, 5, 65, 3), (4, 1, 8, 5, 6, 65), (0, 1, 8, 5, 6, 3), (1 << 20, 1, 8, 5, 60, 3)], ids=str
     )
-    def test_what_it_leaves_to_the_layers(self, sizes):
+    def test_other_sizes_are_left_to_the_layers(self, sizes):
         B, N, R, I, J, O = sizes
         meta = lambda *shape: torch.empty(shape, device="meta")
         x, z = meta(B, N, I), meta(B, R)

@@ -1,4 +1,4 @@
-"""What only a GPU can show: graphs, streams, other devices, compiled code, temporary memory, launches."""
+"""Tests that need a GPU: graphs, streams, other devices, compiled code, temporary memory, launches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import fasthyper
 from fasthyper.backends import cuda, triton
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-needs_kernels = pytest.mark.skipif(triton.unavailable() is not None, reason=f"Triton kernels: {triton.unavailable()}")
+needs_triton = pytest.mark.skipif(triton.unavailable() is not None, reason=f"Triton kernels: {triton.unavailable()}")
 MIB = 1 << 20
 
 
@@ -58,15 +58,15 @@ def test_published_shapes(sizes, dtype):
 @pytest.mark.parametrize(
     "sizes", [*SIZES, (39168, 1, 128, 64, 64), (40000, 1, 16, 64, 160), (8000, 5, 32, 40, 40)], ids=str
 )
-def test_all_that_the_cuda_kernels_write(sizes, dtype):
-    """Many more blocks than run at once, and every number of the results."""
+def test_results_of_the_cuda_kernels(sizes, dtype):
+    """There are many more blocks than run at once; every number of the results is compared."""
     tensors, g = inputs(*sizes, dtype=dtype)
     with fasthyper.use_backend("cuda"):
         results = step(tensors, g)
     check(results, exact(tensors, g), dtype if dtype != torch.float32 else torch.float16)
 
 
-@needs_kernels
+@needs_triton
 def test_float32_is_as_exact_as_the_usual_way_and_tf32_is_not():
     tensors, g = inputs(2000, 1, 128, 64, 64, torch.float32)
     truth = exact(tensors, g)
@@ -91,7 +91,7 @@ def test_float32_is_as_exact_as_the_usual_way_and_tf32_is_not():
 )
 def test_temporary_memory_has_a_limit(sizes):
     tensors, g = inputs(*sizes)
-    step(tensors, g)  # tiles are timed, libraries are set up
+    step(tensors, g)  # tiles are timed, and libraries are initialised
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -125,7 +125,7 @@ def test_a_side_stream():
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        torch.cuda._sleep(100_000_000)  # what ran on another stream would be done before its inputs are
+        torch.cuda._sleep(100_000_000)  # a kernel on another stream would run before its inputs are there
         fresh = [t.detach().neg().requires_grad_() for t in tensors]
         results = step(fresh, g)
     torch.cuda.current_stream().wait_stream(side)
@@ -148,12 +148,12 @@ def test_compiled_code_calls_the_op():
     double = [t.detach().double().requires_grad_() for t in tensors]
     y = torch.relu(fasthyper.ops.reference.apply(*double)) * 2
     truth = [y, *torch.autograd.grad(y, double, g.double())]
-    for got, expected in zip(results, truth, strict=True):  # relu turns on signs that rounding may change
+    for got, expected in zip(results, truth, strict=True):  # rounding may change the sign that relu depends on
         assert (got.double() - expected).norm() / expected.norm() < 0.05
 
 
-@needs_kernels
-def test_the_same_bits_where_torch_is_to_be_deterministic():
+@needs_triton
+def test_results_are_the_same_under_deterministic_algorithms():
     tensors, g = inputs(*SIZES[2])
     torch.use_deterministic_algorithms(True)
     try:
@@ -164,10 +164,10 @@ def test_the_same_bits_where_torch_is_to_be_deterministic():
         assert torch.equal(one, same)
 
 
-@needs_kernels
+@needs_triton
 @pytest.mark.parametrize("sizes", [(39168, 1, 128, 64, 64), (8192, 1, 64, 64, 128)], ids=str)
 def test_one_launch_for_each_of_y_dxdz_and_dh(sizes):
-    """A second one adds up the parts of a split sum."""
+    """A second launch adds the partial sums of a split sum."""
     tensors, g = inputs(*sizes)
     step(tensors, g)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

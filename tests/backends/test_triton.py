@@ -80,7 +80,7 @@ class TestTuning:
 
         return [tuning.Candidate(Tile(16 << i, 64, 64, 8, 3), 1, 1.0 - i / 10) for i in range(count)]
 
-    def test_the_fastest_of_the_likeliest_is_kept(self, tuning, device, monkeypatch):
+    def test_the_fastest_of_the_lowest_predictions_is_stored(self, tuning, device, monkeypatch):
         ours = self.candidates(tuning)
         timed = []
         monkeypatch.setattr(tuning, "_time", lambda run, c: (timed.append(c), c.seconds)[1] * -1)
@@ -101,19 +101,19 @@ class TestTuning:
         assert tuning.choose(("fold", 1), ours, device, lambda c: None) is ours[4]
         assert json.loads(tuning.path(device).read_text())["fold 1"] == list(ours[4].tile)
 
-    def test_nothing_can_be_kept(self, tuning, device, monkeypatch):
+    def test_choices_cannot_be_stored(self, tuning, device, monkeypatch):
         monkeypatch.setenv("FASTHYPER_CACHE", "/proc/nowhere")
         monkeypatch.setattr(tuning, "_time", lambda run, c: c.seconds)
         ours = self.candidates(tuning)
         assert tuning.choose(("fold", 1), ours, device, lambda c: None) is ours[4]
 
-    def test_a_graph_takes_what_was_timed_before_and_times_nothing(self, tuning, device, monkeypatch):
+    def test_no_tile_is_timed_while_a_graph_captures(self, tuning, device, monkeypatch):
         ours = self.candidates(tuning)
         capturing = lambda state: monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(tuning, "_time", lambda run, c: -c.seconds)
         capturing(True)
-        assert tuning.choose(("fold", 1), ours, device, lambda c: None) is ours[4]  # the likeliest, and not kept
+        assert tuning.choose(("fold", 1), ours, device, lambda c: None) is ours[4]  # the lowest prediction
         capturing(False)
         assert tuning.choose(("fold", 1), ours, device, lambda c: None) is ours[2]
         capturing(True)
@@ -121,7 +121,7 @@ class TestTuning:
         tuning.forget()
         assert tuning.choose(("fold", 1), ours, device, lambda c: None) is ours[2]  # from disk
 
-    def test_what_was_taken_stays(self, tuning, device, monkeypatch):
+    def test_choices_of_this_process_stay(self, tuning, device, monkeypatch):
         ours = self.candidates(tuning)
         monkeypatch.setattr(tuning, "_time", lambda run, c: c.seconds)
         assert tuning.choose(("fold", 1), ours, device, lambda c: None) is ours[4]
@@ -129,7 +129,7 @@ class TestTuning:
         tuning.choose(("fold", 2), ours, device, lambda c: None)
         assert tuning.choose(("fold", 1), ours, device, lambda c: None) is ours[4]
 
-    def test_where_no_clock_may_decide_the_likeliest_is_taken(self, tuning, device, monkeypatch):
+    def test_the_lowest_prediction_is_taken_where_timing_is_disabled(self, tuning, device, monkeypatch):
         ours = self.candidates(tuning)
         monkeypatch.setenv("FASTHYPER_AUTOTUNE", "0")
         assert tuning.choose(("fold", 1), ours, device, lambda c: pytest.fail("ran")) is ours[4]

@@ -76,14 +76,14 @@ def _arch(t: Tensor) -> str:
     return tiles.nearest(gpu.device(t, gpu.INTERPRETED).arch)
 
 
-def _instances(B: int, N: int, z: Tensor, row_bytes_per_number: int) -> Iterator[slice]:
+def _instances(B: int, N: int, z: Tensor, dz_itemsize: int) -> Iterator[slice]:
     """Return blocks of instances whose padded z and whose rows of dz each fit their share of the workspace.
 
     z is copied only where R is no multiple of 16, and dz has rows only where there are several points.
     """
     R = z.shape[1]
     copies = padded(R) * z.element_size() if R % 16 else 0
-    rows = N * R * row_bytes_per_number if N > 1 else 0
+    rows = N * R * dz_itemsize if N > 1 else 0
     return aten.blocks(B, min(B, _share() // max(1, copies, rows)))
 
 
