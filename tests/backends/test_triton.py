@@ -13,6 +13,7 @@ import torch
 
 import fasthyper
 from fasthyper.backends import gpu, triton
+from fasthyper.backends.triton import tiles
 
 ready = pytest.mark.skipif(triton.unavailable() is not None, reason=f"Triton kernels: {triton.unavailable()}")
 ALL = (True,) * 6
@@ -56,6 +57,22 @@ def test_auto_takes_it_for_a_gpu(monkeypatch):
     assert fasthyper.backends.backend("auto", gpu) is fasthyper.backends.aten
 
 
+@pytest.mark.parametrize(
+    ("arch", "nearest"),
+    [
+        ("sm_80", "sm_80"),
+        ("sm_89", "sm_80"),
+        ("sm_90", "sm_90"),
+        ("sm_103", "sm_100"),
+        ("sm_120", "sm_80"),
+        ("gfx90a", "gfx942"),
+        ("interpreter", "interpreter"),
+    ],
+)
+def test_other_archs_take_the_tiles_of_a_known_one(arch, nearest):
+    assert tiles.nearest(arch) == nearest
+
+
 class TestTuning:
     """The choice of a tile, with times that the test makes up."""
 
@@ -76,9 +93,7 @@ class TestTuning:
 
     @staticmethod
     def candidates(tuning, count=5):
-        from fasthyper.backends.triton.tiles import Tile
-
-        return [tuning.Candidate(Tile(16 << i, 64, 64, 8, 3), 1, 1.0 - i / 10) for i in range(count)]
+        return [tuning.Candidate(tiles.Tile(16 << i, 64, 64, 8, 3), 1, 1.0 - i / 10) for i in range(count)]
 
     def test_the_fastest_of_the_lowest_predictions_is_stored(self, tuning, device, monkeypatch):
         ours = self.candidates(tuning)
@@ -141,9 +156,7 @@ class TestTuning:
             torch.use_deterministic_algorithms(False)
 
     def test_a_sum_is_split_where_blocks_are_few(self, tuning):
-        from fasthyper.backends.triton.tiles import Tile
-
-        tile = Tile(256, 64, 64, 8, 4)
+        tile = tiles.Tile(256, 64, 64, 8, 4)
         tiling = tuning.Tiling(2, 256, 64, 128 * 64, 64)
         few = tuning.candidate(tile, tiling, 1 << 16, 16 << 20, 132, 16)
         many = tuning.candidate(tile, tiling._replace(blocks=13200), 1 << 16, 16 << 20, 132, 16)
