@@ -78,7 +78,7 @@ class Costs:
 
     def apply(self, p: Problem, schedule: str, machine: Machine) -> Cost:
         """Predict a forward."""
-        B, N, R, I, O = p.batch, p.points, p.cond_features, p.in_features, p.out_features
+        B, N, R, I, O = p.sizes
         if schedule == "fold":  # x ⊗ z, then one product with K = I·R
             return moved(B * N * I * R, 2, machine) + gemm(B * N, O, I * R, machine)
         if schedule == "generate":  # W = z·H, then x·Wᵀ instance by instance
@@ -90,7 +90,7 @@ class Costs:
 
     def grads(self, p: Problem, schedule: str, machine: Machine) -> Cost:
         """Predict a backward."""
-        B, N, R, I, O = p.batch, p.points, p.cond_features, p.in_features, p.out_features
+        B, N, R, I, O = p.sizes
         dx, dz, dh = p.needs
         cost = Cost()
         if schedule == "fold":

@@ -92,7 +92,7 @@ def cost(problem: Problem, schedule: str, mach: Machine, limit: int) -> Plan:
     p, costs = problem, costs_of(problem)
     c = (costs.apply if p.op == "apply" else costs.grads)(p, schedule, mach)
     tile = tile_elements(p, mach, limit)
-    B, N, R, I, O = p.batch, p.points, p.cond_features, p.in_features, p.out_features
+    B, N, R, I, O = p.sizes
     size = {
         "fold": B * N * I * R,
         "generate": B * O * I,
