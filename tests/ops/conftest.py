@@ -1,4 +1,4 @@
-"""Lets the tests import the helpers of this folder by name; the fixtures of the tests of `primary`."""
+"""Makes the helpers of this folder importable by name, and has the fixtures of the tests of `primary`."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_any_number_of_point_axes(shape, factors, oracle):
 
 
 def test_a_compiled_region_around_the_op(factors, oracle):
-    """What comes before and after the op is compiled with it, strides of inductor's own buffers included."""
+    """Inductor compiles the operations around the op, and gives the op buffers with strides of its own choice."""
     x, z, weight, _ = factors(strides="transposed")
     region = lambda f: lambda x, z, w: torch.relu(f(x.sin(), z * 2, w)).cos()
     torch.testing.assert_close(
@@ -93,21 +93,21 @@ def test_batch_and_points_both_dynamic(f, factors, oracle):
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (0, 2, 5, 3, 6), (4, 0, 5, 3, 6), (4, 2, 0, 3, 6), (4, 2, 5, 0, 6)])
-def test_sizes_of_nothing_and_one(sizes, f, factors, oracle):
+def test_sizes_zero_and_one(sizes, f, factors, oracle):
     args = factors(sizes)[:3]
     torch.testing.assert_close(with_gradients(aot_eager(f), args), with_gradients(oracle.linear, args))
 
 
 @pytest.mark.parametrize("strides", ["contiguous", "transposed", "swapped", "sliced", "expanded"])
-def test_strides_are_as_they_were_traced(strides, f, factors, oracle):
-    """The fake output is contiguous, and so is the real one, from any input."""
+def test_the_output_is_contiguous_as_traced(strides, f, factors, oracle):
+    """Tracing assumes a contiguous output; the real output is contiguous for inputs of any strides."""
     args = factors(strides=strides)[:3]
     compiled = aot_eager(lambda *a: f(*a).view(-1) * 2)
     torch.testing.assert_close(compiled(*args), oracle.linear(*args).reshape(-1) * 2)
 
 
-# The traps of other registrations: each of these was silently wrong, or raised, in one of them.
-WITHIN = {
+# Each of these is silently wrong, or raises, with one of the other ways to register an op.
+TRANSFORMS = {
     "grad": lambda f: grad(squared(f), ALL),
     "jacrev": lambda f: jacrev(f, ALL),
     "jacfwd": lambda f: jacfwd(f, ALL),
@@ -126,22 +126,22 @@ WITHIN = {
 }
 
 
-@pytest.mark.parametrize("within", WITHIN)
-def test_a_transform_within_a_compiled_region(within, f, factors, oracle):
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_transform_in_a_compiled_region(transform, f, factors, oracle):
     args = factors((2, 2, 3, 2, 1))[:3]
-    torch.testing.assert_close(aot_eager(WITHIN[within](f))(*args), WITHIN[within](oracle.linear)(*args))
+    torch.testing.assert_close(aot_eager(TRANSFORMS[transform](f))(*args), TRANSFORMS[transform](oracle.linear)(*args))
 
 
-@pytest.mark.parametrize("within", ["grad", "vmap of grad"])
-def test_a_transform_within_a_region_under_inductor(within, factors, oracle):
+@pytest.mark.parametrize("transform", ["grad", "vmap of grad"])
+def test_a_transform_in_a_region_of_inductor(transform, factors, oracle):
     args = factors((2, 2, 3, 2, 1))[:3]
-    compiled = torch.compile(WITHIN[within](hyper_linear), fullgraph=True)
-    torch.testing.assert_close(compiled(*args), WITHIN[within](oracle.linear)(*args))
+    compiled = torch.compile(TRANSFORMS[transform](hyper_linear), fullgraph=True)
+    torch.testing.assert_close(compiled(*args), TRANSFORMS[transform](oracle.linear)(*args))
 
 
-@pytest.mark.parametrize("within", ["grad", "jacrev", "jacfwd", "jvp", "vmap", "vmap of grad", "hessian"])
-def test_backward_from_outside_through_a_compiled_transform(within, f, factors, oracle):
-    """Second order: a compiled autograd.Function around a plain op was silently wrong here."""
+@pytest.mark.parametrize("transform", ["grad", "jacrev", "jacfwd", "jvp", "vmap", "vmap of grad", "hessian"])
+def test_backward_through_a_compiled_transform(transform, f, factors, oracle):
+    """This is second order, where a compiled autograd.Function around a plain op is silently wrong."""
     args = factors((2, 2, 3, 2, 1))[:3]
 
     def through(f):
@@ -149,19 +149,21 @@ def test_backward_from_outside_through_a_compiled_transform(within, f, factors, 
         out = torch.utils._pytree.tree_leaves(f(*leaves))
         return torch.autograd.grad(sum((t**2).sum() for t in out), leaves, materialize_grads=True)
 
-    torch.testing.assert_close(through(aot_eager(WITHIN[within](f))), through(WITHIN[within](oracle.linear)))
+    torch.testing.assert_close(
+        through(aot_eager(TRANSFORMS[transform](f))), through(TRANSFORMS[transform](oracle.linear))
+    )
 
 
-def test_double_backward_from_outside_raises(f, factors):
-    """AOTAutograd cannot, and says so: never silently wrong."""
+def test_double_backward_through_a_compiled_function_raises(f, factors):
+    """AOTAutograd does not support it, and raises."""
     leaves = factors(SMALL, requires_grad=True)[:3]
     first = torch.autograd.grad((aot_eager(f)(*leaves) ** 2).sum(), leaves, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         torch.autograd.grad(sum((t**2).sum() for t in first), leaves)
 
 
-def test_double_backward_within_a_compiled_function_raises(f, factors):
-    """create_graph around a graph that was compiled piecewise: the second known refusal, as loud."""
+def test_double_backward_in_a_compiled_function_raises(f, factors):
+    """torch.autograd.grad breaks the graph; AOTAutograd does not support create_graph across the break, and raises."""
 
     def penalty(x, z, weight):
         (d,) = torch.autograd.grad((f(x, z, weight) ** 2).sum(), z, create_graph=True)
@@ -194,13 +196,13 @@ def test_only_the_gradients_asked_for(some, f, factors, oracle):
     torch.testing.assert_close(some_gradients(compiled), some_gradients(oracle.linear))
 
 
-def test_the_graph_holds_the_op_and_its_fused_gradients(factors):
+def test_the_graph_has_one_op_for_forward_and_one_for_backward(factors):
     def step(x, z, weight):
         return torch.autograd.grad((fasthyper.ops.apply(x, z, weight) ** 2).sum(), (x, z, weight))
 
     graph = make_fx(step)(*factors(SMALL, requires_grad=True)[:3])
-    ours = [str(n.target) for n in graph.graph.nodes if "fasthyper" in str(n.target)]
-    assert ours == ["fasthyper.apply.default", "fasthyper.grads.default"]
+    names = [str(n.target) for n in graph.graph.nodes if "fasthyper" in str(n.target)]
+    assert names == ["fasthyper.apply.default", "fasthyper.grads.default"]
 
 
 class Layer(torch.nn.Module):
@@ -210,9 +212,6 @@ class Layer(torch.nn.Module):
 
     def forward(self, x, z):
         return hyper_linear(x, z, self.weight, self.bias, base_weight=self.base_weight, base_bias=self.base_bias)
-
-    def parts(self):
-        return self.weight, self.bias, self.base_weight, self.base_bias
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -229,7 +228,7 @@ def test_export_with_a_dynamic_batch(strict, decomposed, points, factors, oracle
     for batch in (2, 4, 9):
         x = torch.randn(batch, *x.shape[1:], dtype=torch.float64)
         z = torch.randn(batch, 5, dtype=torch.float64)
-        truth = oracle.linear(x.reshape(batch, -1, 3), z, *layer.parts()).reshape(*x.shape[:-1], 6)
+        truth = oracle.linear(x.reshape(batch, -1, 3), z, *layer.parameters()).reshape(*x.shape[:-1], 6)
         torch.testing.assert_close(program.module()(x, z), truth)
     if not decomposed:
         got = torch.autograd.grad(program.module()(x, z.requires_grad_()).sum(), z)
@@ -237,7 +236,7 @@ def test_export_with_a_dynamic_batch(strict, decomposed, points, factors, oracle
 
 
 def truth_of(oracle, layer, x, z):
-    return oracle.linear(x.reshape(len(x), -1, 3), z, *layer.parts())
+    return oracle.linear(x.reshape(len(x), -1, 3), z, *layer.parameters())
 
 
 def test_export_saved_and_loaded(tmp_path, factors):
@@ -248,7 +247,7 @@ def test_export_saved_and_loaded(tmp_path, factors):
     torch.testing.assert_close(loaded.module()(x, z), layer(x, z))
 
 
-def test_autocast_within_and_around_a_region(factors):
+def test_autocast_in_and_around_a_region(factors):
     x, z, weight, _ = factors(dtype=torch.float32)
     compiled = aot_eager(hyper_linear)
     with torch.autocast("cpu", torch.bfloat16):

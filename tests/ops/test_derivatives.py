@@ -61,7 +61,7 @@ def test_gradgradcheck_with_any_number_of_point_axes(shape, factors):
 
 @pytest.mark.parametrize("axis", range(5))
 @pytest.mark.parametrize("size", [0, 1])
-def test_gradgradcheck_with_a_size_of_nothing_or_one(axis, size, factors):
+def test_gradgradcheck_with_sizes_zero_and_one(axis, size, factors):
     sizes = list(SMALL)
     sizes[axis] = size
     args = factors(tuple(sizes), names=factors.AFFINE, requires_grad=True)
@@ -70,7 +70,7 @@ def test_gradgradcheck_with_a_size_of_nothing_or_one(axis, size, factors):
 
 @pytest.mark.parametrize("some", range(1, 64))
 def test_gradients_of_some_arguments(some, factors, oracle):
-    """First and second order, where any of the six arguments are asked for and the others are constants."""
+    """First and second order for each subset of the six arguments; the others are constants."""
     args = factors(SMALL, names=factors.AFFINE)
     wanted = [t.requires_grad_() for k, t in enumerate(args) if some >> k & 1]
     got, expected = ([*grads_of_two_orders(f, args, wanted)] for f in (affine, oracle.linear))
@@ -103,13 +103,13 @@ def test_fourth_order(f, factors, oracle):
 
 @pytest.mark.parametrize("some", range(1, 8))
 def test_forward_mode_with_some_tangents(some, factors, oracle):
-    args, dots = factors(SMALL)[:3], factors(SMALL)[:3]
+    args, tangents = factors(SMALL)[:3], factors(SMALL)[:3]
 
     def tangent(f):
         with forward_ad.dual_level():
             duals = [
                 forward_ad.make_dual(t, d) if some >> k & 1 else t
-                for k, (t, d) in enumerate(zip(args, dots, strict=True))
+                for k, (t, d) in enumerate(zip(args, tangents, strict=True))
             ]
             return forward_ad.unpack_dual(f(*duals))
 
@@ -119,19 +119,19 @@ def test_forward_mode_with_some_tangents(some, factors, oracle):
 
 def test_forward_mode_is_differentiable_in_reverse(factors, oracle):
     x, z, weight, _ = factors(SMALL, requires_grad=True)
-    dot = torch.randn_like(z)
+    tangent = torch.randn_like(z)
 
     def through(f):
         with forward_ad.dual_level():
-            dual = forward_ad.make_dual(z, dot)
-            moved = forward_ad.unpack_dual(f(x, dual, weight)).tangent
-            return torch.autograd.grad((moved**2).sum(), (x, weight))
+            dual = forward_ad.make_dual(z, tangent)
+            dy = forward_ad.unpack_dual(f(x, dual, weight)).tangent
+            return torch.autograd.grad((dy**2).sum(), (x, weight))
 
     for f in (fasthyper.ops.apply, hyper_linear):
         torch.testing.assert_close(through(f), through(oracle.linear))
 
 
-def test_a_head_transposed_has_its_gradients(factors, oracle, how):
+def test_the_gradient_of_a_transposed_head(factors, oracle, how):
     """The head as a view Hᵀ of a leaf of shape (I, O, R)."""
     x, z, weight, g = factors()
     leaf = weight.transpose(0, 1).contiguous().requires_grad_()
@@ -143,7 +143,7 @@ def test_a_head_transposed_has_its_gradients(factors, oracle, how):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_expanded_gradient(dtype, how, factors, oracle):
-    """sum().backward() hands over a gradient of strides (0, 0, 0)."""
+    """sum().backward() passes a gradient with strides (0, 0, 0)."""
     x, z, weight, bias, base_weight, base_bias = factors(dtype=dtype, names=factors.AFFINE, requires_grad=True)
     with fasthyper.use_backend(*how):
         y = affine(x, z, weight, bias, base_weight, base_bias)
@@ -170,9 +170,17 @@ OPCHECKS = {
     "weight_grad": ("x", "z", "g"),
     "grads": ("x", "z", "weight", "g", [True, False, True]),
     "hyper_linear": ("x", "z", "weight", "bias", "base_weight", "base_bias"),
-    "hyper_linear with nothing": ("x", "z", "weight", None, None, None),
+    "hyper_linear without bias and base": ("x", "z", "weight", None, None, None),
     "hyper_linear_grads": ("x", "z", "weight", "bias", "base_weight", "g", [True, True, True, False, True, True]),
-    "hyper_linear_grads with nothing": ("x", "z", "weight", None, None, "g", [False, True, True, False, False, False]),
+    "hyper_linear_grads without bias and base": (
+        "x",
+        "z",
+        "weight",
+        None,
+        None,
+        "g",
+        [False, True, True, False, False, False],
+    ),
 }
 
 

@@ -69,19 +69,19 @@ WRONG_SIZES = [
     ("op", "name", "shape", "other"),
     [(op, *wrong) for op, names in INPUTS.items() for wrong in WRONG_SIZES if {wrong[0], wrong[2]} <= set(names)],
 )
-def test_sizes_that_disagree(op, name, shape, other, surface):
+def test_sizes_that_disagree_raise(op, name, shape, other, surface):
     args = make(**{name: shape})
     with pytest.raises(ValueError, match=r".+") as error:
         call(op, surface, args)
     message = str(error.value)
-    for which in (name, other):
-        assert re.search(rf"\b{which}\b", message), message
-        assert str(tuple(args[which].shape)) in message
+    for argument in (name, other):
+        assert re.search(rf"\b{argument}\b", message), message
+        assert str(tuple(args[argument].shape)) in message
 
 
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in INPUTS.items() for name in names])
 @pytest.mark.parametrize("more", [-1, 1])
-def test_ranks(op, name, more, surface):
+def test_wrong_ranks(op, name, more, surface):
     shape = SHAPES[name][:-1] if more < 0 else (*SHAPES[name], 1)
     with pytest.raises(ValueError, match=rf"{name} must have shape \(.*got {re.escape(str(shape))}"):
         call(op, surface, make(**{name: shape}))
@@ -89,7 +89,7 @@ def test_ranks(op, name, more, surface):
 
 @pytest.mark.parametrize("op", INPUTS)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
-def test_kinds_that_are_not_floating_point(op, dtype, surface):
+def test_dtypes_that_are_not_floating_point(op, dtype, surface):
     args = {name: t.to(dtype) for name, t in make().items()}
     with pytest.raises(TypeError, match=rf"x must be floating point, got shape \(4, 2, 3\) of {dtype}"):
         call(op, surface, args)
@@ -141,14 +141,14 @@ def test_a_raw_op_with_an_unknown_backend_or_schedule(op):
 )  # fmt: skip
 def test_the_raw_affine_ops_never_broadcast(name, shape, surface):
     args = make()
-    rest = dict.fromkeys(("bias", "base_weight", "base_bias"))
-    rest[name] = torch.randn(shape)
+    optional = dict.fromkeys(("bias", "base_weight", "base_bias"))
+    optional[name] = torch.randn(shape)
     with pytest.raises(ValueError, match=rf"{name} must have shape .*{re.escape(str(shape))}"):
-        RAW.hyper_linear(args["x"], args["z"], args["weight"], *rest.values())
+        RAW.hyper_linear(args["x"], args["z"], args["weight"], *optional.values())
     if name != "base_bias":
-        blocks = (rest["bias"], rest["base_weight"])
+        bias, base_weight = optional["bias"], optional["base_weight"]
         with pytest.raises(ValueError, match=rf"{name} must have shape .*{re.escape(str(shape))}"):
-            RAW.hyper_linear_grads(args["x"], args["z"], args["weight"], *blocks, args["g"], [True] * 6)
+            RAW.hyper_linear_grads(args["x"], args["z"], args["weight"], bias, base_weight, args["g"], [True] * 6)
 
 
 @pytest.mark.parametrize(("name", "shape", "other"), [w for w in WRONG_SIZES if "g" not in (w[0], w[2])])
@@ -159,7 +159,7 @@ def test_the_raw_affine_op_checks_its_factors(name, shape, other, surface):
 
 
 def test_not_a_tensor():
-    """torch's own schema check, which names the argument."""
+    """The check is torch's own, of the schema, and names the argument."""
     args = make()
     with pytest.raises((TypeError, RuntimeError), match="argument 'z'"):
         fasthyper.ops.apply(args["x"], [1.0], args["weight"])

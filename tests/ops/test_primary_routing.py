@@ -1,4 +1,4 @@
-"""Which calls of a primary network a backend that fuses two layers runs, and what it gets; all others run as layers."""
+"""Which calls a backend that fuses the two layers runs, and its arguments; other calls run layer by layer."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from two_layers import (
     SMALL,
     TINY,
     TRANSFORMS,
-    WRONG,
+    WRONG_SHAPES,
     a_and_g,
-    fused,
-    layers,
-    make,
-    one_by_one,
-    reads,
+    arguments,
+    layer_by_layer,
+    primary_function,
+    primary_op,
+    read_by_backward,
     truth_of,
     with_gradients,
 )
@@ -30,15 +30,15 @@ from two_layers import (
 import fasthyper
 from fasthyper import fused as fused_module
 
-ELSEWHERE = {
+NEVER_FUSED = {
     "another backend": lambda: fasthyper.use_backend("materialised"),
     "a schedule": lambda: fasthyper.use_backend("auto", "fold"),
     "forward mode": forward_ad.dual_level,
 }
 
 
-class Ours(TorchDispatchMode):
-    """Which ops of fasthyper are called."""
+class OpRecorder(TorchDispatchMode):
+    """Records the ops of fasthyper that run."""
 
     def __init__(self):
         super().__init__()
@@ -50,28 +50,28 @@ class Ours(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("f", [fused, layers])
+@pytest.mark.parametrize("f", [primary_op, primary_function])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_it_is_called(f, dtype, activation, fusing, oracle):
-    args, g = make(dtype=dtype), torch.randn(4, 2, 6, dtype=dtype)
+def test_forward_and_backward_are_fused(f, dtype, activation, fusing, oracle):
+    args, g = arguments(dtype=dtype), torch.randn(4, 2, 6, dtype=dtype)
     got = with_gradients(f(activation), args, g)
     assert fusing.ran == ["primary", "primary_grads"]
     truth = with_gradients(truth_of(oracle, activation), [t.double() for t in args], g)
     torch.testing.assert_close(got, tuple(t.to(dtype) for t in truth))
 
 
-def test_the_layers_are_as_given(fusing):
-    args = make(absent=("bias1", "base_weight2"), requires_grad=True)
-    layers("relu")(*args).sum().backward()
-    for (first, second), lost in zip(fusing.layers, (0, 1), strict=True):
-        expected = [*args[2:5], None if lost else args[5], *args[6:9], None if lost else args[9]]
+def test_the_backend_gets_the_parameters_of_both_layers(fusing):
+    args = arguments(absent=("bias1", "base_weight2"), requires_grad=True)
+    primary_function("relu")(*args).sum().backward()
+    for (first, second), in_backward in zip(fusing.layers, (False, True), strict=True):
+        expected = [*args[2:5], None if in_backward else args[5], *args[6:9], None if in_backward else args[9]]
         for got, t in zip((*first, *second), expected, strict=True):
             assert (got is None) == (t is None)
             assert got is None or got.data_ptr() == t.data_ptr()
 
 
-def test_a_is_what_backward_gets(fusing):
-    args = make(requires_grad=True)
+def test_backward_gets_the_pre_activation_of_forward(fusing):
+    args = arguments(requires_grad=True)
     y, a = RAW.primary(*args, "tanh")
     torch.testing.assert_close(a - fusing.mark, fasthyper.ops.reference.hyper_linear(*args[:6]))
     y.sum().backward()
@@ -79,70 +79,70 @@ def test_a_is_what_backward_gets(fusing):
 
 
 @pytest.mark.parametrize("some", [*itertools.combinations(ALL, 1), *itertools.combinations(ALL, 9), (0, 1), (2, 6)])
-def test_the_mask_is_what_is_asked_for(some, fusing, oracle):
-    args = [t.requires_grad_(k in some) for k, t in enumerate(make())]
+def test_the_mask_holds_the_arguments_that_require_gradients(some, fusing, oracle):
+    args = [t.requires_grad_(k in some) for k, t in enumerate(arguments())]
     wanted = [args[k] for k in some]
-    got = torch.autograd.grad((layers("tanh")(*args) ** 2).sum(), wanted)
+    got = torch.autograd.grad((primary_function("tanh")(*args) ** 2).sum(), wanted)
     assert fusing.masks == [tuple(k in some for k in ALL)]
     torch.testing.assert_close(got, torch.autograd.grad((truth_of(oracle, "tanh")(*args) ** 2).sum(), wanted))
 
 
-def test_of_all_that_require_it_those_are_computed_that_are_asked_for(fusing):
-    args = make(requires_grad=True)
-    torch.autograd.grad(layers("tanh")(*args).sum(), [args[1], args[6]])
+def test_only_gradients_asked_for_are_computed(fusing):
+    args = arguments(requires_grad=True)
+    torch.autograd.grad(primary_function("tanh")(*args).sum(), [args[1], args[6]])
     assert fusing.masks == [tuple(k in (1, 6) for k in ALL)]
 
 
-def test_what_is_absent_is_not_asked_for(fusing):
-    args = make(absent=("bias1", "base_bias2"), requires_grad=True)
-    layers("tanh")(*args).sum().backward()
+def test_absent_parameters_are_not_in_the_mask(fusing):
+    args = arguments(absent=("bias1", "base_bias2"), requires_grad=True)
+    primary_function("tanh")(*args).sum().backward()
     assert fusing.masks == [tuple(name not in ("bias1", "base_bias2") for name in NAMES)]
 
 
-def test_what_is_not_asked_for_is_empty(fusing):
-    out = RAW.primary_grads(*reads(make()), *a_and_g(), [k in (0, 6) for k in ALL], "relu")
+def test_gradients_outside_the_mask_are_empty(fusing):
+    out = RAW.primary_grads(*read_by_backward(arguments()), *a_and_g(), [k in (0, 6) for k in ALL], "relu")
     assert fusing.calls == ["fuses", "primary_grads"]
     assert [t.shape for t in out] == [(4, 2, 3), *[(0,)] * 5, (6, 7, 5), *[(0,)] * 3]
 
 
-def test_without_gradients(fusing, oracle):
-    args = make(requires_grad=True)
+def test_forward_is_fused_without_gradients(fusing, oracle):
+    args = arguments(requires_grad=True)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            y = layers("tanh")(*args)
+            y = primary_function("tanh")(*args)
         torch.testing.assert_close(y, truth_of(oracle, "tanh")(*args).detach())
     assert fusing.calls.count("primary") == 2
     assert "primary_grads" not in fusing.calls
 
 
-def test_second_order_is_of_the_two_layers(fusing, oracle):
-    """A backward that is differentiated is of the family; what is not is fused, and meets a gradient in `a` too."""
+def test_backward_with_create_graph_runs_the_two_layers(fusing, oracle):
+    """The second backward, without create_graph, is fused, and has a gradient of `a`, too."""
     fusing.mark = 0.0
-    args = make(SMALL, requires_grad=True)
+    args = arguments(SMALL, requires_grad=True)
 
     def second(f):
         first = torch.autograd.grad((f(*args) ** 2).sum(), args, create_graph=True)
         return *first, *torch.autograd.grad(sum((t**2).sum() for t in first), args)
 
-    got = second(layers("tanh"))
+    got = second(primary_function("tanh"))
     assert fusing.ran == ["primary", "primary_grads"]
     torch.testing.assert_close(got, second(truth_of(oracle, "tanh")))
 
 
 @pytest.mark.parametrize("shape", [(), (2,), (2, 3), (0,), (2, 1, 2)])
 def test_any_number_of_point_axes(shape, fusing, oracle):
-    args = make(x=(4, *shape, 3))
-    y = layers("tanh")(*args)
-    rows = truth_of(oracle, "tanh")(args[0].reshape(4, torch.Size(shape).numel(), 3), *args[1:])
-    torch.testing.assert_close(y, rows.reshape(4, *shape, 6))
+    args = arguments(x=(4, *shape, 3))
+    y = primary_function("tanh")(*args)
+    truth = truth_of(oracle, "tanh")(args[0].reshape(4, torch.Size(shape).numel(), 3), *args[1:])
+    torch.testing.assert_close(y, truth.reshape(4, *shape, 6))
     assert y.is_contiguous()
     assert "primary" in fusing.calls
 
 
-def test_autocast(fusing):
-    args = make(dtype=torch.float32, requires_grad=True)
+def test_autocast_is_fused(fusing):
+    args = arguments(dtype=torch.float32, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        y = layers("tanh")(*args)
+        y = primary_function("tanh")(*args)
     assert "primary" in fusing.calls
     assert {t.dtype for layer in fusing.layers[0] for t in layer} == {torch.bfloat16}
     assert y.dtype == torch.bfloat16
@@ -151,9 +151,9 @@ def test_autocast(fusing):
     assert {t.grad.dtype for t in args} == {torch.float32}
 
 
-@pytest.mark.parametrize("f", [fused, layers])
+@pytest.mark.parametrize("f", [primary_op, primary_function])
 def test_the_choice_of_forward_holds_in_backward(f, fusing):
-    args = make(requires_grad=True)
+    args = arguments(requires_grad=True)
     y = f("tanh")(*args)
     with fasthyper.use_backend("materialised"):
         y.sum().backward()
@@ -167,112 +167,111 @@ def test_the_choice_of_forward_holds_in_backward(f, fusing):
 
 
 def test_a_backward_is_one_op(fusing):
-    """The gradient that a does not meet costs nothing."""
-    args = make(requires_grad=True)
-    with Ours() as ours:
-        layers("tanh")(*args).sum().backward()
-    assert ours.ran == [RAW.primary, RAW.primary_grads]
+    """Where the loss does not read a, no op runs for its gradient."""
+    args = arguments(requires_grad=True)
+    with OpRecorder() as recorder:
+        primary_function("tanh")(*args).sum().backward()
+    assert recorder.ran == [RAW.primary, RAW.primary_grads]
 
 
-def test_what_it_does_not_fuse_is_the_ops_of_the_layers(fusing):
-    """And no op that keeps what is between the layers out of the sight of torch."""
+def test_a_refused_call_runs_the_ops_of_the_layers(fusing):
+    """It does not run as one op, so that torch sees the operations between the layers."""
     fusing.refused.add("tanh")
-    args = make(requires_grad=True)
-    with Ours() as ours:
-        layers("tanh")(*args).sum().backward()
-    assert ours.ran == [RAW.hyper_linear] * 2 + [RAW.hyper_linear_grads] * 2
+    args = arguments(requires_grad=True)
+    with OpRecorder() as recorder:
+        primary_function("tanh")(*args).sum().backward()
+    assert recorder.ran == [RAW.hyper_linear] * 2 + [RAW.hyper_linear_grads] * 2
 
 
-@pytest.mark.parametrize("f", [fused, layers])
-@pytest.mark.parametrize("where", ELSEWHERE)
-def test_where_it_is_not_called(f, where, fusing, oracle):
-    args, g = make(), torch.randn(4, 2, 6)
-    with ELSEWHERE[where]():
+@pytest.mark.parametrize("f", [primary_op, primary_function])
+@pytest.mark.parametrize("context", NEVER_FUSED.values(), ids=NEVER_FUSED)
+def test_calls_that_are_never_fused(f, context, fusing, oracle):
+    args, g = arguments(), torch.randn(4, 2, 6)
+    with context():
         got = with_gradients(f("tanh"), args, g)
     assert fusing.calls == []
     torch.testing.assert_close(got, with_gradients(truth_of(oracle, "tanh"), args, g))
 
 
-@pytest.mark.parametrize("f", [fused, layers])
+@pytest.mark.parametrize("f", [primary_op, primary_function])
 @pytest.mark.parametrize("refused", ["tanh", 4])
-def test_what_it_does_not_fuse(f, refused, fusing, oracle):
+def test_a_backend_may_refuse_a_call(f, refused, fusing, oracle):
     fusing.refused.add(refused)
-    args, g = make(), torch.randn(4, 2, 6)
+    args, g = arguments(), torch.randn(4, 2, 6)
     got = with_gradients(f("tanh"), args, g)
     assert set(fusing.calls) == {"fuses"}
     torch.testing.assert_close(got, with_gradients(truth_of(oracle, "tanh"), args, g))
 
 
-def test_a_backward_that_it_does_not_fuse(fusing, oracle):
-    """Then the two layers have it, from the `a` that was kept."""
+def test_a_backend_may_refuse_a_backward(fusing, oracle):
+    """The two layers run it, from the `a` that forward saved."""
     fusing.mark = 0.0
-    args = make(requires_grad=True)
-    y = layers("tanh")(*args)
+    args = arguments(requires_grad=True)
+    y = primary_function("tanh")(*args)
     fusing.refused.add("tanh")
     got = torch.autograd.grad(y.sum(), args)
     assert "primary_grads" not in fusing.calls
     torch.testing.assert_close(got, torch.autograd.grad(truth_of(oracle, "tanh")(*args).sum(), args))
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("f", [fused, layers])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("f", [primary_op, primary_function])
 def test_transforms_see_the_two_layers(f, transform, fusing, oracle):
-    args, make_ = make(TINY), TRANSFORMS[transform]
-    torch.testing.assert_close(make_(f("tanh"))(*args), make_(truth_of(oracle, "tanh"))(*args))
+    args = arguments(TINY)
+    torch.testing.assert_close(transform(f("tanh"))(*args), transform(truth_of(oracle, "tanh"))(*args))
     assert fusing.calls == []
 
 
 def test_a_compiler_sees_the_two_layers(fusing, compiled, oracle):
-    args, g = make(), torch.randn(4, 2, 6)
-    got = with_gradients(compiled(layers("tanh")), args, g)
+    args, g = arguments(), torch.randn(4, 2, 6)
+    got = with_gradients(compiled(primary_function("tanh")), args, g)
     assert fusing.calls == []
     torch.testing.assert_close(got, with_gradients(truth_of(oracle, "tanh"), args, g))
 
 
-def test_the_op_in_a_compiled_region(fusing, compiled, oracle):
-    args, g = make(), torch.randn(4, 2, 6)
-    got = with_gradients(compiled(fused("tanh")), args, g)
+def test_the_op_is_fused_in_a_compiled_region(fusing, compiled, oracle):
+    args, g = arguments(), torch.randn(4, 2, 6)
+    got = with_gradients(compiled(primary_op("tanh")), args, g)
     assert fusing.calls == ["fuses", "primary", "fuses", "primary_grads"]
     torch.testing.assert_close(got, with_gradients(truth_of(oracle, "tanh"), args, g))
 
 
-def test_a_subclass_of_tensor(fusing):
+def test_a_subclass_of_tensor_is_not_fused(fusing):
     class Mine(torch.Tensor):
         pass
 
-    args = make()
+    args = arguments()
     for k in (0, 1, 6):
         changed = [t.as_subclass(Mine) if i == k else t for i, t in enumerate(args)]
-        layers("relu")(*changed)
+        primary_function("relu")(*changed)
     assert fusing.calls == []
 
 
-@pytest.mark.parametrize(("name", "shape"), WRONG[2:])
-def test_wrong_shapes_are_an_error_of_the_layers(name, shape, fusing):
-    args = make(**{name: shape})
+@pytest.mark.parametrize(("name", "shape"), WRONG_SHAPES[2:])
+def test_wrong_shapes_raise_the_error_of_the_layers(name, shape, fusing):
+    args = arguments(**{name: shape})
     with pytest.raises(ValueError, match="must have") as error:
-        layers("tanh")(*args)
+        primary_function("tanh")(*args)
     with pytest.raises(ValueError, match="must have") as expected:
-        one_by_one(args)
+        layer_by_layer(args)
     assert str(error.value) == str(expected.value)
     assert fusing.calls == []
 
 
 @pytest.mark.parametrize("wrong", [None, [1.0], 3.0, torch.ones(4, 5).long(), torch.ones(4, 5, device="meta")])
 @pytest.mark.parametrize("k", [0, 1, 2, 3, 6, 8])
-def test_what_is_no_right_tensor_is_an_error_of_the_layers(k, wrong, fusing):
+def test_wrong_arguments_raise_the_error_of_the_layers(k, wrong, fusing):
     if wrong is None and k in (3, 8):
         pytest.skip("it may be absent")
-    args = make(dtype=torch.float32)
+    args = arguments(dtype=torch.float32)
     args[k] = wrong
     with pytest.raises((TypeError, ValueError), match=r".+") as error:
-        layers("tanh")(*args)
+        primary_function("tanh")(*args)
     with pytest.raises((TypeError, ValueError), match=r".+") as expected:
-        one_by_one(args)
+        layer_by_layer(args)
     assert str(error.value) == str(expected.value)
     assert fusing.calls == []
 
 
-def test_nothing_fuses_here():
-    """No backend of the CPU does: the layers run, as always."""
+def test_no_backend_of_the_processor_fuses():
     assert not fused_module.may_fuse(torch.ones(4, 3))

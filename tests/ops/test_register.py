@@ -1,4 +1,4 @@
-"""torch's private names: pinned while they are there, and a plain way without them, said aloud."""
+"""torch's private names: torch has them all; if one is missing, fasthyper warns and stays right."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ NAMES = (
     "autograd.forward_ad._set_fwd_grad_enabled",
 )
 
-# A name is gone while fasthyper is imported, and back after that: torch itself needs some of them.
+# The name is missing only while fasthyper is imported: torch itself needs some of them.
 WITHOUT = """
 import functools, sys, warnings
 import torch
 owner_path, _, name = sys.argv[1].rpartition(".")
 owner = functools.reduce(getattr, owner_path.split("."), torch)
-gone = getattr(owner, name)
+value = getattr(owner, name)
 delattr(owner, name)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import fasthyper
-setattr(owner, name, gone)
+setattr(owner, name, value)
 ours = [w for w in caught if w.category is RuntimeWarning and "fasthyper" in str(w.message)]
 assert len(ours) == 1, [str(w.message) for w in caught]
 assert name in str(ours[0].message), ours[0].message
@@ -70,7 +70,7 @@ for d in over:
 many = make(5)
 close(vmap(f)(*many), vmap(E)(*many))
 close(torch.compile(f, backend="aot_eager", fullgraph=True)(*args), E(*args))
-two = lambda linear: lambda x, z, *rest: linear(torch.tanh(linear(x, z, *rest[:4])), z, *rest[4:])
+two = lambda linear: lambda x, z, *p: linear(torch.tanh(linear(x, z, *p[:4])), z, *p[4:])
 layers = (*args, *(torch.randn(s, dtype=torch.float64) for s in ((5, 2, 3), (5, 3), (5, 2), (5,))))
 primary = lambda *a: torch.ops.fasthyper.primary(*a, "tanh")[0]
 close(primary(*layers), two(E)(*layers))
@@ -101,7 +101,7 @@ for op, wrong in cases.items():
         except ValueError as error:
             assert "shape" in str(error), (op, k, error)
         else:
-            raise AssertionError(f"{op} {k} went through")
+            raise AssertionError(f"{op} {k} did not raise")
 print("right")
 """
 
@@ -112,15 +112,15 @@ def run(code: str, name: str) -> None:
     assert done.stdout.strip() == "right"
 
 
-def test_no_name_is_missing_here():
+def test_no_name_is_missing():
     assert register.MISSING is None
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_name_is_the_one_that_torch_has(name):
+def test_torch_has_the_name(name):
     owner = torch
-    for part in name.split("."):
-        owner = getattr(owner, part)
+    for attribute in name.split("."):
+        owner = getattr(owner, attribute)
     assert owner is not None
 
 
@@ -129,9 +129,9 @@ def test_without_a_name_the_results_are_right():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_name_is_missed(name):
+def test_the_warning_names_what_is_missing(name):
     run('print("right")', name)
 
 
-def test_without_a_name_wrong_sizes_still_raise():
+def test_without_a_name_wrong_sizes_raise():
     run(ERRORS, NAMES[1])

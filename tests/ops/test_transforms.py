@@ -1,4 +1,4 @@
-"""torch.func over the ops and hyper_linear, eager, each transform over each other: right, never silently wrong."""
+"""torch.func over the ops and hyper_linear in eager mode: transforms, and transforms of transforms."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fasthyper import hyper_linear
 
 SMALL = (3, 2, 3, 4, 2)
 FUNCTIONS = {"apply": fasthyper.ops.apply, "hyper_linear": hyper_linear}
-TRIPLES = [dims for dims in itertools.product((0, None), repeat=3) if any(d == 0 for d in dims)]
+IN_DIMS = [dims for dims in itertools.product((0, None), repeat=3) if any(d == 0 for d in dims)]
 
 
 @pytest.fixture(params=FUNCTIONS)
@@ -35,9 +35,9 @@ def affine(x, z, weight, bias, base_weight, base_bias):
     return hyper_linear(x, z, weight, bias, base_weight=base_weight, base_bias=base_bias)
 
 
-# A member of the family is linear in each argument: only derivatives in several at once show that orders mix.
+# Each op is linear in each argument: of higher orders, only mixed derivatives are not zero.
 ALL = (0, 1, 2)
-OVER = {
+TRANSFORMS = {
     "grad": lambda f, wrt: grad(squared(f), wrt),
     "jacrev": lambda f, wrt: jacrev(f, wrt),
     "jacfwd": lambda f, wrt: jacfwd(f, wrt),
@@ -48,57 +48,57 @@ OVER = {
     "reverse over forward": lambda f, wrt: jacrev(jacfwd(f, wrt), wrt),
     "forward over reverse": lambda f, wrt: jacfwd(jacrev(f, wrt), wrt),
     "third, forward": lambda f, wrt: jacfwd(jacfwd(jacfwd(f, wrt), wrt), wrt),
-    "third, mixed": lambda f, wrt: jacfwd(jacrev(grad(squared(f), wrt), wrt), wrt),
-    "third, other": lambda f, wrt: jacrev(jacfwd(grad(squared(f), wrt), wrt), wrt),
+    "third, forward over reverse": lambda f, wrt: jacfwd(jacrev(grad(squared(f), wrt), wrt), wrt),
+    "third, reverse over forward": lambda f, wrt: jacrev(jacfwd(grad(squared(f), wrt), wrt), wrt),
 }
 
 
-@pytest.mark.parametrize("transform", OVER)
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.parametrize("wrt", [0, 1, 2, ALL], ids=str)
 def test_over_one_argument_and_over_all(transform, wrt, f, factors, oracle):
-    args, make = factors((2, 2, 3, 2, 1))[:3], OVER[transform]
-    torch.testing.assert_close(make(f, wrt)(*args), make(oracle.linear, wrt)(*args))
+    args = factors((2, 2, 3, 2, 1))[:3]
+    torch.testing.assert_close(transform(f, wrt)(*args), transform(oracle.linear, wrt)(*args))
 
 
-@pytest.mark.parametrize("transform", OVER)
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_over_every_argument_with_base_and_bias(transform, factors, oracle):
-    args, make, wrt = factors((2, 1, 2, 2, 1), names=factors.AFFINE), OVER[transform], tuple(range(6))
-    torch.testing.assert_close(make(affine, wrt)(*args), make(oracle.linear, wrt)(*args))
+    args, wrt = factors((2, 1, 2, 2, 1), names=factors.AFFINE), tuple(range(6))
+    torch.testing.assert_close(transform(affine, wrt)(*args), transform(oracle.linear, wrt)(*args))
 
 
 @pytest.mark.parametrize("op", ["cond_grad", "weight_grad"])
-@pytest.mark.parametrize("transform", OVER)
-def test_the_other_members(op, transform, factors, oracle):
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_cond_grad_and_weight_grad(op, transform, factors, oracle):
     ts = factors((2, 2, 3, 2, 1))
-    args, make = [ts[i] for i in oracle.INPUTS[op]], OVER[transform]
+    args = [ts[i] for i in oracle.INPUTS[op]]
     truth = lambda *args: torch.einsum(oracle.OPS[op], *args)
-    torch.testing.assert_close(make(getattr(fasthyper.ops, op), ALL)(*args), make(truth, ALL)(*args))
+    torch.testing.assert_close(transform(getattr(fasthyper.ops, op), ALL)(*args), transform(truth, ALL)(*args))
 
 
-@pytest.mark.parametrize("dims", TRIPLES)
+@pytest.mark.parametrize("dims", IN_DIMS)
 @pytest.mark.parametrize("op", ["cond_grad", "weight_grad"])
-def test_vmap_of_the_other_members(op, dims, factors, oracle):
+def test_vmap_of_cond_grad_and_weight_grad(op, dims, factors, oracle):
     ts, many = factors(SMALL), factors(SMALL, lead=5)
     args = [(ts if d is None else many)[i] for i, d in zip(oracle.INPUTS[op], dims, strict=True)]
     truth = lambda *args: torch.einsum(oracle.OPS[op], *args)
-    member = getattr(fasthyper.ops, op)
-    torch.testing.assert_close(vmap(member, dims)(*args), vmap(truth, dims)(*args))
+    f = getattr(fasthyper.ops, op)
+    torch.testing.assert_close(vmap(f, dims)(*args), vmap(truth, dims)(*args))
     torch.testing.assert_close(
-        vmap(grad(squared(member), (0, 1, 2)), dims)(*args), vmap(grad(squared(truth), (0, 1, 2)), dims)(*args)
+        vmap(grad(squared(f), (0, 1, 2)), dims)(*args), vmap(grad(squared(truth), (0, 1, 2)), dims)(*args)
     )
 
 
 def test_jvp_and_vjp_and_linearize(f, xzw, factors, oracle):
-    args, dots = tuple(xzw), tuple(factors(SMALL)[:3])
-    torch.testing.assert_close(jvp(f, args, dots), jvp(oracle.linear, args, dots))
+    args, tangents = tuple(xzw), tuple(factors(SMALL)[:3])
+    torch.testing.assert_close(jvp(f, args, tangents), jvp(oracle.linear, args, tangents))
     (y, pull), (expected, pull_expected) = vjp(f, *args), vjp(oracle.linear, *args)
     torch.testing.assert_close(pull(y), pull_expected(expected))
-    torch.testing.assert_close(linearize(f, *args)[1](*dots), jvp(oracle.linear, args, dots)[1])
+    torch.testing.assert_close(linearize(f, *args)[1](*tangents), jvp(oracle.linear, args, tangents)[1])
 
 
 def test_jvp_of_jvp_and_of_vmap(f, xzw, factors, oracle):
-    args, dots, others = (tuple(factors(SMALL)[:3]) for _ in range(3))
-    twice = lambda f: jvp(lambda *a: jvp(f, a, dots)[1], args, others)
+    args, tangents, others = (tuple(factors(SMALL)[:3]) for _ in range(3))
+    twice = lambda f: jvp(lambda *a: jvp(f, a, tangents)[1], args, others)
     torch.testing.assert_close(twice(f), twice(oracle.linear))
     many = tuple(factors(SMALL, lead=5)[:3])
     more = tuple(factors(SMALL, lead=5)[:3])
@@ -107,13 +107,13 @@ def test_jvp_of_jvp_and_of_vmap(f, xzw, factors, oracle):
     torch.testing.assert_close(each(f), each(oracle.linear))
 
 
-@pytest.mark.parametrize("dims", TRIPLES)
+@pytest.mark.parametrize("dims", IN_DIMS)
 def test_vmap_and_vmap_of_grad(dims, f, factors, oracle):
     ts, many = factors(SMALL)[:3], factors(SMALL, lead=5)[:3]
     args = [m if d == 0 else t for t, m, d in zip(ts, many, dims, strict=True)]
     torch.testing.assert_close(vmap(f, dims)(*args), vmap(oracle.linear, dims)(*args))
-    wrt = lambda f: grad(squared(f), (0, 1, 2))
-    torch.testing.assert_close(vmap(wrt(f), dims)(*args), vmap(wrt(oracle.linear), dims)(*args))
+    gradients = lambda f: grad(squared(f), (0, 1, 2))
+    torch.testing.assert_close(vmap(gradients(f), dims)(*args), vmap(gradients(oracle.linear), dims)(*args))
     total = lambda f: grad(lambda *a: (vmap(f, dims)(*a) ** 2).sum(), (0, 1, 2))
     torch.testing.assert_close(total(f)(*args), total(oracle.linear)(*args))
 
@@ -139,8 +139,8 @@ def test_vmap_over_any_axis(f, factors, oracle):
         )
 
 
-@pytest.mark.parametrize("inner", TRIPLES)
-@pytest.mark.parametrize("outer", TRIPLES)
+@pytest.mark.parametrize("inner", IN_DIMS)
+@pytest.mark.parametrize("outer", IN_DIMS)
 def test_vmap_of_vmap(outer, inner, f, factors, oracle):
     args = []
     for k, t in enumerate(factors(SMALL)[:3]):
@@ -150,16 +150,16 @@ def test_vmap_of_vmap(outer, inner, f, factors, oracle):
     torch.testing.assert_close(twice(f), twice(oracle.linear))
 
 
-@pytest.mark.parametrize("dims", TRIPLES)
-def test_vmap_over_nothing(dims, f, factors):
-    """A batched dimension of size 0 gives an empty result, as it does for einsum."""
+@pytest.mark.parametrize("dims", IN_DIMS)
+def test_vmap_over_an_empty_dimension(dims, f, factors):
+    """A batched dimension of size 0 gives an empty result, as with einsum."""
     args = [t.new_empty(0, *t.shape) if d == 0 else t for t, d in zip(factors(SMALL)[:3], dims, strict=True)]
     assert vmap(f, dims)(*args).shape == (0, 3, 2, 2)
 
 
-@pytest.mark.parametrize("dims", TRIPLES)
+@pytest.mark.parametrize("dims", IN_DIMS)
 @pytest.mark.parametrize("axis", range(5))
-def test_vmap_with_a_size_of_nothing(dims, axis, f, factors, oracle):
+def test_vmap_with_a_size_of_zero(dims, axis, f, factors, oracle):
     sizes = list(SMALL)
     sizes[axis] = 0
     ts, many = factors(tuple(sizes))[:3], factors(tuple(sizes), lead=2)[:3]
@@ -168,7 +168,7 @@ def test_vmap_with_a_size_of_nothing(dims, axis, f, factors, oracle):
 
 
 def test_per_sample_gradients(f, factors, oracle):
-    """vmap over instances of the op at B = 1: what per-sample gradient libraries do."""
+    """vmap over the op with B = 1, as in libraries for per-sample gradients."""
     x, z, weight, g = factors(SMALL)
     each = vmap(grad(lambda w, x, z, g: (f(x[None], z[None], w)[0] * g).sum()), (None, 0, 0, 0))(weight, x, z, g)
     torch.testing.assert_close(each, torch.einsum("bni,br,bno->boir", x, z, g))
@@ -195,28 +195,28 @@ def test_an_ensemble_by_stacked_modules(factors, oracle):
         torch.testing.assert_close((got["weight"][k], got["bias"][k]), (dh, dbias))
 
 
-def test_autograd_outside_a_transform(f, xzw, factors, oracle):
-    """The trap of a plain custom op: func.grad inside, backward outside."""
+def test_backward_through_a_transform(f, xzw, factors, oracle):
+    """func.grad inside, backward outside: a plain custom op fails here."""
 
     def through(f, transform):
         leaves = [t.clone().requires_grad_() for t in xzw]
         out = transform(f)(*leaves)
         return torch.autograd.grad((out**2).sum(), leaves, materialize_grads=True)
 
-    dots = factors(SMALL)[:3]
+    tangents = factors(SMALL)[:3]
     for transform in (
         lambda f: grad(squared(f), 1),
         lambda f: jacrev(f, 2),
         lambda f: jacfwd(f, 1),
         lambda f: vmap(grad(squared(lambda x, z, w: f(x[None], z[None], w)), 1), (0, 0, None)),
-        lambda f: lambda *a: jvp(f, a, tuple(dots))[1],
+        lambda f: lambda *a: jvp(f, a, tuple(tangents))[1],
         lambda f: hessian(squared(f), 1),
     ):
         torch.testing.assert_close(through(f, transform), through(oracle.linear, transform))
 
 
-def test_a_transform_over_autograd(f, xzw, oracle):
-    """torch.autograd.grad with create_graph inside a function that vmap sees."""
+def test_a_gradient_penalty(f, xzw, oracle):
+    """A loss that calls torch.autograd.grad with create_graph."""
     x, z, weight = xzw
 
     def penalty(f):
@@ -231,7 +231,7 @@ def test_a_transform_over_autograd(f, xzw, oracle):
 
 
 def test_batched_gradients(f, xzw, oracle):
-    """is_grads_batched: vmap over the backward of an eager graph, to second order too."""
+    """is_grads_batched is a vmap over the backward of an eager graph; second order goes through it."""
     cotangents = torch.randn(5, 3, 2, 2, dtype=torch.float64)
 
     def batched(f):
@@ -252,8 +252,8 @@ def test_autograd_functional(f, xzw, oracle):
 
 
 @pytest.mark.parametrize("forced", [("aten", "fold"), ("aten", "project"), ("materialised", None)])
-def test_a_forced_backend_reaches_what_a_transform_calls(forced, f, xzw, oracle, monkeypatch):
-    """The choice of forward holds in the backward of a transform, and none else runs."""
+def test_a_forced_backend_runs_every_call_of_a_transform(forced, f, xzw, oracle, monkeypatch):
+    """The choice of forward holds in the backward of a transform, and no other backend runs."""
     ran = []
     for name, module in fasthyper.backends.BACKENDS.items():
         for method in ("apply", "grads"):

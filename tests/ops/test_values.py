@@ -30,7 +30,7 @@ def test_grads(strides, how, dtype, factors, oracle):
 
 
 @pytest.mark.parametrize("mask", [(a, b, c) for a in (True, False) for b in (True, False) for c in (True, False)])
-def test_grads_by_mask(mask, how, factors, oracle):
+def test_the_mask_selects_gradients(mask, how, factors, oracle):
     ts = factors()
     with fasthyper.use_backend(*how):
         out = fasthyper.ops.grads(*ts, mask)
@@ -43,7 +43,7 @@ def test_grads_by_mask(mask, how, factors, oracle):
 
 @pytest.mark.parametrize("axis", range(5))
 @pytest.mark.parametrize("size", [0, 1])
-def test_a_size_of_nothing_or_one(axis, size, how, dtype, factors, oracle):
+def test_sizes_zero_and_one(axis, size, how, dtype, factors, oracle):
     sizes = [4, 2, 5, 3, 6]
     sizes[axis] = size
     ts = factors(tuple(sizes), dtype)
@@ -85,10 +85,10 @@ def test_the_gradient_of_the_input_is_apply_with_the_head_transposed(how, factor
     torch.testing.assert_close(dx, oracle.grads(x, z, weight, g)[0])
 
 
-# A few numbers, and beyond a block of instances, an odd number of each feature, a panel of outputs.
+# Small sizes; more instances than a block, with odd features; more outputs than a panel; one output.
 @pytest.mark.parametrize("sizes", [(9, 2, 5, 3, 6), (40, 1, 37, 9, 7), (37, 3, 7, 9, 35), (70, 1, 8, 6, 1)], ids=str)
-def test_nothing_leaks_from_a_value_that_is_not_finite(sizes, how, dtype, factors):
-    """An instance with NaN or infinity spoils itself alone."""
+def test_a_value_that_is_not_finite_spoils_only_its_instance(sizes, how, dtype, factors):
+    """NaN or infinity in one instance reaches no result of another."""
     x, z, weight, g = factors(sizes, dtype)
     x[3], z[5], g[7] = float("nan"), float("inf"), float("nan")
     with fasthyper.use_backend(*how):
@@ -105,7 +105,7 @@ def test_nothing_leaks_from_a_value_that_is_not_finite(sizes, how, dtype, factor
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("backend", ["aten", "cpu"])
 def test_infinity_beside_zero(backend, schedule, dtype, factors):
-    """What the docs of hyper_linear say: W written out gives inf here, and so does the order that makes W."""
+    """As hyper_linear documents, the result is NaN, except where the schedule forms W: there it is infinite."""
     why = backends.BACKENDS[backend].unavailable() if factors.DEVICE == "cpu" else "factors are on another device"
     if why is not None:
         pytest.skip(f"{backend}: {why}")

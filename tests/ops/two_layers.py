@@ -20,13 +20,13 @@ AXES = {
 }  # fmt: skip
 NAMES = tuple(AXES)
 OPTIONAL = [name for name in NAMES if "b" in name]
-UNREAD = ("base_bias1", "base_bias2")  # by any gradient
+UNREAD = ("base_bias1", "base_bias2")  # no gradient reads these
 ALL = tuple(range(10))
 SOME_ABSENT = [("gelu", ("bias1", "base_weight2", "base_bias2")), ("silu", tuple(OPTIONAL))]
 
 
-def make(sizes=SIZES, dtype=torch.float64, absent=(), requires_grad=False, lead=(), **changed):
-    """The ten arguments, None for each that is absent; `changed` gives some another shape."""
+def arguments(sizes=SIZES, dtype=torch.float64, absent=(), requires_grad=False, lead=(), **changed):
+    """Return the ten arguments, None for each in `absent`; `changed` maps names to other shapes."""
     sizes = {**SIZES, **sizes}
     shapes = {name: (*lead, *(sizes[axis] for axis in axes)) for name, axes in AXES.items()}
     return [
@@ -35,8 +35,8 @@ def make(sizes=SIZES, dtype=torch.float64, absent=(), requires_grad=False, lead=
     ]
 
 
-def reads(args):
-    """Those of the ten that `primary_grads` takes."""
+def read_by_backward(args):
+    """Return those of the ten arguments that `primary_grads` takes."""
     return [t for name, t in zip(NAMES, args, strict=True) if name not in UNREAD]
 
 
@@ -44,30 +44,35 @@ def a_and_g(sizes=SIZES, dtype=torch.float64):
     return [torch.randn(*(sizes[axis] for axis in axes), dtype=dtype) for axes in ("bnj", "bno")]
 
 
-def given(args):
+def present(args):
     return [t for t in args if t is not None]
 
 
-def fused(activation):
-    """The op, as a function of ten tensors, for all that transforms do to functions."""
+def primary_op(activation):
+    """Return the op as a function of ten tensors, as transforms take it."""
     return lambda *args: RAW.primary(*args, activation)[0]
 
 
-def layers(activation):
-    """The function of the nn modules: flattening, autocast, and the op where a backend fuses it."""
-    return lambda x, z, *rest: hyper_primary(x, z, rest[:4], rest[4:], activation)
+def primary_function(activation):
+    """Return `hyper_primary`, which the nn modules call, as a function of ten tensors."""
+    return lambda x, z, *parameters: hyper_primary(x, z, parameters[:4], parameters[4:], activation)
 
 
 def truth_of(oracle, activation):
-    """The same from einsum, in the dtype of its arguments."""
-    return lambda x, z, *rest: oracle.linear(SIGMA[activation](oracle.linear(x, z, *rest[:4])), z, *rest[4:])
+    """Return the network in einsum, in the dtype of its arguments."""
+
+    def truth(x, z, *parameters):
+        hidden = oracle.linear(x, z, *parameters[:4])
+        return oracle.linear(SIGMA[activation](hidden), z, *parameters[4:])
+
+    return truth
 
 
-def one_by_one(args):
-    """The two layers by hand."""
-    x, z, *rest = args
+def layer_by_layer(args):
+    """Compute the network by two calls of `hyper_linear`."""
+    x, z, *parameters = args
     linear = lambda x, weight, bias, w0, b0: hyper_linear(x, z, weight, bias, base_weight=w0, base_bias=b0)
-    return linear(torch.tanh(linear(x, *rest[:4])), *rest[4:])
+    return linear(torch.tanh(linear(x, *parameters[:4])), *parameters[4:])
 
 
 def squared(f):
@@ -77,7 +82,7 @@ def squared(f):
 def with_gradients(f, args, g):
     leaves = [t if t is None else t.detach().requires_grad_() for t in args]
     y = f(*leaves)
-    return y, *torch.autograd.grad(y, given(leaves), g.to(y))
+    return y, *torch.autograd.grad(y, present(leaves), g.to(y))
 
 
 TRANSFORMS = {
@@ -90,16 +95,16 @@ TRANSFORMS = {
     "jvp": lambda f: lambda *args: jvp(f, args, tuple(torch.cos(t) for t in args)),
     "jvp of grad": lambda f: lambda *args: jvp(grad(squared(f), ALL), args, tuple(torch.cos(t) for t in args)),
     "vmap of all": lambda f: lambda *args: vmap(f)(*(torch.stack([t, 2 * t, t.sin()]) for t in args)),
-    "vmap of grad": lambda f: lambda x, z, *rest: vmap(
-        grad(squared(lambda x, z, *rest: f(x[None], z[None], *rest)), ALL), (0, 0, *[None] * 8)
-    )(x, z, *rest),
+    "vmap of grad": lambda f: vmap(
+        grad(squared(lambda x, z, *parameters: f(x[None], z[None], *parameters)), ALL), (0, 0, *[None] * 8)
+    ),
     "grad of vmap": lambda f: grad(
-        lambda x, z, *rest: (vmap(f, (0, 0, *[None] * 8))(x[:, None], z[:, None], *rest) ** 2).sum(), ALL
+        lambda x, z, *parameters: (vmap(f, (0, 0, *[None] * 8))(x[:, None], z[:, None], *parameters) ** 2).sum(), ALL
     ),
 }  # fmt: skip
 
 
-WRONG = [
+WRONG_SHAPES = [
     ("x", (4, 3)), ("x", (4, 2, 3, 1)), ("z", (5,)), ("z", (4, 1, 5)), ("weight1", (21, 5)), ("weight2", (42, 5)),
     ("z", (3, 5)), ("z", (1, 5)), ("z", (0, 5)), ("weight1", (7, 2, 5)), ("weight1", (7, 1, 5)), ("weight1", (7, 3, 1)),
     ("weight2", (6, 1, 5)), ("weight2", (6, 7, 1)), ("weight2", (6, 3, 5)), ("bias1", (7, 1)), ("bias1", (7,)),
