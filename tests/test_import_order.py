@@ -1,4 +1,4 @@
-"""Imports run one way, from the command line down to the vocabulary of planning, and in no circle."""
+"""Imports go down only, from the command line to the types that the planner uses, and never in a circle."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ FLOORS = (
     ("costs",),
     ("problem", "processor", "_version"),
 )
-"""The parts of the package, the highest first: a part imports from itself and from the floors below it."""
+"""The components of the package, highest first: a component imports from itself and from the floors below it."""
 
-FLOOR = {part: height for height, parts in enumerate(reversed(FLOORS)) for part in parts}
+FLOOR = {name: height for height, names in enumerate(reversed(FLOORS)) for name in names}
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by its dotted name below it; a package is named like its folder."""
+    """Return the path of every module by its dotted name within the package; an __init__ has the name of its folder."""
     found = {}
     linked = (ROOT / "kernels").glob("*.py")  # rglob does not follow a link
     for path in sorted({*ROOT.rglob("*.py"), *linked}):
@@ -46,7 +46,7 @@ MODULES = modules()
 
 
 def imported(name: str) -> Iterator[str]:
-    """The modules of the package that a module imports, wherever in it."""
+    """Yield the modules of the package that a module imports, at its top or within a function."""
     path = MODULES[name]
     package = list(path.relative_to(ROOT).parts[:-1])
     for node in ast.walk(ast.parse(path.read_text())):
@@ -68,26 +68,30 @@ def imported(name: str) -> Iterator[str]:
 GRAPH = {name: set(imported(name)) - {name} for name in MODULES}
 
 
-def part(name: str) -> str:
+def component(name: str) -> str:
     return name.partition(".")[0]
 
 
-def test_every_part_has_a_floor():
-    assert {part(name) for name in MODULES} == set(FLOOR)
+def test_every_component_has_a_floor():
+    assert {component(name) for name in MODULES} == set(FLOOR)
 
 
-def test_the_graph_is_read():
-    """The edges that a reader of this test knows are there: relative, absolute, of modules and of names."""
+def test_known_imports_are_found():
+    """They are relative and absolute, of modules and of names."""
     assert {"functional", "ops.register", "backends.contract"} <= GRAPH["fused"]
     assert "planner" in GRAPH["backends.cpu"]
     assert "kernels.fold" in GRAPH["backends.triton.calls"]
-    assert any(part(name) == "experiments" for name in GRAPH["cli"])
+    assert any(component(name) == "experiments" for name in GRAPH["cli"])
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_no_import_runs_up(name):
-    above = {other for other in GRAPH[name] if FLOOR[part(other)] > FLOOR[part(name)]}
-    beside = {other for other in GRAPH[name] if FLOOR[part(other)] == FLOOR[part(name)] and part(other) != part(name)}
+def test_no_import_goes_up(name):
+    above = {other for other in GRAPH[name] if FLOOR[component(other)] > FLOOR[component(name)]}
+    beside = {
+        other
+        for other in GRAPH[name]
+        if FLOOR[component(other)] == FLOOR[component(name)] and component(other) != component(name)
+    }
     allowed = {"__init__"} if name == "__main__" else set()
     assert above | beside <= allowed
 

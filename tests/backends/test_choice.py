@@ -17,9 +17,9 @@ AUTO = "aten" if cpu.unavailable() else "cpu"  # what auto takes for CPU tensors
 
 @pytest.fixture
 def ran(monkeypatch):
-    """What ran, as (backend, method, schedule); what a backend leaves to another one is its own affair.
+    """The calls that ran, as (backend, method, schedule), without those that one backend passes on to another.
 
-    Every call goes through Python here: a plan that was remembered would go without (see test_cpu.py).
+    No plan is remembered here, because a call with a remembered plan bypasses Python (see test_cpu.py).
     """
     monkeypatch.setattr(cpu, "_remember", lambda *_: None)
     planner.forget()
@@ -45,7 +45,7 @@ def ran(monkeypatch):
     return calls
 
 
-def both(backend: str, schedule: str = "auto") -> list[tuple[str, str, str]]:
+def forward_and_backward(backend: str, schedule: str = "auto") -> list[tuple[str, str, str]]:
     return [(backend, "apply", schedule), (backend, "grads", schedule)]
 
 
@@ -69,7 +69,7 @@ def f(request):
 
 
 def in_thread(task):
-    """Run in another thread; what it raises is raised here."""
+    """Run a task in another thread, and raise its exception in this one."""
     failure = []
 
     def guarded():
@@ -85,24 +85,24 @@ def in_thread(task):
         raise failure[0]
 
 
-HOWS = [("aten", None), *(("aten", s) for s in SCHEDULES), ("materialised", None), ("auto", "fold"), (AUTO, None)]
+FORCED = [("aten", None), *(("aten", s) for s in SCHEDULES), ("materialised", None), ("auto", "fold"), (AUTO, None)]
 
 
-@pytest.mark.parametrize(("name", "schedule"), HOWS)
-def test_what_is_forced_runs(name, schedule, f, leaves, ran):
+@pytest.mark.parametrize(("name", "schedule"), FORCED)
+def test_a_forced_backend_runs_forward_and_backward(name, schedule, f, leaves, ran):
     runs = AUTO if name == "auto" else name
     with use_backend(name, schedule):
         f(*leaves).sum().backward()
-    assert ran == both(runs, schedule or "auto")
+    assert ran == forward_and_backward(runs, schedule or "auto")
     ran.clear()
     set_backend(name, schedule)
     f(*leaves).sum().backward()
-    assert ran == both(runs, schedule or "auto")
+    assert ran == forward_and_backward(runs, schedule or "auto")
 
 
 def test_by_default_the_planner_chooses(f, leaves, ran):
     f(*leaves).sum().backward()
-    assert ran == both(AUTO, "auto")
+    assert ran == forward_and_backward(AUTO, "auto")
 
 
 def test_forward_decides_for_backward(f, leaves, ran):
@@ -110,7 +110,7 @@ def test_forward_decides_for_backward(f, leaves, ran):
         y = f(*leaves)
     set_backend("aten", "fold")
     y.sum().backward()
-    assert ran == both("materialised")
+    assert ran == forward_and_backward("materialised")
 
 
 def test_backward_in_another_thread_with_another_choice(f, leaves, ran):
@@ -122,7 +122,7 @@ def test_backward_in_another_thread_with_another_choice(f, leaves, ran):
             y.sum().backward()
 
     in_thread(backward)
-    assert ran == both("aten", "project")
+    assert ran == forward_and_backward("aten", "project")
 
 
 def test_forward_decides_for_the_second_order(f, leaves, ran):
@@ -136,14 +136,14 @@ def test_forward_decides_for_the_second_order(f, leaves, ran):
 
 
 def test_an_unforced_forward_stays_unforced_in_backward(f, leaves, ran):
-    """A choice made later does not reach back: auto is a choice, too."""
+    """A choice made after forward does not change its backward, even if forward ran with auto."""
     y = f(*leaves)
     with use_backend("materialised"):
         y.sum().backward()
-    assert ran == both(AUTO, "auto")
+    assert ran == forward_and_backward(AUTO, "auto")
 
 
-def test_nested(f, leaves, ran):
+def test_choices_nest(f, leaves, ran):
     with use_backend("aten", "fold"):
         with use_backend("materialised"):
             f(*leaves)
@@ -156,7 +156,7 @@ def test_nested(f, leaves, ran):
     ]  # fmt: skip
 
 
-def test_one_choice_entered_twice():
+def test_one_choice_can_be_entered_twice():
     choice = use_backend("aten", "fold")
     with use_backend("materialised"):
         with choice:
@@ -167,13 +167,13 @@ def test_one_choice_entered_twice():
     assert backends.current() == backends.Choice()
 
 
-def test_an_exception_restores():
+def test_an_exception_restores_the_choice():
     with pytest.raises(KeyError, match="mine"), use_backend("materialised"):
         raise KeyError("mine")
     assert backends.current() == backends.Choice()
 
 
-def test_the_thread_wins_over_the_process():
+def test_the_choice_of_a_thread_overrides_that_of_the_process():
     set_backend("materialised")
     with use_backend("aten", "fold"):
         assert backends.current() == ("aten", "fold")
@@ -182,7 +182,7 @@ def test_the_thread_wins_over_the_process():
     assert backends.current() == ("aten", "project")
 
 
-def test_the_process_s_choice_reaches_other_threads_and_a_thread_s_does_not():
+def test_only_the_choice_of_the_process_holds_in_other_threads():
     seen = []
     set_backend("aten", "generate")
     with use_backend("materialised"):
@@ -190,8 +190,7 @@ def test_the_process_s_choice_reaches_other_threads_and_a_thread_s_does_not():
     assert seen == [("aten", "generate")]
 
 
-def test_threads_at_once(leaves, ran):
-    """Each thread keeps its own choice while others run."""
+def test_threads_that_run_together_keep_their_choices(leaves, ran):
     barrier = threading.Barrier(4)
     seen: dict[str, set] = {}
 
@@ -224,45 +223,45 @@ class TestCompiled:
             compiled(*leaves).sum().backward()
             return list(ran)
 
-        assert run() == both(AUTO, "auto")
+        assert run() == forward_and_backward(AUTO, "auto")
         with use_backend("aten", "fold"):
-            assert run() == both("aten", "fold")
+            assert run() == forward_and_backward("aten", "fold")
         with use_backend("materialised"):
-            assert run() == both("materialised")
-        assert run() == both(AUTO, "auto")
+            assert run() == forward_and_backward("materialised")
+        assert run() == forward_and_backward(AUTO, "auto")
         set_backend("aten", "project")
-        assert run() == both("aten", "project")
+        assert run() == forward_and_backward("aten", "project")
         with use_backend("materialised"):
-            assert run() == both("materialised")
+            assert run() == forward_and_backward("materialised")
         set_backend("auto")
-        assert run() == both(AUTO, "auto")
+        assert run() == forward_and_backward(AUTO, "auto")
 
-    def test_within_the_region(self, f, leaves, ran):
+    def test_a_choice_made_in_the_region(self, f, leaves, ran):
         def region(*args):
             with use_backend("aten", schedule="fold"):
                 return f(*args)
 
         torch.compile(region, fullgraph=True, backend="aot_eager")(*leaves).sum().backward()
-        assert ran == both("aten", "fold")
+        assert ran == forward_and_backward("aten", "fold")
         assert backends.current() == backends.Choice()
 
-    def test_another_thread(self, compiled, leaves, ran):
+    def test_another_thread_does_not_take_the_choice(self, compiled, leaves, ran):
         with use_backend("materialised"):
             compiled(*leaves).sum().backward()
             in_thread(lambda: compiled(*leaves).sum().backward())
-        assert ran == both("materialised") + both(AUTO)
+        assert ran == forward_and_backward("materialised") + forward_and_backward(AUTO)
 
-    def test_backward_under_another_choice(self, compiled, leaves, ran):
+    def test_forward_decides_for_backward_in_a_region(self, compiled, leaves, ran):
         with use_backend("materialised"):
             y = compiled(*leaves)
         with use_backend("aten", "fold"):
             y.sum().backward()
-        assert ran == both("materialised")
+        assert ran == forward_and_backward("materialised")
 
 
 @pytest.mark.parametrize("force", [use_backend, set_backend])
 @pytest.mark.parametrize("name", ["atem", "", "cuda graphs", None])
-def test_an_unknown_backend(force, name):
+def test_an_unknown_backend_raises(force, name):
     with pytest.raises(
         ValueError, match=r"backend must be one of auto, aten, cpu, triton, cuda, materialised, got"
     ) as error:
@@ -273,7 +272,7 @@ def test_an_unknown_backend(force, name):
 
 @pytest.mark.parametrize("force", [use_backend, set_backend])
 @pytest.mark.parametrize("schedule", ["folded", "", 3])
-def test_an_unknown_schedule(force, schedule):
+def test_an_unknown_schedule_raises(force, schedule):
     with pytest.raises(ValueError, match="schedule must be one of auto, fold, generate, project, got") as error:
         force("aten", schedule)
     assert repr(schedule) in str(error.value)

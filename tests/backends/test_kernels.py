@@ -1,7 +1,7 @@
-"""The kernels for GPUs, Triton's and CUDA's: what the suite of the family, which runs on every backend, does not ask.
+"""The GPU kernels, Triton's and CUDA's, beyond the tests of the op family, which run on every backend.
 
-On a GPU where there is one; else by Triton's interpreter and by the emulator of csrc/cuda, each in a run of its own
-(`make test`): the first is chosen when triton is imported, and both would take every test of the family twice.
+Without a GPU, the kernels run in Triton's interpreter and in the emulator of csrc/cuda, each in its own test run
+(`make test`): the interpreter is chosen when triton is imported, and one run with both would take twice as long.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from fasthyper.problem import Problem
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALL = (True,) * 6
 NAMES = ("x", "z", "weight", "bias", "base_weight", "g")
-# Around tiles of 16, 32 and 64: one of each; several rows, columns and pieces of K, with and without a tail; few
-# features, several columns a step; a split sum; dx and dz apart; one output; several points.
+# Sizes around tiles of 16, 32 and 64: all 1; several tiles of rows, columns and K, with and without a tail; few
+# features, so that a step takes several columns; split-K; dx and dz in separate kernels; one output; several points.
 SIZES = [
     (1, 1, 1, 1, 1),
     (33, 1, 20, 6, 10),
@@ -38,7 +38,7 @@ SIZES = [
 
 @pytest.fixture(scope="session", params=["triton", "cuda"])
 def kernels(request):
-    """A backend's module, where its kernels can run."""
+    """The module of a backend whose kernels can run here."""
     module = BACKENDS[request.param]
     if module.unavailable() is not None:
         pytest.skip(f"{request.param} kernels: {module.unavailable()}")
@@ -46,21 +46,21 @@ def kernels(request):
 
 
 def everything(kernels, x, z, weight, bias, base_weight, g):
-    """y, dx, dz, dH and the gradients of bias, W0, b0."""
+    """Return y, dx, dz, dH, dbias, dW0 and db0."""
     y = kernels.apply(x, z, weight, bias, base_weight, schedule="fold")
     return y, *kernels.grads(x, z, weight, bias, base_weight, g, ALL, schedule="fold")
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sizes_around_every_tile(kernels, sizes, dtype, factors, oracle):
+def test_sizes_around_tiles(kernels, sizes, dtype, factors, oracle):
     args = factors(sizes, dtype, NAMES)
     oracle.check_linear(args, everything(kernels, *args))
 
 
-@settings(max_examples=8 if torch.cuda.is_available() else 30)  # on a GPU each compiles Triton's kernels
+@settings(max_examples=8 if torch.cuda.is_available() else 30)  # on a GPU, each compiles Triton kernels
 @given(
-    # Expanded, up to 60 terms of a sum are one number, and round the same way.
+    # With expanded strides, up to 60 terms of a sum are equal, and round in the same direction.
     sizes=st.tuples(*(st.integers(1, most) for most in (20, 3, 36, 20, 36))),
     dtype=st.sampled_from(DTYPES),
     strides=st.sampled_from(("contiguous", "transposed", "swapped", "sliced", "expanded")),
@@ -72,26 +72,26 @@ def test_any_sizes_and_strides(kernels, sizes, dtype, strides, factors, oracle):
 
 @pytest.mark.parametrize("mask", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1)], ids=str)
 @pytest.mark.parametrize("sizes", [(20, 1, 6, 7, 20), (4, 5, 6, 7, 8)], ids=str)
-def test_what_is_not_asked_for_is_not_there(kernels, sizes, mask, factors):
+def test_only_gradients_asked_for_are_returned(kernels, sizes, mask, factors):
     x, z, weight, g = factors(sizes, torch.float32)
-    every = kernels.grads(x, z, weight, None, None, g, (True,) * 3 + (False,) * 3, schedule="fold")
+    all_of_them = kernels.grads(x, z, weight, None, None, g, (True,) * 3 + (False,) * 3, schedule="fold")
     some = kernels.grads(x, z, weight, None, None, g, tuple(map(bool, mask)) + (False,) * 3, schedule="fold")
-    for wanted, one, part in zip(mask, every, some, strict=False):
-        assert (part is not None) == bool(wanted)
+    for wanted, expected, got in zip(mask, all_of_them, some, strict=False):
+        assert (got is not None) == bool(wanted)
         if wanted:
-            torch.testing.assert_close(part, one)
+            torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("sizes", [(40, 1, 8, 40, 20), (200, 1, 6, 7, 5), (5, 9, 20, 7, 8)], ids=str)
 def test_the_same_bits_every_time(kernels, sizes, factors):
     args = factors(sizes, torch.float32, NAMES)
-    for one, same in zip(everything(kernels, *args), everything(kernels, *args), strict=True):
-        assert torch.equal(one, same)
+    for first, second in zip(everything(kernels, *args), everything(kernels, *args), strict=True):
+        assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("large", ["x", "z", "g"])
 def test_products_beyond_the_range_of_float16(kernels, large, factors, oracle):
-    """x·z and z·g leave the range where y and the gradients, with a small third factor, do not."""
+    """x·z and z·g exceed the range; y and the gradients, with a small third factor, do not."""
     x, z, weight, g = factors((20, 1, 6, 7, 20), torch.float16)
     x, z, weight, g = (t * scale for t, scale in ((x, 300), (z, 300), (weight, 1e-3), (g, 1e-3)))
     if large == "g":
@@ -102,18 +102,18 @@ def test_products_beyond_the_range_of_float16(kernels, large, factors, oracle):
     oracle.check_op("apply", y, x, z, weight)
     got = kernels.grads(x, z, weight, None, None, g, (True,) * 3 + (False,) * 3, schedule="fold")
     ts = (x, z, weight, g)
-    for mine, exact, scale in zip(got[:3], oracle.grads(*ts), oracle.grads(*map(torch.abs, ts)), strict=True):
+    for result, exact, scale in zip(got[:3], oracle.grads(*ts), oracle.grads(*map(torch.abs, ts)), strict=True):
         if scale.max() < torch.finfo(torch.float16).max:
-            oracle.check(mine, exact, scale, torch.float16)
+            oracle.check(result, exact, scale, torch.float16)
 
 
 @pytest.mark.parametrize("large", ["x", "z", "both", "none"])
 @pytest.mark.parametrize("small", [1, 1e-2, 1e-4])
-def test_float16_uses_its_range(kernels, large, small, factors, oracle):
-    """Neither an instance of large numbers nor a gradient of small ones costs the others digits."""
+def test_float16_is_precise_over_its_range(kernels, large, small, factors, oracle):
+    """Neither an instance with large values nor a small gradient makes other results less precise."""
     x, z, weight, g = factors((16, 1, 6, 7, 10), torch.float16)  # few outputs: dx by a fold
     x, z, g = x * 0.05, z * 0.05, g * small
-    g[0] = 0  # as of an instance that is masked out: it adds nothing to dH
+    g[0] = 0  # as for an instance that is masked out: it adds nothing to dH
     if large in ("x", "both"):
         x[0] = 60000
     if large in ("z", "both"):
@@ -123,8 +123,8 @@ def test_float16_uses_its_range(kernels, large, small, factors, oracle):
     dx, dz, dh, *_ = kernels.grads(x, z, weight, None, None, g, (True,) * 3 + (False,) * 3, schedule="fold")
     for got, exact in zip((dx[1:], dz[1:], dh), oracle.grads(*ts), strict=True):
         if got is dh and large == "both":
-            continue  # products x·z of one column span more than 2^29, which float16 has
-        # Relative to the whole, since results themselves may be too small for float16.
+            continue  # the products x·z of one column span more than 2^29, the range of float16
+        # Relative to the largest result, because one result may be too small for float16.
         floor = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps
         error = (got.double() - exact).abs() - floor
         assert error.max() <= 2e-3 * exact.abs().max()
@@ -132,7 +132,7 @@ def test_float16_uses_its_range(kernels, large, small, factors, oracle):
 
 @pytest.mark.parametrize("which", ["x", "weight"])
 def test_offsets_beyond_32_bits(kernels, which, factors, oracle):
-    """Strides so large that offsets leave 31 bits: the pages in between are never touched."""
+    """Offsets need more than 31 bits; the memory between the elements is never touched."""
     x, z, weight, g = factors((3, 1, 5, 4, 3), torch.float16)
     t = {"x": x, "weight": weight}[which]
     apart = (1 << 30) + 64
@@ -145,14 +145,14 @@ def test_offsets_beyond_32_bits(kernels, which, factors, oracle):
     oracle.check_all(got[:3], oracle.grads, x, z, weight, g)
 
 
-def test_float64_and_nothing_are_left_to_aten(kernels, factors, oracle):
+def test_float64_and_empty_problems_run_on_aten(kernels, factors, oracle):
     for sizes, dtype in (((4, 2, 5, 3, 6), torch.float64), ((4, 0, 5, 3, 6), torch.float32)):
         args = factors(sizes, dtype, NAMES)
         oracle.check_linear(args, everything(kernels, *args))
 
 
 @pytest.mark.parametrize("module", [triton, cuda], ids=["triton", "cuda"])
-def test_tensors_elsewhere_are_refused(module, monkeypatch):
+def test_tensors_on_another_device_raise(module, monkeypatch):
     name = module.__name__.rpartition(".")[2]
     monkeypatch.setattr(module, "devices", lambda: ("cuda",))
     with pytest.raises(ValueError, match=f"backend '{name}' must have tensors on a GPU, got x on cpu"):

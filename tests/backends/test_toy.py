@@ -19,7 +19,7 @@ def toy(monkeypatch):
     spec = importlib.util.spec_from_file_location("toy", Path(__file__).with_name("toy.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setitem(backends.BACKENDS, "toy", None)  # both are as before after the test
+    monkeypatch.setitem(backends.BACKENDS, "toy", None)  # both are undone after the test
     monkeypatch.setitem(planner._costs, "toy", None)
     backends.register("toy", module)
     yield module
@@ -27,7 +27,7 @@ def toy(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["toy", "auto"])
-def test_it_runs_forward_and_backward(toy, name, factors, oracle, monkeypatch):
+def test_a_registered_backend_runs_forward_and_backward(toy, name, factors, oracle, monkeypatch):
     calls = []
     for method in ("apply", "grads"):
         original = getattr(toy, method)
@@ -42,38 +42,38 @@ def test_it_runs_forward_and_backward(toy, name, factors, oracle, monkeypatch):
     assert calls == ["apply", "grads"]
 
 
-def test_its_derivatives_and_transforms_are_those_of_the_ops(toy, factors):
+def test_a_registered_backend_has_derivatives_and_transforms(toy, factors):
     args = factors(names=("x", "z", "weight"), requires_grad=True)
     with fasthyper.use_backend("toy"):
         assert torch.autograd.gradcheck(fasthyper.ops.apply, args, check_forward_ad=True, check_batched_grad=True)
         assert torch.autograd.gradgradcheck(fasthyper.ops.apply, args)
 
 
-def test_it_is_refused_elsewhere(toy):
+def test_tensors_on_another_device_raise(toy):
     with pytest.raises(ValueError, match="backend 'toy' must have tensors on the cpu, got x on meta"):
         backends.backend("toy", torch.device("meta"))
 
 
-def test_it_says_why_it_cannot_run(toy, monkeypatch):
+def test_the_error_says_why_it_cannot_run(toy, monkeypatch):
     monkeypatch.setattr(toy, "unavailable", lambda: "the toy is broken")
     with pytest.raises(ValueError, match="'toy' cannot run here: the toy is broken"):
         fasthyper.use_backend("toy")
     assert backends.automatic("cpu") == "aten"
 
 
-def test_the_planner_counts_with_its_costs(toy):
-    class Eager(type(toy.COSTS)):
+def test_the_planner_uses_its_costs(toy):
+    class ProjectIsFree(type(toy.COSTS)):
         def apply(self, p, schedule, machine):
             cost = super().apply(p, schedule, machine)
             return cost._replace(seconds=0.0 if schedule == "project" else 1.0)
 
-    planner.register("toy", Eager())
+    planner.register("toy", ProjectIsFree())
     problem = Problem("apply", 8192, 1, 8, 64, 128, backend="toy")
     assert planner.plan(problem).schedule == "project"
     assert planner.plan(problem._replace(backend="")).schedule == "fold"
 
 
-def test_what_prints_backends_prints_it(toy):
+def test_info_and_explain_name_it(toy):
     assert "toy: ready (for a test)" in info.describe()
     assert "backend toy" in explain(batch=4, points=1, cond=5, in_features=3, out_features=6)
     half = explain(batch=4, points=1, cond=5, in_features=3, out_features=6, dtype="bfloat16")

@@ -1,4 +1,4 @@
-"""A backend in one file: the definition, written out. docs/add-a-backend.md shows it."""
+"""A backend in one file: it writes the generated weights out. docs/add-a-backend.md shows this file."""
 
 from __future__ import annotations
 
