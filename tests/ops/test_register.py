@@ -15,6 +15,7 @@ NAMES = (
     "_C._any_requires_grad",
     "_C._are_functorch_transforms_active",
     "_C._AutoDispatchBelowAutograd",
+    "_C._will_engine_execute_node",
     "_functorch.autograd_function.enable_single_level_autograd_function",
     "autograd.function._SingleLevelFunction",
     "autograd.forward_ad._current_level",
