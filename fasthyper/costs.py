@@ -1,6 +1,6 @@
 """What a schedule costs: flops, bytes of tiles, torch calls, and the seconds that follow from a machine's rates.
 
-`Costs` is the prediction for torch's own operations on tiles. A backend brings a subclass that says what differs.
+`Costs` predicts torch's own operations on tiles. A backend overrides what differs in a subclass.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Cost(NamedTuple):
 
 
 def gemm(m: float, n: float, k: float, machine: Machine, times: float = 1.0) -> Cost:
-    """2·m·n·k flops, slower where a side is too short to fill the registers of a matrix unit."""
+    """2·m·n·k flops, slower if a side is too short to fill the registers of a matrix unit."""
     flops = 2.0 * times * m * n * k
     short = math.prod(side / (side + machine.short_side) for side in (m, n, k)) if flops else 1.0
     return Cost(flops, 0.0, flops / (machine.flops * short), 1)
@@ -42,12 +42,12 @@ def gemm(m: float, n: float, k: float, machine: Machine, times: float = 1.0) -> 
 
 def moved(elements: float, passes: float, machine: Machine) -> Cost:
     """Elements of a tile that are written or read `passes` times, in cache."""
-    moved = elements * passes * machine.work_dtype.itemsize
-    return Cost(0.0, moved, moved / machine.cache_bandwidth, 1)
+    nbytes = elements * passes * machine.work_dtype.itemsize
+    return Cost(0.0, nbytes, nbytes / machine.cache_bandwidth, 1)
 
 
 def _instances(B: int, N: int, m: int, n: int, machine: Machine) -> Cost:
-    """B small products of N rows. At N = 1, reading the tile is the bound, and that is counted with the tile."""
+    """B small products of N rows. At N = 1, reading the tile dominates, and `moved` counts it."""
     return gemm(N, m, n, machine, B) if N > 1 else Cost(2.0 * B * m * n, 0.0, 0.0, 1)
 
 
@@ -55,7 +55,7 @@ class Costs:
     """The costs of the op family by torch's own operations, tile by tile."""
 
     def machine(self, device: str, dtype: torch.dtype, threads: int) -> Machine:
-        """Return typical rates of a type of device. Only their ratios decide, so that they need not be exact."""
+        """Return typical rates of a type of device. Only their ratios matter, so that rough values suffice."""
         if device == "cpu":
             native = dtype not in LOW_PRECISION or processor.has_fast(dtype)
             work = dtype if native else torch.float32
@@ -65,11 +65,11 @@ class Costs:
         return Machine(rate, 5e12, 3e12, 4e-6, 16 << 20, dtype)
 
     def in_tiles(self, schedule: str) -> bool:
-        """Return whether a schedule is torch calls on tiles, each of which costs its launch."""
+        """Return whether a schedule runs as torch calls on tiles, each call with the cost of a launch."""
         return True
 
     def on_chip(self, schedule: str) -> bool:
-        """Return whether a kernel makes x ⊗ z and g·H where it multiplies them, so that no tile is in memory."""
+        """Return whether a kernel forms x ⊗ z and g·H on chip, so that no tile is in memory."""
         return False
 
     def backward(self, p: Problem) -> tuple[tuple[bool, bool, bool], ...]:

@@ -76,7 +76,7 @@ def explain(
 def _backend(problem: Problem) -> str:
     """Return the backend that runs a problem by default: on a device that is not here, the one that is made for it."""
     here = problem.device == "cpu" or torch.get_device_module(problem.device).is_available()
-    name = backends.automatic(problem.device) if here else backends.default(problem.device)
+    name = backends.automatic(problem.device) if here else backends.preferred(problem.device)
     return name if backends.BACKENDS[name].takes(problem) else backends.FALLBACK
 
 

@@ -1,4 +1,4 @@
-"""`hyper_linear`, the function under every layer: autocast and points; the op does the rest."""
+"""`hyper_linear`, the function under every layer: casts under autocast, flattens the points, calls the op."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from . import backends
 from .ops import autocast, linear, shapes
 
 _op = torch.ops.fasthyper.hyper_linear.default
-_AXES = {**linear.AXES, "x": "B*I"}  # as a caller has them: before the points are flattened
+_AXES = {**linear.AXES, "x": "B*I"}  # as the caller passes them, before the points are flattened
 
 
 def hyper_linear(
@@ -28,10 +28,9 @@ def hyper_linear(
     Under autocast, the arguments are cast to the region's dtype, float64 ones excepted. Differentiable to any
     order, in reverse and forward mode, under `torch.func`, `torch.compile` and `torch.export`.
 
-    An instance whose x or z is infinite or NaN spoils its own results, and no other's. Whether these are infinite or
-    NaN depends on the order: ``fold`` multiplies x with z first, and ``project`` x with the head, so that an infinite
-    x beside a z of zero is NaN where ``generate``, as W written out, gives infinity; so does an infinite gradient in
-    backward.
+    An infinite or NaN x or z affects its own instance alone. Whether a result is infinite or NaN depends on the
+    schedule. For an infinite x and a z of zero, ``fold`` (which multiplies x with z first) and ``project`` (x with the
+    head) give NaN; ``generate``, like W written out, gives infinity. The same holds for an infinite gradient.
 
     Args:
         x: inputs, ``(B, I)`` or ``(B, *, I)``: instances, points that share an instance's weights, features.
@@ -53,7 +52,7 @@ def hyper_linear(
         >>> x, z = torch.randn(32, 10), torch.randn(32, 8)
         >>> weight, bias = torch.randn(5, 10, 8), torch.randn(5, 8)
         >>> y = fasthyper.hyper_linear(x, z, weight, bias)
-        >>> W = torch.einsum("oir,br->boi", weight, z)  # what is never formed
+        >>> W = torch.einsum("oir,br->boi", weight, z)  # never formed by hyper_linear
         >>> torch.allclose(y, torch.einsum("boi,bi->bo", W, x) + z @ bias.T, atol=1e-4)
         True
     """
@@ -61,7 +60,7 @@ def hyper_linear(
         x, z, weight, bias, base_weight, base_bias = map(autocast.follow, (x, z, weight, bias, base_weight, base_bias))
     try:
         y = _op(shapes.flatten_points(x), z, weight, bias, base_weight, base_bias, *backends.current())
-    except Exception:  # the op has checked its arguments; where it refused them, say so in the caller's shapes
+    except Exception:  # if the op refused the arguments, report the caller's shapes
         given = {
             "x": x, "z": z, "weight": weight, "bias": bias, "base_weight": base_weight, "base_bias": base_bias
         }  # fmt: skip

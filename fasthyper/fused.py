@@ -14,41 +14,42 @@ from .ops import autocast, primary, shapes
 from .ops.register import MISSING, transformed
 
 _op = torch.ops.fasthyper.primary.default
-_PLAIN = (Tensor, nn.Parameter, type(None))  # a subclass of Tensor may define hyper_linear for itself
+_EXACT_TYPES = (Tensor, nn.Parameter, type(None))  # a subclass of Tensor may define hyper_linear for itself
 
 
 def may_fuse(x: Any) -> bool:
-    """Return whether `hyper_primary` may run as one op: the quick answer, before its arguments are looked at.
-
-    It may not under a compiler or a transform, which see the two layers.
-    """
+    """Return whether `hyper_primary` may run as one op, from x alone; never under a compiler or a transform."""
     if MISSING or torch.compiler.is_compiling():
         return False
-    return isinstance(x, Tensor) and not transformed() and primary.fusing(x, *backends.current()) is not None
+    return (
+        isinstance(x, Tensor)
+        and not transformed()
+        and primary.backend_that_may_fuse(x, *backends.current()) is not None
+    )
 
 
 def _fused(x: Any, z: Any, first: Layer, second: Layer, activation: str) -> Tensor | None:
-    """Run the op; None where no backend fuses the call, or where its arguments are wrong, which the layers say."""
-    if not may_fuse(x) or x.dim() < 2 or any(type(t) not in _PLAIN for t in (x, z, *first, *second)):
+    """Run the op; None if no backend fuses the call, or if its arguments are wrong: the layers raise the error."""
+    if not may_fuse(x) or x.dim() < 2 or any(type(t) not in _EXACT_TYPES for t in (x, z, *first, *second)):
         return None
-    a = primary.Primary(shapes.flatten_points(x), z, *first, *second, activation, *backends.current())
-    if not primary.fits(a) or primary.fused_by(a) is None:
+    args = primary.Primary(shapes.flatten_points(x), z, *first, *second, activation, *backends.current())
+    if not primary.are_valid(args) or primary.backend_that_fuses(args) is None:
         return None
-    y, _ = _op(*a)
+    y, _ = _op(*args)
     return shapes.restore_points(y, x)
 
 
 def hyper_primary(x: Tensor, z: Tensor, first: Layer, second: Layer, activation: str) -> Tensor:
-    """Apply a primary network of two generated layers with an activation between them, both generated from one z.
+    """Apply a primary network of two generated layers, which share one z, and the activation between them.
 
-    It is ``hyper_linear(σ(hyper_linear(x, z, *first)), z, *second)``, in one op where a backend has kernels that
-    do all of it, and as that where none has. Autocast and derivatives are as for `hyper_linear`.
+    It equals ``hyper_linear(σ(hyper_linear(x, z, *first)), z, *second)``. It runs as one op if the backend fuses both
+    layers, and as two layers otherwise. Autocast and derivatives are as for `hyper_linear`.
 
     Args:
         x: inputs, ``(B, I)`` or ``(B, *, I)``.
         z: features of the hypernetwork, ``(B, R)``.
         first: weight ``(J, I, R)``, bias ``(J, R)``, base_weight ``(J, I)`` and base_bias ``(J,)`` of the first
-            layer, None for each of the last three that it has not.
+            layer; each of the last three may be None.
         second: those of the second layer, ``(O, J, R)``, ``(O, R)``, ``(O, J)`` and ``(O,)``.
         activation: σ, ``"relu"``, ``"tanh"``, ``"sigmoid"``, ``"silu"`` or ``"gelu"``.
 

@@ -15,7 +15,7 @@ import torch
 from .costs import Costs
 from .problem import AUTO, SCHEDULES, Machine, Plan, Problem
 
-# A tile, its operands in the work dtype, an accumulator, and what a matrix product packs: each at most one share.
+# A tile, its operands in the work dtype, an accumulator, the packed operand of a matrix product: each at most a share.
 _SHARES = 8
 _MIN_LIMIT = 1 << 20
 _limit = 32 << 20
@@ -56,18 +56,18 @@ def get_workspace_limit() -> int:
 
 
 def register(name: str, costs: Costs) -> None:
-    """Let a backend's costs count for the problems that name it."""
+    """Use these costs for the problems that name a backend."""
     _costs[name] = costs
 
 
 def costs_of(problem: Problem) -> Costs:
-    """Return the costs that count for a problem: those of its backend, or torch's own where none is registered."""
+    """Return the costs of a problem's backend; those of torch's own operations if it names none."""
     return _costs.get(problem.backend, _costs[""])
 
 
 @functools.cache
 def machine(device: str, dtype: torch.dtype, threads: int = 1, backend: str = "") -> Machine:
-    """Return the rates that a backend counts with on a type of device; see `Costs.machine`."""
+    """Return the rates that a backend assumes on a type of device; see `Costs.machine`."""
     return _costs.get(backend, _costs[""]).machine(device, dtype, threads)
 
 
@@ -75,8 +75,8 @@ def tile_elements(problem: Problem, mach: Machine, limit: int) -> int:
     """Return how many elements a tile may hold: a share of the workspace, and no more than stays in cache.
 
     With one point per instance a tile is read once, and a small tile stays in the nearer cache. With many points the
-    products with a tile dominate, and a larger tile makes them larger; but where operands are converted, they are tiles
-    too. A tile of 16 bits is counted as float32, because its sums are float32.
+    products with a tile dominate, and a larger tile gives larger products. Operands that are converted are tiles
+    themselves and need their own share. A tile of 16 bits is counted as float32, because its sums are float32.
     """
     if problem.points == 1 or problem.dtype != mach.work_dtype:
         size = min(limit // _SHARES, mach.tile_bytes)
@@ -99,13 +99,13 @@ def cost(problem: Problem, schedule: str, mach: Machine, limit: int) -> Plan:
         "project": (N if p.shared_x else B * N) * O * R,
     }[schedule]
     on_chip = costs.on_chip(schedule)
-    tiles = max(1.0, size / tile) if costs.in_tiles(schedule) else 1.0
-    operands = (B * (N * (I + O) + R) + O * I * R * min(tiles, 4.0)) * p.dtype.itemsize
-    if on_chip:  # partial sums, where blocks are too few to fill the device
+    tile_count = max(1.0, size / tile) if costs.in_tiles(schedule) else 1.0
+    operands = (B * (N * (I + O) + R) + O * I * R * min(tile_count, 4.0)) * p.dtype.itemsize
+    if on_chip:  # partial sums, if blocks are too few to fill the device
         workspace = min(limit // 2, 4 * (B * N * O if p.op == "apply" else O * I * R))
     else:
         workspace = (2 * min(size, tile) + min(O * I * R, tile)) * mach.work_dtype.itemsize
-    seconds = c.seconds + operands / mach.memory_bandwidth + c.calls * tiles * mach.launch
+    seconds = c.seconds + operands / mach.memory_bandwidth + c.calls * tile_count * mach.launch
     if mach.work_dtype == torch.float16 and schedule != "generate" and not on_chip:
         seconds = math.inf  # x ⊗ z and x · H may leave the range of float16 where W and y do not
     return Plan(schedule, tile, mach.work_dtype, c.flops, c.bytes + operands, int(workspace), seconds)
@@ -130,7 +130,7 @@ def plan(problem: Problem, schedule: str = AUTO) -> Plan:
     """Return the cheapest plan, or the plan of a given schedule.
 
     Args:
-        problem: what is asked for.
+        problem: the call to plan.
         schedule: one of ``"fold"``, ``"generate"``, ``"project"``, or ``"auto"`` for the cheapest.
 
     Raises:

@@ -1,6 +1,6 @@
 """Ways to run the op family, and which one a call takes.
 
-`contract.Backend` says what a backend is. To add one: write a module with its names, and register it here in one line.
+`contract.Backend` describes a backend. To add one, write a module with its names and register it here in one line.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Thread(threading.local):
 
     choice: Choice | None
 
-    def __init__(self) -> None:  # runs in every thread; torch 2.11's Dynamo reads a default of the class instead
+    def __init__(self) -> None:  # in every thread; Dynamo of torch 2.11 would read a class default instead of it
         self.choice = None
 
 
@@ -74,7 +74,7 @@ def checked(name: str, schedule: str | None = None) -> Choice:
 
 
 def current() -> Choice:
-    """Return what is in force: this thread's choice, else the process's."""
+    """Return the current choice: that of this thread, or else that of the process."""
     return _thread.choice or _process
 
 
@@ -96,11 +96,11 @@ def set_backend(name: str, schedule: str | None = None) -> None:
 class use_backend:
     """Force a backend for the current thread, as a context manager.
 
-    It is resolved in forward and holds for that call's backward, on whatever thread that runs.
+    The choice of a forward also applies to its backward, in any thread.
 
     Args:
         name: ``"aten"``, ``"cpu"`` (compiled kernels), ``"triton"`` or ``"cuda"`` (GPU kernels),
-            ``"materialised"`` (the usual way, W written out, to compare with) or ``"auto"``.
+            ``"materialised"`` (W written out, for comparison) or ``"auto"``.
         schedule: ``"fold"``, ``"generate"``, ``"project"``, or None to let the planner choose.
 
     Raises:
@@ -127,16 +127,22 @@ class use_backend:
         _thread.choice = self._before.pop()
 
 
-def default(device: str) -> str:
-    """Return the name of the backend for a type of device, whether it can run here or not: the last registered."""
-    named = [name for name, backend in BACKENDS.items() if device in backend.DEFAULT_ON]
+def preferred(device: str) -> str:
+    """Return the name of the backend made for a type of device, whether it can run here or not."""
+    named = [name for name, backend in BACKENDS.items() if device in backend.PREFERRED_ON]
     return named[-1] if named else FALLBACK
 
 
 def automatic(device: str) -> str:
-    """Return the name of the backend that ``"auto"`` takes on a type of device."""
-    name = default(device)
+    """Return the name of the backend that ``"auto"`` takes on a type of device: the preferred one if it can run."""
+    name = preferred(device)
     return name if BACKENDS[name].unavailable() is None else FALLBACK
+
+
+def runs_on(name: str, device: torch.device) -> bool:
+    """Return whether the backend of this name, or the one that ``"auto"`` takes, runs on a device."""
+    devices = None if name == AUTO else BACKENDS[name].devices()
+    return devices is None or device.type in devices
 
 
 def backend(name: str, device: torch.device) -> Backend:
@@ -145,10 +151,7 @@ def backend(name: str, device: torch.device) -> Backend:
     Raises:
         ValueError: if the one named does not run on the device.
     """
-    if name == AUTO:
-        return BACKENDS[automatic(device.type)]
-    devices = BACKENDS[name].devices()
-    if devices is not None and device.type not in devices:
-        where = " or ".join(_PLACES.get(place, place) for place in devices)
+    if not runs_on(name, device):
+        where = " or ".join(_PLACES.get(place, place) for place in BACKENDS[name].devices() or ())
         raise ValueError(f"backend {name!r} must have tensors on {where}, got x on {device}")
-    return BACKENDS[name]
+    return BACKENDS[automatic(device.type) if name == AUTO else name]

@@ -4,8 +4,8 @@ A backend runs the op family with a base and a generated bias,
 
     y[b,n] = (H·z[b] + W0) x[b,n] + bias·z[b] + b0
 
-and the gradients of that sum. The family itself is the calls without bias and base. Arguments are checked before, may
-have any strides, and are not written to; results are contiguous. Temporary memory stays within
+and its gradients. Calls without bias and base are the ops of the family. The ops check all arguments. A backend must
+accept any strides, must not write to its inputs, and returns contiguous results. Temporary memory stays within
 `planner.get_workspace_limit()` and does not grow with B.
 """
 
@@ -48,12 +48,12 @@ class Backend(Protocol):
         """The dtypes that it has kernels for; it leaves others to another backend."""
 
     @property
-    def DEFAULT_ON(self) -> tuple[str, ...]:
+    def PREFERRED_ON(self) -> tuple[str, ...]:
         """The types of device, such as ``"cuda"``, where ``"auto"`` takes it if it can run."""
 
     @property
     def COSTS(self) -> Costs:
-        """What the planner predicts its schedules with."""
+        """The cost model of its schedules."""
 
     @property
     def REMARK(self) -> str:
@@ -107,8 +107,8 @@ class Backend(Protocol):
 
         Args:
             x: inputs, (B, N, I).
-            z: features, (B, R); None where dz alone is asked for, which does not read it.
-            weight: the head H, (O, I, R); None where dH alone is asked for.
+            z: features, (B, R); None if only dz is asked for, which does not depend on z.
+            weight: the head H, (O, I, R); None if only dH is asked for, which does not depend on H.
             bias: (O, R), or None.
             base_weight: W0, (O, I), or None.
             g: gradient of y, (B, N, O).
@@ -118,13 +118,14 @@ class Backend(Protocol):
 
 
 class Fusing(Protocol):
-    """What a backend has beside, if it runs two layers and the activation between them in one.
+    """Additional functions of a backend that fuses two layers and the activation between them.
 
-    In `primary_grads`, and in `fuses` before it, base_bias is None in both layers: no gradient reads it.
+    In `primary_grads`, and in the call of `fuses` that precedes it, base_bias is None in both layers: no gradient
+    depends on it.
     """
 
     def fuses(self, x: Tensor, z: Tensor, first: Layer, second: Layer, activation: str) -> bool:
-        """Return whether it fuses this call, from sizes, dtypes and strides: tensors may have no values."""
+        """Return whether it fuses this call, from sizes, dtypes and strides: they may be fake tensors."""
 
     def primary(self, x: Tensor, z: Tensor, first: Layer, second: Layer, activation: str) -> tuple[Tensor, Tensor]:
         """Return y (B, N, O), and a (B, N, J), to which the activation is applied."""

@@ -17,7 +17,7 @@ from ..problem import AUTO, Machine, Plan, Problem
 from . import aten
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEFAULT_ON = ("cpu",)
+PREFERRED_ON = ("cpu",)
 REMARK = ""
 _ops = torch.ops.fasthyper_cpu
 

@@ -15,7 +15,7 @@ from ..costs import Costs
 from ..problem import Problem
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-DEFAULT_ON = ()
+PREFERRED_ON = ()
 COSTS = Costs()
 REMARK = ""
 

@@ -61,7 +61,7 @@ class Grads(NamedTuple):
 
 
 def run_apply(
-    a: Arguments,
+    args: Arguments,
     x: Tensor,
     z: Tensor,
     weight: Tensor,
@@ -69,15 +69,15 @@ def run_apply(
     base_weight: Tensor | None = None,
     base_bias: Tensor | None = None,
 ) -> Tensor:
-    """Run `apply` of the backend that a call takes."""
-    backend, schedule = choice(a)
+    """Run `apply` on the backend of a call."""
+    backend, schedule = choice(args)
     with autocast.off(x):
-        found = backends.backend(backend, x.device)
-        return found.apply(x, z, weight, bias, base_weight, base_bias, schedule=schedule)
+        module = backends.backend(backend, x.device)
+        return module.apply(x, z, weight, bias, base_weight, base_bias, schedule=schedule)
 
 
 def run_grads(
-    a: Arguments,
+    args: Arguments,
     x: Tensor,
     z: Tensor | None,
     weight: Tensor | None,
@@ -86,41 +86,41 @@ def run_grads(
     g: Tensor,
     wanted: Wanted,
 ) -> tuple[Tensor | None, ...]:
-    """Run `grads` of the backend that a call takes."""
-    backend, schedule = choice(a)
+    """Run `grads` on the backend of a call."""
+    backend, schedule = choice(args)
     with autocast.off(x):
-        found = backends.backend(backend, x.device)
-        return found.grads(x, z, weight, bias, base_weight, g, wanted, schedule=schedule)
+        module = backends.backend(backend, x.device)
+        return module.grads(x, z, weight, bias, base_weight, g, wanted, schedule=schedule)
 
 
-def _apply(a: Apply) -> Tensor:
-    return run_apply(a, a.x, a.z, a.weight)
+def _apply(args: Apply) -> Tensor:
+    return run_apply(args, args.x, args.z, args.weight)
 
 
-def _cond_grad(a: CondGrad) -> Tensor | None:
-    return run_grads(a, a.x, None, a.weight, None, None, a.g, Wanted(z=True))[1]
+def _cond_grad(args: CondGrad) -> Tensor | None:
+    return run_grads(args, args.x, None, args.weight, None, None, args.g, Wanted(z=True))[1]
 
 
-def _weight_grad(a: WeightGrad) -> Tensor | None:
-    return run_grads(a, a.x, a.z, None, None, None, a.g, Wanted(weight=True))[2]
+def _weight_grad(args: WeightGrad) -> Tensor | None:
+    return run_grads(args, args.x, args.z, None, None, None, args.g, Wanted(weight=True))[2]
 
 
 def _define(name: str, arguments: type, kernel: Op) -> None:
     """Define a member of the family: its derivatives are a row of the table of rules."""
     factors, result = rules.INPUTS[name], rules.RESULT[name]
 
-    def factors_of(a: Any, **more: Any) -> dict[str, Tensor]:
-        return {**{f: getattr(a, f) for f in factors}, **more}
+    def factors_of(args: Any, **more: Any) -> dict[str, Tensor]:
+        return {**{f: getattr(args, f) for f in factors}, **more}
 
-    def backward(a: Any, wanted: dict[str, bool], g: Tensor) -> Gradients:
-        t = factors_of(a, **{result: g})
+    def backward(args: Any, wanted: dict[str, bool], g: Tensor) -> Gradients:
+        t = factors_of(args, **{result: g})
         if name == "apply":
-            mask = [wanted[f] for f in factors]
-            return dict(zip(factors, ops.grads(t["x"], t["z"], t["weight"], g, mask, *choice(a)), strict=True))
-        return {f: rules.partial(f, t, *choice(a)) for f in factors if wanted[f]}
+            mask = [wanted[f] for f in factors]  # one call for all, which share products
+            return dict(zip(factors, ops.grads(t["x"], t["z"], t["weight"], g, mask, *choice(args)), strict=True))
+        return {f: rules.derivative(f, t, *choice(args)) for f in factors if wanted[f]}
 
-    def jvp(a: Any, tangents: Gradients) -> Tensor:
-        terms = (rules.partial(result, factors_of(a, **{f: t}), *choice(a)) for f, t in tangents.items())
+    def jvp(args: Any, tangents: Gradients) -> Tensor:
+        terms = (rules.derivative(result, factors_of(args, **{f: t}), *choice(args)) for f, t in tangents.items())
         return functools.reduce(torch.add, terms)
 
     define(
@@ -129,10 +129,10 @@ def _define(name: str, arguments: type, kernel: Op) -> None:
         {result: LINEAR[result]},
         axes=LINEAR,
         kernel=kernel,
-        definition=lambda a: getattr(reference, name)(**factors_of(a)),
+        definition=lambda args: getattr(reference, name)(**factors_of(args)),
         backward=backward,
         jvp=jvp,
-        vmap=lambda info, dims, *args: rules.vmap(name, info.batch_size, dims, args),
+        vmap=lambda info, dims, *values: rules.vmap(name, info.batch_size, dims, values),
     )
 
 
@@ -141,14 +141,14 @@ _define("cond_grad", CondGrad, _cond_grad)
 _define("weight_grad", WeightGrad, _weight_grad)
 
 
-def _grads(a: Grads) -> tuple[Tensor | None, ...]:
-    return run_grads(a, a.x, a.z, a.weight, None, None, a.g, Wanted(*a.mask))[:3]
+def _grads(args: Grads) -> tuple[Tensor | None, ...]:
+    return run_grads(args, args.x, args.z, args.weight, None, None, args.g, Wanted(*args.mask))[:3]
 
 
-def _members(a: Grads) -> tuple[Tensor | None, ...]:
-    t = {"x": a.x, "z": a.z, "weight": a.weight, "g": a.g}
+def _grads_composite(args: Grads) -> tuple[Tensor | None, ...]:
+    t = {"x": args.x, "z": args.z, "weight": args.weight, "g": args.g}
     factors = ("x", "z", "weight")
-    return tuple(rules.partial(f, t, *choice(a)) if k else None for f, k in zip(factors, a.mask, strict=True))
+    return tuple(rules.derivative(f, t, *choice(args)) if k else None for f, k in zip(factors, args.mask, strict=True))
 
 
 define(
@@ -157,12 +157,12 @@ define(
     {"dx": LINEAR["x"], "dz": LINEAR["z"], "dh": LINEAR["weight"]},
     axes=LINEAR,
     kernel=_grads,
-    composite=_members,
+    composite=_grads_composite,
 )
 if MISSING:
     warnings.warn(
-        f"fasthyper runs by its definition, which writes out the generated weights: torch {torch.__version__} lacks "
-        f"{MISSING}. Results are right; memory and time are those of weights written out.",
+        f"fasthyper runs in plain torch operations, since torch {torch.__version__} has no {MISSING}. Results are "
+        "right, but each call writes out the generated weights and has their memory and time.",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -241,7 +241,7 @@ def weight_grad(x: Tensor, z: Tensor, g: Tensor) -> Tensor:
 def grads(
     x: Tensor, z: Tensor, weight: Tensor, g: Tensor, mask: tuple[bool, bool, bool] = (True, True, True)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `apply` in one call, sharing what they have in common.
+    """Return the gradients of `apply` in one call, which computes what they share once.
 
     Args:
         x: inputs, ``(B, N, I)``.

@@ -3,9 +3,9 @@
     y[b,n] = (H·z[b] + W0) x[b,n] + bias·z[b] + b0
 
 It is T with x and z each extended by a one, [x, 1] and [z, 1], and H by a row and a column, so there is no new
-derivative: the composites below write it in the family and in torch's own ops, and second order, forward mode and every
-transform see these. The kernels save what the composites would cost: a temporary of the size of the output for each
-term, in forward and again in backward.
+derivative: the composites below use the op family and torch's own operations, and run in second order, in forward mode
+and under every transform. The kernels avoid the temporaries of the composites: one of the size of the output for each
+term, in forward and in backward.
 """
 
 from __future__ import annotations
@@ -48,23 +48,23 @@ class HyperLinearGrads(NamedTuple):
     schedule: str = ""
 
 
-def _kernel(a: HyperLinear) -> Tensor:
-    return run_apply(a, a.x, a.z, a.weight, a.bias, a.base_weight, a.base_bias)
+def _kernel(args: HyperLinear) -> Tensor:
+    return run_apply(args, args.x, args.z, args.weight, args.bias, args.base_weight, args.base_bias)
 
 
-def _composite(a: HyperLinear) -> Tensor:
-    y = ops.apply(a.x, a.z, a.weight, *choice(a))
-    with autocast.off(a.x):
-        if a.base_weight is not None:
-            y = y + a.x @ a.base_weight.T
-        if a.bias is not None:
-            y = y + (a.z @ a.bias.T).unsqueeze(1)
-        return y if a.base_bias is None else y + a.base_bias
+def _composite(args: HyperLinear) -> Tensor:
+    y = ops.apply(args.x, args.z, args.weight, *choice(args))
+    with autocast.off(args.x):
+        if args.base_weight is not None:
+            y = y + args.x @ args.base_weight.T
+        if args.bias is not None:
+            y = y + (args.z @ args.bias.T).unsqueeze(1)
+        return y if args.base_bias is None else y + args.base_bias
 
 
-def _backward(a: HyperLinear, wanted: dict[str, bool], g: Tensor) -> Gradients:
+def _backward(args: HyperLinear, wanted: dict[str, bool], g: Tensor) -> Gradients:
     mask = [wanted[name] for name in Wanted._fields]
-    out = ops.hyper_linear_grads(a.x, a.z, a.weight, a.bias, a.base_weight, g, mask, *choice(a))
+    out = ops.hyper_linear_grads(args.x, args.z, args.weight, args.bias, args.base_weight, g, mask, *choice(args))
     return dict(zip(Wanted._fields, out, strict=True))
 
 
@@ -76,25 +76,25 @@ define(
     kernel=_kernel,
     composite=_composite,
     backward=_backward,
-    unread=("base_bias",),
+    not_saved=("base_bias",),
 )
 
 
-def _grads_kernel(a: HyperLinearGrads) -> tuple[Tensor | None, ...]:
-    return run_grads(a, a.x, a.z, a.weight, a.bias, a.base_weight, a.g, Wanted(*a.mask))
+def _grads_kernel(args: HyperLinearGrads) -> tuple[Tensor | None, ...]:
+    return run_grads(args, args.x, args.z, args.weight, args.bias, args.base_weight, args.g, Wanted(*args.mask))
 
 
-def _grads_composite(a: HyperLinearGrads) -> tuple[Tensor | None, ...]:
-    wanted = Wanted(*a.mask)
-    dx, dz, dh = ops.grads(a.x, a.z, a.weight, a.g, [wanted.x, wanted.z, wanted.weight], *choice(a))
-    with autocast.off(a.x):
-        per_instance = a.g.sum(1) if wanted.z or wanted.bias or wanted.base_bias else a.g
-        if wanted.x and a.base_weight is not None:
-            dx = dx + a.g @ a.base_weight
-        if wanted.z and a.bias is not None:
-            dz = dz + per_instance @ a.bias
-        dbias = per_instance.T @ a.z if wanted.bias else None
-        dbase_weight = a.g.flatten(0, 1).T @ a.x.flatten(0, 1) if wanted.base_weight else None
+def _grads_composite(args: HyperLinearGrads) -> tuple[Tensor | None, ...]:
+    wanted = Wanted(*args.mask)
+    dx, dz, dh = ops.grads(args.x, args.z, args.weight, args.g, [wanted.x, wanted.z, wanted.weight], *choice(args))
+    with autocast.off(args.x):
+        per_instance = args.g.sum(1) if wanted.z or wanted.bias or wanted.base_bias else args.g
+        if wanted.x and args.base_weight is not None:
+            dx = dx + args.g @ args.base_weight
+        if wanted.z and args.bias is not None:
+            dz = dz + per_instance @ args.bias
+        dbias = per_instance.T @ args.z if wanted.bias else None
+        dbase_weight = args.g.flatten(0, 1).T @ args.x.flatten(0, 1) if wanted.base_weight else None
         dbase_bias = per_instance.sum(0) if wanted.base_bias else None
     return dx, dz, dh, dbias, dbase_weight, dbase_bias
 
@@ -107,5 +107,5 @@ define(
     kernel=_grads_kernel,
     composite=_grads_composite,
 )
-if not MISSING and compiled.load("eager") is None:  # shadows these kernels on the CPU, where no transform is active
+if not MISSING and compiled.load("eager") is None:  # runs on the CPU instead of these kernels
     torch.ops.fasthyper_eager.declare_axes([*AXES], [*AXES.values()])

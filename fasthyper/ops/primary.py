@@ -1,13 +1,13 @@
-"""A primary network of two generated layers in one op, for backends that keep what is between the layers on chip.
+"""A primary network of two generated layers in one op, for backends that keep the hidden layer on chip.
 
     a[b,n] = (H1·z[b] + W1) x[b,n] + bias1·z[b] + b1
     y[b,n] = (H2·z[b] + W2) σ(a[b,n]) + bias2·z[b] + b2
 
-It is `hyper_linear` twice, with torch's own σ between: the composites below say it so. Second order, forward mode and
-every transform see them, and they run where no backend fuses the two layers. `a` is a result because backward reads it.
-It has derivatives like any other result: in second order, gradients come in through it.
+It is `hyper_linear` twice, with torch's own σ between: the composites below compute exactly that. They run in second
+order, in forward mode, under every transform, and where no backend fuses the two layers. `a` is a result because
+backward reads it. It has derivatives like any other result: second-order gradients pass through it.
 
-A backend that fuses brings the three functions of `backends.contract.Fusing`.
+A backend that fuses has the three functions of `backends.contract.Fusing`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _aten = torch.ops.aten
 
 
 class Activation(NamedTuple):
-    """σ: its module, the function, and g·σ'(a) as a function of (g, a, σ(a)) that torch can derive again."""
+    """σ: its module, the function, and g·σ'(a) as a function of (g, a, σ(a)) that torch can differentiate."""
 
     module: type[nn.Module]
     forward: Callable[[Tensor], Tensor]
@@ -123,53 +123,54 @@ TENSORS = Primary._fields[:10]
 """The tensors of a call, which are also those that have gradients."""
 
 
-def fits(a: Primary) -> bool:
-    """Return whether the arguments of a call are right: the quick answer."""
-    given = dict(zip(TENSORS, a, strict=False))
+def are_valid(args: Primary) -> bool:
+    """Return whether the arguments of a call are right, without an error message."""
+    given = dict(zip(TENSORS, args, strict=False))
     return all(given[name] is not None for name in ("z", "weight1", "weight2")) and agree(PRIMARY, given)
 
 
-def fusing(x: Tensor, backend: str, schedule: str) -> Fusing | None:
-    """Return the backend that runs a call, if it can fuse. It may not under a forced schedule, which is one layer's."""
-    try:
-        found = backends.backend(backend, x.device)
-    except ValueError:  # not on this device, which the layers say
+def backend_that_may_fuse(x: Tensor, backend: str, schedule: str) -> Fusing | None:
+    """Return the backend of a call, if it can fuse. It may not under a forced schedule, which applies to one layer."""
+    if schedule != AUTO or not backends.runs_on(backend, x.device):
         return None
-    return cast(Fusing, found) if schedule == AUTO and hasattr(found, "fuses") else None
+    module = backends.backend(backend, x.device)
+    return cast(Fusing, module) if hasattr(module, "fuses") else None
 
 
-def fused_by(a: Primary | PrimaryGrads) -> Fusing | None:
-    """Return the backend that fuses a call, whose arguments are checked."""
-    found = fusing(a.x, *choice(a))
-    return found if found is not None and found.fuses(a.x, a.z, a.first, a.second, a.activation) else None
+def backend_that_fuses(args: Primary | PrimaryGrads) -> Fusing | None:
+    """Return the backend that fuses a call, or None. The arguments must be valid."""
+    backend = backend_that_may_fuse(args.x, *choice(args))
+    if backend is None or not backend.fuses(args.x, args.z, args.first, args.second, args.activation):
+        return None
+    return backend
 
 
-def _validate(a: Primary | PrimaryGrads) -> None:
-    sigma(a.activation)
+def _validate(args: Primary | PrimaryGrads) -> None:
+    sigma(args.activation)
 
 
-def _kernel(a: Primary) -> tuple[Tensor, Tensor]:
-    backend = fused_by(a)
+def _kernel(args: Primary) -> tuple[Tensor, Tensor]:
+    backend = backend_that_fuses(args)
     if backend is None:
-        return _composite(a)
-    with autocast.off(a.x):
-        return backend.primary(a.x, a.z, a.first, a.second, a.activation)
+        return _composite(args)
+    with autocast.off(args.x):
+        return backend.primary(args.x, args.z, args.first, args.second, args.activation)
 
 
-def _composite(a: Primary) -> tuple[Tensor, Tensor]:
-    hidden = ops.hyper_linear(a.x, a.z, *a.first, *choice(a))
-    return ops.hyper_linear(sigma(a.activation).forward(hidden), a.z, *a.second, *choice(a)), hidden
+def _composite(args: Primary) -> tuple[Tensor, Tensor]:
+    hidden = ops.hyper_linear(args.x, args.z, *args.first, *choice(args))
+    return ops.hyper_linear(sigma(args.activation).forward(hidden), args.z, *args.second, *choice(args)), hidden
 
 
-def _backward(p: Primary, wanted: dict[str, bool], a: Tensor, gy: Tensor | None, ga: Tensor | None) -> Gradients:
+def _backward(args: Primary, wanted: dict[str, bool], a: Tensor, gy: Tensor | None, ga: Tensor | None) -> Gradients:
     mask = [wanted[name] for name in TENSORS]
     grads: dict[str, Tensor | None] = dict.fromkeys(TENSORS)
     if gy is not None:
-        layers = (*p.first[:3], *p.second[:3])
-        out = ops.primary_grads(p.x, p.z, *layers, a, gy, mask, p.activation, *choice(p))
+        layers = (*args.first[:3], *args.second[:3])
+        out = ops.primary_grads(args.x, args.z, *layers, a, gy, mask, args.activation, *choice(args))
         grads.update(zip(TENSORS, out, strict=True))
-    if ga is not None:  # a is read elsewhere, too: by second order
-        out = ops.hyper_linear_grads(p.x, p.z, *p.first[:3], ga, mask[:6], *choice(p))
+    if ga is not None:  # a has a gradient of its own, in second order
+        out = ops.hyper_linear_grads(args.x, args.z, *args.first[:3], ga, mask[:6], *choice(args))
         for name, t in zip(TENSORS, out, strict=False):
             if wanted[name]:
                 grads[name] = t if grads[name] is None else grads[name] + t
@@ -185,29 +186,31 @@ define(
     kernel=_kernel,
     composite=_composite,
     backward=_backward,
-    unread=("base_bias1", "base_bias2"),
-    reread=("a",),
+    not_saved=("base_bias1", "base_bias2"),
+    saved_results=("a",),
 )
 
 
-def _grads_kernel(a: PrimaryGrads) -> tuple[Tensor | None, ...]:
-    backend = fused_by(a)
+def _grads_kernel(args: PrimaryGrads) -> tuple[Tensor | None, ...]:
+    backend = backend_that_fuses(args)
     if backend is None:
-        return _grads_composite(a)
-    with autocast.off(a.x):
-        return backend.primary_grads(a.x, a.z, a.first, a.second, a.activation, a.a, a.g, tuple(a.mask))
+        return _grads_composite(args)
+    with autocast.off(args.x):
+        return backend.primary_grads(
+            args.x, args.z, args.first, args.second, args.activation, args.a, args.g, tuple(args.mask)
+        )
 
 
-def _grads_composite(a: PrimaryGrads) -> tuple[Tensor | None, ...]:
-    wanted = dict(zip(TENSORS, a.mask, strict=True))
-    first = Wanted(*a.mask[:6])
-    second = Wanted(any(first), wanted["z"], *a.mask[6:])
-    h = sigma(a.activation).forward(a.a)
-    dh, dz, *grads2 = ops.hyper_linear_grads(h, a.z, *a.second[:3], a.g, list(second), *choice(a))
+def _grads_composite(args: PrimaryGrads) -> tuple[Tensor | None, ...]:
+    wanted = dict(zip(TENSORS, args.mask, strict=True))
+    first = Wanted(*args.mask[:6])
+    second = Wanted(any(first), wanted["z"], *args.mask[6:])
+    h = sigma(args.activation).forward(args.a)
+    dh, dz, *grads2 = ops.hyper_linear_grads(h, args.z, *args.second[:3], args.g, list(second), *choice(args))
     if not any(first):
         return *[None] * 6, *grads2
-    da = sigma(a.activation).backward(dh, a.a, h)
-    dx, dz1, *grads1 = ops.hyper_linear_grads(a.x, a.z, *a.first[:3], da, list(first), *choice(a))
+    da = sigma(args.activation).backward(dh, args.a, h)
+    dx, dz1, *grads1 = ops.hyper_linear_grads(args.x, args.z, *args.first[:3], da, list(first), *choice(args))
     return dx, dz1 + dz, *grads1, *grads2
 
 

@@ -1,4 +1,4 @@
-"""The one table of rules: how the ops of the family derive, and how they vectorise.
+"""The one table of rules: the derivatives and the vmap of the op family.
 
 T(x, z, H, g) = Σ x[b,n,i] z[b,r] H[o,i,r] g[b,n,o] has four factors, and each op is T with one taken out:
 
@@ -29,7 +29,7 @@ RESULT = {"apply": "g", "cond_grad": "z", "weight_grad": "weight"}
 ops = torch.ops.fasthyper
 
 
-def partial(factor: str, t: Mapping[str, Tensor], *choice: str) -> Tensor:
+def derivative(factor: str, t: Mapping[str, Tensor], *choice: str) -> Tensor:
     """Return dT/d(factor), given the other three factors and the choice of a backend."""
     if factor == "x":
         return ops.apply(t["g"], t["z"], t["weight"].transpose(0, 1), *choice)
@@ -42,7 +42,7 @@ def partial(factor: str, t: Mapping[str, Tensor], *choice: str) -> Tensor:
 
 # A batched dimension v is merged into an axis of the op that every batched argument has and that is in the result:
 # the op then sees one dimension. Arguments without v that have the axis are repeated along it. Listed by the batched
-# factors. With any others, v is in every factor apart, and the op runs in a loop over v.
+# factors. With other combinations no axis can hold v, and the op runs once for each v.
 MERGE: dict[str, dict[tuple[str, ...], str]] = {
     "apply": {("x",): "N", ("z",): "B", ("x", "z"): "B", ("weight",): "O"},
     "cond_grad": {("x",): "B", ("g",): "B", ("x", "g"): "B", ("weight",): "R"},
@@ -56,20 +56,20 @@ def vmap(name: str, batch: int, dims: Sequence[int | None], args: tuple[Any, ...
     tensors = {f: t if d is None else t.movedim(d, 0) for f, t, d in zip(factors, args, dims, strict=False)}
     batched = tuple(f for f, d in zip(factors, dims, strict=False) if d is not None)
     sizes = sizes_of(AXES, {f: t.shape[f in batched :] for f, t in tensors.items()})
-    letters = AXES[RESULT[name]]
+    result_axes = AXES[RESULT[name]]
     axis = MERGE[name].get(batched)
     if axis is None and batch == 0:
-        return tensors[factors[0]].new_zeros(0, *shape_of(letters, sizes)), 0
+        return tensors[factors[0]].new_zeros(0, *shape_of(result_axes, sizes)), 0
     if axis is None:
         each = ([t[v] if f in batched else t for f, t in tensors.items()] for v in range(batch))
         return torch.stack([op(*ts, *choice) for ts in each]), 0
     merged = []
     for f, t in tensors.items():
         if axis in AXES[f]:
-            at = AXES[f].index(axis)
+            position = AXES[f].index(axis)
             t = t if f in batched else t.expand(batch, *t.shape)
-            t = t.movedim(0, at).flatten(at, at + 1)
+            t = t.movedim(0, position).flatten(position, position + 1)
         merged.append(t)
     y = op(*merged, *choice)
-    at = letters.index(axis)
-    return y.view(*y.shape[:at], batch, *shape_of(letters, sizes)[at:]), at
+    position = result_axes.index(axis)
+    return y.view(*y.shape[:position], batch, *shape_of(result_axes, sizes)[position:]), position

@@ -6,7 +6,7 @@
 | N      | points that share an instance    | I      | in features of the layer           |
 | R      | features of z                    | J      | features between two layers        |
 
-The kernels on the CPU check by the same table: `csrc/eager.cpp` is given it when its library is loaded.
+csrc/eager.cpp checks by the same table, which `ops/linear.py` passes to it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Axes = Mapping[str, str]
-"""Letters by argument. The first argument that has an axis fixes its size; an error names the one that disagrees."""
+"""Letters by argument. The first argument with a letter fixes its size; an error blames a later one that differs."""
 
 LINEAR: Axes = {
     "weight": "OIR",
@@ -49,7 +49,7 @@ PRIMARY: Axes = {
 
 
 def agree(axes: Axes, tensors: Mapping[str, Any]) -> bool:
-    """Return whether all tensors have one dtype that is known, one device, and sizes that agree: the quick answer."""
+    """Return whether all tensors have one known dtype, one device, and sizes that agree, without an error message."""
     x = tensors["x"]
     dtype, device = x.dtype, x.device
     if dtype not in DTYPES:
@@ -79,7 +79,7 @@ def shape_of(letters: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def check(axes: Axes, tensors: Mapping[str, Any], optional: Iterable[str] = ()) -> None:
-    """Check the tensors of a call: kind, dtype, device, then rank and sizes.
+    """Check the tensors of a call: type, dtype, device, then rank and sizes.
 
     Args:
         axes: the letters of each argument. A ``*`` stands for any number of axes.
@@ -92,25 +92,25 @@ def check(axes: Axes, tensors: Mapping[str, Any], optional: Iterable[str] = ()) 
     """
     for name, t in tensors.items():
         if t is not None or name not in optional:
-            _check_kind(name, t, tensors["x"])
+            _check_tensor(name, t, tensors["x"])
     fixed: dict[str, tuple[int, str]] = {}  # the size of each letter, and the argument that fixed it
     for name, letters in axes.items():
         t = tensors.get(name)
         if t is None:
             continue
-        named = _named(letters, t.shape)
-        if named is None:
+        pairs = _pair_letters(letters, t.shape)
+        if pairs is None:
             raise ValueError(_wrong_shape(name, letters, t, fixed) + _shared_z(name, tensors))
-        for letter, size in named:
+        for letter, size in pairs:
             expected, other = fixed.setdefault(letter, (size, name))
             if size != expected:
                 raise ValueError(
                     f"{_wrong_shape(name, letters, t, fixed)}; {name} must have {letter} = {expected}, as {other} "
-                    f"{_written(axes[other])} of shape {tuple(tensors[other].shape)} has{_shared_z(name, tensors)}"
+                    f"{_format_axes(axes[other])} of shape {tuple(tensors[other].shape)} has{_shared_z(name, tensors)}"
                 )
 
 
-def _check_kind(name: str, t: Any, x: Tensor) -> None:
+def _check_tensor(name: str, t: Any, x: Tensor) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {'None' if t is None else type(t).__name__}")
     if t.dtype not in DTYPES:
@@ -128,8 +128,8 @@ def _check_kind(name: str, t: Any, x: Tensor) -> None:
         )
 
 
-def _named(letters: str, shape: Sequence[int]) -> list[tuple[str, int]] | None:
-    """Pair letters with sizes; None if the rank is another."""
+def _pair_letters(letters: str, shape: Sequence[int]) -> list[tuple[str, int]] | None:
+    """Pair letters with sizes; None if the rank is wrong."""
     first, star, last = letters.partition("*")
     rank = len(first) + len(last)
     if len(shape) < rank or (len(shape) > rank and not star):
@@ -137,20 +137,22 @@ def _named(letters: str, shape: Sequence[int]) -> list[tuple[str, int]] | None:
     return [*zip(first, shape, strict=False), *zip(last, shape[len(shape) - len(last) :], strict=True)]
 
 
-def _written(axes: Sequence[str]) -> str:
+def _format_axes(axes: Sequence[str]) -> str:
     """Return axes as a reader writes a shape: (B, R), or (O,), or (B, I) or (B, *, I)."""
     if "*" in axes:
-        return f"{_written([axis for axis in axes if axis != '*'])} or ({', '.join(axes)})"
+        return f"{_format_axes([axis for axis in axes if axis != '*'])} or ({', '.join(axes)})"
     return f"({', '.join(axes)})" if len(axes) > 1 else f"({axes[0]},)"
 
 
 def _wrong_shape(name: str, letters: str, t: Tensor, fixed: Mapping[str, tuple[int, str]]) -> str:
     expected = [str(fixed[letter][0]) if letter in fixed else letter for letter in letters]
-    return f"{name} must have shape {_written(expected)}, got {tuple(t.shape)}: its axes are {_written(letters)}"
+    return (
+        f"{name} must have shape {_format_axes(expected)}, got {tuple(t.shape)}: its axes are {_format_axes(letters)}"
+    )
 
 
 def _shared_z(name: str, tensors: Mapping[str, Tensor]) -> str:
-    """Return what to do instead, where a z looks like one for the whole batch."""
+    """Return a hint if z looks like one for the whole batch."""
     z, x = tensors.get("z"), tensors["x"]
     if name != "z" or z is None or not (z.dim() == 1 or (z.dim() == 2 and z.shape[0] == 1)):
         return ""

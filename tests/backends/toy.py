@@ -7,7 +7,7 @@ import torch
 from fasthyper.costs import Costs
 
 DTYPES = (torch.float64, torch.float32)
-DEFAULT_ON = ("cpu",)
+PREFERRED_ON = ("cpu",)
 COSTS = Costs()
 REMARK = "for a test"
 

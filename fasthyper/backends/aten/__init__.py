@@ -21,7 +21,7 @@ from . import fold, generate, project
 from .tiling import Affine, Tiling, accumulate, blocks, boxes, head_matrix
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-DEFAULT_ON = ()
+PREFERRED_ON = ()
 COSTS = Costs()
 REMARK = ""
 _SMALL = 32

@@ -22,7 +22,7 @@ from . import launch, library, primaries
 DTYPES, takes = gpu.DTYPES, gpu.takes
 REMARK = "only use_backend takes it: its kernels have never run on a GPU, they are proven by an emulator"
 """A remark for `fasthyper info`."""
-DEFAULT_ON = ()  # no GPU has shown it to be right and fast
+PREFERRED_ON = ()  # no GPU has shown it to be right and fast
 COSTS = gpu.GpuCosts()
 emulating = library.emulating
 

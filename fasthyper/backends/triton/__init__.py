@@ -24,7 +24,7 @@ from .tiles import dx_dz_tiles
 DTYPES, takes = gpu.DTYPES, gpu.takes
 REMARK = "its kernels have never run on a GPU: proven by Triton's interpreter and by compiling ahead of time"
 """A remark for `fasthyper info`."""
-DEFAULT_ON = ("cuda",)
+PREFERRED_ON = ("cuda",)
 _OLDEST_TRITON = (3, 6)
 
 
