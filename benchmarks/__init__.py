@@ -1,1 +1,1 @@
-"""Time and memory of fasthyper beside the usual ways: `python -m benchmarks --help`, `pytest benchmarks`."""
+"""Benchmarks of fasthyper and its peers: `python -m benchmarks --help`, `pytest benchmarks`."""

@@ -1,9 +1,9 @@
-"""Measure on this machine, then make tables and figures of what was measured, here or elsewhere.
+"""Measure fasthyper and its peers on this machine, and make tables and figures of the results.
 
     python -m benchmarks measure [--device cpu] [--only NAME] [--studies workloads,scaling,training] ...
     python -m benchmarks report
 
-A file of results is kept for each device; what is measured again replaces what was there, and the rest stays.
+Each device has one file of results. A new measurement replaces the old one; all others stay.
 """
 
 from __future__ import annotations
@@ -12,112 +12,132 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 
 import torch
 import torch._inductor.config
 
-from . import measure, records, timing
+from . import records, studies, timing
+from .context import current_context
 from .devices import CPU, GPU
-from .prepare import prepare
+from .precompile import precompile
 from .records import MODES
 from .workloads import AXES
 
+DTYPES = ("float32", "bfloat16", "float16")
+FOLDER = "folder of the results (default: benchmarks/results)"
+
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options."""
-    parser = argparse.ArgumentParser("benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    options = commands.add_parser("measure", help="time and memory on this machine")
-    options.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    options.add_argument("--studies", type=_names(measure.STUDIES), default=measure.STUDIES)
-    options.add_argument("--only", metavar="NAME", help="workloads whose name has this in it, and no other study")
-    options.add_argument("--dtypes", type=_names(("float32", "bfloat16", "float16")), default=("float32", "bfloat16"))
-    options.add_argument("--modes", type=_names(MODES), default=MODES, help=f"of {', '.join(MODES)}")
-    options.add_argument("--axes", type=_names([a.name for a in AXES]), default=tuple(a.name for a in AXES))
-    options.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of a CPU")
-    options.add_argument("--large", action="store_true", help="on a CPU, workloads of many GiB, too")
-    options.add_argument("--every", action="store_true", help="on a CPU, all workloads in every mode and dtype")
-    options.add_argument(
-        "--eager", action="store_true", help="without torch.compile, which compiles for minutes in all"
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    options.add_argument(
+    commands = parser.add_subparsers(dest="command", required=True)
+    measure = commands.add_parser(
+        "measure",
+        help="measure time and memory on this machine",
+        description="Measure time and memory on this machine. A LIST has commas between its names.",
+    )
+    option = measure.add_argument
+    option("--device", choices=["cpu", "cuda"], default="cpu", help="where to run (default: cpu)")
+    option("--only", metavar="NAME", help="measure only workloads whose name contains NAME, and no other study")
+    axes = [axis.name for axis in AXES]
+    _add_list(measure, "--studies", studies.STUDIES, studies.STUDIES, "what to measure")
+    _add_list(measure, "--dtypes", DTYPES, DTYPES[:2], "dtypes of the workloads")
+    _add_list(measure, "--modes", MODES, MODES, "what one step computes")
+    _add_list(measure, "--axes", axes, axes, "the sizes that grow in the study of scaling")
+    threads = min(2, os.cpu_count() or 1)
+    option("--threads", metavar="COUNT", type=int, default=threads, help="threads of the CPU (default: %(default)s)")
+    option("--large", action="store_true", help="on a CPU, also measure workloads that need many GiB")
+    option("--every", action="store_true", help="on a CPU, measure all workloads in every mode and dtype")
+    option("--eager", action="store_true", help="skip torch.compile, which takes minutes in all")
+    option(
         "--budget",
+        metavar="SECONDS",
         type=float,
         default=float("inf"),
-        help="seconds after which no more is begun; compiling ends at half",
+        help="start no new measurement after this time, and compile nothing after half of it",
     )
-    options.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the results")
-    options.add_argument("--no-report", action="store_true", help="leave tables and figures for later")
-    made = commands.add_parser("report", help="tables and figures from the results")
-    made.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the results")
+    option("--out", metavar="FOLDER", type=Path, default=records.RESULTS, help=FOLDER)
+    option("--no-report", action="store_true", help="do not make tables and figures")
+    report = commands.add_parser("report", help="make tables and figures of the results")
+    report.add_argument("--out", metavar="FOLDER", type=Path, default=records.RESULTS, help=FOLDER)
     return parser.parse_args(given)
 
 
-def _names(known: Sequence[str]):
+def _add_list(
+    parser: argparse.ArgumentParser, name: str, known: Sequence[str], default: Sequence[str], text: str
+) -> None:
+    shown = "all" if len(default) == len(known) else ", ".join(default)
+    text = f"{text}: {', '.join(known)} (default: {shown})"
+    parser.add_argument(name, metavar="LIST", type=_names(known), default=tuple(default), help=text)
+
+
+def _names(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
     def names(text: str) -> tuple[str, ...]:
         chosen = tuple(name.strip() for name in text.split(","))
         if unknown := [name for name in chosen if name not in known]:
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not of {', '.join(known)}")
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not one of {', '.join(known)}")
         return chosen
 
     return names
 
 
 def main(given: Sequence[str] | None = None) -> None:
-    """Do what is asked for."""
+    """Run the command line."""
     args = arguments(given)
     if args.command == "measure":
         _measure(args)
     if args.command == "report" or not args.no_report:
-        from . import report  # matplotlib may not be where there is a GPU
+        from . import report  # needs matplotlib, which a machine with a GPU may not have
 
         for path in report.write_all(args.out):
             print(f"written: {path.name}")
 
 
 def _measure(args: argparse.Namespace) -> None:
-    """Measure, print and write, group by group, so that nothing is lost."""
+    """Measure and print. Each group of records is written at once, so that an interruption loses little."""
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("there is no GPU here")
-    chosen = measure.chosen(args.only, args.large, args.device)
-    if not chosen:
-        raise SystemExit(f"no workload has {args.only!r} in its name; mothernet wants --large")
+        raise SystemExit("torch finds no GPU here")
+    workloads = studies.select(args.only, args.large, args.device)
+    if not workloads:
+        raise SystemExit(f"no workload has {args.only!r} in its name; on a CPU, large workloads need --large")
     torch.set_num_threads(args.threads)
-    # compiled anew each time, or the seconds that it takes would be those of a cache
-    folder = tempfile.TemporaryDirectory(prefix="fasthyper-", ignore_cleanup_errors=True)  # gone after it
+    # A new folder each time: with an old cache, the first call would not compile.
+    folder = tempfile.TemporaryDirectory(prefix="fasthyper-", ignore_cleanup_errors=True)  # deleted when it is freed
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
-    torch._inductor.config.compile_threads = 1  # no processes in the background of what is measured
+    torch._inductor.config.compile_threads = 1  # no background processes during measurements
     device = CPU() if args.device == "cpu" else GPU()
-    context = records.context(args.device)
+    context = current_context(args.device)
     path = args.out / f"{context.slug}.csv"
     start = time.monotonic()
     until = start + args.budget
-    studies = ("workloads",) if args.only else args.studies
-    records.read(path)  # or say at once that it is not to be read
+    chosen = ("workloads",) if args.only else args.studies
+    records.read(path)  # fails now rather than after the first measurement
     print(f"{context.device}; torch {context.torch}; commit {context.commit}", flush=True)
     dtypes = [getattr(torch, name) for name in args.dtypes]
     if args.device == "cuda":
-        grown = [w for axis in AXES if axis.name in args.axes for w in axis.workloads("cuda")]
-        prepare(
-            [(w, dtype) for w in chosen for dtype in dtypes if "workloads" in studies]
-            + [(w, torch.bfloat16) for w in grown if "scaling" in studies]
+        scaled = [w for axis in AXES if axis.name in args.axes for w in axis.workloads("cuda")]
+        precompile(
+            [(w, dtype) for w in workloads for dtype in dtypes if "workloads" in chosen]
+            + [(w, torch.bfloat16) for w in scaled if "scaling" in chosen]
         )
     groups = []
-    if "workloads" in studies:
+    if "workloads" in chosen:
         compile_until = start + args.budget / 2
         options = (args.every or bool(args.only), not args.eager, until, compile_until)
-        groups.append(measure.workloads(chosen, dtypes, args.modes, device, context, *options))
-    if "scaling" in studies:
-        groups.append(measure.scaling(args.axes, device, context, until))
-    if "training" in studies:
-        groups.append(measure.trained(device, context, until))
+        groups.append(studies.measure_workloads(workloads, dtypes, args.modes, device, context, *options))
+    if "scaling" in chosen:
+        groups.append(studies.measure_scaling(args.axes, device, context, until))
+    if "training" in chosen:
+        groups.append(studies.measure_training(device, context, until))
     for group in chain.from_iterable(groups):
-        known = [r for r in records.read(path) if measure.listed(r)]
-        records.write(path, records.replaced(known, group))
-        print(f"{time.monotonic() - start:6.0f} s  {timing.told(group)}", flush=True)
+        known = [r for r in records.read(path) if studies.is_current(r)]
+        records.write(path, records.merge(known, group))
+        print(f"{time.monotonic() - start:6.0f} s  {timing.describe(group)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,48 @@
-"""Options of `pytest benchmarks`, and peak temporary memory below pytest-benchmark's tables of times."""
+"""Options of `pytest benchmarks`, the device, and a summary of peak memory below pytest-benchmark's tables of times."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from .devices import CPU, GPU
-from .records import BOTH, MODES
+from .records import FORWARD_BACKWARD, MODES
 
-MEMORY = pytest.StashKey[list[tuple[str, str, int]]]()
+MEMORY = pytest.StashKey[dict[str, dict[str, int]]]()
+"""Peak temporary bytes by group and way."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """What is measured; `-k` chooses workloads and ways by name."""
-    group = parser.getgroup("fasthyper")
-    group.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="where (cpu)")
-    group.addoption("--dtypes", default="float32", help="of float32, bfloat16, float16, with commas (float32)")
-    group.addoption("--modes", default=BOTH, help=f"of {', '.join(MODES)}, with commas ({BOTH})")
-    group.addoption("--compiled", action="store_true", help="torch.compile's ways, too, which compile for seconds each")
+    """Add the options."""
+    group = parser.getgroup("fasthyper", "fasthyper's benchmarks; -k chooses workloads and ways by name")
+    group.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="where to run (default: cpu)")
+    group.addoption(
+        "--dtypes",
+        metavar="LIST",
+        default="float32",
+        help="dtypes with commas between them: float32, bfloat16, float16 (default: float32)",
+    )
+    group.addoption(
+        "--modes",
+        metavar="LIST",
+        default=FORWARD_BACKWARD,
+        help=f"what one step computes, with commas between: {', '.join(MODES)} (default: {FORWARD_BACKWARD})",
+    )
+    group.addoption("--compiled", action="store_true", help="also measure with torch.compile, which takes seconds each")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Nothing measured yet."""
-    config.stash[MEMORY] = []
+    """Start with no measurements."""
+    config.stash[MEMORY] = {}
 
 
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> Iterator[CPU | GPU]:
-    """Where, with two threads on a CPU as `make bench` has them."""
+    """The device, with two threads on a CPU, as in `make bench`."""
     threads = torch.get_num_threads()
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     yield CPU() if pytestconfig.getoption("device") == "cpu" else GPU()
@@ -39,18 +50,20 @@ def device(pytestconfig: pytest.Config) -> Iterator[CPU | GPU]:
 
 
 @pytest.fixture
-def remember(pytestconfig: pytest.Config) -> Any:
-    """Take down a way's peak temporary bytes for the summary."""
-    return lambda group, way, size: pytestconfig.stash[MEMORY].append((group, way, size))
+def report_memory(pytestconfig: pytest.Config) -> Callable[[str, str, int], None]:
+    """A function of (group, way, bytes) that adds a line to the summary of memory."""
+
+    def add(group: str, way: str, size: int) -> None:
+        pytestconfig.stash[MEMORY].setdefault(group, {})[way] = size
+
+    return add
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Memory beside time."""
-    groups: dict[str, dict[str, int]] = {}
-    for group, way, size in config.stash[MEMORY]:
-        groups.setdefault(group, {})[way] = size
+    """Print the peak memory of each way, the least first."""
+    groups = config.stash[MEMORY]
     if groups:
-        terminalreporter.section("peak temporary memory, MiB, outputs and gradients apart")
+        terminalreporter.section("peak temporary memory in MiB, without outputs and gradients")
     for group, ways in groups.items():
         terminalreporter.write_line(group)
         for way, size in sorted(ways.items(), key=lambda item: item[1]):

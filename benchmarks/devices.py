@@ -1,4 +1,4 @@
-"""How a call is timed on a device, with none of it in the last-level cache; and what the device does at best."""
+"""The CPU and the GPU: time one call with a cold last-level cache, measure the machine's ceilings, limit memory."""
 
 from __future__ import annotations
 
@@ -14,43 +14,44 @@ import torch
 
 from fasthyper.planner import machine
 
+from .context import last_level_cache
 from .inputs import Sets, inputs, rotated
-from .records import COPY, PRODUCT, last_level_cache
+from .records import COPY, PRODUCT
 from .workloads import Workload
 
 Call = Callable[[], Any]
 
 
 class Ceiling(NamedTuple):
-    """What a machine does best, and how much of it one call is: flops of a product, bytes of a copy."""
+    """A call that shows the machine's best rate, and its amount: flops of a matrix product, bytes of a copy."""
 
     call: Call
     amount: float
 
 
 class CPU:
-    """Calls by the system's clock; each takes other tensors than the one before, so that they are in no cache."""
+    """Times calls by the system's clock. Each call takes other tensors than the last, so that no cache holds them."""
 
     kind = "cpu"
-    most_bytes = 4 << 30  # what a peer may keep
+    max_bytes = 4 << 30  # of memory that a peer may keep
 
     def __init__(self) -> None:
         self._cache = last_level_cache() or 32 << 20
 
     def sets(self, w: Workload, dtype: torch.dtype) -> Sets:
-        """Tensors to take in turns."""
+        """Return the sets of tensors for a workload."""
         return rotated(w, dtype, self._cache)
 
-    def ready(self, call: Call) -> tuple[Call, str]:
-        """What to time in the place of a call that has run before, and what to say of it."""
+    def prepare(self, call: Call) -> tuple[Call, str]:
+        """Return the call to time, and a note for its record. The given call has run before."""
         return call, ""
 
-    def once(self, call: Call) -> Call:
-        """A call that is over when it returns, for who has a clock of its own."""
+    def synchronous(self, call: Call) -> Call:
+        """Return a call that has finished when it returns, for other clocks than `seconds`."""
         return call
 
     def seconds(self, call: Call) -> float:
-        """Of one call; what it returns is freed after the clock has stopped."""
+        """Return the seconds of one call. Its results are freed after the clock has stopped."""
         start = time.perf_counter()
         results = call()
         seconds = time.perf_counter() - start
@@ -58,18 +59,18 @@ class CPU:
         return seconds
 
     def ceilings(self, dtype: torch.dtype) -> dict[str, Ceiling]:
-        """A large product, in float32 where there are none of 16 bits, and a copy of what fits in no cache."""
+        """Return a large matrix product, in the dtype that the CPU computes in, and a copy larger than the cache."""
         return _ceilings("cpu", machine("cpu", dtype).work_dtype, 1024, 2 * self._cache)
 
-    def free(self) -> int:
-        """Bytes to be had; 0 where the system does not tell."""
+    def available_bytes(self) -> int:
+        """Return the bytes that can still be allocated, 0 if unknown."""
         return _proc("/proc/meminfo", "MemAvailable:") * 9 // 10
 
     @contextmanager
-    def bounded(self) -> Iterator[None]:
-        """Memory that is not there is refused, instead of swapped or of ending the process."""
+    def memory_limit(self) -> Iterator[None]:
+        """Make allocations beyond the available memory fail, rather than swap or end the process."""
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        now, free = _proc("/proc/self/status", "VmSize:"), self.free()
+        now, free = _proc("/proc/self/status", "VmSize:"), self.available_bytes()
         if now and free:
             resource.setrlimit(resource.RLIMIT_AS, (now + free, hard))
         try:
@@ -77,27 +78,27 @@ class CPU:
         finally:
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
-    def tidy(self) -> None:
-        """Give back what nobody holds."""
+    def release_memory(self) -> None:
+        """Free memory that is no longer used."""
         gc.collect()
 
 
 class GPU:
-    """Replays of CUDA graphs between two events, so that Python is not timed, after the L2 cache was overwritten."""
+    """Times replays of CUDA graphs between two events, so without Python, after the L2 cache was overwritten."""
 
     kind = "cuda"
-    most_bytes = 40 << 30
+    max_bytes = 40 << 30
 
     def __init__(self) -> None:
         cache = torch.cuda.get_device_properties(0).L2_cache_size
         self._overwritten = torch.empty(4 * cache, dtype=torch.uint8, device="cuda")
 
     def sets(self, w: Workload, dtype: torch.dtype) -> Sets:
-        """Tensors: one set, since a graph has it fixed."""
+        """Return one set of tensors, since a CUDA graph always reads the same ones."""
         return Sets([inputs(w, dtype, "cuda")])
 
-    def ready(self, call: Call) -> tuple[Call, str]:
-        """The call as a graph, after what it sets up at first; as it is, where it is not to be captured."""
+    def prepare(self, call: Call) -> tuple[Call, str]:
+        """Return the replay of a CUDA graph of the call; the call itself, with a note, if it cannot be captured."""
         try:
             return self._captured(call), ""
         except RuntimeError as error:
@@ -118,17 +119,17 @@ class GPU:
             call()
         return graph.replay
 
-    def once(self, call: Call) -> Call:
-        """A replay that is over when it returns, for who has a clock of its own: the L2 cache is as it was left."""
+    def synchronous(self, call: Call) -> Call:
+        """Return a call that has finished when it returns, for other clocks. It does not overwrite the L2 cache."""
 
-        def replayed() -> None:
+        def synchronised() -> None:
             call()
             torch.cuda.synchronize()
 
-        return replayed
+        return synchronised
 
     def seconds(self, call: Call) -> float:
-        """Of one replay."""
+        """Return the seconds of one call."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._overwritten.zero_()
         start.record()
@@ -138,27 +139,27 @@ class GPU:
         return start.elapsed_time(end) / 1e3
 
     def ceilings(self, dtype: torch.dtype) -> dict[str, Ceiling]:
-        """A large product, and a copy of a gigabyte."""
+        """Return a large matrix product and a copy of 1 GiB."""
         found = _ceilings("cuda", dtype, 8192, 1 << 30)
         return {name: ceiling._replace(call=self._captured(ceiling.call)) for name, ceiling in found.items()}
 
-    def free(self) -> int:
-        """Bytes to be had."""
+    def available_bytes(self) -> int:
+        """Return the bytes that can still be allocated."""
         return torch.cuda.mem_get_info()[0]
 
     @contextmanager
-    def bounded(self) -> Iterator[None]:
-        """Memory that is not there is refused anyway."""
+    def memory_limit(self) -> Iterator[None]:
+        """Do nothing: CUDA itself refuses memory that is not available."""
         yield
 
-    def tidy(self) -> None:
-        """Give back what nobody holds."""
+    def release_memory(self) -> None:
+        """Free memory that is no longer used."""
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def _ceilings(device: str, dtype: torch.dtype, side: int, size: int) -> dict[str, Ceiling]:
-    generator = torch.Generator(device).manual_seed(0)  # the default one may be of a graph that could not be captured
+    generator = torch.Generator(device).manual_seed(0)  # the default one may belong to a failed capture
     a, b = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
     source = torch.ones(size, dtype=torch.uint8, device=device)
     return {
@@ -168,7 +169,7 @@ def _ceilings(device: str, dtype: torch.dtype, side: int, size: int) -> dict[str
 
 
 def _proc(path: str, field: str) -> int:
-    """Bytes that Linux tells under a name, 0 where it tells nothing."""
+    """Return a field of a file under /proc in bytes, 0 if there is none."""
     try:
         with open(path) as lines:
             return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)

@@ -1,8 +1,9 @@
-"""The tensors of a workload: every way gets the same ones."""
+"""The tensors of a workload. All ways of a comparison get the same ones."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -11,17 +12,20 @@ from torch import Tensor
 
 from .workloads import Workload
 
+Function = Callable[..., Tensor]
+"""A function of (x, z, *head) that returns y; see `Inputs`."""
+
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a way is a function of.
+    """One set of tensors.
 
     Attributes:
-        x: `(B, N, I)`; of a graph `(B / neighbours, N, I)`, a row for each node.
-        z: `(B, R)`; of a graph, edges that leave one node lie side by side.
+        x: `(B, N, I)`; of a graph `(B / neighbours, N, I)`, one row per node.
+        z: `(B, R)`; of a graph, the edges that leave a node are adjacent.
         head: H `(O, I, R)`; of two layers, H, bias `(O, R)`, base weight `(O, I)` and base bias `(O,)` of each.
-        g: the gradient of y, or what y should be.
-        trunk: `(R, R)`, weights of what z comes from in a training step.
+        g: the gradient of y, or the target of a training step.
+        trunk: `(R, R)`, the weights of the layer that computes z in a training step.
     """
 
     x: Tensor
@@ -32,21 +36,21 @@ class Inputs:
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
-        """x, z and the head: what gradients are asked for."""
+        """x, z and the head: the tensors whose gradients are computed."""
         return (self.x, self.z, *self.head)
 
     def of_instances(self, count: int) -> Inputs:
-        """The first instances of a layer."""
+        """Return the first `count` instances of a layer."""
         return replace(self, x=self.x[:count], z=self.z[:count], g=self.g[:count])
 
     def double(self) -> Inputs:
-        """The same numbers in float64."""
+        """Return the same numbers in float64."""
         x, z, g, trunk = (t.double() for t in (self.x, self.z, self.g, self.trunk))
         return Inputs(x, z, tuple(t.double() for t in self.head), g, trunk)
 
 
 def inputs(w: Workload, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
-    """Normal numbers, of a size that keeps y near 1 where there are two layers."""
+    """Draw normal numbers; heads of two layers are scaled to keep y near 1."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -63,24 +67,24 @@ def inputs(w: Workload, dtype: torch.dtype, device: str = "cpu", seed: int = 0) 
 
 
 class Sets(tuple[Inputs, ...]):
-    """Tensors that all ways of a comparison take in turns: whoever runs takes the next, whatever ran before."""
+    """Sets of tensors that all ways of a comparison share. Every call, of any way, takes the next set."""
 
     _at = 0
 
     def rewind(self) -> None:
-        """Let the next call take the first."""
+        """Make the next call take the first set."""
         self._at = 0
 
     def next(self) -> int:
-        """The number of the set to take."""
+        """Return the index of the set to take, and advance."""
         now, self._at = self._at, (self._at + 1) % len(self)
         return now
 
 
 def rotated(w: Workload, dtype: torch.dtype, cache: int) -> Sets:
-    """So many sets of tensors in a CPU's memory that all are twice its last-level cache, one at least.
+    """Return enough sets to fill a CPU's last-level cache of `cache` bytes twice, at least one set.
 
-    Whoever takes the next one each time finds none of it in the cache.
+    A call that takes the next set each time then finds none of its tensors in the cache.
     """
     first = inputs(w, dtype)
     size = sum(t.nbytes for t in (*first.leaves, first.g))
@@ -89,7 +93,7 @@ def rotated(w: Workload, dtype: torch.dtype, cache: int) -> Sets:
 
 @cache
 def edges(w: Workload, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
-    """Source and target of every edge, sources in order: each node has as many that come as that leave."""
+    """Return source and target of every edge, ordered by source. Each node has as many edges in as out."""
     source = torch.arange(w.nodes, device=device).repeat_interleave(w.neighbours)
     step = torch.arange(1, w.neighbours + 1, device=device).repeat(w.nodes)
     return source, (source + step) % w.nodes

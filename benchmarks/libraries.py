@@ -1,27 +1,24 @@
-"""The same layer as other libraries have it, at their best: their own networks make the weights, and theirs use them.
+"""The layer by other libraries, each in its fastest form: their hypernetwork generates W, and their layer uses it.
 
-None of the three hypernetwork libraries has a batched product for weights of each instance, so that `torch.func.vmap`
-does it for them; heads have no biases, and their parameter is the `weight` given. Packages are imported where they are
-used: whoever has none of them measures the others.
+None of the three hypernetwork libraries has a batched product for per-instance weights, so `torch.func.vmap` maps their
+layer over the instances. The heads have no biases; their only parameter is the given `weight`. A package is imported
+where it is used, so that the others can be measured without it.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from .inputs import edges
+from .inputs import Function, edges
 from .workloads import Workload
 
-Way = Callable[..., Tensor]
 
-
-def hypnettorch(w: Workload, device: str) -> Way:
-    """hypnettorch 0.0.4: an `HMLP` without hidden layers gives weights to an `MLP` without any of its own."""
+def hypnettorch(w: Workload, device: str) -> Function:
+    """hypnettorch 0.0.4: an `HMLP` without hidden layers generates the weights of an `MLP` without its own weights."""
     from hypnettorch.hnets import HMLP
     from hypnettorch.mnets import MLP
 
@@ -37,14 +34,14 @@ def hypnettorch(w: Workload, device: str) -> Way:
     ).to(device)
     (name,) = dict(head.named_parameters())
 
-    def way(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
-        made = functional_call(head, {name: weight.flatten(0, 1)}, (), {"cond_input": z, "ret_format": "flattened"})
-        return vmap(lambda own, rows: network.forward(rows, weights=[own]))(made.unflatten(1, (w.O, w.I)), x)
+    def layer(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+        W = functional_call(head, {name: weight.flatten(0, 1)}, (), {"cond_input": z, "ret_format": "flattened"})
+        return vmap(lambda own, points: network.forward(points, weights=[own]))(W.unflatten(1, (w.O, w.I)), x)
 
-    return way
+    return layer
 
 
-def hyperlight(w: Workload, device: str) -> Way:
+def hyperlight(w: Workload, device: str) -> Function:
     """hyperlight 0.0.5: a `HyperNet` without hidden layers sets the weights of a `HyperLinear`."""
     import hyperlight as hl
 
@@ -59,43 +56,43 @@ def hyperlight(w: Workload, device: str) -> Way:
     ).to(device)
     (name,) = dict(head.named_parameters())
 
-    def one(own: Tensor, rows: Tensor) -> Tensor:
+    def instance(own: Tensor, points: Tensor) -> Tensor:
         with network.using_externals({"weight": own}):
-            return network(rows)
+            return network(points)
 
-    def way(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
-        made = functional_call(head, {name: weight.flatten(0, 1)}, (), {"z": z})["weight"]
-        return vmap(one)(made.view(-1, w.O, w.I), x)
+    def layer(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+        W = functional_call(head, {name: weight.flatten(0, 1)}, (), {"z": z})["weight"]
+        return vmap(instance)(W.view(-1, w.O, w.I), x)
 
-    return way
+    return layer
 
 
-def hyper_nn(w: Workload, device: str) -> Way:
-    """hyper-nn 0.2.2: a `TorchHyperNetwork` whose parameters are those that a linear layer of ours makes from z."""
+def hyper_nn(w: Workload, device: str) -> Function:
+    """hyper-nn 0.2.2: a `TorchHyperNetwork` whose weights a linear layer of this module generates from z."""
     from hypernn.torch import TorchHyperNetwork
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # it calls what torch.func has replaced
+        warnings.simplefilter("ignore", FutureWarning)  # it calls functions that torch.func has replaced
         network = TorchHyperNetwork(nn.Linear(w.I, w.O, bias=False))
 
-    def one(own: Tensor, rows: Tensor) -> Tensor:
-        return network.target_forward(rows, generated_params=own)
+    def instance(own: Tensor, points: Tensor) -> Tensor:
+        return network.target_forward(points, generated_params=own)
 
-    def way(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
-        return vmap(one)(nn.functional.linear(z, weight.flatten(0, 1)), x)
+    def layer(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+        return vmap(instance)(nn.functional.linear(z, weight.flatten(0, 1)), x)
 
-    return way
+    return layer
 
 
-def nnconv(w: Workload, device: str) -> Way:
-    """PyTorch Geometric's `NNConv`, which sums over the edges that come in. The head is `(I, O, R)` here."""
+def nnconv(w: Workload, device: str) -> Function:
+    """PyTorch Geometric's `NNConv`, which sums over incoming edges. Its head is `(I, O, R)`."""
     from torch_geometric.nn import NNConv
 
     head = nn.Linear(w.R, w.I * w.O, bias=False, device=device)
-    layer = NNConv(w.I, w.O, head, aggr="add", root_weight=False, bias=False)
+    conv = NNConv(w.I, w.O, head, aggr="add", root_weight=False, bias=False)
     index = torch.stack(edges(w, device))
 
-    def way(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
-        return functional_call(layer, {"nn.weight": weight.flatten(0, 1)}, (x.squeeze(1), index, z)).unsqueeze(1)
+    def layer(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+        return functional_call(conv, {"nn.weight": weight.flatten(0, 1)}, (x.squeeze(1), index, z)).unsqueeze(1)
 
-    return way
+    return layer

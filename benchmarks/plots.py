@@ -1,4 +1,4 @@
-"""The figures of a file of results, each with device, commit and date in its title."""
+"""The figures of a file of results. Their titles have device, commit and date."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from .records import BOTH, COPY, PRODUCT, Record, layers, quartiles
+from .analysis import TOLERANCE, Results, Subject, common_loss, loss_curves, position
+from .formatting import MIB, digits, mib
+from .records import COPY, FORWARD_BACKWARD, PRODUCT, Record, layers, quartiles
 from .roofline import flops, intensity
-from .subjects import TOLERANCE, Results, Subject, along, common_loss, runs
-from .tables import MIB, digits, mib
 
 DPI = 110
 OURS, LOSS, ROOF = "#1f5fa8", "#c8501e", "#555555"
 COLOURS = ("#e08214", "#1a9850", "#b2478f", "#8c6d31", "#17a3b8", "#d73027", "#7f7f7f")
 VARIANTS = ("#74add1", "#5e4fa2", "#66c2a5", "#abd9e9")
-MARKERS = {"forward": "^", BOTH: "o", "training step": "s"}
+MARKERS = {"forward": "^", FORWARD_BACKWARD: "o", "training step": "s"}
 DTYPES = {"float32": OURS, "bfloat16": "#7b3fa0", "float16": "#2a8f6d"}
 OUT_OF_MEMORY = "out of memory"
 
 
 def _figure(results: Results, title: str, width: float, height: float) -> Figure:
-    """An empty figure that says what it is of, and what the marks stand for."""
+    """Return an empty figure with its title, its context and the footnotes."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     letters = int(width * 14)
     lines = [line for text in (results.headline, *results.footnotes) for line in textwrap.wrap(text, letters)]
@@ -39,7 +39,7 @@ def _figure(results: Results, title: str, width: float, height: float) -> Figure
 
 
 def _plain(axis: Axis) -> None:
-    """Ticks of a logarithmic axis as plain numbers, as many as its range has room for."""
+    """Label a logarithmic axis with plain numbers, as many as its range has room for."""
     low, high = sorted(axis.get_view_interval())
     decades = math.log10(high / low)
     steps = (1, 1.5, 2, 3, 5, 7) if decades < 0.9 else (1, 2, 5) if decades < 2.5 else (1,)
@@ -50,23 +50,23 @@ def _plain(axis: Axis) -> None:
 
 
 def _style(dtype: str, mode: str) -> dict[str, Any]:
-    """A marker for a dtype and a mode."""
+    """Return the marker of a dtype and a mode."""
     face = "white" if dtype == "float32" else None
     colour = DTYPES.get(dtype, ROOF)
     return {"linestyle": "", "marker": MARKERS.get(mode, "d"), "color": colour, "markerfacecolor": face}
 
 
 def speedups(records: Iterable[Record]) -> Figure:
-    """Speed-up over the best peer: bars of forward + backward in float32, small markers of the rest."""
+    """Speed-up over the best peer: bars for forward + backward in float32, markers for other modes and dtypes."""
     results = Results(records)
     rows: dict[str, dict[tuple[str, str], Subject]] = {}
-    for subject in results.among("workloads"):
+    for subject in results.select("workloads"):
         if subject.speed_up:
             row = rows.setdefault(results.label(subject, marked=False), {})
-            row[subject.of.dtype, subject.of.mode] = subject
+            row[subject.record.dtype, subject.record.mode] = subject
     figure = _figure(results, "Speed-up over the best peer", 10, 1.6 + 0.24 * len(rows))
     axes = figure.add_subplot()
-    main = ("float32", BOTH)
+    main = ("float32", FORWARD_BACKWARD)
     seen: set[tuple[str, str]] = set()
     for y, row in enumerate(rows.values()):
         for key, subject in row.items():
@@ -86,7 +86,7 @@ def speedups(records: Iterable[Record]) -> Figure:
     marks = [results.mark(*row.values()) for row in rows.values()]
     axes.set_yticks(range(len(rows)), [f"{name}{mark}" for name, mark in zip(rows, marks, strict=True)], fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlabel("their time / ours;  right: forward + backward in float32, and the best peer there")
+    axes.set_xlabel("best peer's time / fasthyper's;  right: forward + backward in float32, and its best peer")
     handles = [Line2D([], [], color=OURS, linewidth=6, alpha=0.75, label="float32, forward + backward")]
     for dtype, mode in (key for key in results.modes if key in seen):
         handles.append(Line2D([], [], label=f"{dtype}, {mode}", **_style(dtype, mode)))
@@ -94,22 +94,22 @@ def speedups(records: Iterable[Record]) -> Figure:
     return figure
 
 
-def axis_title(of: Record) -> str:
-    """What is varied, and the sizes that stay."""
-    sizes = [f"{name} = {getattr(of, name):,}" for name in "BNR" if name != of.axis]
-    return f"Along {of.axis}: {', '.join(sizes + [layers(of)] * (of.axis != 'width'))}"
+def axis_title(record: Record) -> str:
+    """Return the size that grows and the fixed sizes."""
+    sizes = [f"{name} = {getattr(record, name):,}" for name in "BNR" if name != record.axis]
+    return f"Along {record.axis}: {', '.join(sizes + [layers(record)] * (record.axis != 'width'))}"
 
 
 def scaling(records: Iterable[Record]) -> Figure:
-    """Time and temporary memory along each axis: ours, with the planner's choices, the schedules and the peers."""
+    """Time and temporary memory along each axis: fasthyper with the planner's choices, each schedule, the peers."""
     results = Results(records)
     columns = max(1, max(sum(key[0] == dtype for key in results.curves) for dtype in results.dtypes))
     dtypes = [dtype for dtype in results.dtypes if any(key[0] == dtype for key in results.curves)]
     height = 6.6 * len(dtypes)
     figure = _figure(results, "Time and memory as the sizes grow", max(7.0, 3.4 * columns), height)
     grid = figure.subplots(2 * len(dtypes), columns, squeeze=False)
-    names = list(dict.fromkeys(r.way for s in results.among("scaling") for r in s.peers))
-    forced = list(dict.fromkeys(r.way for s in results.among("scaling") for r in s.variants))
+    names = list(dict.fromkeys(r.way for s in results.select("scaling") for r in s.peers))
+    forced = list(dict.fromkeys(r.way for s in results.select("scaling") for r in s.variants))
     styles = {name: (COLOURS[i % len(COLOURS)], "-") for i, name in enumerate(names)}
     styles |= {name: (VARIANTS[i % len(VARIANTS)], "--") for i, name in enumerate(forced)}
     for block, dtype in enumerate(dtypes):
@@ -123,15 +123,17 @@ def scaling(records: Iterable[Record]) -> Figure:
             (_, axis), curve = curves[column]
             _curves(above, curve, styles, time=True)
             _curves(below, curve, styles, time=False)
-            above.set_title(axis_title(curve[0].of).replace(": ", "\n"), fontsize=9)
+            above.set_title(axis_title(curve[0].record).replace(": ", "\n"), fontsize=9)
             below.set_xlabel("width, I = O" if axis == "width" else axis, fontsize=9)
             for axes in (above, below):
-                points = {along(s.of): f"{along(s.of):,}{results.mark(s)}" for s in curve}
+                points = {position(s.record): f"{position(s.record):,}{results.mark(s)}" for s in curve}
                 axes.set_xticks(list(points), _thinned(list(points.values())), fontsize=7)
                 axes.set_xticks([], minor=True)
-        grid[2 * block][0].set_ylabel(f"{curves[0][1][0].of.mode}, {dtype}\nms", fontsize=9)
+        grid[2 * block][0].set_ylabel(f"{curves[0][1][0].record.mode}, {dtype}\nms", fontsize=9)
         grid[2 * block + 1][0].set_ylabel("temporary memory, MiB", fontsize=9)
-    handles = [Line2D([], [], color=OURS, linewidth=2.6, marker="o", markersize=4, label="fasthyper, its own choice")]
+    handles = [
+        Line2D([], [], color=OURS, linewidth=2.6, marker="o", markersize=4, label="fasthyper, the planner's choice")
+    ]
     handles += [Line2D([], [], color=c, linestyle=line, linewidth=1.2, label=n) for n, (c, line) in styles.items()]
     handles.append(Line2D([], [], color=ROOF, linestyle=":", marker="x", label=OUT_OF_MEMORY))
     handles.append(
@@ -144,13 +146,13 @@ def scaling(records: Iterable[Record]) -> Figure:
 
 
 def _thinned(labels: list[str]) -> list[str]:
-    """Every label, or every other one where there are many; the last in any case."""
+    """Return the labels, some of them emptied if they are too many; the last one stays."""
     step = math.ceil(sum(map(len, labels)) / 34)
     return [text if (len(labels) - 1 - i) % step == 0 else "" for i, text in enumerate(labels)]
 
 
 def _curves(axes: Axes, curve: list[Subject], styles: dict[str, tuple[str, str]], time: bool) -> None:
-    """The ways of a curve, times in ms or memory in MiB."""
+    """Draw all ways along an axis: times in ms, or memory in MiB."""
 
     def value(record: Record | None) -> float | None:
         if record is None:
@@ -160,48 +162,48 @@ def _curves(axes: Axes, curve: list[Subject], styles: dict[str, tuple[str, str]]
 
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    lost = 0
+    failures = 0
     for name, (colour, line) in styles.items():
-        ways = [(along(s.of), s.way(name)) for s in curve]
+        ways = [(position(s.record), s.way(name)) for s in curve]
         points = [(x, y) for x, record in ways if (y := value(record)) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), line, color=colour, linewidth=1.2, marker=".", markersize=3)
-        gone = next((x for x, r in ways if r is not None and r.note.startswith(OUT_OF_MEMORY)), None)
-        if gone is not None:
-            lost += 1
-            height = 0.97 - 0.055 * lost
-            end: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "data"}
+        end = next((x for x, r in ways if r is not None and r.note.startswith(OUT_OF_MEMORY)), None)
+        if end is not None:
+            failures += 1
+            height = 0.97 - 0.055 * failures
+            coordinates: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "data"}
             if points:
                 arrow = {"arrowstyle": "-", "linestyle": ":", "color": colour}
-                axes.annotate("", (gone, height), xytext=points[-1], arrowprops=arrow, **end)
-            axes.plot(gone, height, "x", color=colour, transform=axes.get_xaxis_transform(), clip_on=False, zorder=5)
-            if lost == 1:
+                axes.annotate("", (end, height), xytext=points[-1], arrowprops=arrow, **coordinates)
+            axes.plot(end, height, "x", color=colour, transform=axes.get_xaxis_transform(), clip_on=False, zorder=5)
+            if failures == 1:
                 axes.annotate(
-                    OUT_OF_MEMORY, (gone, height), xycoords=end["xycoords"], xytext=(-6, 0),
+                    OUT_OF_MEMORY, (end, height), xycoords=coordinates["xycoords"], xytext=(-6, 0),
                     textcoords="offset points", ha="right", va="center", fontsize=7, color=colour,
                 )  # fmt: skip
-    ours = [(along(s.of), y, s) for s in curve if (y := value(s.ours)) is not None]
+    ours = [(position(s.record), y, s) for s in curve if (y := value(s.ours)) is not None]
     if ours:
         axes.plot(
             [x for x, *_ in ours], [y for _, y, _ in ours], "o-", color=OURS, linewidth=2.6, markersize=4, zorder=4
         )
     for x, y, s in ours if time else []:
-        if s.planner is not None and s.planner > TOLERANCE:
+        if s.planner_ratio is not None and s.planner_ratio > TOLERANCE:
             axes.plot(x, y, "o", color=LOSS, markersize=9, markerfacecolor="none", zorder=5)
         letters = _letters(s.ours.plan if s.ours else "")
         axes.annotate(letters, (x, y), xytext=(0, -12), textcoords="offset points", ha="center", fontsize=7, color=OURS)
     axes.grid(color="#e4e4e4", linewidth=0.5)
     axes.tick_params(labelsize=7)
     axes.margins(y=0.16)
-    if lost:
+    if failures:
         low, high = axes.get_ylim()
-        axes.set_ylim(low, high * (high / low) ** (0.12 + 0.06 * lost))
+        axes.set_ylim(low, high * (high / low) ** (0.12 + 0.06 * failures))
     _plain(axes.yaxis)
 
 
 def _letters(plan: str) -> str:
-    """The orders forward and backward by their first letters, one where they are the same."""
-    return "/".join(dict.fromkeys(order.strip()[:1] for order in plan.split("/")))
+    """Return the first letters of the schedules forward and backward, one letter if they are the same."""
+    return "/".join(dict.fromkeys(schedule.strip()[:1] for schedule in plan.split("/")))
 
 
 class Dot(NamedTuple):
@@ -213,23 +215,23 @@ class Dot(NamedTuple):
 
 
 def roofline(records: Iterable[Record]) -> Figure:
-    """Achieved flop/s over intensity, under the machine's own ceilings; a panel for each dtype."""
+    """Achieved flop/s over intensity, under the machine's ceilings; one panel per dtype."""
     results = Results(records)
-    subjects = [s for s in results.among("workloads") if s.seconds]
+    subjects = [s for s in results.select("workloads") if s.seconds]
     numbers: dict[str, int] = {}
     for s in subjects:
         numbers.setdefault(results.label(s, marked=False), len(numbers) + 1)
-    alike: dict[int, list[Subject]] = {}
+    by_number: dict[int, list[Subject]] = {}
     for s in subjects:
-        alike.setdefault(numbers[results.label(s, marked=False)], []).append(s)
-    marks = {number: results.mark(*those) for number, those in alike.items()}
-    dtypes = list(dict.fromkeys(s.of.dtype for s in subjects)) or ["float32"]
-    figure = _figure(results, "Flops achieved, and what the machine could do", 10.5, 1.0 + 5.4 * len(dtypes))
+        by_number.setdefault(numbers[results.label(s, marked=False)], []).append(s)
+    marks = {number: results.mark(*group) for number, group in by_number.items()}
+    dtypes = list(dict.fromkeys(s.record.dtype for s in subjects)) or ["float32"]
+    figure = _figure(results, "Achieved flop/s under the machine's ceilings", 10.5, 1.0 + 5.4 * len(dtypes))
     panels = figure.subplots(len(dtypes), 2, squeeze=False, width_ratios=(3.2, 1))
     dots: list[tuple[Axes, list[Dot]]] = []
     for row, dtype in enumerate(dtypes):
         axes, beside = panels[row]
-        dots.append((axes, _panel(axes, results, [s for s in subjects if s.of.dtype == dtype], numbers, dtype)))
+        dots.append((axes, _panel(axes, results, [s for s in subjects if s.record.dtype == dtype], numbers, dtype)))
         beside.set_axis_off()
         if row == 0:
             names = [f"{number}  {name}{marks[number]}" for name, number in numbers.items()]
@@ -244,23 +246,23 @@ def roofline(records: Iterable[Record]) -> Figure:
         Line2D([], [], color=ROOF, label="measured ceilings (median; band: quartiles)"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    figure.draw_without_rendering()  # so that places on the page are known
+    figure.draw_without_rendering()  # fixes the positions that `_numbered` reads
     figure.set_layout_engine("none")
-    for axes, of in dots:
-        _numbered(axes, of)
+    for axes, points in dots:
+        _numbered(axes, points)
     return figure
 
 
 def _panel(axes: Axes, results: Results, subjects: list[Subject], numbers: dict[str, int], dtype: str) -> list[Dot]:
-    """The ceilings and the points of a dtype."""
+    """Draw the ceilings and the points of a dtype."""
     axes.set_xscale("log")
     axes.set_yscale("log")
     dots = []
     for s in subjects:
-        x, work = intensity(s.of), flops(s.of) / 1e9
+        x, work = intensity(s.record), flops(s.record) / 1e9
         y = work / (s.seconds or math.inf)
-        if s.of.mode != BOTH:
-            marker = MARKERS.get(s.of.mode, "d")
+        if s.record.mode != FORWARD_BACKWARD:
+            marker = MARKERS.get(s.record.mode, "d")
             axes.plot(x, y, marker, color=OURS, alpha=0.55, markerfacecolor="white", markersize=3.5, zorder=2)
             continue
         axes.plot(x, y, "o", color=OURS, markersize=5, zorder=4)
@@ -289,7 +291,7 @@ def _panel(axes: Axes, results: Results, subjects: list[Subject], numbers: dict[
 
 
 def _numbered(axes: Axes, dots: list[Dot]) -> None:
-    """Each point's number where it covers no other number and the fewest points, with a line to the point."""
+    """Write each point's number where it covers no other number and few points, with a line to the point."""
     pixels = axes.figure.dpi / 72
     places = [axes.transData.transform((dot.x, dot.y)) for dot in dots]
     box = axes.get_window_extent()
@@ -313,29 +315,29 @@ def _numbered(axes: Axes, dots: list[Dot]) -> None:
 
 
 def training(records: Iterable[Record]) -> Figure:
-    """The least loss so far over seconds, each way, with the loss that all reach."""
+    """The least loss so far over seconds of training, one line per way, and the loss that all reach."""
     results = Results(records)
-    subjects = [(s, of) for s in results.among("training") if (of := runs(s))]
+    subjects = [(s, curves) for s in results.select("training") if (curves := loss_curves(s))]
     columns = max(1, min(3, len(subjects)))
     rows = max(1, math.ceil(len(subjects) / columns))
     figure = _figure(
         results, "Training, with weights written out and without", max(7.0, 4.4 * columns), 0.9 + 3.4 * rows
     )
     panels = figure.subplots(rows, columns, squeeze=False).flat
-    for (subject, of), axes in zip(subjects, panels, strict=False):
-        target = common_loss(of)
-        for run, colour in zip(of, (OURS, *COLOURS * len(of)), strict=False):
-            seconds, losses = zip(*run.curve, strict=True)
-            reached = run.seconds_to(target)
-            memory = "" if run.temporary is None else f", {mib(run.temporary)} MiB at most"
-            text = f"{run.way}: {digits(reached)} s{memory}"
+    for (subject, curves), axes in zip(subjects, panels, strict=False):
+        target = common_loss(curves)
+        for curve, colour in zip(curves, (OURS, *COLOURS * len(curves)), strict=False):
+            seconds, losses = zip(*curve.points, strict=True)
+            reached = curve.seconds_to(target)
+            memory = "" if curve.temporary is None else f", {mib(curve.temporary)} MiB at most"
+            text = f"{curve.way}: {digits(reached)} s{memory}"
             axes.plot(seconds, losses, color=colour, linewidth=2.2 if colour == OURS else 1.4, label=text)
             axes.plot(reached, target, "o", color=colour, markersize=5)
         axes.axhline(target, color=ROOF, linewidth=0.8, linestyle=":")
-        title = f"{subject.of.workload}{results.mark(subject)}, {subject.of.dtype}; dots: {target:.3g}, which all reach"
-        axes.set_title(title, fontsize=9, loc="left")
-        every = [loss for run in of for _, loss in run.curve]
-        if min(every) > 0 and max(every) > 8 * min(every):
+        name = f"{subject.record.workload}{results.mark(subject)}, {subject.record.dtype}"
+        axes.set_title(f"{name}; dots: {target:.3g}, which all reach", fontsize=9, loc="left")
+        losses = [loss for curve in curves for _, loss in curve.points]
+        if min(losses) > 0 and max(losses) > 8 * min(losses):
             axes.set_yscale("log")
             _plain(axes.yaxis)
         axes.set_xlabel("seconds", fontsize=9)

@@ -1,8 +1,8 @@
-"""Peak resident memory of a step of ours, in a process of its own: what C++ allocates by itself counts, too.
+"""Peak resident memory of a step of fasthyper, in its own process. It includes what C++ allocates without torch.
 
     python -m benchmarks.resident DTYPE BACKEND THREADS B,N,R,I,O ...
 
-prints for each problem the bytes beyond inputs and results.
+prints for each problem the peak bytes, without inputs and results.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ import torch
 
 import fasthyper
 
+from .context import ROOT
 from .inputs import Sets, inputs
-from .peers import fused
-from .records import BOTH, ROOT
+from .records import FORWARD_BACKWARD
 from .steps import step
+from .ways import fused
 from .workloads import Workload
 
-FORGET = Path("/proc/self/clear_refs")
+CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def resident_bytes(workloads: Sequence[Workload], dtype: str, backend: str, threads: int) -> list[int | None]:
-    """Run this file and return what it prints for each workload; None where the system does not tell."""
-    if not FORGET.exists():
+    """Run this module and return the bytes of each workload, or None for all if the system has no /proc."""
+    if not CLEAR_REFS.exists():
         return [None] * len(workloads)
     problems = (f"{w.B},{w.N},{w.R},{w.I},{w.O}" for w in workloads)
     done = subprocess.run(
@@ -37,7 +38,7 @@ def resident_bytes(workloads: Sequence[Workload], dtype: str, backend: str, thre
         text=True,
         check=False,
         cwd=ROOT,
-        # freed blocks go back at once, so that none of them hides what is allocated next
+        # malloc returns freed blocks at once: otherwise they would hide later allocations
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"},
     )
     if done.returncode:
@@ -54,19 +55,20 @@ def _measure(w: Workload, dtype: torch.dtype, backend: str, threads: int) -> int
     torch.set_num_threads(threads)
     fasthyper.set_backend(backend)
     first = Workload("first", 64, min(w.N, 8), min(w.R, 64), 64, 64, source="")
-    step(fused, BOTH, Sets([inputs(first, dtype)]))()  # libraries and thread pools are set up
-    run = step(fused, BOTH, Sets([inputs(w, dtype)]))
-    FORGET.write_text("5")  # forget the peak so far
+    step(fused, FORWARD_BACKWARD, Sets([inputs(first, dtype)]))()  # sets up libraries and thread pools
+    run = step(fused, FORWARD_BACKWARD, Sets([inputs(w, dtype)]))
+    CLEAR_REFS.write_text("5")  # resets VmHWM, the peak
     before = _status("VmRSS")
     results = run()
     return max(0, _status("VmHWM") - before - sum(t.untyped_storage().nbytes() for t in results))
 
 
 def main() -> None:
+    """Measure each problem of the command line in a child process."""
     dtype, backend, threads, *problems = sys.argv[1:]
     for problem in problems:
         w = Workload("this", *map(int, problem.split(",")), source="")
-        # A fork for each, since importing torch takes seconds; nothing has run in parallel here, so that it is safe.
+        # Fork, since importing torch takes seconds. That is safe: this process has started no threads.
         if (child := os.fork()) == 0:
             print(_measure(w, getattr(torch, dtype), backend, int(threads)), flush=True)
             os._exit(0)

@@ -1,14 +1,19 @@
-"""`pytest benchmarks`: every way on every workload under pytest-benchmark, with its usual options.
+"""`pytest benchmarks`: every way on every workload, with pytest-benchmark's options and tables.
 
-One test is one way; those of a workload are a group. All get the same tensors, so many sets in turns that none is in a
-CPU's cache, and what a way gives is checked before it is timed. Other than `make bench`, tests run one after the other:
-on a machine that others use, too, ratios are worth less than there.
+Each test is one way; the ways of a workload are one group. An id is `workload-layers-R-mode-dtype-way`, for example
+`qm9-mpnn-64-to-64-R128-forward-and-backward-float32-fasthyper`, and `-k` chooses by parts of it:
+
+    pytest benchmarks -k "qm9 and mpnn"
+
+All ways take the same tensors, in as many sets as it takes to keep them out of a CPU's cache, and results are checked
+before they are timed. Unlike `make bench`, tests run one after the other: on a busy machine, compare with care.
 """
 
 from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -19,39 +24,48 @@ from fasthyper.experiments.measure import peak_temporary_bytes
 
 from .devices import CPU, GPU
 from .inputs import Sets
-from .peers import OURS, Peer, ours, peers
 from .records import MODES
 from .steps import Truth, step
+from .ways import OURS, Way, ours, peers
 from .workloads import WORKLOADS, Workload
 
-PATIENCE = 2.0  # seconds of a call; what takes longer is left out
+MAX_SECONDS = 2.0  # of one call; slower peers are skipped
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test for each workload, mode, dtype and way that is asked for."""
+    """Make a test for each workload, mode, dtype and way that the options choose."""
     option = metafunc.config.getoption
     kind = option("device")
-    dtypes, modes = (tuple(part.strip() for part in option(name).split(",")) for name in ("dtypes", "modes"))
-    for given, known in ((dtypes, DTYPES), (modes, MODES)):
-        if unknown := set(given) - set(known):
-            raise pytest.UsageError(f"{', '.join(unknown)}: not of {', '.join(known)}")
+    dtypes, modes = _names(option("dtypes"), DTYPES), _names(option("modes"), MODES)
     cases = []
     for w in (w for w in WORKLOADS if not w.large):
         w = w if kind == "cpu" else w.as_published()
         for mode in modes:
             for dtype in (getattr(torch, name) for name in dtypes):
-                first = [p for p in ours(w, kind) if p.role != "again"]
-                for peer in (*first, *(p for p in peers(w, dtype, kind) if option("compiled") or not p.compiled)):
-                    name = f"{w.label} R{w.R} {mode} {dtype} {peer.name}".replace("torch.", "")
-                    cases.append(pytest.param(w, mode, dtype, peer, id=_plain(name)))
-    metafunc.parametrize(("w", "mode", "dtype", "peer"), cases)
+                own = [way for way in ours(w, kind) if way.role != "again"]
+                others = [way for way in peers(w, dtype, kind) if option("compiled") or not way.compiled]
+                for way in (*own, *others):
+                    name = f"{w.label} R{w.R} {mode} {_name(dtype)} {way.name}"
+                    cases.append(pytest.param(w, mode, dtype, way, id=_id(name)))
+    metafunc.parametrize(("w", "mode", "dtype", "way"), cases)
 
 
-def _plain(text: str) -> str:
-    """An id to type on a command line."""
-    text = text.replace("⊗", "outer").replace("·", "times").replace("→", "to").replace("+", "and")
-    return re.sub(r"[^\w.]+", "-", text).strip("-")
+def _names(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if unknown := set(names) - set(known):
+        raise pytest.UsageError(f"{', '.join(unknown)}: not one of {', '.join(known)}")
+    return names
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _id(name: str) -> str:
+    """Return a name in letters, digits, dots and hyphens, which need no quotes on a command line."""
+    name = name.replace("⊗", "outer").replace("·", "times").replace("→", "to").replace("+", "and")
+    return re.sub(r"[^\w.]+", "-", name).strip("-")
 
 
 @lru_cache(maxsize=1)
@@ -65,26 +79,32 @@ def _truth(w: Workload, mode: str, dtype: torch.dtype, device: CPU | GPU) -> Tru
 
 
 def test_throughput(
-    w: Workload, mode: str, dtype: torch.dtype, peer: Peer, device: CPU | GPU, benchmark: Any, remember: Any
+    w: Workload,
+    mode: str,
+    dtype: torch.dtype,
+    way: Way,
+    device: CPU | GPU,
+    benchmark: Any,
+    report_memory: Callable[[str, str, int], None],
 ) -> None:
-    """One way: right, then how fast, and with how much memory."""
-    if why := peer.unfit(w, dtype, device.most_bytes):
-        pytest.skip(why)
+    """Check the results of one way, then measure its time and memory."""
+    if reason := way.reason_to_skip(w, dtype, device.max_bytes):
+        pytest.skip(reason)
     torch._dynamo.reset()
     sets = _sets(w, dtype, device)
-    run = step(peer.function(w, device.kind), mode, sets, peer.layout)
+    run = step(way.function(w, device.kind), mode, sets, way.layout)
     sets.rewind()
     start = time.perf_counter()
     results = run()
     first = time.perf_counter() - start
-    _truth(w, mode, dtype, device).check(peer.name, results, peer.layout)
+    _truth(w, mode, dtype, device).check(way.name, results, way.layout)
     del results
-    call, _ = device.ready(run)
-    if peer.name != OURS and (seconds := device.seconds(call)) > PATIENCE:
+    call, _ = device.prepare(run)
+    if way.name != OURS and (seconds := device.seconds(call)) > MAX_SECONDS:
         pytest.skip(f"one call took {seconds:.1f} s")
-    benchmark.group = f"{w.label}, R = {w.R}: {mode}, {str(dtype).removeprefix('torch.')}"
+    benchmark.group = f"{w.label}, R = {w.R}: {mode}, {_name(dtype)}"
     size = peak_temporary_bytes(run, device.kind)
     sizes = {name: getattr(w, name) for name in ("B", "N", "R", "I", "O", "neighbours", "hidden")}
-    benchmark.extra_info.update(sizes, way=peer.name, source=w.source, temporary_bytes=size, first_call_seconds=first)
-    remember(benchmark.group, peer.name, size)
-    benchmark(device.once(call))
+    benchmark.extra_info.update(sizes, way=way.name, source=w.source, temporary_bytes=size, first_call_seconds=first)
+    report_memory(benchmark.group, way.name, size)
+    benchmark(device.synchronous(call))

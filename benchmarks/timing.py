@@ -1,4 +1,4 @@
-"""Ways on one workload, checked first, then timed in turns: one record each."""
+"""Compare ways on one workload: check each, then time all in turns. Each gives one record."""
 
 from __future__ import annotations
 
@@ -16,48 +16,53 @@ import torch
 
 from fasthyper.experiments.measure import peak_temporary_bytes
 
+from .context import Context
 from .devices import CPU, GPU, Call
 from .inputs import Sets, inputs
-from .peers import Peer
-from .records import Context, Record, quartiles
+from .records import Record, quartiles
 from .steps import Truth, step
+from .ways import Way
 from .workloads import Workload
 
-SLOWER = {"peer": 1.5, "variant": 3.0}  # times the fastest of its role: from there on not worth more than a try
-SHORT = 0.01  # seconds; what takes less is measured anyway, since other processes may have slowed down the first tries
-LONG, VERY_LONG = 0.2, 2.0  # seconds; less than the first may be a library that is set up
+SLOWER = {
+    "peer": 1.5,
+    "variant": 3.0,
+}  # slower than the fastest of its role by this factor: tried, but not timed further
+SHORT = 0.01  # seconds; shorter calls are always timed further, since other processes may have slowed down the tries
+LONG, VERY_LONG = 0.2, 2.0  # seconds; a first call up to LONG may be slow from setting up a library
 TRIES = 3
-CEILINGS = 5  # measurements of what the machine can do
-PART = 16  # of a batch that may take too long
+CEILINGS = 5  # measurements of each ceiling
+FRACTION = 16  # divides the batch for a first try of a way that may take too long
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How often to run.
+class RoundLimits:
+    """How many rounds to time; one round calls every way once.
 
     Attributes:
-        seconds: of all ways together, to be filled with rounds.
-        least: rounds at least, unless they take longer than `most` seconds; then three, or two if those are minutes.
-        most: see there.
-        rounds: at most.
+        target_seconds: of all rounds together.
+        min_rounds: even if they take longer than the target.
+        max_seconds: if `min_rounds` would take longer than this, fewer rounds: three, or two if they take minutes.
+        max_rounds: even if they take less than the target.
     """
 
-    seconds: float = 1.5
-    least: int = 5
-    most: float = 4.0
-    rounds: int = 60
+    target_seconds: float = 1.5
+    min_rounds: int = 5
+    max_seconds: float = 4.0
+    max_rounds: int = 60
 
-    def turns(self, once: float) -> int:
-        """Rounds of `once` seconds each."""
-        patient = min(self.least, max(3 if once < 2 * self.most else 2, int(self.most / once)))
-        return max(patient, min(self.rounds, int(self.seconds / once)))
+    def rounds(self, seconds: float) -> int:
+        """Return the number of rounds that take `seconds` each."""
+        fewest = 3 if seconds < 2 * self.max_seconds else 2
+        least = min(self.min_rounds, max(fewest, int(self.max_seconds / seconds)))
+        return max(least, min(self.max_rounds, int(self.target_seconds / seconds)))
 
 
 @dataclass
 class _Tried:
-    """A way that is worth timing."""
+    """A way that passed the check, and its times so far."""
 
-    peer: Peer
+    way: Way
     call: Call
     first: float
     compile: float | None
@@ -71,31 +76,31 @@ def compare(
     mode: str,
     dtype: torch.dtype,
     device: CPU | GPU,
-    ways: Sequence[Peer],
+    ways: Sequence[Way],
     context: Context,
-    patience: Patience = Patience(),
-    most_bytes: float | None = None,
-    without: Mapping[str, str] | None = None,
-    **more: Any,
+    limits: RoundLimits = RoundLimits(),
+    max_bytes: float | None = None,
+    skip: Mapping[str, str] | None = None,
+    **fields: Any,
 ) -> list[Record]:
-    """Time ways on the same tensors, in rounds of random order, with the machine's ceilings in some of them.
+    """Time ways on the same tensors, in rounds of random order, with the machine's ceilings in some of the rounds.
 
     Args:
         w: the workload.
-        mode: one of `steps.MODES`.
+        mode: one of `records.MODES`.
         dtype: of all tensors.
-        device: where.
-        ways: ours, `role` "ours", and others. One that fails, or is far slower than the fastest, is left out and
-            its record says so.
+        device: where to run.
+        ways: fasthyper, with `role` "ours", first, then the others. One that fails, or is far slower than the fastest,
+            is not timed further; its record says why.
         context: for the records.
-        patience: how often.
-        most_bytes: what a way may keep; by default what the device finds reasonable.
-        without: names of ways that are not to be run, and why not.
-        more: further fields of all records.
+        limits: how many rounds.
+        max_bytes: the memory that a way may keep; by default `device.max_bytes`.
+        skip: reasons not to run a way, by its name.
+        fields: further fields of all records.
 
     Raises:
-        AssertionError: if ours computes something else than the definition; a peer that does is left out.
-        RuntimeError: if ours fails.
+        AssertionError: if a result of fasthyper is wrong. A peer with a wrong result is left out.
+        RuntimeError: if fasthyper fails.
     """
     torch._dynamo.reset()
     record = partial(
@@ -105,132 +110,134 @@ def compare(
         dtype=str(dtype).removeprefix("torch."),
         mode=mode,
         context=context,
-        **more,
+        **fields,
     )
     sets = device.sets(w, dtype)
     truth = Truth(w, mode, sets[0])
     tried: list[_Tried] = []
     left_out: dict[str, dict[str, Any]] = {}
-    for peer in ways:
+    for way in ways:
         fastest = min((t.first for t in tried), default=float("inf"))
-        why = (without or {}).get(peer.name)
-        why = why or peer.unfit(w, dtype, device.most_bytes if most_bytes is None else most_bytes)
-        why = why or _too_slow(peer, w, mode, dtype, device, fastest)
-        if why:
-            left_out[peer.name] = {"note": why}
+        reason = (skip or {}).get(way.name)
+        reason = reason or way.reason_to_skip(w, dtype, device.max_bytes if max_bytes is None else max_bytes)
+        reason = reason or _too_slow(way, w, mode, dtype, device, fastest)
+        if reason:
+            left_out[way.name] = {"note": reason}
             continue
         try:
-            with device.bounded():
-                tried.append(_try(peer, w, mode, device, sets, truth))
+            with device.memory_limit():
+                tried.append(_try(way, w, mode, device, sets, truth))
         except Exception as error:
-            if peer.role == "ours":
+            if way.role == "ours":
                 raise
-            left_out[peer.name] = {"note": _reason(error)}
-            device.tidy()
+            left_out[way.name] = {"note": _describe_error(error)}
+            device.release_memory()
     for t in _slow(tried):
-        left_out[t.peer.name] = {"note": t.note or "tried once", "median": t.first, "rounds": 1}
-        left_out[t.peer.name] |= {"compile": t.compile, "temporary": t.temporary}
+        left_out[t.way.name] = {"note": t.note or "tried once", "median": t.first, "rounds": 1}
+        left_out[t.way.name] |= {"compile": t.compile, "temporary": t.temporary}
         tried.remove(t)
-    rates = _in_turns(tried, device, dtype, patience.turns(sum(t.first for t in tried)))
-    times = {t.peer.name: _times(t) for t in tried}
-    records = [record(way=p.name, role=p.role, **(times.get(p.name) or left_out[p.name])) for p in ways]
+    rates = _time_in_turns(tried, device, dtype, limits.rounds(sum(t.first for t in tried)))
+    times = {t.way.name: _times(t) for t in tried}
+    records = [record(way=way.name, role=way.role, **(times.get(way.name) or left_out[way.name])) for way in ways]
     for name, (rate, rounds) in rates.items():
         records.append(record(way=name, role="ceiling", rate=rate, rounds=rounds))
     return records
 
 
-def _too_slow(peer: Peer, w: Workload, mode: str, dtype: torch.dtype, device: CPU | GPU, fastest: float) -> str | None:
-    """Whether a part of the batch takes longer than all of it by the fastest; compiling for a part would be a waste."""
-    size = w.B // PART // w.neighbours * w.neighbours
-    if 0 < device.free() < peer.keeps(w) * dtype.itemsize:
-        return None  # it will be refused before long
-    if peer.compiled or device.kind != "cpu" or not size or fastest < LONG / PART:
-        return None
+def _too_slow(way: Way, w: Workload, mode: str, dtype: torch.dtype, device: CPU | GPU, fastest: float) -> str | None:
+    """Return a note if a fraction of the batch takes longer than all of it by the fastest way, else None."""
+    size = w.B // FRACTION // w.neighbours * w.neighbours
+    if 0 < device.available_bytes() < way.keeps(w) * dtype.itemsize:
+        return None  # the whole batch runs out of memory soon
+    if way.compiled or device.kind != "cpu" or not size or fastest < LONG / FRACTION:
+        return None  # compiling for a fraction takes as long as for the whole batch
     small = replace(w, B=size)
     try:
-        with device.bounded():
-            run = step(peer.function(small, device.kind), mode, Sets([inputs(small, dtype)]), peer.layout)
-            part = device.seconds(run)
+        with device.memory_limit():
+            run = step(way.function(small, device.kind), mode, Sets([inputs(small, dtype)]), way.layout)
+            seconds = device.seconds(run)
     except Exception as error:
-        return _reason(error)
-    return f"{size:,} instances took {part:.3g} s" if part > max(fastest, LONG) else None
+        return _describe_error(error)
+    return f"{size:,} instances took {seconds:.3g} s" if seconds > max(fastest, LONG) else None
 
 
-def _try(peer: Peer, w: Workload, mode: str, device: CPU | GPU, sets: Sets, truth: Truth) -> _Tried:
-    """Run it once and check that, again for its memory, then a few times."""
-    run = step(peer.function(w, device.kind), mode, sets, peer.layout)
+def _try(way: Way, w: Workload, mode: str, device: CPU | GPU, sets: Sets, truth: Truth) -> _Tried:
+    """Run a way once to check its results, once for its memory, then a few times for its speed."""
+    run = step(way.function(w, device.kind), mode, sets, way.layout)
     sets.rewind()
     start = time.perf_counter()
     results = run()
     first = time.perf_counter() - start
-    truth.check(peer.name, results, peer.layout)
+    truth.check(way.name, results, way.layout)
     del results
-    # The profiler takes its time with what makes many calls.
-    long = first > VERY_LONG and not peer.compiled
-    temporary = None if long and peer.role == "peer" else peak_temporary_bytes(run, device.kind)
-    call, note = device.ready(run)
+    # The memory profiler is slow if a step makes many calls.
+    long = first > VERY_LONG and not way.compiled
+    temporary = None if long and way.role == "peer" else peak_temporary_bytes(run, device.kind)
+    call, note = device.prepare(run)
     seconds = [first if long and device.kind == "cpu" else device.seconds(call)]
     while len(seconds) < TRIES and sum(seconds) < LONG:
         seconds.append(device.seconds(call))
-    return _Tried(peer, call, min(seconds), first - min(seconds) if peer.compiled else None, temporary, note)
+    return _Tried(way, call, min(seconds), first - min(seconds) if way.compiled else None, temporary, note)
 
 
 def _slow(tried: Sequence[_Tried]) -> list[_Tried]:
-    """Who is so much slower than the fastest of the same role that it will not be the fastest."""
+    """Return the ways that are too slow to be the fastest of their role."""
     slow = []
-    for role, times in SLOWER.items():
-        those = [t for t in tried if t.peer.role == role]
-        fastest = min((t.first for t in those), default=0.0)
-        slow += [t for t in those if t.first > max(times * fastest, SHORT)]
+    for role, factor in SLOWER.items():
+        rivals = [t for t in tried if t.way.role == role]
+        fastest = min((t.first for t in rivals), default=0.0)
+        slow += [t for t in rivals if t.first > max(factor * fastest, SHORT)]
     return slow
 
 
-def _reason(error: Exception) -> str:
-    """Why there are no times, in a few words."""
+def _describe_error(error: Exception) -> str:
+    """Return a short note about an error."""
     text = str(error).strip().partition("\n")[0]
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text or "bad_alloc" in text:
         return "out of memory"
     return text if isinstance(error, AssertionError) else f"{type(error).__name__}: {text[:80]}"
 
 
-def _in_turns(
-    tried: Iterable[_Tried], device: CPU | GPU, dtype: torch.dtype, turns: int
+def _time_in_turns(
+    tried: Iterable[_Tried], device: CPU | GPU, dtype: torch.dtype, rounds: int
 ) -> dict[str, tuple[float, int]]:
-    """Time all, and return the ceilings' rates and of how many calls they are."""
+    """Append to the times of each way, and return the rate of each ceiling with its number of calls."""
     ceilings = device.ceilings(dtype)
-    order: list[tuple[Call, list[float]]] = [(t.call, t.seconds) for t in tried]
-    others = [(c.call, []) for c in ceilings.values()]
+    ways: list[tuple[Call, list[float]]] = [(t.call, t.seconds) for t in tried]
+    best: list[tuple[Call, list[float]]] = [(c.call, []) for c in ceilings.values()]
     shuffle = random.Random(0).shuffle
-    for call, _ in others:  # warm up
+    for call, _ in best:  # warm up
         device.seconds(call)
     gc.collect()
     gc.disable()
     try:
-        for turn in range(turns):
-            now = [*order, *others] if turn % ceil(turns / CEILINGS) == 0 else [*order]
-            shuffle(now)
-            for call, seconds in now:
+        for i in range(rounds):
+            order = [*ways, *best] if i % ceil(rounds / CEILINGS) == 0 else [*ways]
+            shuffle(order)
+            for call, seconds in order:
                 seconds.append(device.seconds(call))
     finally:
         gc.enable()
-    rates = (c.amount / median(seconds) for c, (_, seconds) in zip(ceilings.values(), others, strict=True))
-    return {name: (rate, len(s)) for name, rate, (_, s) in zip(ceilings, rates, others, strict=True)}
+    return {
+        name: (ceiling.amount / median(seconds), len(seconds))
+        for (name, ceiling), (_, seconds) in zip(ceilings.items(), best, strict=True)
+    }
 
 
-def told(group: Sequence[Record]) -> str:
-    """What was measured, in a line: ours, and the fastest peer; of training, after the last step."""
+def describe(group: Sequence[Record]) -> str:
+    """Return one line about a comparison: fasthyper and the fastest peer; of training, after the last step."""
     last = max((r.step or 0 for r in group), default=0)
     group = [r for r in group if (r.step or 0) == last]
     ours = next((r for r in group if r.role == "ours" and r.median), None)
     if ours is None or ours.median is None:
-        return "nothing"
+        return "no times"
     peers = [r for r in group if r.role == "peer" and r.median]
     best = min(peers, key=lambda r: r.median or 0.0, default=None)
-    beside = "alone"
+    peer = "no peer"
     if best and best.median:
-        beside = f"{best.median * 1e3:.3f} ms {best.way}, {best.median / ours.median:.2f}"
+        peer = f"{best.way} {best.median * 1e3:.3f} ms, speed-up {best.median / ours.median:.2f}"
     size = f"B {ours.B:,} N {ours.N:,} R {ours.R:,} {ours.I} → {ours.O}"
-    return f"{ours.workload}, {size}, {ours.mode}, {ours.dtype}: {ours.median * 1e3:.3f} ms; {beside}"
+    return f"{ours.workload}, {size}, {ours.mode}, {ours.dtype}: fasthyper {ours.median * 1e3:.3f} ms; {peer}"
 
 
 def _times(t: _Tried) -> dict[str, Any]:

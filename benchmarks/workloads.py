@@ -1,7 +1,7 @@
-"""Published problems to measure on, from the public code named, and the sizes along which cost is followed.
+"""The problems to measure: layers of published networks, and axes along which one size grows.
 
-B instances, N points per instance, R features into the head, I → O the generated layer. B is scaled down where a run on
-two cores would be long.
+B instances, N points per instance, R features of z, a generated layer of I → O features. On a CPU, B is smaller than
+published where a run on two cores would be long.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from .records import layers
 
 @dataclass(frozen=True)
 class Workload:
-    """A problem and where it comes from.
+    """The sizes of a problem and their source.
 
     Attributes:
-        name: what it is called in tables; one with several layers has a workload for each.
-        B: instances, so many that a run on two cores takes half a second at most.
+        name: in tables; a network with several layers has one workload per layer.
+        B: instances, chosen so that a run on two cores takes at most half a second.
         N: points per instance.
         R: features of z.
         I: in features of the generated layer.
         O: out features of the generated layer.
         source: the public code that has these sizes.
-        neighbours: where it is a layer of a graph, the edges that leave a node: instances that share one x, whose
-            outputs are summed by the node that they go to. 1 where it is none.
-        hidden: units between two generated layers, I → hidden → O, with a ReLU. 0 where there is one layer.
-        published: B there, where it is another.
-        readme: whether the README's short table shows it, and a CPU measures it in more than one mode and dtype.
-        large: whether it needs gigabytes or minutes on a CPU, where it is left out unless asked for.
-        extra: whether it is a case of our own, left out of the means.
+        neighbours: of a graph's layer, the edges that leave each node. These instances share one x; the node at the end
+            of an edge sums their outputs. 1 for other layers.
+        hidden: units between two generated layers, I → hidden → O, with a ReLU. 0 for a single layer.
+        published: B in the public code, if it differs.
+        readme: whether the README's table shows it and a CPU measures it in more than one mode and dtype.
+        large: whether it needs gigabytes or minutes on a CPU, which then measures it only with `--large`.
+        extra: whether its sizes are not published; means leave it out.
     """
 
     name: str
@@ -50,21 +50,26 @@ class Workload:
 
     @property
     def label(self) -> str:
-        """Name and layers."""
+        """The name and the features of each layer."""
         return f"{self.name}, {self.layers}"
 
     @property
     def layers(self) -> str:
-        """Features in and out."""
+        """The features of each layer, such as `64 → 128`."""
         return layers(self)
 
     @property
     def nodes(self) -> int:
-        """Distinct x."""
+        """The number of distinct x."""
         return self.B // self.neighbours
 
+    @property
+    def form(self) -> str:
+        """`"layer"`; `"graph"`, a layer of a graph; or `"primary"`, two layers."""
+        return "graph" if self.neighbours > 1 else "primary" if self.hidden else "layer"
+
     def as_published(self) -> Workload:
-        """The workload with as many instances as the public code has."""
+        """Return the workload with as many instances as in the public code."""
         return dataclasses.replace(self, B=self.published or self.B, published=None)
 
 
@@ -97,7 +102,7 @@ WORKLOADS = (
     Workload("hyper policy", 256, 1, 256, 17, 256, "Sarafian et al. 2021", readme=True),
     Workload("biaffine labels", 1_024, 1, 101, 101, 50, BIAFFINE, published=4_096, readme=True),
     Workload("tiny batch", 32, 1, 64, 10, 32, "qmix mmm2 with few instances", extra=True),
-    Workload("square", 16_384, 1, 128, 128, 128, "none published has O ≥ 128 and is large", large=True, extra=True),
+    Workload("square", 16_384, 1, 128, 128, 128, "no published layer with O ≥ 128 is as large", large=True, extra=True),
     Workload("colorization", 64, 64, 100, 42, 10, COLORIZATION),
     Workload("colorization", 64, 64, 100, 10, 3, COLORIZATION),
     Workload("operator learning", 100, 100, 64, 20, 20, DEEPONET, readme=True),
@@ -110,11 +115,11 @@ WORKLOADS = (
     Workload("text-to-lora B", 8, 512, 512, 8, 4096, LORA),
     Workload("condconv 1x1", 64, 49, 4, 192, 1152, CONDCONV, published=128),
     Workload("condconv 1x1", 64, 49, 8, 192, 1152, CONDCONV, published=128, readme=True),
-    # As layers of graphs: complete ones of 18 atoms in QM9; the degrees of the other two are assumed.
+    # Layers of graphs: complete graphs of 18 atoms in QM9; the degrees of the other two are assumed.
     Workload("qm9 graph", 2_448, 1, 128, 64, 64, QM9, neighbours=17, published=39_168, readme=True),
     Workload("modelnet graph", 4_096, 1, 25, 64, 64, MODELNET, neighbours=8, published=8_192),
     Workload("diffdock graph", 2_500, 1, 144, 48, 48, DIFFDOCK, neighbours=20, published=50_000),
-    # As whole primary networks, biases and what all instances share included.
+    # Whole primary networks, with biases and shared weights.
     Workload("rotation mnist primary", 64, 1, 50, 784, 12, ROTATION, hidden=10),
     Workload("rotation cifar primary", 64, 1, 100, 3072, 12, ROTATION, hidden=10),
     Workload("qmix mmm2 primary", 5_760, 1, 64, 10, 1, QMIX, hidden=32),
@@ -123,12 +128,12 @@ WORKLOADS = (
 
 @dataclass(frozen=True)
 class Axis:
-    """A size that grows while the others stay.
+    """A size that grows while the others stay fixed.
 
     Attributes:
-        name: `"B"`, `"N"`, `"R"` or `"width"`, which is I and O.
-        sizes: B, N, R, I, O of the others.
-        values: of the one that grows, on a CPU.
+        name: `"B"`, `"N"`, `"R"` or `"width"`, which is I = O.
+        sizes: B, N, R, I, O; 0 for the size that grows.
+        values: of the size that grows.
         more: further values on a GPU.
     """
 
@@ -138,15 +143,15 @@ class Axis:
     more: tuple[int, ...] = ()
 
     def workloads(self, device: str = "cpu") -> Iterator[Workload]:
-        """The points."""
+        """Yield a workload for each value."""
         for value in self.values + (self.more if device != "cpu" else ()):
             grown = {"I": value, "O": value} if self.name == "width" else {self.name: value}
             sizes = dict(zip("BNRIO", self.sizes, strict=True))
-            yield Workload(f"over {self.name}", **{**sizes, **grown}, source="a size that grows")
+            yield Workload(f"over {self.name}", **{**sizes, **grown}, source="scaling")
 
 
 AXES = (
-    # To where W and its gradient fill the memory of a machine: 512 KiB for each instance.
+    # Up to sizes at which W and its gradient, 512 KiB per instance, fill the memory of a machine.
     Axis("B", (0, 1, 2, 256, 256), (4, 32, 256, 2_048, 16_384, 131_072), (1_048_576,)),
     Axis("N", (64, 0, 64, 64, 64), (1, 2, 4, 8, 16, 64, 256, 1_024), (4_096,)),
     Axis("R", (1_024, 1, 0, 64, 64), (2, 8, 32, 128, 512), (2_048,)),

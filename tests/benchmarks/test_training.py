@@ -1,4 +1,4 @@
-"""The training example: both ways train the same network, and it is the one that its docstring says it is."""
+"""The training examples: all ways train the same network, and it is the one of the docstring."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 with pytest.MonkeyPatch.context() as path:
     path.syspath_prepend(str(ROOT))
-    from benchmarks import examples, records, training
+    from benchmarks import context, training
+    from benchmarks import training_examples as examples
 
-HERE = records.Context(**dict.fromkeys((f.name for f in dataclasses.fields(records.Context)), ""))
+HERE = context.Context(**dict.fromkeys((f.name for f in dataclasses.fields(context.Context)), ""))
 CPU = torch.device("cpu")
-LATER = float("inf")
+NEVER = float("inf")
 
 tiny_qm9 = functools.partial(examples.qm9, graphs=4, atoms=5, features=16, hidden=8)
 tiny_siren = functools.partial(examples.siren, shrink=8, features=16, side=16, hidden=8)
@@ -28,14 +29,14 @@ TINY = pytest.mark.parametrize("tiny", [tiny_qm9, tiny_siren], ids=["qm9", "sire
 
 
 def curves(recorded):
-    """Records by way."""
+    """Group records by way."""
     return {way: [r for r in recorded if r.way == way] for way in dict.fromkeys(r.way for r in recorded)}
 
 
 @TINY
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
-def test_both_ways_have_the_same_losses(tiny, dtype, tolerance):
-    ours, *others = curves(training.train(tiny(steps=8, every=2), HERE, LATER, CPU, dtype)).values()
+def test_all_ways_have_the_same_losses(tiny, dtype, tolerance):
+    ours, *others = curves(training.train(tiny(steps=8, every=2), HERE, NEVER, CPU, dtype)).values()
     assert len(others) == (2 if tiny is tiny_qm9 else 1)
     for theirs in others:
         assert [r.loss for r in ours] == pytest.approx([r.loss for r in theirs], rel=tolerance)
@@ -46,23 +47,23 @@ def test_each_way_forces_its_backend():
     example = tiny_qm9(steps=1)
     forced = []
     for way in training.WAYS:
-        run = training.Run(example, way, CPU, torch.float64)
-        run.network.start.register_forward_hook(lambda *_: forced.append(fasthyper.backends.current().backend))
-        run.step(example.batch(0))
+        trainer = training.Trainer(example, way, CPU, torch.float64)
+        trainer.network.start.register_forward_hook(lambda *_: forced.append(fasthyper.backends.current().backend))
+        trainer.step(example.batch(0))
     assert forced == ["auto", "materialised", "materialised"]
 
 
 @TINY
 def test_the_loss_falls(tiny):
     example = dataclasses.replace(tiny(steps=100, every=10), rate=3e-3)  # smaller networks take larger steps
-    ours, *_ = curves(training.train(example, HERE, LATER, CPU, torch.float32)).values()
+    ours, *_ = curves(training.train(example, HERE, NEVER, CPU, torch.float32)).values()
     assert ours[-1].loss < 0.4 * ours[0].loss
 
 
 @TINY
 def test_records_are_complete(tiny):
     example = tiny(steps=5, every=2)
-    recorded = training.train(example, HERE, LATER, CPU, torch.float32)
+    recorded = training.train(example, HERE, NEVER, CPU, torch.float32)
     for way, series in curves(recorded).items():
         assert [r.step for r in series] == [2, 4, 5]
         assert all(0 < a.median < b.median for a, b in itertools.pairwise(series))
@@ -86,9 +87,9 @@ def test_the_sizes_are_those_of_the_layers():
     assert example.sizes == sizes == (8 * 18 * 17, 1, 128, 64, 64)
     assert edges.shape == (8 * 18 * 17, 5)
     example = training.EXAMPLES["cpu"][0]()
-    places, codes, _ = example.batch(0)
+    positions, codes, _ = example.batch(0)
     layer = example.network.primary[2]
-    assert example.sizes == (*places.shape[:2], layer.cond_features, layer.in_features, layer.out_features)
+    assert example.sizes == (*positions.shape[:2], layer.cond_features, layer.in_features, layer.out_features)
     assert example.sizes == (60, 1024, 256, 64, 64)
     assert len(codes) == 60
 
@@ -101,10 +102,10 @@ def test_fused_steps_take_less_memory():
     assert ours < W / 2
 
 
-def test_measuring_leaves_the_start_as_it_was():
+def test_training_leaves_the_example_s_network_unchanged():
     example = tiny_qm9(steps=2, every=1)
     before = {name: t.clone() for name, t in example.network.state_dict().items()}
-    first, second = (training.train(example, HERE, LATER, CPU, torch.float64) for _ in range(2))
+    first, second = (training.train(example, HERE, NEVER, CPU, torch.float64) for _ in range(2))
     for name, t in example.network.state_dict().items():
         assert torch.equal(t, before[name])
     assert [r.loss for r in first] == [r.loss for r in second]
@@ -113,7 +114,7 @@ def test_measuring_leaves_the_start_as_it_was():
 @pytest.mark.parametrize(("budget", "notes"), [(0, 1), (1e6, 0)])
 def test_stopping_early_leaves_a_note(budget, notes, monkeypatch):
     monkeypatch.setitem(training.EXAMPLES, "cpu", [lambda: tiny_siren(steps=4), lambda: tiny_qm9(steps=4, every=2)])
-    recorded = [r for group in training.measure(HERE, budget) for r in group]
+    recorded = [r for group in training.train_all(HERE, budget) for r in group]
     assert {r.workload for r in recorded} == {"qm9 network", "siren picture"}
     for _, group in itertools.groupby(
         sorted(recorded, key=lambda r: (r.workload, r.way)), lambda r: (r.workload, r.way)
@@ -123,18 +124,18 @@ def test_stopping_early_leaves_a_note(budget, notes, monkeypatch):
         assert series[-1].step == (1 if notes else 4)
 
 
-def test_bfloat16_is_autocast_and_float16_refused(monkeypatch):
+def test_bfloat16_is_autocast_and_float16_is_an_error(monkeypatch):
     monkeypatch.setitem(training.EXAMPLES, "cpu", [lambda: tiny_siren(steps=2), lambda: tiny_qm9(steps=2)])
     exact, rounded = (
-        [r for group in training.measure(HERE, 1e6, dtype=dtype) for r in group]
+        [r for group in training.train_all(HERE, 1e6, dtype=dtype) for r in group]
         for dtype in (torch.float32, torch.bfloat16)
     )
     assert {r.dtype for r in rounded} == {"bfloat16"}
     for a, b in zip(exact, rounded, strict=True):
         assert a.loss != b.loss
         assert a.loss == pytest.approx(b.loss, rel=0.1)
-    with pytest.raises(ValueError, match=r"not in torch\.float16"):
-        next(training.measure(HERE, 1e6, dtype=torch.float16))
+    with pytest.raises(ValueError, match=r"not torch\.float16"):
+        next(training.train_all(HERE, 1e6, dtype=torch.float16))
 
 
 def test_graphs_are_complete():
@@ -168,7 +169,7 @@ def test_batches_differ_and_targets_are_standardised():
     assert first.std().item() == pytest.approx(1, abs=0.2)
 
 
-def test_messages_are_the_sums_that_they_should_be():
+def test_messages_are_the_defining_sums():
     example = tiny_qm9(steps=1)
     network = example.network.double()
     torch.nn.init.normal_(network.message.base_weight)
@@ -181,7 +182,7 @@ def test_messages_are_the_sums_that_they_should_be():
     torch.testing.assert_close(network.messages(nodes, z, sources), expected)
 
 
-def test_molecules_do_not_see_each_other():
+def test_molecules_are_independent():
     example = tiny_qm9(steps=1)
     network = example.network.double()
     atoms, edges, sources, _ = example.batch(1)
@@ -205,17 +206,17 @@ def test_tiles_make_up_the_picture():
 def test_a_siren_starts_as_a_siren():
     torch.manual_seed(0)
     network = examples.siren_network(256)
-    places = torch.rand(1000, 2) * 2 - 1
-    inner = 30 * network[:2](places) @ network[2].weight.T  # of variance 1, where the next sine takes it
+    positions = torch.rand(1000, 2) * 2 - 1
+    inner = 30 * network[:2](positions) @ network[2].weight.T  # has variance 1 at the next sine
     assert inner.std().item() == pytest.approx(1, abs=0.1)
     siren = examples.siren(shrink=8, features=16, steps=1, side=16)
     assert all(isinstance(siren.network.primary[i], fasthyper.HyperLinear) for i in (0, 2, 4))
 
 
-def test_data_that_are_not_installed_are_left_out(monkeypatch, capsys):
+def test_an_example_without_its_data_is_left_out(monkeypatch, capsys):
     def absent():
         raise ImportError("No module named 'sklearn'")
 
     monkeypatch.setitem(training.EXAMPLES, "cpu", [absent, lambda: tiny_qm9(steps=1)])
-    assert [group[0].workload for group in training.measure(HERE, 1e6)] == ["qm9 network"]
-    assert "left out: No module named 'sklearn'" in capsys.readouterr().out
+    assert [group[0].workload for group in training.train_all(HERE, 1e6)] == ["qm9 network"]
+    assert "training example left out: No module named 'sklearn'" in capsys.readouterr().out

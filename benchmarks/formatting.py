@@ -1,4 +1,4 @@
-"""Markdown tables and the numbers in them."""
+"""Numbers as text, and Markdown tables. A missing number becomes an empty cell."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ MIB = 1 << 20
 
 
 def table(columns: list[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table, its first column aligned to the left, the others to the right."""
+    """Return a Markdown table, with the first column aligned left and the others right."""
     lines = (columns, ["---", *["--:"] * (len(columns) - 1)], *rows)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def digits(value: float) -> str:
-    """Three significant digits, more where there are more before the point."""
+    """Return three significant digits, or all digits before the point if there are more."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
 
 
 def ms(seconds: float | None) -> str:
-    """Seconds as milliseconds; nothing of None, as of all below."""
+    """Return seconds as milliseconds."""
     return "" if seconds is None else digits(1e3 * seconds)
 
 
-def spread(record: Record) -> str:
-    """The median in milliseconds, and the quartiles where there are some."""
+def ms_with_quartiles(record: Record) -> str:
+    """Return the median in milliseconds, with the quartiles if there are any."""
     quartiles = "" if record.q1 is None or record.q3 is None else f" ({ms(record.q1)}–{ms(record.q3)})"
     return f"{ms(record.median)}{quartiles}"
 
 
-def mib(size: float | None) -> str:
-    """Bytes as MiB."""
-    return "" if size is None else f"{size / MIB:,.1f}"
-
-
-def ratio(value: float | None) -> str:
-    """A ratio with two decimals."""
-    return "" if value is None else f"{value:.2f}"
-
-
-def time_of(record: Record | None) -> str:
-    """Milliseconds; in parentheses where it was tried once; the note where there are none."""
+def ms_or_note(record: Record | None) -> str:
+    """Return the median in milliseconds, in parentheses if the way was tried once; without a median, the note."""
     if record is None:
         return ""
     if record.median is None:
         return record.note
     return f"({ms(record.median)})" if record.rounds == 1 else ms(record.median)
+
+
+def mib(size: float | None) -> str:
+    """Return bytes as MiB."""
+    return "" if size is None else f"{size / MIB:,.1f}"
+
+
+def ratio(value: float | None) -> str:
+    """Return a ratio with two decimals."""
+    return "" if value is None else f"{value:.2f}"

@@ -1,18 +1,18 @@
-"""What is trained: networks whose weights are generated, with their data and sizes.
+"""The networks that `training.py` trains, with their data: their weights are generated per edge or per image.
 
 **"qm9 network"**: the edge-conditioned message passing network of Gilmer et al., "Neural Message Passing for Quantum
-Chemistry" (ICML 2017, arXiv 1704.01212), in the sizes of PyTorch Geometric's `examples/qm9_nn_conv.py`. An edge's five
-features generate the 64 × 64 weights that its message is made with; graphs are complete; three rounds share one set of
-weights, and each generates them anew, as it does there, unless they are `kept`: written out once. Nothing is
-downloaded: the molecules are drawn, 18 atoms of five kinds, evenly in a ball whose size is drawn too, with bonds where
-atoms are close. To be learned is their standardised energy, the sum of q q' / √(1 + d²) over all pairs: half of its
-variance is in the kinds of atoms, half in the distances. No molecule is seen twice, and the loss is that of molecules
-which are never trained on.
+Chemistry" (ICML 2017, arXiv 1704.01212), in the sizes of PyTorch Geometric's `examples/qm9_nn_conv.py`. The five
+features of an edge generate 64 × 64 weights, which transform its message. Graphs are complete. Three rounds use the
+same weights, and each round generates them again, as in PyTorch Geometric, unless the network has `kept` set: then they
+are written out once. Nothing is downloaded. Molecules are drawn at random: 18 atoms of five elements, uniform in a ball
+of random size, with bonds between close atoms. The target is their standardised energy, the sum of q q' / √(1 + d²)
+over all pairs; half of its variance comes from the elements, half from the distances. No molecule is used twice, and
+the loss is over molecules that are not trained on.
 
 **"siren picture"**: Sitzmann et al., "Implicit Neural Representations with Periodic Activation Functions" (NeurIPS
-2020, arXiv 2006.09661), whose section 4.4 has a hypernetwork generate the network with sines that maps a place in an
-image to its colour. Here the images are the tiles of one photograph, scikit-learn's `china.jpg`, and each has a learned
-code. The loss is the squared error of all pixels, whose values are in [-1, 1].
+2020, arXiv 2006.09661), section 4.4: a hypernetwork generates a network with sine activations, which maps a position in
+an image to its colour. Here the images are the tiles of one photograph, scikit-learn's `china.jpg`, and each tile has a
+learned code. The loss is the mean squared error over all pixels, with values in [-1, 1].
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from torch import Tensor, nn
 import fasthyper
 
 Batch = tuple[Tensor, ...]
-"""What a network takes, and last what it should return."""
+"""The arguments of a network, then the target of its result."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """Something to train.
+    """A network and how to train it.
 
     Attributes:
-        name: what the records call it.
+        name: in the records.
         sizes: B, N, R, I and O of the generated layer that takes most of the time.
-        network: at its start; never trained itself.
+        network: with its initial weights; it is copied before training.
         rate: Adam's learning rate.
-        steps: how many are taken.
-        every: steps from one look at the loss to the next.
-        batch: what is trained on in a step, by its number.
-        held_out: what the loss is of.
+        steps: the number of steps.
+        every: steps between two measurements of the loss.
+        batch: returns the batch of a step, by its number.
+        held_out: the batch that the loss is measured on.
     """
 
     name: str
@@ -60,17 +60,17 @@ class Example:
 
 # ---- molecules
 
-KINDS = (0.5, 0.75, 1.0, 1.25, 1.5)
-"""Charge of each kind of atom."""
+CHARGES = (0.5, 0.75, 1.0, 1.25, 1.5)
+"""The charge of each element."""
 
 
 class Molecules(NamedTuple):
-    """Drawn molecules: an atom's place in the batch tells its molecule, and an edge's the atom that it leads to.
+    """Molecules of a batch. Atoms are ordered by molecule, edges by the atom at their end.
 
     Attributes:
-        atoms: kinds as one-hots, `(atoms, 5)`.
-        edges: the kind of bond as a one-hot of four, none where atoms are not close, and the distance, `(edges, 5)`.
-        sources: the atom that an edge comes from, `(edges,)`; the edges to an atom stand together, in its order.
+        atoms: elements as one-hot vectors, `(atoms, 5)`.
+        edges: the bond as a one-hot vector of 4, zero between distant atoms, then the distance, `(edges, 5)`.
+        sources: the atom at the start of each edge, `(edges,)`.
         energy: `(molecules,)`.
     """
 
@@ -81,31 +81,31 @@ class Molecules(NamedTuple):
 
 
 def complete(graphs: int, atoms: int) -> Tensor:
-    """The sources of the edges of complete graphs, `(graphs · atoms · (atoms - 1),)`, in the order of their targets."""
+    """Return the sources of all edges of complete graphs, `(graphs · atoms · (atoms - 1),)`, ordered by target."""
     node = torch.arange(atoms)
     others = node.expand(atoms, atoms)[node[:, None] != node]
     return (others + atoms * torch.arange(graphs)[:, None]).flatten()
 
 
 def molecules(graphs: int, atoms: int, seed: int) -> Molecules:
-    """Draw molecules, in float64."""
+    """Draw random molecules in float64."""
     draw = torch.Generator().manual_seed(seed)
-    kinds = torch.randint(len(KINDS), (graphs, atoms), generator=draw)
-    places = F.normalize(torch.randn(graphs, atoms, 3, generator=draw, dtype=torch.float64), dim=-1)
-    places *= torch.rand(graphs, atoms, 1, generator=draw, dtype=torch.float64) ** (1 / 3)  # evenly in a ball
-    places *= 1 + 1.5 * torch.rand(graphs, 1, 1, generator=draw, dtype=torch.float64)
-    distance = torch.cdist(places, places)
+    elements = torch.randint(len(CHARGES), (graphs, atoms), generator=draw)
+    positions = F.normalize(torch.randn(graphs, atoms, 3, generator=draw, dtype=torch.float64), dim=-1)
+    positions *= torch.rand(graphs, atoms, 1, generator=draw, dtype=torch.float64) ** (1 / 3)  # uniform in a ball
+    positions *= 1 + 1.5 * torch.rand(graphs, 1, 1, generator=draw, dtype=torch.float64)
+    distance = torch.cdist(positions, positions)
     apart = ~torch.eye(atoms, dtype=torch.bool)
-    charge = torch.tensor(KINDS, dtype=torch.float64)[kinds]
+    charge = torch.tensor(CHARGES, dtype=torch.float64)[elements]
     pair = charge[:, :, None] * charge[:, None, :] / (1 + distance.square()).sqrt()
     bond = (distance / 0.25).long()[..., None] == torch.arange(4)
     edges = torch.cat([bond.to(distance), distance[..., None]], -1)[:, apart]
-    kinds = F.one_hot(kinds, len(KINDS)).to(places)
-    return Molecules(kinds.flatten(0, 1), edges.flatten(0, 1), complete(graphs, atoms), pair[:, apart].sum(1) / 2)
+    one_hot = F.one_hot(elements, len(CHARGES)).to(positions)
+    return Molecules(one_hot.flatten(0, 1), edges.flatten(0, 1), complete(graphs, atoms), pair[:, apart].sum(1) / 2)
 
 
 class Set2Set(nn.Module):
-    """Attention from an LSTM to a graph's nodes (Vinyals, Bengio, Kudlur, "Order Matters", ICLR 2016), three times."""
+    """A graph's features by repeated attention of an LSTM (Vinyals, Bengio, Kudlur, "Order Matters", ICLR 2016)."""
 
     def __init__(self, features: int, passes: int = 3) -> None:
         super().__init__()
@@ -129,14 +129,14 @@ class MessagePassing(nn.Module):
 
     Args:
         features: of an atom.
-        hidden: of what generates an edge's weights.
-        rounds: how often messages are sent.
+        hidden: units of the network that generates an edge's weights.
+        rounds: of message passing.
     """
 
     def __init__(self, features: int = 64, hidden: int = 128, rounds: int = 3) -> None:
         super().__init__()
         self.rounds, self.kept = rounds, False
-        self.start = nn.Sequential(nn.Linear(len(KINDS), features), nn.ReLU())
+        self.start = nn.Sequential(nn.Linear(len(CHARGES), features), nn.ReLU())
         self.edge = nn.Sequential(nn.Linear(5, hidden), nn.ReLU())
         self.message = fasthyper.HyperLinear(features, features, cond_features=hidden, bias=False)
         self.message.reset_parameters(z_second_moment=0.5)
@@ -146,17 +146,17 @@ class MessagePassing(nn.Module):
         self.end = nn.Sequential(nn.Linear(2 * features, features), nn.ReLU(), nn.Linear(features, 1))
 
     def weights(self, z: Tensor) -> Tensor:
-        """The weights of every edge, written out, `(edges, out, in)`."""
+        """Return the weights of every edge, `(edges, out, in)`."""
         return self.message.materialize(z)[0]
 
     def messages(self, nodes: Tensor, z: Tensor, sources: Tensor, W: Tensor | None = None) -> Tensor:
-        """The mean over the edges that lead to a node of the node that it comes from, times the edge's weights."""
+        """Return the mean over incoming edges of the source node's features times the edge's weights."""
         x = nodes.index_select(0, sources)
         sent = self.message(x, z) if W is None else torch.bmm(W, x.unsqueeze(2)).squeeze(2)
         return sent.unflatten(0, (len(nodes), -1)).mean(1)
 
     def forward(self, atoms: Tensor, edges: Tensor, sources: Tensor) -> Tensor:
-        """The energy of each molecule."""
+        """Return the energy of each molecule."""
         nodes, z = self.start(atoms), self.edge(edges)
         W = self.weights(z) if self.kept else None
         for _ in range(self.rounds):
@@ -166,7 +166,7 @@ class MessagePassing(nn.Module):
 
 
 def qm9(graphs: int, steps: int, every: int = 8, atoms: int = 18, features: int = 64, hidden: int = 128) -> Example:
-    """The network of the molecules, `graphs` of them in a batch."""
+    """Return the example of the molecules, with `graphs` of them in a batch."""
     torch.manual_seed(0)
     energy = molecules(1000, atoms, seed=0).energy
 
@@ -186,12 +186,12 @@ class Sine(nn.Module):
     """sin(30 h)."""
 
     def forward(self, h: Tensor) -> Tensor:
-        """Of every element."""
+        """Apply it to every element."""
         return torch.sin(30 * h)
 
 
 def siren_network(features: int) -> nn.Sequential:
-    """A SIREN of two hidden layers from places to colours, initialised as its authors do."""
+    """Return a SIREN with two hidden layers from positions to colours, initialised as in the paper."""
     first, middle, last = nn.Linear(2, features), nn.Linear(features, features), nn.Linear(features, 3)
     nn.init.uniform_(first.weight, -1 / 2, 1 / 2)
     for layer in (middle, last):
@@ -217,19 +217,19 @@ def photograph(shrink: int) -> Tensor:
 
 
 def siren(shrink: int, features: int, steps: int, every: int = 5, side: int = 32, hidden: int = 256) -> Example:
-    """The hypernetwork of the picture: a SIREN of `features` units for each of its tiles."""
+    """Return the example of the picture: a hypernetwork generates a SIREN of `features` units for each tile."""
     torch.manual_seed(0)
     colours = tiles(photograph(shrink), side)
     axis = torch.linspace(-1, 1, side, dtype=torch.float64)
-    places = torch.cartesian_prod(axis, axis).expand(len(colours), -1, -1)
+    positions = torch.cartesian_prod(axis, axis).expand(len(colours), -1, -1)
     trunk = nn.Sequential(nn.Embedding(len(colours), 64), nn.Linear(64, hidden), nn.ReLU())
     network = fasthyper.Hypernetwork(trunk, fasthyper.hyperize(siren_network(features), cond_features=hidden))
-    batch = (places, torch.arange(len(colours)), colours)
+    batch = (positions, torch.arange(len(colours)), colours)
     sizes = (len(colours), side * side, hidden, features, features)
     return Example("siren picture", sizes, network, 1e-4, steps, every, lambda number: batch, batch)
 
 
-# ---- what is trained where
+# ---- all examples
 
 EXAMPLES: dict[str, tuple[Callable[[], Example], ...]] = {
     "cpu": (functools.partial(siren, shrink=2, features=64, steps=50), functools.partial(qm9, graphs=8, steps=56)),
@@ -238,5 +238,5 @@ EXAMPLES: dict[str, tuple[Callable[[], Example], ...]] = {
         functools.partial(qm9, graphs=128, steps=400),
     ),
 }
-"""What is trained on a type of device, the longest last; on GPUs in the published sizes. The numbers of steps are
-fixed, so that the clock decides nothing of what comes out."""
+"""The examples by kind of device, the longest last; on GPUs in the published sizes. The number of steps is fixed, so
+that results do not depend on speed."""

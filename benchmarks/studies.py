@@ -1,0 +1,181 @@
+"""The three studies: workloads against all peers, cost along a size, and training. Each yields groups of records."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+
+from fasthyper import planner
+from fasthyper.problem import Problem
+
+from . import training
+from .context import Context
+from .devices import CPU, GPU
+from .records import FORWARD_BACKWARD, TRAINING_STEP, Record
+from .resident import resident_bytes
+from .timing import RoundLimits, compare
+from .ways import AGAIN, OURS, PEERS, ours, peers, schedules
+from .workloads import AXES, WORKLOADS, Workload
+
+STUDIES = ("workloads", "scaling", "training")
+SCALING_PEERS = ("materialise + bmm", "x ⊗ z first", "materialise in chunks")
+TRAINING_SECONDS = 100.0
+
+Groups = Iterator[list[Record]]
+
+
+def select(only: str | None, large: bool, kind: str) -> list[Workload]:
+    """Return the workloads whose label contains `only`, or all.
+
+    On a CPU, large ones are left out unless `large`. On a GPU, they have as many instances as published, and those that
+    have floors come first, in case the time budget ends.
+    """
+    found = [w for w in WORKLOADS if (only or "").lower() in w.label.lower()]
+    if kind == "cpu":
+        return [w for w in found if large or not w.large]
+    return sorted((w.as_published() for w in found), key=lambda w: (w.N > 1, -w.B * w.N * w.R * w.I * w.O))
+
+
+def is_current(record: Record) -> bool:
+    """Return whether the workload or axis of a record still has the record's sizes."""
+    sizes = (record.workload, *record.subject[3:10])
+    if record.study == "workloads":
+        current = [w for one in WORKLOADS for w in (one, one.as_published())]
+    elif record.study == "scaling":
+        current = [w for axis in AXES for w in axis.workloads(record.context.kind) if axis.name == record.axis]
+    else:
+        return True
+    return any(sizes == (w.name, w.B, w.N, w.R, w.I, w.O, w.neighbours, w.hidden) for w in current)
+
+
+def planned_schedules(w: Workload, dtype: torch.dtype, context: Context) -> str:
+    """Return the planner's schedules for forward and backward; backward has two if the head's gradient is apart."""
+    problem = partial(
+        Problem,
+        batch=w.B,
+        points=w.N,
+        cond_features=w.R,
+        in_features=w.I,
+        out_features=w.O,
+        dtype=dtype,
+        device=context.kind,
+        backend=context.backend,
+    )
+    apart = context.backend == "cpu" and w.N == 1
+    backward = [(True, True, False), (False, False, True)] if apart else [(True, True, True)]
+    calls = [problem("apply"), *(problem("grads", needs=needs) for needs in backward)]
+    return " / ".join(planner.plan(call).schedule for call in calls)
+
+
+def measure_workloads(
+    workloads: Sequence[Workload],
+    dtypes: Sequence[torch.dtype],
+    modes: Sequence[str],
+    device: CPU | GPU,
+    context: Context,
+    every: bool = False,
+    compiled: bool = True,
+    until: float = float("inf"),
+    compile_until: float = float("inf"),
+) -> Groups:
+    """Compare fasthyper with all peers on each workload.
+
+    A training step is compared only with the peers that are near the best in forward + backward.
+
+    Args:
+        workloads: to measure.
+        dtypes: of all tensors.
+        modes: of `records.MODES`.
+        device: where to run.
+        context: for the records.
+        every: whether a CPU measures every combination. Otherwise, other modes and dtypes than forward + backward in
+            float32 are measured only on the README's workloads, and so are libraries that do the same as
+            `vmap(functional_call)`; 16-bit dtypes are measured only in forward + backward and without torch.compile.
+        compiled: whether to measure the ways that use torch.compile.
+        until: `time.monotonic()` after which no comparison starts.
+        compile_until: `time.monotonic()` after which nothing is compiled.
+    """
+    all_modes = device.kind == "cuda" or every
+    for dtype in dtypes:
+        chosen = [w for w in workloads if all_modes or w.readme or dtype == torch.float32]
+        resident = _resident([w for w in chosen if w.readme or every], modes, dtype, device)
+        for w in chosen:
+            near_best: set[str] | None = None
+            for mode in sorted(modes, key=lambda mode: mode != FORWARD_BACKWARD):
+                if mode != FORWARD_BACKWARD and not (all_modes or (w.readme and dtype == torch.float32)):
+                    continue
+                if time.monotonic() > until:
+                    return
+                others = peers(w, dtype, device.kind)
+                compiles = compiled and (all_modes or dtype == torch.float32) and time.monotonic() < compile_until
+                skip = {}
+                if mode == TRAINING_STEP and near_best is not None:
+                    skip = {way.name: "slow in forward + backward" for way in others if way.name not in near_best}
+                if not (all_modes or w.readme):
+                    libraries = [way for way in others if way.library and way.form == "layer"]
+                    skip |= {way.name: "same as vmap(functional_call)" for way in libraries}
+                if not compiles:
+                    skip |= {way.name: "not compiled" for way in others if way.compiled}
+                main = mode == FORWARD_BACKWARD and dtype == torch.float32
+                limits = RoundLimits() if main else RoundLimits(target_seconds=0.6)
+                ways = [*ours(w, device.kind), *others]
+                group = compare(w, mode, dtype, device, ways, context, limits, skip=skip, study="workloads")
+                if mode == FORWARD_BACKWARD:
+                    near_best = {r.way for r in group if r.rounds and r.rounds > 1}
+                    plan = planned_schedules(w, dtype, context) if w.form == "layer" else ""
+                    group = _with(group, resident=resident.get(w), plan=plan)
+                yield group
+
+
+def _resident(
+    workloads: Sequence[Workload], modes: Sequence[str], dtype: torch.dtype, device: CPU | GPU
+) -> dict[Workload, int | None]:
+    layers = [w for w in workloads if w.form == "layer"]
+    if device.kind != "cpu" or FORWARD_BACKWARD not in modes or not layers:
+        return {}
+    sizes = resident_bytes(layers, str(dtype).removeprefix("torch."), "auto", torch.get_num_threads())
+    return dict(zip(layers, sizes, strict=True))
+
+
+def _with(group: list[Record], **fields: object) -> list[Record]:
+    """Set fields of fasthyper's own record."""
+    return [r.replace(**fields) if r.role == "ours" else r for r in group]
+
+
+def measure_scaling(axes: Sequence[str], device: CPU | GPU, context: Context, until: float = float("inf")) -> Groups:
+    """Compare fasthyper, each schedule and three peers in forward + backward while one size grows.
+
+    An axis ends where the first of the peers runs out of memory.
+    """
+    few = [way for way in PEERS if way.name in SCALING_PEERS and way.form == "layer"]
+    dtype = torch.float32 if device.kind == "cpu" else torch.bfloat16
+    for axis in (axis for axis in AXES if axis.name in axes):
+        for w in axis.workloads(device.kind):
+            if time.monotonic() > until:
+                return
+            own = [way for way in ours(w, device.kind) if way.name in (OURS, AGAIN)]
+            group = compare(
+                w,
+                FORWARD_BACKWARD,
+                dtype,
+                device,
+                [*own, *schedules(context.backend), *few],
+                context,
+                RoundLimits(target_seconds=1.0),
+                max_bytes=float("inf"),
+                study="scaling",
+                axis=axis.name,
+            )
+            yield _with(group, plan=planned_schedules(w, dtype, context))
+            if any(r.way == SCALING_PEERS[0] and r.note == "out of memory" for r in group):
+                break
+
+
+def measure_training(device: CPU | GPU, context: Context, until: float = float("inf")) -> Groups:
+    """Train the examples of `training_examples.py`."""
+    seconds = min(TRAINING_SECONDS, until - time.monotonic())
+    if seconds > 0:
+        yield from training.train_all(context, seconds, device.kind)

@@ -1,0 +1,128 @@
+"""The summary of the results, and the roofline."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+with pytest.MonkeyPatch.context() as path:
+    path.syspath_prepend(str(ROOT))
+    path.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
+    from made_up import GPU, HERE, MIB, comparison, realistic
+
+    from benchmarks import page, roofline, summary
+
+
+def lines(found, dtype="float32"):
+    return {line.metric: line for line in summary.summarise(found) if line.dtype == dtype}
+
+
+def test_the_summary_of_a_cpu():
+    work = 3 * 2 * 100 * 64 * 64 * 64
+    found = [
+        *comparison(1.0, 1.0, {"best": 8.0, "worse": 9.0}, product=work / 0.9, workload="a"),
+        # a head of 63·64·64 < 2¹⁸ is too light for its share to count
+        *comparison(1.0, 1.5, {"best": 2.0}, product=work / 0.1, R=63, workload="b"),
+        *comparison(1.0, 1.0, {"best": 4.0}, product=work * 2 / 0.6, R=1024, O=8, memory=7 * MIB, workload="c"),
+        *comparison(1.0, 1.0, {"best": 0.5}, R=2, workload="tiny batch"),
+        *comparison(1.0, 1.0, {"best": 99.0}, neighbours=4, workload="graph"),
+        *comparison(1.0, 1.0, {"best": 99.0}, hidden=32, workload="primary"),
+        *comparison(1.0, 0.8, {"best": 0.25}, N=2, workload="d"),
+        *comparison(1.0, 1.0, {"best": 3.0}, mode="forward", workload="a"),
+    ]
+    seen = lines(found)
+    assert [(line.value, line.floor, line.held) for line in seen.values()] == [
+        (pytest.approx(4.0), "≥ 2.0", True),  # of 8 and 2
+        (pytest.approx(4.0), "≥ 1.6", True),  # of 8, 2 and 4
+        (0.5, "≥ 0.95", False),
+        (0.25, "≥ 0.9", False),
+        (pytest.approx(3.0), "", None),
+        (None, "", None),
+        (pytest.approx(0.9), "≥ 0.8", True),
+        (pytest.approx(0.6), "≥ 0.65", False),
+        (7.0, "≤ 40", True),
+        (14.0, "≤ 40", True),
+        (None, "≤ 1.10", None),
+        (0.8, "", None),
+        (1.5, "", None),
+    ]
+    assert seen["speed-up at N = 1, geometric mean"].where == "3 workloads"
+    assert seen["noise: fasthyper measured twice, ratio, most"].where == "b, 64 → 64"
+
+
+def test_some_floors_need_amx():
+    plain = comparison(dtype="bfloat16")
+    with_amx = comparison(dtype="bfloat16", context=dataclasses.replace(HERE, device="Xeon, AVX512 + AMX, 2 threads"))
+    name = "speed-up at N = 1, geometric mean"
+    assert lines(plain, "bfloat16")[name].floor == ""
+    assert lines(with_amx, "bfloat16")[name][2:4] == (2.0, "≥ 2.2 (AMX)")
+    assert lines(with_amx, "bfloat16")[name].held is False
+
+
+def test_the_summary_of_a_gpu():
+    found = [
+        *comparison(1.0, 1.0, {"best": 2.0}, B=1 << 16, product=0.8 * 6 * 2.0**34, context=GPU, workload="qm9 mpnn"),
+        *comparison(
+            1.0, 1.0, {"best": 8.0}, B=1 << 16, O=128, product=6 * 2.0**35 / 0.8, context=GPU, workload="modelnet"
+        ),
+        *comparison(1.0, 1.0, {"best": 0.5}, N=2, context=GPU, workload="d"),
+    ]
+    seen = list(lines(found).values())
+    assert [(line.value, line.floor) for line in seen[:5]] == [
+        (pytest.approx(4.0), "≥ 1.7"),
+        (2.0, "≥ 0.95"),
+        (8.0, "≥ 4"),
+        (2.0, "≥ 2"),
+        (0.5, ""),
+    ]
+    assert [(line.value, line.floor) for line in seen[7:10]] == [
+        (pytest.approx(0.8), "≥ 0.75"),
+        (pytest.approx(1.25), "≥ 0.6"),
+        (1.0, "≤ 64"),
+    ]
+
+
+def test_the_share_of_the_roofline():
+    # 100·64 + 100·64 + 64·64·64 + 100·64 numbers of 4 bytes, twice; the copy allows 10 byte/s
+    work, moved = 6 * 100 * 64**3, 2 * 4 * (3 * 6400 + 64**3)
+    like = comparison()[0]
+    assert (roofline.flops(like), roofline.compulsory_bytes(like)) == (work, moved)
+    forward = dataclasses.replace(like, mode="forward", dtype="bfloat16")
+    assert (roofline.flops(forward), roofline.compulsory_bytes(forward)) == (work // 3, moved // 4)
+    assert roofline.bound(like, 1e3, 1e9) == 1e3
+    assert roofline.bound(like, 1e9, 10.0) == pytest.approx(10 * work / moved)
+    many = dataclasses.replace(like, N=100)
+    assert roofline.flops(many) == work + 6 * 100 * 100 * 64**2  # the weights once, then applied to each point
+    primary = dataclasses.replace(like, hidden=32, O=1)
+    assert roofline.flops(primary) == 6 * 100 * 64 * (64 * 32 + 32)
+    shared = dataclasses.replace(like, neighbours=10)
+    assert roofline.flops(shared) == 6 * (10 * 64**3 + 100 * 64 * 64)  # x·H once for ten
+    assert "| 1.00 | 0.50 | 1.0 |" in page.markdown(comparison(product=2 * work, copy=1e15))
+    others = [
+        *comparison(),
+        *comparison(product=4 * work, copy=1e15, workload="other"),
+    ]  # without ceilings: those of the file
+    assert "| made up | 100 | 1 | 64 | 64 → 64 | 1,000 (900–1,200) | 2,000 (best) | 2.00 | 1.00 | 0.25 |" in (
+        page.markdown(others)
+    )
+
+
+def test_the_planner_s_choice_is_compared_with_the_best_schedule():
+    found = [r for r in realistic() if r.study == "scaling"]
+    text = page.markdown(found)
+    assert (
+        "took more than 1.10 times the best schedule at 1 of 30 points:\n\n- qm9 mpnn, 64 → 64, N = 4 along N" in text
+    )
+    assert "float32: 1.25 times fasthyper, generate; noise 1.01\n" in text
+    assert "| generate | **1.25** | 1.01 |" in text
+    line = lines(found)["planner's choice over the best schedule, most"]
+    assert (line.value, line.where, line.held) == (pytest.approx(1.25), "qm9 mpnn, 64 → 64, N = 4", False)
+    assert "\n| 16,384 | fold / fold |" in text
+    right = [r for r in found if (r.axis, r.N) != ("N", 4)]
+    assert "at 0 of 29 points." in page.markdown(right)
+    one = [dataclasses.replace(r, plan="generate") if r.plan == "fold / generate" and r.N == 4 else r for r in found]
+    assert "at 0 of 30 points." in page.markdown(one)  # the planner chose one schedule: compares its forced run

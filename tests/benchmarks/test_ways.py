@@ -1,0 +1,156 @@
+"""Every way computes the defining sum, and the check of results finds wrong ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+with pytest.MonkeyPatch.context() as path:
+    path.syspath_prepend(str(ROOT))
+    path.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
+    from made_up import FORMS, GRAPH, TINY
+
+    from benchmarks import inputs, records, steps, studies, ways, workloads
+
+
+def all_ways(w, dtype=torch.float64):
+    return [*ways.ours(w, "cpu"), *ways.peers(w, dtype, "cpu")]
+
+
+def cases():
+    for w in FORMS:
+        for peer in all_ways(w):
+            marks = [pytest.mark.slow] if peer.compiled else []
+            yield pytest.param(w, peer, marks=marks, id=f"{w.name}{w.N}-{peer.name}")
+
+
+@pytest.mark.parametrize(("w", "peer"), list(cases()))
+@pytest.mark.parametrize("mode", records.MODES)
+def test_every_way_computes_the_definition(w, peer, mode):
+    if why := peer.reason_to_skip(w, torch.float64, 1 << 30):
+        pytest.skip(why)
+    first = inputs.inputs(w, torch.float64)
+    run = steps.step(peer.function(w), mode, inputs.Sets([first]), peer.layout)
+    results = run()
+    truth = steps.step(steps.definition(w, "cpu"), mode, inputs.Sets([first]))()
+    steps.Truth(w, mode, first).check(peer.name, results, peer.layout)
+    for got, expected in zip(results, truth, strict=True):
+        if mode != records.FORWARD and got is results[-1] and peer.layout != steps.DEFAULT:
+            expected = expected.permute(peer.layout)
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("w", FORMS, ids=lambda w: f"{w.name}{w.N}")
+def test_the_definition_is_the_sum_instance_by_instance(w):
+    given = inputs.inputs(w, torch.float64)
+
+    def layer(x, z, head):
+        H, bias, base, base_bias = head if len(head) == 4 else (*head, None, None, None)
+        y = x @ (H @ z).T
+        return y if bias is None else y + x @ base.T + bias @ z + base_bias
+
+    if w.neighbours > 1:
+        y = torch.zeros(w.nodes, 1, w.O, dtype=torch.float64)
+        for edge in range(w.B):
+            source = edge // w.neighbours
+            target = (source + 1 + edge % w.neighbours) % w.nodes
+            y[target] += layer(given.x[source], given.z[edge], given.head)
+    else:
+        rows = []
+        for x, z in zip(given.x, given.z, strict=True):
+            x = torch.relu(layer(x, z, given.head[:4])) if w.hidden else x
+            rows.append(layer(x, z, given.head[4:] if w.hidden else given.head))
+        y = torch.stack(rows)
+    torch.testing.assert_close(steps.definition(w, "cpu")(*given.leaves), y)
+
+
+@pytest.mark.parametrize("wrong", range(4))
+def test_a_wrong_result_is_found(wrong):
+    first = inputs.inputs(TINY, torch.float32)
+    truth = steps.Truth(TINY, records.FORWARD_BACKWARD, first)
+    results = list(steps.step(ways.materialised, records.FORWARD_BACKWARD, inputs.Sets([first]))())
+    truth.check("right", results)
+    results[wrong] = results[wrong] * 1.01
+    name = ("y", "dx", "dz", "the head's gradient")[wrong]
+    with pytest.raises(AssertionError, match=rf"wrong: {name} is off by 0\.01"):
+        truth.check("wrong", results)
+    results[wrong] = results[wrong].unsqueeze(0)
+    with pytest.raises(AssertionError, match="off by inf"):
+        truth.check("wrong shape", results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_missing_feature_is_found(dtype):
+    w = workloads.Workload("wide", 8, 1, 128, 16, 16, "made up")
+    first = inputs.inputs(w, dtype)
+    truth = steps.Truth(w, records.FORWARD, first)
+    x, z, H = first.leaves
+    truth.check("whole", [ways.materialised(x, z, H)])
+    with pytest.raises(AssertionError, match="y is off"):
+        truth.check("without", [ways.materialised(x, z[:, :-1], H[..., :-1].contiguous())])
+
+
+def test_large_results_are_checked_in_part(monkeypatch):
+    monkeypatch.setattr(steps.Truth, "MAX_BYTES", 8 * TINY.I * TINY.O * 2)
+    first = inputs.inputs(TINY, torch.float32)
+    truth = steps.Truth(TINY, records.FORWARD_BACKWARD, first)
+    y, dx, dz, dH = steps.step(ways.materialised, records.FORWARD_BACKWARD, inputs.Sets([first]))()
+    truth.check("right", [y, dx, dz, dH])
+    with pytest.raises(AssertionError, match="y is off"):
+        truth.check("wrong", [y + 1, dx, dz, dH])
+    with pytest.raises(AssertionError, match="head's gradient is off"):
+        truth.check("wrong", [y, dx, dz, 2 * dH])
+
+
+def test_a_training_step_trains():
+    sets = inputs.Sets(inputs.inputs(dataclasses.replace(TINY, B=64), torch.float32, seed=k) for k in range(2))
+    train = steps.step(ways.fused, records.TRAINING_STEP, sets)
+    losses = [train()[0].item() for _ in range(400)]
+    assert losses[0] != losses[1]  # another set
+    assert losses[-2] < 0.95 * losses[0]
+    assert losses[-1] < 0.95 * losses[1]
+
+
+def test_sets_fill_the_cache_twice_and_are_taken_in_turns():
+    sets = inputs.rotated(TINY, torch.float32, 1 << 14)
+    size = sum(t.nbytes for t in (*sets[0].leaves, sets[0].g))
+    assert len(sets) * size >= 2 << 14
+    assert (len(sets) - 1) * size < 2 << 14
+    calls = [steps.step(function, records.FORWARD, sets) for function in (ways.materialised, ways.fused)]
+    for turn, one in enumerate((*sets, sets[0])):  # every call takes the next set
+        torch.testing.assert_close(calls[turn % 2]()[0], ways.materialised(*one.leaves))
+    sets.rewind()
+    torch.testing.assert_close(calls[0]()[0], ways.materialised(*sets[0].leaves))
+    assert len(inputs.rotated(TINY, torch.float32, 0)) == 1
+
+
+def test_nodes_have_as_many_edges_in_as_out():
+    source, target = inputs.edges(GRAPH)
+    assert source.tolist() == sorted(source.tolist())
+    assert source.bincount().tolist() == target.bincount().tolist() == [4] * 6
+    assert not (source == target).any()
+
+
+def test_the_workloads():
+    ones = [w for w in workloads.WORKLOADS if w.N == 1 and not w.extra and w.form == "layer"]
+    assert (len(ones), sum(w.O >= 16 for w in ones)) == (15, 8)
+    assert all(w.source for w in workloads.WORKLOADS)
+    assert all(w.B % w.neighbours == 0 for w in workloads.WORKLOADS)
+    assert [w.B for w in studies.select("qm9 mpnn", False, "cuda")] == [39_168]
+    assert [w.B for w in studies.select("qm9 mpnn", False, "cpu")] == [4_896]
+    assert not studies.select("mothernet", False, "cpu")
+    assert studies.select("mothernet", True, "cpu")
+
+
+def test_axes_vary_one_size():
+    for axis in workloads.AXES:
+        points = list(axis.workloads())
+        varied = {name for name in "BNRIO" if len({getattr(w, name) for w in points}) > 1}
+        assert varied == ({"I", "O"} if axis.name == "width" else {axis.name})
+        assert len(list(axis.workloads("cuda"))) == len(points) + len(axis.more)
+        assert all(min(w.B, w.N, w.R, w.I, w.O) > 0 for w in points)
