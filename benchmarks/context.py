@@ -59,7 +59,7 @@ def current_context(kind: str) -> Context:
         version = triton.__version__
     except ImportError:
         version = ""
-    backend = fasthyper.backends.backend("auto", torch.device(kind)).__name__.rpartition(".")[2]
+    backend = fasthyper.backends.automatic(kind)
     driver = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if kind == "cuda" else ""
     return Context(
         device=torch.cuda.get_device_name(0) if kind == "cuda" else _processor(),

@@ -1,4 +1,4 @@
-"""What the tests share: the oracle (float64 einsum, independent of the package), factors of any strides, tiny tiles."""
+"""Shared fixtures: random tensors with any strides, a float64 einsum oracle independent of the package, tiny tiles."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ settings.register_profile(
 settings.load_profile("fasthyper")
 
 DEVICE = os.environ.get("FASTHYPER_TEST_DEVICE", "cpu")
-"""Where factors are: `make gpu` runs the suite of the family on its GPU."""
+"""The device of the factors; `make gpu` sets it to `cuda`."""
 
 
 def _hows() -> Iterator[tuple[str, str | None]]:
-    """Every backend that runs here, with every schedule; where a CPU plays a GPU, that GPU's backend alone."""
-    played = "triton" if triton.interpreting() else "cuda" if cuda.emulating() else None
+    """Yield every backend that runs here with every schedule; if the CPU emulates a GPU, only that GPU backend."""
+    emulated = "triton" if triton.interpreting() else "cuda" if cuda.emulating() else None
     for name, module in backends.BACKENDS.items():
         devices = module.devices()
         elsewhere = devices is not None and DEVICE not in devices
-        if played and DEVICE == "cpu":
-            elsewhere = name != played
+        if emulated and DEVICE == "cpu":
+            elsewhere = name != emulated
         if not elsewhere and module.unavailable() is None:
             yield from ((name, s) for s in ((None,) if name == "materialised" else (None, *SCHEDULES)))
 
@@ -45,7 +45,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def nothing_forced():
-    """Every test starts with no backend forced and the default workspace, and leaves no backend to its thread."""
+    """Reset backend and workspace limit after each test, and check that no backend stays forced in the thread."""
     torch.manual_seed(0)
     yield
     fasthyper.set_backend("auto")
@@ -69,7 +69,7 @@ def nothing_forced():
 
 @pytest.fixture(scope="session", params=HOWS, ids=["-".join(filter(None, how)) for how in HOWS])
 def how(request) -> tuple[str, str | None]:
-    """Every backend with every schedule, as the arguments of `use_backend`."""
+    """Arguments of `use_backend`: every backend with every schedule."""
     return request.param
 
 
@@ -78,7 +78,7 @@ def dtype(request) -> torch.dtype:
     return request.param
 
 
-# The sizes B, N, R, I, O of a small problem in which no two are equal, so that no mix-up goes unseen.
+# B, N, R, I, O of a small problem. All differ, so that swapped axes are found.
 SIZES = (4, 2, 5, 3, 6)
 AXES = {"x": "bni", "z": "br", "weight": "oir", "g": "bno", "bias": "or", "base_weight": "oi", "base_bias": "o"}
 FACTORS = ("x", "z", "weight", "g")
@@ -91,14 +91,14 @@ def _shape(name: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _strided(t: Tensor, name: str, strides: str) -> Tensor:
-    """The same kind of tensor with other strides: same shape and, but for `expanded`, same values."""
-    if strides == "expanded":  # x and z shared by the batch, g as sum().backward() makes it
+    """Return the tensor with other strides: the same shape and, except for `expanded`, the same values."""
+    if strides == "expanded":  # the batch shares x and z; g as in sum().backward()
         if name == "g":
             return t.flatten()[:1].view(1, 1, 1).expand(t.shape) if t.numel() else t
         return t[:1].expand(t.shape) if name in ("x", "z") and len(t) else t
     if strides == "transposed":
         return t.permute(*range(t.dim())[::-1]).contiguous().permute(*range(t.dim())[::-1])
-    if strides == "swapped":  # the two outer axes: a view Hᵀ of a head, points before instances
+    if strides == "swapped":  # the two outer axes: a transposed head, points before instances
         return t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() > 1 else t
     if strides == "sliced":
         wide = t.new_full([2 * n + 1 for n in t.shape], float("nan"))
@@ -110,7 +110,7 @@ def _strided(t: Tensor, name: str, strides: str) -> Tensor:
 
 
 class Factors:
-    """Random factors by name."""
+    """Makes random factors by name."""
 
     SIZES, STRIDES = SIZES, ("contiguous", "transposed", "swapped", "sliced", "expanded")
     NAMES, AFFINE, DEVICE = FACTORS, AFFINE, DEVICE
@@ -124,7 +124,7 @@ class Factors:
         requires_grad: bool = False,
         lead: int | None = None,
     ) -> list[Tensor]:
-        """Factors of sizes (B, N, R, I, O); `lead` puts a batched dimension in front of each."""
+        """Return factors of sizes (B, N, R, I, O); `lead` is the size of an extra leading dimension."""
         front = () if lead is None else (lead,)
         ts = [torch.randn(*front, *_shape(name, sizes), dtype=torch.float64).to(DEVICE, dtype) for name in names]
         ts = [_strided(t, name, strides) for t, name in zip(ts, names, strict=True)]
@@ -137,7 +137,7 @@ def factors() -> Factors:
 
 
 class Oracle:
-    """The identity in einsum, float64, with the scale of its rounding errors: the same sum over absolute values."""
+    """The defining sum as a float64 einsum. The sum of absolute values is the scale of its rounding errors."""
 
     OPS: ClassVar = {"apply": "bni,br,oir->bno", "cond_grad": "bni,bno,oir->br", "weight_grad": "bni,br,bno->oir"}
     INPUTS: ClassVar = {"apply": (0, 1, 2), "cond_grad": (0, 3, 2), "weight_grad": (0, 1, 3)}
@@ -154,7 +154,7 @@ class Oracle:
 
     @staticmethod
     def linear(x, z, weight, bias=None, base_weight=None, base_bias=None) -> Tensor:
-        """Differentiable, in the dtype of its arguments, W never written either."""
+        """Return y in the dtype of the arguments, differentiable and without W."""
         y = torch.einsum("bni,br,oir->bno", x, z, weight)
         if bias is not None:
             y = y + torch.einsum("br,or->bo", z, bias)[:, None]
@@ -164,7 +164,7 @@ class Oracle:
 
     @staticmethod
     def linear_grads(x, z, weight, bias, base_weight, g) -> list[Tensor]:
-        """dx, dz, dH, dbias, dW0, db0."""
+        """Return dx, dz, dH, dbias, dW0, db0."""
         dx, dz, dh = Oracle.grads(x, z, weight, g)
         x, z, bias, base_weight, g = (t.detach().double() for t in (x, z, bias, base_weight, g))
         return [
@@ -178,30 +178,30 @@ class Oracle:
 
     @staticmethod
     def check(actual: Tensor, truth: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
-        """Assert shape, dtype, contiguity, and rounding errors of `dtype` beside the sum of absolute terms."""
+        """Assert shape, dtype, contiguity, and an error within the rounding of `dtype` relative to `scale`."""
         assert actual.shape == truth.shape
         assert actual.dtype == dtype
         assert actual.is_contiguous()
         info = torch.finfo(dtype)
-        # Sums in float64 and float32 add up their own errors; in 16 bits it is terms and results that are rounded.
+        # In float64 and float32, errors add up over the sum; in 16 bits, only terms and results are rounded.
         allowed = (16 if info.bits > 16 else 4) * info.eps * scale + 16 * info.eps * info.smallest_normal
         excess = (actual.detach().double() - truth).abs() - allowed
         assert not excess.isnan().any()
         worst = excess.max().item() if excess.numel() else 0.0
-        assert worst <= 0, f"{worst:.3g} more off than rounding explains"
+        assert worst <= 0, f"the error exceeds rounding by {worst:.3g}"
 
     def check_op(self, name: str, actual: Tensor, *tensors: Tensor) -> None:
         scale = self.op(name, *(t.detach().abs() for t in tensors))
         self.check(actual, self.op(name, *tensors), scale, tensors[0].dtype)
 
     def check_all(self, actual, formula, *tensors: Tensor) -> None:
-        """Check each of the results of a formula such as `linear_grads`."""
+        """Check all results of a formula such as `linear_grads`."""
         absolute = [t.detach().abs() for t in tensors]
         for got, truth, scale in itertools.zip_longest(actual, formula(*tensors), formula(*absolute)):
             self.check(got, truth, scale, tensors[0].dtype)
 
     def check_linear(self, args: list[Tensor], results) -> None:
-        """Check y and the gradients of x, z, H, bias, W0 and b0, of (x, z, weight, bias, base_weight, g)."""
+        """Check y and the gradients of x, z, H, bias, W0 and b0; `args` are x, z, weight, bias, base_weight, g."""
         y = lambda tensors: self.linear(*(t.detach().double() for t in tensors[:5]))
         self.check(results[0], y(args), y([t.abs() for t in args]), args[0].dtype)
         self.check_all(results[1:], self.linear_grads, *args)
@@ -224,18 +224,18 @@ def _planning(module=planner, **replaced) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiles():
-    """`with tiles(7):` gives tiles of at most 7 elements, so that every loop over tiles runs more than once."""
+    """`with tiles(7):` limits tiles to 7 elements, so that every loop over tiles runs more than once."""
     return lambda elements: _planning(tile_elements=lambda problem, mach, limit: elements)
 
 
 @pytest.fixture(scope="session")
 def native_low_precision():
-    """`with native_low_precision(True):` computes tiles in 16 bits, as on a CPU that multiplies them natively."""
+    """`with native_low_precision(True):` computes tiles in 16 bits, as a CPU with 16-bit matrix products does."""
     return lambda native: _planning(processor, has_fast=lambda dtype: native)
 
 
 class Fusing:
-    """What makes a backend one that fuses a primary: by the definition, in float64. Its `a` can be told from others."""
+    """Methods of a backend that fuses a primary, computed in float64; `mark` is added to `a` to recognise it."""
 
     SIGMA: ClassVar = {"relu": torch.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "silu": F.silu, "gelu": F.gelu}
 
@@ -273,9 +273,9 @@ class Fusing:
         shapes = (x.shape, z.shape, (J, I, R), (J, R), (J, I), (J,), (O, J, R), (O, R), (O, J), (O,))
         given = [x.new_zeros(s) if t is None else t for s, t in zip(shapes, (x, z, *first, *second), strict=True)]
         leaves = [t.detach().double().requires_grad_() for t in given]
-        with torch.inference_mode(False), torch.enable_grad():  # autograd is over where a backend runs
+        with torch.inference_mode(False), torch.enable_grad():  # a backend runs without autograd
             h = Oracle.linear(*leaves[:6])
-            h = h + (a.double() - self.mark - h).detach()  # a as it was kept, and what it depends on
+            h = h + (a.double() - self.mark - h).detach()  # the saved value of a, with the gradient of h
             y = Oracle.linear(self.SIGMA[activation](h), leaves[1], *leaves[6:])
             out = torch.autograd.grad(y, leaves, g.double())
         return tuple(d.to(x.dtype).contiguous() if k else None for d, k in zip(out, mask, strict=True))
@@ -283,7 +283,7 @@ class Fusing:
 
 @pytest.fixture
 def fusing(monkeypatch) -> Fusing:
-    """The backend that auto takes here becomes one that fuses."""
+    """Make the backend that auto chooses here one that fuses."""
     fake, best = Fusing(), backends.backend("auto", torch.device(DEVICE))
     for method in ("fuses", "primary", "primary_grads"):
         monkeypatch.setattr(best, method, getattr(fake, method), raising=False)

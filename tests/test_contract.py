@@ -1,4 +1,4 @@
-"""The rest of the contract with torch: autocast, checkpointing, what is saved and computed, sizes beyond 2³¹."""
+"""The contract with torch: autocast, checkpointing, saved tensors, the gradients computed, sizes beyond 2³¹."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def affine(x, z, weight, bias, base_weight, base_bias):
 class TestAutocast:
     @pytest.mark.parametrize("region", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16])
-    def test_the_region_s_dtype(self, region, given, factors):
+    def test_the_result_has_the_region_s_dtype(self, region, given, factors):
         args = factors(dtype=given, names=factors.AFFINE)
         with torch.autocast("cpu", region):
             y = affine(*args)
@@ -29,7 +29,7 @@ class TestAutocast:
 
     @pytest.mark.parametrize("region", [torch.bfloat16, torch.float16])
     def test_a_region_does_not_reach_inside(self, region, how, factors, oracle):
-        """An op called with float32 in a region computes in float32: forward, backward, and backward alone."""
+        """An op called with float32 inside a region computes in float32: forward, backward, and only backward."""
         args = factors((64, 2, 17, 33, 29), torch.float32, requires_grad=True)
         *leaves, g = args
         with fasthyper.use_backend(*how):
@@ -73,8 +73,8 @@ class TestAutocast:
         torch.testing.assert_close(got, expected)
         torch.testing.assert_close(second, torch.autograd.grad(sum((t**2).sum() for t in expected), args[:3]))
 
-    def test_as_linear_does(self):
-        """The dtypes that nn.functional.linear gives, region by region."""
+    def test_dtypes_are_those_of_linear(self):
+        """In every region, the dtype of the result is that of nn.functional.linear."""
         for given in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             x, w = torch.randn(4, 3, dtype=given), torch.randn(6, 3, dtype=given)
             for region in (torch.bfloat16, torch.float16):
@@ -173,7 +173,7 @@ def test_checkpoint_recomputes_by_the_same_backend(factors):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The masks that reach the backend."""
+    """The masks of needed gradients that reach the backend."""
     masks = []
     original = fasthyper.backends.BACKENDS["aten"].grads
 
@@ -186,7 +186,7 @@ def asked(monkeypatch):
 
 
 @pytest.mark.parametrize("some", range(1, 64))
-def test_a_gradient_not_asked_for_is_not_computed(some, asked, factors):
+def test_only_needed_gradients_are_computed(some, asked, factors):
     wanted = tuple(bool(some >> k & 1) for k in range(6))
     args = [t.requires_grad_(w) for t, w in zip(factors(names=factors.AFFINE), wanted, strict=True)]
     affine(*args).sum().backward()
@@ -195,20 +195,20 @@ def test_a_gradient_not_asked_for_is_not_computed(some, asked, factors):
 
 
 @pytest.mark.parametrize("some", range(1, 8))
-def test_a_gradient_of_apply_not_asked_for_is_not_computed(some, asked, factors):
+def test_only_needed_gradients_of_apply_are_computed(some, asked, factors):
     wanted = tuple(bool(some >> k & 1) for k in range(3))
     args = [t.requires_grad_(w) for t, w in zip(factors()[:3], wanted, strict=True)]
     fasthyper.ops.apply(*args).sum().backward()
     assert asked == [(*wanted, False, False, False)]
 
 
-def test_forward_alone_computes_no_gradient(asked, factors):
+def test_forward_computes_no_gradient(asked, factors):
     affine(*factors(names=factors.AFFINE, requires_grad=True))
     assert asked == []
 
 
-def test_what_is_saved_for_backward_is_the_inputs(factors):
-    """Nothing of the size of W, and nothing at all that is not an input."""
+def test_only_inputs_are_saved_for_backward(factors):
+    """Only inputs are saved, and nothing of the size of W."""
     saved = []
     args = factors(names=factors.AFFINE, requires_grad=True)
 
@@ -226,7 +226,7 @@ def test_what_is_saved_for_backward_is_the_inputs(factors):
 
 
 def test_saved_tensors_may_be_packed_away(factors, oracle):
-    """save_on_cpu and other packers: backward works on what they give back."""
+    """Backward works on the tensors that hooks such as save_on_cpu return."""
     args = factors(names=factors.AFFINE, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t + 0):
         y = affine(*args)
@@ -234,7 +234,7 @@ def test_saved_tensors_may_be_packed_away(factors, oracle):
     torch.testing.assert_close(got, torch.autograd.grad((oracle.linear(*args) ** 2).sum(), args))
 
 
-def test_an_input_changed_in_place_is_found_out(factors):
+def test_an_input_changed_in_place_is_an_error(factors):
     for k in range(3):
         args = factors(requires_grad=True)[:3]
         copies = [t.clone() for t in args]
@@ -246,8 +246,8 @@ def test_an_input_changed_in_place_is_found_out(factors):
             y.sum().backward()
 
 
-def test_a_base_bias_changed_in_place_is_no_matter(factors):
-    """As for nn.Linear: no gradient reads the bias."""
+def test_a_base_bias_changed_in_place_is_allowed(factors):
+    """As in nn.Linear, no gradient reads the bias."""
     *args, base_bias = factors(names=factors.AFFINE, requires_grad=True)
     y = affine(*args, base_bias)
     with torch.no_grad():
@@ -280,7 +280,7 @@ def test_the_same_bits_every_time(how, dtype, factors):
 
 
 def test_one_tensor_in_two_places(factors):
-    """x as its own conditioning: both gradients reach it."""
+    """x as its own z: it receives both gradients."""
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(6, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, w: hyper_linear(x, x, w), (x, weight), check_forward_ad=True)
@@ -292,7 +292,7 @@ def test_one_tensor_in_two_places(factors):
     ["fold", pytest.param("generate", marks=pytest.mark.slow), pytest.param("project", marks=pytest.mark.slow)],
 )
 def test_more_than_2_31_elements_of_W(schedule):
-    """B·O·I = 2³¹ + 2²⁰, R = 2: every instance is right, and so is the sum over all."""
+    """B·O·I = 2³¹ + 2²⁰, R = 2: every instance is right, and the sums over instances too."""
     B, R, I, O = 2049, 2, 1024, 1024
     x, z = torch.randn(B, I, requires_grad=True), torch.randn(B, R, requires_grad=True)
     weight = (torch.randn(O, I, R) / I**0.5).requires_grad_()
@@ -316,7 +316,7 @@ def test_more_than_2_31_elements_of_W(schedule):
 
 @pytest.mark.parametrize("schedule", ["fold", "generate", "project"])
 def test_offsets_beyond_2_31(schedule):
-    """x expanded over a batch so large that B·N·I is beyond 2³¹, its storage staying small."""
+    """x is expanded over the batch: B·N·I exceeds 2³¹, but its storage stays small."""
     B, N, R, I, O = 1 << 17, 2, 1, 1 << 14, 1
     x, z, weight = torch.randn(1, N, I).expand(B, N, I), torch.randn(B, R), torch.randn(O, I, R)
     assert x.numel() > 2**31
@@ -328,7 +328,7 @@ def test_offsets_beyond_2_31(schedule):
 
 @pytest.mark.parametrize("some", range(1, 8))
 def test_autograd_grad_of_some_intermediate_inputs_computes_those_alone(some, asked, factors):
-    """torch.autograd.grad of a few of the tensors that require it: the mask is what this backward asks for."""
+    """torch.autograd.grad of some of the tensors that require grad: the mask has only those."""
     wanted = tuple(bool(some >> k & 1) for k in range(3))
     args = [t * 1 for t in factors(requires_grad=True)[:3]]
     y = hyper_linear(*args)

@@ -1,7 +1,7 @@
 """The workspace rule: temporary memory of forward + backward stays under a limit and does not grow with the batch.
 
-Measured two ways: by the profiler's memory events, and by peak resident memory in a process of its own, since the
-profiler does not see what C++ allocates without torch's allocator.
+Two measurements: the profiler's memory events, and peak resident memory in a separate process, since the profiler does
+not see what C++ allocates without torch's allocator.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ISSUE = {
 
 
 def temporary(B, N, R, I, O, dtype, head=None, x_layout=None) -> int:
-    """Peak temporary bytes of a HyperLinear's forward + backward, everything asked for."""
+    """Return the peak temporary bytes of a HyperLinear's forward + backward with all gradients."""
     layer = HyperLinear(I, O, R, dtype=dtype)
     if head is not None:
         with torch.no_grad():
@@ -52,7 +52,7 @@ def doubled(B, *rest):
 
 
 def test_the_measure_sees_W(factors):
-    """The usual way at the first size: a test of the tests."""
+    """Writing out W exceeds the limit, so the measurement works."""
     with fasthyper.use_backend("materialised"):
         assert temporary(*ISSUE["per sample"]) > 312 * MIB
 
@@ -68,13 +68,13 @@ def test_sizes_of_the_rule_by_the_profiler(case):
     assert twice - once < MIB
 
 
-# Smaller ones, each so large that one tile does not hold them: what fits in a tile may still grow with the batch.
+# Smaller sizes, still larger than one tile: below that, temporaries may grow with the batch.
 SMALLER = [
     (10000, 1, 64, 32, 32, torch.float32),
     (320, 64, 32, 128, 128, torch.float32),
     (10000, 1, 64, 32, 32, torch.bfloat16),
 ]
-# Skewed ones, where what is beside the tile could be larger than the tile.
+# Skewed sizes, where other temporaries could be larger than the tile.
 SKEWED = [
     (10000, 1, 16, 256, 10, torch.float32),
     (10000, 3, 8, 16, 64, torch.float16),
@@ -97,8 +97,8 @@ def test_every_schedule(sizes, schedule):
     assert twice - once < MIB
 
 
-# Skewed ones with which the compiled kernels have exceeded it: features of z beside a slice of dH, one instance beside
-# a register of them, z of a product's depth.
+# Skewed sizes at which the compiled kernels once exceeded the limit: by the features of z beside a slice of dH, by one
+# instance beside a register of instances, by z along a product's depth.
 VERY_SKEWED = [
     (32 * MIB, (130, 5, 16384, 32, 32), torch.float16),
     (32 * MIB, (20, 100, 2, 262144, 1), torch.float32),
@@ -118,8 +118,8 @@ def test_very_skewed_sizes(limit, sizes, dtype):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bits_do_not_grow_with_the_batch(dtype, schedule, native, native_low_precision):
-    """Whatever the processor multiplies: few outputs, since one without such products takes its time."""
-    sizes = (40000, 1, 64, 4, 4, dtype)  # several tiles of everything
+    """On any processor. Outputs are few, since a processor without 16-bit products is slow."""
+    sizes = (40000, 1, 64, 4, 4, dtype)  # several tiles of every operand
     with native_low_precision(native), fasthyper.use_backend("aten", schedule):
         once, twice = temporary(*sizes), temporary(*doubled(*sizes))
     assert twice < LIMIT
@@ -159,7 +159,7 @@ def test_heads_of_other_strides(head, schedule):
 
 @pytest.mark.parametrize("schedule", [None, *SCHEDULES])
 def test_inputs_of_other_strides(schedule):
-    """x of 16 and 32 MiB, transposed and expanded, which no schedule may copy whole."""
+    """x of 16 and 32 MiB, transposed or expanded, that no schedule may copy whole."""
     for layout in (lambda x: x.mT.contiguous().mT, lambda x: x[:1].expand_as(x)):
         with fasthyper.use_backend("aten", schedule):
             once, twice = (temporary(b, 1024, 4, 128, 8, torch.float32, x_layout=layout) for b in (32, 64))
@@ -188,7 +188,7 @@ def test_the_members_alone(op, schedule, factors, oracle):
 
 
 def test_between_forward_and_backward_nothing_is_kept(factors):
-    """What forward allocates and keeps is its output."""
+    """Forward allocates and keeps only its output."""
     x, z, weight, _ = factors((4000, 1, 64, 64, 64), torch.float32, requires_grad=True)
     kept = []
 
@@ -224,10 +224,10 @@ def step(layer, x, z, g):
     y = layer(x, z)
     return y, torch.autograd.grad(y, [x, z, *layer.parameters()], g)
 
-step(*layer_and_inputs(64, min(N, 8), min(R, 64), 64, 64))  # libraries and thread pools are set up
+step(*layer_and_inputs(64, min(N, 8), min(R, 64), 64, 64))  # sets up libraries and thread pools
 args = layer_and_inputs(B, N, R, I, O)
 with open("/proc/self/clear_refs", "w") as peak:
-    peak.write("5")  # forget the peak so far
+    peak.write("5")  # resets VmHWM, the peak
 before = status("VmRSS")
 y, grads = step(*args)
 results = sum(t.untyped_storage().nbytes() for t in (y, *grads))
@@ -236,21 +236,21 @@ print(status("VmHWM") - before - results)
 
 
 def resident(B, N, R, I, O, dtype, *backend) -> int:
-    """Peak resident bytes of the same step, in a process of its own, its outputs and gradients subtracted."""
+    """Return the peak resident bytes of the same step in a separate process, without outputs and gradients."""
     sizes = [str(n) for n in (B, N, R, I, O)]
     done = subprocess.run(
         [sys.executable, "-c", RESIDENT, *sizes, str(dtype).split(".")[1], *backend],
         capture_output=True,
         text=True,
         check=False,
-        # freed blocks go back at once, so that none of them hides what is allocated next
+        # malloc returns freed blocks at once: otherwise they would hide later allocations
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"},
     )
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
 
-linux = pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="there is no /proc here")
+linux = pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="needs /proc")
 
 
 @linux
@@ -263,5 +263,5 @@ def test_sizes_of_the_rule_by_resident_memory(case):
 
 @linux
 def test_resident_memory_sees_W():
-    """The usual way at the first size: a test of the tests."""
+    """Writing out W exceeds the limit, so the measurement works."""
     assert resident(*ISSUE["per sample"], "materialised") > 312 * MIB
