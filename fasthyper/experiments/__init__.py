@@ -5,12 +5,24 @@ summary = run_comparison(comparison, "results/rotation")
 """
 
 from fasthyper.experiments.assumptions import ASSUMPTIONS
-from fasthyper.experiments.claims import Claim, Exponent, FallsAtEachStep, Flat, Improves, Steeper, WellBelow, Wins
+from fasthyper.experiments.claims import Exponent, FallsAtEachStep, Flat, Improves, Steeper, WellBelow, Wins
 from fasthyper.experiments.colorization import COLORIZATION
 from fasthyper.experiments.comparison import Comparison
 from fasthyper.experiments.data import DatasetUnavailable
 from fasthyper.experiments.distributed import WorkerFailed
-from fasthyper.experiments.experiment import Axis, Batch, Examples, Experiment, Line, Measure, Run, Setting, Study, Task
+from fasthyper.experiments.experiment import (
+    Axis,
+    Batch,
+    Claim,
+    Examples,
+    Experiment,
+    Line,
+    Measure,
+    Run,
+    Setting,
+    Study,
+    Task,
+)
 from fasthyper.experiments.methods import ALL, METHODS, Architecture
 from fasthyper.experiments.operators import OPERATOR_LEARNING
 from fasthyper.experiments.rotation import ROTATION

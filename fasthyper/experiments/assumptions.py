@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fasthyper.experiments.claims import ASKED, FallsAtEachStep, WellBelow, Wins
+from fasthyper.experiments.claims import FallsAtEachStep, WellBelow, Wins
 from fasthyper.experiments.data import IMAGES, Labelled, load_labelled
 from fasthyper.experiments.experiment import (
+    ASKED,
     Axis,
     Examples,
     Experiment,

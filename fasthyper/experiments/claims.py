@@ -1,55 +1,14 @@
-"""What is claimed of a study, as data, and the verdict that its runs allow."""
+"""The claims that studies make, and how each is judged from the results."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-from fasthyper.experiments.experiment import Measure
+from fasthyper.experiments.experiment import ASKED, Claim, Finding, Measure
 from fasthyper.experiments.methods import BIASES, EMBEDDING, EQUAL_PARAMETERS, EQUAL_TIME, FILM, HYPERNETWORK
-from fasthyper.experiments.summary import Interval, Results, exp
-
-PAPER = "the paper"
-ASKED = "asked here"
-THEOREM = "a theorem"
-
-# Of whom the claim is; another paper's are reproduced, too.
-YES = {ASKED: "holds", THEOREM: "in line"}
-NO = {ASKED: "does not hold", THEOREM: "not in line"}
-REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
-UNDECIDED = "undecided"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A claim, the verdict of these runs, and the numbers that it rests on."""
-
-    claim: str
-    whose: str
-    verdict: str
-    evidence: str
-    rule: str
-    """When the verdict is yes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """What somebody says of a study. A verdict is yes, no, or undecided where intervals allow both."""
-
-    text: str
-    whose: str = PAPER
-    rule: ClassVar[str]
-
-    def judge(self, results: Results) -> Finding | None:
-        """The verdict; None where the methods that it speaks of are not part of the study."""
-        raise NotImplementedError
-
-    def found(self, holds: bool | None, evidence: str) -> Finding:
-        """The finding; None leaves it undecided."""
-        words, otherwise = (YES, REPRODUCED) if holds else (NO, NOT_REPRODUCED)
-        verdict = UNDECIDED if holds is None else words.get(self.whose, otherwise)
-        return Finding(self.text, self.whose, verdict, evidence, self.rule)
+from fasthyper.experiments.results import Interval, Results, exp
 
 
 @dataclass(frozen=True, kw_only=True)

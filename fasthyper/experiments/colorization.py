@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasthyper.experiments.claims import AGAINST_OTHERS, ASKED, Wins
+from fasthyper.experiments.claims import AGAINST_OTHERS, Wins
 from fasthyper.experiments.data import Splits, load_images, load_patches
 from fasthyper.experiments.experiment import (
+    ASKED,
     Axis,
     Batch,
     ContextSetting,

@@ -5,19 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fasthyper.experiments.methods import ACTIVATIONS, METHODS, Architecture
 
-if TYPE_CHECKING:
-    from fasthyper.experiments.claims import Claim
-
 OPTIMIZERS = ("sgd", "adam", "adadelta")
 SCHEDULES = ("constant", "cosine")
 
+PAPER = "the paper"
+ASKED = "asked here"
+THEOREM = "a theorem"
+
+# Of whom the claim is; another paper's are reproduced, too.
+YES = {ASKED: "holds", THEOREM: "in line"}
+NO = {ASKED: "does not hold", THEOREM: "not in line"}
+REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
+UNDECIDED = "undecided"
 
 _PURPOSES = ("weights", "order", "test", "task")
 
@@ -174,6 +180,37 @@ class Line:
     def key(self) -> str:
         """What claims call it."""
         return f"{self.method}:{self.measure}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim, the verdict of these runs, and the numbers that it rests on."""
+
+    claim: str
+    whose: str
+    verdict: str
+    evidence: str
+    rule: str
+    """When the verdict is yes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What somebody says of a study. A verdict is yes, no, or undecided where intervals allow both."""
+
+    text: str
+    whose: str = PAPER
+    rule: ClassVar[str]
+
+    def judge(self, results: Any) -> Finding | None:
+        """The verdict; None where the methods that it speaks of are not part of the study."""
+        raise NotImplementedError
+
+    def found(self, holds: bool | None, evidence: str) -> Finding:
+        """The finding; None leaves it undecided."""
+        words, otherwise = (YES, REPRODUCED) if holds else (NO, NOT_REPRODUCED)
+        verdict = UNDECIDED if holds is None else words.get(self.whose, otherwise)
+        return Finding(self.text, self.whose, verdict, evidence, self.rule)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fasthyper.experiments.experiment import Line, value_text
 from fasthyper.experiments.methods import METHODS
-from fasthyper.experiments.summary import Results, Row
+from fasthyper.experiments.results import Results, Row
 
 _OTHER = (("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "v"))
 _COUNTS = {"primary_parameters": "N_g or N_q, parameters of the primary", "trainable_parameters": "parameters trained"}

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasthyper.experiments.claims import ASKED, Wins
+from fasthyper.experiments.claims import Wins
 from fasthyper.experiments.experiment import (
+    ASKED,
     Axis,
     Batch,
     ContextSetting,

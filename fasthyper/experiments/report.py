@@ -15,7 +15,8 @@ from fasthyper.experiments.experiment import Study, value_text
 from fasthyper.experiments.figures import figure_png
 from fasthyper.experiments.files import write_atomically
 from fasthyper.experiments.methods import HYPERNETWORK
-from fasthyper.experiments.summary import Results, Row, Summary, exp
+from fasthyper.experiments.results import Results, Row, exp
+from fasthyper.experiments.summary import Summary
 
 REPORT_FILES = ("summary.csv", "report.html")
 PACKAGE, TEMPLATE = "fasthyper.experiments", "report.html"

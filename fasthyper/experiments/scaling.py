@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasthyper.experiments.claims import AGAINST_OTHERS, THEOREM, Exponent, Steeper
+from fasthyper.experiments.claims import AGAINST_OTHERS, Exponent, Steeper
 from fasthyper.experiments.experiment import (
+    THEOREM,
     Axis,
     Batch,
     ContextSetting,

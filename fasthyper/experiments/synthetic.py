@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fasthyper.experiments.claims import AGAINST_OTHERS, ASKED, Flat, Improves, Wins
+from fasthyper.experiments.claims import AGAINST_OTHERS, Flat, Improves, Wins
 from fasthyper.experiments.experiment import (
+    ASKED,
     Axis,
     ContextSetting,
     Examples,

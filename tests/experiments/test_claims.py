@@ -5,9 +5,6 @@ import pytest
 from made_up import JITTER, LOG, PERCENT, PLAIN, pair, results_of, summary_of
 
 from fasthyper.experiments.claims import (
-    ASKED,
-    PAPER,
-    UNDECIDED,
     Exponent,
     FallsAtEachStep,
     Flat,
@@ -16,7 +13,7 @@ from fasthyper.experiments.claims import (
     WellBelow,
     Wins,
 )
-from fasthyper.experiments.experiment import Axis
+from fasthyper.experiments.experiment import ASKED, PAPER, UNDECIDED, Axis
 
 YES, NO = "reproduced", "not reproduced"
 WIDE = 0.2 * np.array([[-1.0, 1.0], [0.0, 0.0], [1.0, -1.0]])

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from made_up import JITTER, LOG, pair, results_of, summary_of
 
-from fasthyper.experiments.claims import ASKED, Flat, Improves, Wins
-from fasthyper.experiments.experiment import Axis, Line
+from fasthyper.experiments.claims import Flat, Improves, Wins
+from fasthyper.experiments.experiment import ASKED, Axis, Line
 from fasthyper.experiments.figures import figure_png
 from fasthyper.experiments.report import (
     columns,
@@ -24,7 +24,7 @@ from fasthyper.experiments.report import (
     write_gathered,
     write_report,
 )
-from fasthyper.experiments.summary import Interval
+from fasthyper.experiments.results import Interval
 
 HYPER, EMBED = JITTER * [1, 2] + [0.2, 0.1], JITTER * [1, 1] + 0.5
 CLAIMS = (Wins(text="It wins"), Improves(text="It rises", line="embedding"), Flat(text="It lasts", whose=ASKED))

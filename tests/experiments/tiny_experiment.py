@@ -20,8 +20,8 @@ import torch
 
 from fasthyper import cli
 from fasthyper.experiments import EXPERIMENTS, Comparison, run_comparison
-from fasthyper.experiments.claims import ASKED, Flat, Improves, Wins
-from fasthyper.experiments.experiment import Axis, Examples, Experiment, Measure, Setting, Study, Task
+from fasthyper.experiments.claims import Flat, Improves, Wins
+from fasthyper.experiments.experiment import ASKED, Axis, Examples, Experiment, Measure, Setting, Study, Task
 from fasthyper.experiments.methods import EMBEDDING, EQUAL_TIME, HYPERNETWORK, Architecture
 from fasthyper.experiments.store import key
 
