@@ -4,16 +4,16 @@ comparison = Comparison.of(ROTATION, "digits", depths="2-3", seeds=2)
 summary = run_comparison(comparison, "results/rotation")
 """
 
-from fasthyper.experiments.assumptions import ASSUMPTIONS
+from fasthyper.experiments.catalogue import EXPERIMENTS
+from fasthyper.experiments.catalogue.rotation import ROTATION
 from fasthyper.experiments.claims import Exponent, FallsAtEachStep, Flat, Improves, Steeper, WellBelow, Wins
-from fasthyper.experiments.colorization import COLORIZATION
 from fasthyper.experiments.comparison import Comparison
-from fasthyper.experiments.data import DatasetUnavailable
 from fasthyper.experiments.distributed import WorkerFailed
 from fasthyper.experiments.experiment import (
     Axis,
     Batch,
     Claim,
+    DatasetUnavailable,
     Examples,
     Experiment,
     Line,
@@ -24,17 +24,8 @@ from fasthyper.experiments.experiment import (
     Task,
 )
 from fasthyper.experiments.methods import ALL, METHODS, Architecture
-from fasthyper.experiments.operators import OPERATOR_LEARNING
-from fasthyper.experiments.rotation import ROTATION
 from fasthyper.experiments.runner import run_comparison
-from fasthyper.experiments.scaling import SCALING
 from fasthyper.experiments.summary import Summary
-from fasthyper.experiments.synthetic import SYNTHETIC
-
-EXPERIMENTS = {
-    experiment.name: experiment
-    for experiment in (ROTATION, SYNTHETIC, COLORIZATION, OPERATOR_LEARNING, SCALING, ASSUMPTIONS)
-}
 
 __all__ = [
     "ALL",

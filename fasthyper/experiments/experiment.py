@@ -28,6 +28,10 @@ UNDECIDED = "undecided"
 _PURPOSES = ("weights", "order", "test", "task")
 
 
+class DatasetUnavailable(RuntimeError):
+    """A data set is not on this machine and cannot be downloaded. Raised by `Experiment.load`."""
+
+
 def stream(seed: int, purpose: str) -> int:
     """The seed of one of the streams of a run: were two the same, weights might equal what they are to learn."""
     return len(_PURPOSES) * seed + _PURPOSES.index(purpose)

@@ -32,3 +32,10 @@ def imported_by(path):
 def test_no_module_imports_itself_through_others():
     order = list(TopologicalSorter({name: imported_by(path) for name, path in PATHS.items()}).static_order())
     assert order.index(f"{NAME}.experiment") < order.index(f"{NAME}.results") < order.index(f"{NAME}.claims")
+
+
+def test_the_catalogue_builds_on_what_serves_all_and_not_the_other_way_round():
+    catalogue = f"{NAME}.catalogue"
+    for name, path in PATHS.items():
+        if name != NAME and not name.startswith(catalogue):
+            assert not any(other.startswith(catalogue) for other in imported_by(path)), name

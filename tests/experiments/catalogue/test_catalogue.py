@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 from fasthyper.experiments import EXPERIMENTS, METHODS, Comparison, run_comparison
-from fasthyper.experiments.assumptions import convolutional_target
-from fasthyper.experiments.colorization import examples, grey, position_features
+from fasthyper.experiments.catalogue.assumptions import convolutional_target
+from fasthyper.experiments.catalogue.colorization import examples, grey, position_features
+from fasthyper.experiments.catalogue.data import Splits, load_images
+from fasthyper.experiments.catalogue.operators import chebyshev, derivative
+from fasthyper.experiments.catalogue.scaling import series, target
+from fasthyper.experiments.catalogue.synthetic import TYPES
+from fasthyper.experiments.catalogue.synthetic import target as synthetic_target
 from fasthyper.experiments.comparison import PRESETS
-from fasthyper.experiments.data import Splits, load_images
 from fasthyper.experiments.experiment import stream
 from fasthyper.experiments.methods import counts
-from fasthyper.experiments.operators import chebyshev, derivative
-from fasthyper.experiments.scaling import series, target
-from fasthyper.experiments.synthetic import TYPES
-from fasthyper.experiments.synthetic import target as synthetic_target
 from fasthyper.experiments.training import build, train
 
 WITHOUT_DOWNLOAD = {"rotation", "synthetic", "colorization", "operators", "scaling", "assumptions"}

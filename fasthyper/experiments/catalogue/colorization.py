@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fasthyper.experiments.catalogue.data import Splits, load_images, load_patches
 from fasthyper.experiments.claims import AGAINST_OTHERS, Wins
-from fasthyper.experiments.data import Splits, load_images, load_patches
 from fasthyper.experiments.experiment import (
     ASKED,
     Axis,

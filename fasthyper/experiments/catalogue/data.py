@@ -12,11 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fasthyper.experiments.experiment import DatasetUnavailable
 from fasthyper.experiments.files import missing_folders, remove_empty
-
-
-class DatasetUnavailable(RuntimeError):
-    """A data set is neither on this machine nor to be had from the network."""
 
 
 class Splits(NamedTuple):
@@ -172,7 +169,7 @@ def _what_to_put_where(name: str, openml: str, number: int, home: Path, error: E
         f"data: {name} is not in {home} and could not be fetched from OpenML"
         f" ({type(error).__name__}: {error}).\n"
         "Where there is a network, run\n"
-        f'  python -c "from fasthyper.experiments.data import load_images; {call}"\n'
+        f'  python -c "from fasthyper.experiments.catalogue.data import load_images; {call}"\n'
         f"and copy DIR/openml to {home / 'openml'}, so that these files are there:\n"
         f"  {cache}/api/v1/json/data/list/data_name/{openml.lower()}/limit/2/data_version/1.gz\n"
         f"  {cache}/api/v1/json/data/{number}.gz\n"

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fasthyper.experiments.catalogue.data import IMAGES, Labelled, load_labelled
 from fasthyper.experiments.claims import FallsAtEachStep, WellBelow, Wins
-from fasthyper.experiments.data import IMAGES, Labelled, load_labelled
 from fasthyper.experiments.experiment import (
     ASKED,
     Axis,

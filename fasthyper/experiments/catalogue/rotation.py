@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fasthyper.experiments.catalogue.data import IMAGES, load_images
 from fasthyper.experiments.claims import AGAINST_OTHERS, Flat, Improves, Wins
-from fasthyper.experiments.data import IMAGES, load_images
 from fasthyper.experiments.experiment import (
     Axis,
     Batch,

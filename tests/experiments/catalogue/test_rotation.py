@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fasthyper.experiments import ROTATION, Comparison
-from fasthyper.experiments.data import IMAGES, Splits, load_images
+from fasthyper.experiments.catalogue.data import IMAGES, Splits, load_images
+from fasthyper.experiments.catalogue.rotation import examples, nearest_angle, rotate
 from fasthyper.experiments.experiment import stream
 from fasthyper.experiments.methods import ALL, BIASES, EMBEDDING, EQUAL_PARAMETERS, FILM, HYPERNETWORK, METHODS, counts
-from fasthyper.experiments.rotation import examples, nearest_angle, rotate
 from fasthyper.experiments.training import build, evaluate, train
 
 

@@ -12,8 +12,15 @@ import pytest
 import sklearn.datasets
 import torch
 
-from fasthyper.experiments import data
-from fasthyper.experiments.data import IMAGES, DatasetUnavailable, Images, load_images, load_labelled, load_patches
+from fasthyper.experiments.catalogue import data
+from fasthyper.experiments.catalogue.data import (
+    IMAGES,
+    DatasetUnavailable,
+    Images,
+    load_images,
+    load_labelled,
+    load_patches,
+)
 
 
 def test_digits_are_those_of_scikit_learn():

@@ -1,0 +1,29 @@
+"""The experiments: one module for each, and the table in which they are found by name.
+
+A module of the catalogue holds, in the words of `fasthyper.experiments.experiment`:
+
+    a subclass of `Setting`        the numbers that decide a run, beside the method and the seed
+    `architecture(run)`            the sizes of the networks, the same for all methods
+    `task(run, dataset)`           training and test examples, the loss, and the measures on the test examples
+    `studies(preset, data)`        the figures, each with an axis, its values, the methods and the claims
+    `load(data, data_home)`        the data set, where there is one to load
+    an `Experiment`                all of these, with its name, its source, its question and the choices made here
+
+Training, statistics and reports are in `fasthyper.experiments` and the same for all. To add an experiment, write such a
+module and add its `Experiment` to the table below. An experiment of your own needs no entry: pass it to
+`fasthyper.experiments.Comparison.of`.
+"""
+
+from fasthyper.experiments.catalogue.assumptions import ASSUMPTIONS
+from fasthyper.experiments.catalogue.colorization import COLORIZATION
+from fasthyper.experiments.catalogue.operators import OPERATOR_LEARNING
+from fasthyper.experiments.catalogue.rotation import ROTATION
+from fasthyper.experiments.catalogue.scaling import SCALING
+from fasthyper.experiments.catalogue.synthetic import SYNTHETIC
+from fasthyper.experiments.experiment import Experiment
+
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment
+    for experiment in (ROTATION, SYNTHETIC, COLORIZATION, OPERATOR_LEARNING, SCALING, ASSUMPTIONS)
+}
+"""By name, in the order in which `fasthyper compare all` runs them."""
