@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from fasthyper.experiments.measure import peak_temporary_bytes
+from fasthyper.measure import peak_temporary_bytes
 
 from .devices import CPU, GPU
 from .inputs import Sets

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fasthyper.experiments.measure import peak_temporary_bytes
+from fasthyper.measure import peak_temporary_bytes
 
 from .context import Context
 from .devices import CPU, GPU, Call

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fasthyper
-from fasthyper.experiments.measure import peak_temporary_bytes
+from fasthyper.measure import peak_temporary_bytes
 
 from .context import Context
 from .records import TRAINING_STEP, Record

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from fasthyper import use_backend
 from fasthyper.experiments.experiment import Batch, Examples, Experiment, Run, Setting, Task, stream
-from fasthyper.experiments.measure import peak_temporary_bytes
 from fasthyper.experiments.methods import METHODS, counts
+from fasthyper.measure import clock, interleaved_seconds, peak_temporary_bytes
 from fasthyper.nn import Hypernetwork
 
 TEST_BATCH = 1000
@@ -86,9 +86,9 @@ def train(
         if step % per_epoch == 0:
             on_epoch(step / steps)
         batch = next(batches)
-        start = _clock(device)
+        start = clock(device)
         losses.append(trainer.step(batch))
-        seconds.append(_clock(device) - start)
+        seconds.append(clock(device) - start)
     on_epoch(1.0)
     measures = evaluate(run, task, trainer.model)
     size = counts(trainer.model)
@@ -165,19 +165,6 @@ def evaluate(run: Run, task: Task, model: nn.Module) -> dict[str, float]:
     return {name: total / task.test.count for name, total in sums.items()}
 
 
-def interleaved(fns: Sequence[Callable[[], Any]], times: int, device: torch.device) -> list[float]:
-    """The median seconds of each function, called in turns, once before the clock runs."""
-    for fn in fns:
-        fn()
-    seconds: list[list[float]] = [[] for _ in fns]
-    for _ in range(times):
-        for fn, found in zip(fns, seconds, strict=True):
-            start = _clock(device)
-            fn()
-            found.append(_clock(device) - start)
-    return [statistics.median(found) for found in seconds]
-
-
 def _endless(run: Run, task: Task, generator: torch.Generator) -> Iterator[Batch]:
     while True:
         yield from batches(run, task.train, generator)
@@ -191,7 +178,7 @@ def _steps(experiment: Experiment, run: Run, task: Task, steps: int) -> int:
     device = torch.device(run.device)
     batch = _first(run, task)
     trainers = [Trainer(build(experiment, run, m).to(device), task, run.setting, device) for m in (other, run.method)]
-    its, own = interleaved([lambda t=t: t.step(batch) for t in trainers], TIMED_STEPS, device)  # type: ignore[misc]
+    its, own = interleaved_seconds([lambda t=t: t.step(batch) for t in trainers], TIMED_STEPS, device)  # type: ignore[misc]
     return max(1, round(steps * its / own))
 
 
@@ -225,7 +212,7 @@ def _cost(trainer: Trainer, task: Task, run: Run) -> dict[str, Any]:
         for group in trainer.optimizer.param_groups:
             group["lr"] = 0.0  # these steps cost what others do and change nothing
         ways = (nullcontext, lambda: use_backend("materialised"))
-        found["fused_seconds"], found["materialised_seconds"] = interleaved(
+        found["fused_seconds"], found["materialised_seconds"] = interleaved_seconds(
             [lambda way=way: step(way) for way in ways],  # type: ignore[misc]
             TIMED_STEPS,
             trainer.device,
@@ -241,9 +228,3 @@ def _first(run: Run, task: Task) -> Batch:
 
 def _on(device: str, batch: Batch) -> Batch:
     return Batch(*(tensor.to(device) for tensor in batch))
-
-
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

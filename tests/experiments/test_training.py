@@ -11,7 +11,7 @@ from fasthyper import backends
 from fasthyper.experiments import training
 from fasthyper.experiments.experiment import Batch, Examples, Run, Task, stream
 from fasthyper.experiments.methods import EMBEDDING, EQUAL_TIME, HYPERNETWORK, METHODS, counts
-from fasthyper.experiments.training import batches, build, evaluate, interleaved, train
+from fasthyper.experiments.training import batches, build, evaluate, train
 
 
 def run_of(method=EMBEDDING, seed=0, **changes):
@@ -127,7 +127,7 @@ def test_memory_and_time_are_measured_as_is_and_with_weights_written_out(monkeyp
     monkeypatch.setattr(
         training, "peak_temporary_bytes", lambda fn, device: used["memory"].append(under()) or len(used["memory"])
     )
-    monkeypatch.setattr(training, "interleaved", clock)
+    monkeypatch.setattr(training, "interleaved_seconds", clock)
     metrics = train(TINY, run_of(HYPERNETWORK), None)
     assert used == {"memory": [True, False], "time": [True, False]}
     assert (metrics.peak_temporary_bytes, metrics.materialised_bytes) == (1, 2)
@@ -228,7 +228,7 @@ def test_equal_time_is_as_many_steps_as_the_clock_says(monkeypatch, its, own, st
         timed.append([counts(fn.__defaults__[0].model) for fn in fns])
         return [its, own]
 
-    monkeypatch.setattr(training, "interleaved", clock)
+    monkeypatch.setattr(training, "interleaved_seconds", clock)
     metrics = train(TINY, run_of(EQUAL_TIME), None)
     assert metrics.steps == steps
     assert timed == [[counts(build(TINY, run_of(method))) for method in (HYPERNETWORK, EMBEDDING)]]
@@ -243,21 +243,6 @@ def test_equal_time_is_measured_on_a_model_of_its_own():
     if metrics.steps % 3 == 0:
         assert measured(train(TINY, run_of(EMBEDDING, epochs=metrics.steps // 3), None)) == measured(metrics)
     assert metrics.fused_seconds is None
-
-
-def test_timed_in_turns_once_before_the_clock_runs(monkeypatch):
-    called = []
-    now = iter(range(100))
-    monkeypatch.setattr(training, "_clock", lambda device: next(now))
-    seconds = interleaved([lambda: called.append("a"), lambda: called.append("b")], 3, torch.device("cpu"))
-    assert called == ["a", "b"] * 4
-    assert seconds == [1, 1]
-
-
-def test_the_median_is_what_counts(monkeypatch):
-    ticks = iter([0, 1, 10, 30, 100, 101, 200, 209, 300, 305, 400, 407])
-    monkeypatch.setattr(training, "_clock", lambda device: next(ticks))
-    assert interleaved([lambda: None, lambda: None], 3, torch.device("cpu")) == [1, 9]
 
 
 def test_a_diverging_run_ends():

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fasthyper.experiments.measure import peak_temporary_bytes
+from fasthyper import measure
+from fasthyper.measure import interleaved_seconds, peak_temporary_bytes
 
 KIB = 1024
 
@@ -90,3 +91,18 @@ def test_on_a_gpu():
 def test_other_devices_are_refused():
     with pytest.raises(ValueError, match=r"device: .* not on 'meta'"):
         peak_temporary_bytes(lambda: None, "meta")
+
+
+def test_timed_in_turns_once_before_the_clock_runs(monkeypatch):
+    called = []
+    now = iter(range(100))
+    monkeypatch.setattr(measure, "clock", lambda device: next(now))
+    seconds = interleaved_seconds([lambda: called.append("a"), lambda: called.append("b")], 3, torch.device("cpu"))
+    assert called == ["a", "b"] * 4
+    assert seconds == [1, 1]
+
+
+def test_the_median_is_what_counts(monkeypatch):
+    ticks = iter([0, 1, 10, 30, 100, 101, 200, 209, 300, 305, 400, 407])
+    monkeypatch.setattr(measure, "clock", lambda device: next(ticks))
+    assert interleaved_seconds([lambda: None, lambda: None], 3, torch.device("cpu")) == [1, 9]

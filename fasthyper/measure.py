@@ -1,9 +1,11 @@
-"""What a call costs beside time: the memory it needs for a while and gives back."""
+"""Measure what a call costs: its time, and the temporary memory that it needs."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -11,16 +13,45 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 
+def clock(device: torch.device) -> float:
+    """Return the time in seconds, after all work queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def interleaved_seconds(fns: Sequence[Callable[[], Any]], times: int, device: torch.device) -> list[float]:
+    """Time functions in turns, so that a change of the machine's speed affects all of them alike.
+
+    Args:
+        fns: each called without arguments, once before the first timed call.
+        times: timed calls of each.
+        device: where they run.
+
+    Returns:
+        The median seconds of each function.
+    """
+    for fn in fns:
+        fn()
+    seconds: list[list[float]] = [[] for _ in fns]
+    for _ in range(times):
+        for fn, found in zip(fns, seconds, strict=True):
+            start = clock(device)
+            fn()
+            found.append(clock(device) - start)
+    return [statistics.median(found) for found in seconds]
+
+
 def peak_temporary_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int:
-    """The most bytes held at any one moment of `fn()` by what is gone again when it returns.
+    """Return the peak of the memory that `fn()` allocates and releases again before it returns.
 
-    So outputs and gradients do not count, nor anything else that `fn` leaves behind, but whatever autograd
-    keeps from forward to backward does. Call `fn` once before, where a first call sets things up.
+    Outputs, gradients and everything else that outlives the call do not count; what autograd keeps from forward to
+    backward does. If a first call sets something up, call `fn` once before.
 
-    On the CPU the profiler's memory events are followed block by block, so that freeing memory that was there
-    before changes nothing; what C++ allocates without torch's allocator is not seen. On a GPU it is the
-    caching allocator's peak minus what is held at the end: less, where temporaries are gone before the
-    results come.
+    On the CPU, the profiler's memory events are followed block by block: releasing memory that was allocated before
+    the call changes nothing. Memory that C++ code allocates without torch's allocator is not seen. On a GPU, the result
+    is the peak of the caching allocator minus the memory in use at the end: it is too small where temporaries are
+    released before the results are allocated.
 
     Args:
         fn: called once, without arguments.
@@ -30,7 +61,7 @@ def peak_temporary_bytes(fn: Callable[[], Any], device: torch.device | str = "cp
         ValueError: for any other device.
 
     Example:
-        Two temporaries of 4,000 bytes are alive together; the result is not temporary.
+        Two temporaries of 4,000 bytes exist at the same time; the result is not temporary.
 
         >>> import torch
         >>> x = torch.ones(1000)
@@ -46,11 +77,11 @@ def peak_temporary_bytes(fn: Callable[[], Any], device: torch.device | str = "cp
 
 
 def _peak_on_cpu(fn: Callable[[], Any]) -> int:
-    # Kineto announces each start and stop on stderr otherwise; it reads this once, at its first profile.
+    # Without this, Kineto writes to stderr at each start and stop. It reads the variable once, at the first profile.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         result = fn()
-    # `result` stays alive until the profiler has stopped: what it holds must not look temporary.
+    # `result` is deleted after the profiler has stopped, so that its memory does not count as temporary.
     born: dict[int, int] = {}
     changes: list[int] = []
     for _, pointer, size in sorted(_allocations(profiler), key=lambda event: event[0]):
@@ -66,10 +97,10 @@ def _peak_on_cpu(fn: Callable[[], Any]) -> int:
 
 
 def _allocations(profiler: profile) -> list[tuple[int, int, int]]:
-    """(time in ns, address, signed bytes) of every CPU memory event: the flat events carry no address."""
+    """Return (time in ns, address, signed bytes) of every CPU memory event; flat events have no address."""
     kineto = getattr(profiler.profiler, "kineto_results", None)
     if kineto is None:
-        raise RuntimeError("this build of torch records no profiler events: memory cannot be measured")
+        raise RuntimeError("this build of torch records no profiler events, so memory cannot be measured")
     events = []
     nodes = list(kineto.experimental_event_tree())
     while nodes:
