@@ -46,21 +46,23 @@ def compare(
     preset: Annotated[str, typer.Option(help="quick: minutes on two cores; paper: the full protocol.")] = "quick",
     data: Annotated[str | None, typer.Option(help="The data set; the default needs no network.")] = None,
     data_home: Annotated[str | None, typer.Option(help="Folder of scikit-learn's downloads.")] = None,
-    studies: Annotated[str | None, typer.Option(help="Some of its figures, as depth,rate.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Some of the methods, as hypernetwork,film.")] = None,
-    depths: Annotated[str | None, typer.Option(help="Layers of f and e, as 2-9 or 2,4,8; this figure alone.")] = None,
-    seeds: Annotated[int | None, typer.Option(help="Repetitions of each run.")] = None,
+    studies: Annotated[str | None, typer.Option(help="Only these figures, as depth,rate.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Only these methods, as hypernetwork,film.")] = None,
+    depths: Annotated[
+        str | None, typer.Option(help="Only the figure over depth, with these layers of f and e: 2-9 or 2,4,8.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Runs of each method at each value.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training examples.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     width: Annotated[int | None, typer.Option(help="Hidden units of f and e.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples in a training batch.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    workers: Annotated[int | None, typer.Option(help="Processes; one a core, or a GPU, unless given.")] = None,
-    out: Annotated[str | None, typer.Option(help="Folder for runs, table and report; results/NAME.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; by default one for each core, or each GPU.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder for runs, table and report; by default results/NAME.")] = None,
 ) -> None:
-    """Compare hypernetworks with other ways to condition a network. Galanti and Wolf, NeurIPS 2020, and beyond.
+    """Compare hypernetworks with other ways to condition a network: the experiments of Galanti and Wolf, and others.
 
-    Stopped and started again, it goes on where it was. Under torchrun, its processes share the runs.
+    Start a stopped comparison again to continue it. Under torchrun, the processes share the runs.
     """
     _require("sklearn", "numpy", "scipy", "matplotlib", "pandas", "jinja2")
     from fasthyper.experiments import EXPERIMENTS, Comparison
@@ -81,8 +83,8 @@ def compare(
                 EXPERIMENTS[one],
                 data,
                 preset=preset,
-                studies=_listed(studies),
-                methods=_listed(methods),
+                studies=_split_list(studies),
+                methods=_split_list(methods),
                 depths=depths,
                 seeds=seeds,
                 device=device,
@@ -97,13 +99,13 @@ def compare(
     except ValueError as error:
         _fail(error)
     if name != "all":
-        _run(chosen[name], folder, data_home, workers)
+        _run_and_print(chosen[name], folder, data_home, workers)
         return
-    from fasthyper.experiments.report import write_gathered
+    from fasthyper.experiments.report import write_combined
 
-    summaries = [_run(comparison, folder / one, data_home, workers) for one, comparison in chosen.items()]
-    if _first():
-        write_gathered(summaries, folder)
+    summaries = [_run_and_print(comparison, folder / one, data_home, workers) for one, comparison in chosen.items()]
+    if _is_main_process():
+        write_combined(summaries, folder)
         typer.echo(f"All of them: {folder / 'report.html'}")
 
 
@@ -117,7 +119,7 @@ def plan(
     dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Print what each order of contraction would cost, which one is taken, and why."""
+    """Print the cost of each order of contraction, the one that is chosen, and why."""
     from fasthyper.explain import explain
 
     try:
@@ -137,24 +139,24 @@ def plan(
 
 @app.command()
 def info() -> None:
-    """Print versions, devices, the backends that are ready, and for the others why not."""
+    """Print versions, devices, and the backends: which are ready, and why the others are not."""
     from fasthyper import info
 
     typer.echo(info.describe())
 
 
-def _listed(text: str | None) -> list[str] | None:
-    return None if text is None else [part.strip() for part in text.split(",")]
+def _split_list(text: str | None) -> list[str] | None:
+    return None if text is None else [item.strip() for item in text.split(",")]
 
 
-def _run(comparison: Comparison, out: Path, data_home: str | None, workers: int | None) -> Summary:
+def _run_and_print(comparison: Comparison, out: Path, data_home: str | None, workers: int | None) -> Summary:
     from fasthyper.experiments import DatasetUnavailable, WorkerFailed, run_comparison
     from fasthyper.experiments.distributed import in_one_line
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=120)  # a log has no width of its own
-    # Runs differ in speed: estimate the time left over several of them.
+        console = Console(width=120)  # a log file has no width
+    # Runs differ in speed: estimate the time left from several of them.
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -176,7 +178,7 @@ def _run(comparison: Comparison, out: Path, data_home: str | None, workers: int 
     def notify(problem: str) -> None:
         typer.echo(f"warning: {problem}", err=True)
 
-    again = f"finished runs are kept in {out}; the same command goes on from there"
+    resume = f"finished runs are kept in {out}; the same command goes on from there"
     try:
         try:
             summary = run_comparison(
@@ -189,25 +191,25 @@ def _run(comparison: Comparison, out: Path, data_home: str | None, workers: int 
         _fail(error, code=1)
     except ValueError as error:
         _fail(error)
-    except (RuntimeError, MemoryError, OSError) as error:  # of the machine, or of what a worker died of
-        what = str(error) if isinstance(error, WorkerFailed) else in_one_line(error)
-        _fail(f"{comparison.experiment.name}: {what}; {again}", code=1)
+    except (RuntimeError, MemoryError, OSError) as error:  # of this process, or of a worker
+        reason = str(error) if isinstance(error, WorkerFailed) else in_one_line(error)
+        _fail(f"{comparison.experiment.name}: {reason}; {resume}", code=1)
     except KeyboardInterrupt:
-        typer.echo(f"stopped: {again}", err=True)
+        typer.echo(f"stopped: {resume}", err=True)
         raise typer.Exit(130) from None
-    if _first():
-        _print(console, summary, out)
+    if _is_main_process():
+        _print_summary(console, summary, out)
     return summary
 
 
-def _first() -> bool:
-    """Whether this is the process that speaks: under torchrun, number 0."""
+def _is_main_process() -> bool:
+    """Return whether this process prints: under torchrun, the one of rank 0."""
     from torch.distributed import is_torchelastic_launched
 
     return not is_torchelastic_launched() or os.environ.get("RANK", "0") == "0"
 
 
-def _print(console: Console, summary: Summary, out: Path) -> None:
+def _print_summary(console: Console, summary: Summary, out: Path) -> None:
     from fasthyper.experiments.experiment import value_text
     from fasthyper.experiments.report import measured_text
 
@@ -236,7 +238,7 @@ def _fail(error: Exception | str, code: int = 2) -> NoReturn:
 
 
 def main() -> None:
-    """Entry point of the command `fasthyper`."""
+    """Run the command `fasthyper`."""
     app()
 
 

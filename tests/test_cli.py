@@ -22,7 +22,7 @@ FILES = ["report.html", "runs.jsonl", "summary.csv"]
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    """Sweeps that leave the machine's other cores to others."""
+    """Train on one core."""
     monkeypatch.setattr("fasthyper.experiments.runner._cores", lambda: 1)
 
 

@@ -1,7 +1,21 @@
-"""The comparison of hypernetworks with other ways to condition a network, from the command line or from here.
+"""Compare hypernetworks with other ways to condition a network, from Python or by `fasthyper compare`.
 
-comparison = Comparison.of(ROTATION, "digits", depths="2-3", seeds=2)
-summary = run_comparison(comparison, "results/rotation")
+    comparison = Comparison.of(ROTATION, "digits", depths="2-3", seeds=2)
+    summary = run_comparison(comparison, "results/rotation")
+
+The modules, in the order in which they build on each other:
+
+    methods        the methods that are compared
+    setting        the settings of runs
+    experiment     the vocabulary in which an experiment is declared: start here to write one
+    comparison     chosen studies of an experiment, and the runs that they need
+    training       one run
+    results        the statistics of one study
+    claims         the claims that are judged from them
+    catalogue      the experiments, and the table in which they are found by name
+    summary        the results and findings of a comparison
+    figures, report                    the summary as CSV and as one HTML page
+    files, store, distributed, runner  all runs of a comparison, in several processes, and the file of finished runs
 """
 
 from fasthyper.experiments.catalogue import EXPERIMENTS
@@ -19,12 +33,12 @@ from fasthyper.experiments.experiment import (
     Line,
     Measure,
     Run,
-    Setting,
     Study,
     Task,
 )
 from fasthyper.experiments.methods import ALL, METHODS, Architecture
 from fasthyper.experiments.runner import run_comparison
+from fasthyper.experiments.setting import Setting
 from fasthyper.experiments.summary import Summary
 
 __all__ = [

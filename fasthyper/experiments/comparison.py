@@ -1,4 +1,4 @@
-"""A comparison: some studies of an experiment, chosen and changed, and the runs that they take."""
+"""A comparison: chosen studies of an experiment, with changed settings, and the runs that they need."""
 
 from __future__ import annotations
 
@@ -9,15 +9,25 @@ from typing import Any
 
 import torch
 
-from fasthyper.experiments.experiment import Experiment, Run, Study, is_integer
+from fasthyper.experiments.experiment import Experiment, Run, Study
 from fasthyper.experiments.methods import METHODS
+from fasthyper.experiments.setting import is_integer
 
 PRESETS = ("quick", "paper")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Some studies of an experiment on one data set. Made by `Comparison.of`."""
+    """Studies of an experiment on one data set. `Comparison.of` makes one.
+
+    Attributes:
+        experiment: the experiment.
+        preset: the preset that the studies come from.
+        data: the name of the data set.
+        studies: the studies, as chosen and changed.
+        device: `"cpu"` or `"cuda"`.
+        changed: the differences from the preset, in words.
+    """
 
     experiment: Experiment
     preset: str
@@ -25,7 +35,6 @@ class Comparison:
     studies: tuple[Study, ...]
     device: str
     changed: tuple[str, ...] = ()
-    """What differs from the preset, in words."""
 
     @classmethod
     def of(
@@ -41,21 +50,21 @@ class Comparison:
         device: str = "auto",
         **settings: Any,
     ) -> Comparison:
-        """Choose from an experiment; what is None or not named stays as the preset has it.
+        """Choose studies of an experiment and change their settings; None leaves a value as in the preset.
 
         Args:
-            experiment: what is compared.
+            experiment: the experiment.
             data: one of `experiment.data`; the first by default.
             preset: `"quick"`: minutes on two cores; `"paper"`: the full protocol.
-            studies: the names of some; all by default.
-            methods: the names of some; all by default.
-            depths: values of the studies over depth, as `"2-4,8"` or a sequence; the other studies are left out.
-            seeds: repetitions of each run.
+            studies: names of studies; all by default.
+            methods: names of methods; all by default.
+            depths: the values of the studies over depth, as `"2-4,8"` or a sequence. Other studies are left out.
+            seeds: runs of each method at each value.
             device: `"auto"`, `"cpu"` or `"cuda"`.
             **settings: fields of the studies' settings, such as `epochs`, `lr`, `width`.
 
         Raises:
-            ValueError: an unknown name, a number that cannot be, a setting that no study has.
+            ValueError: an unknown name, a number out of range, or a setting that no study has.
 
         Example:
             >>> from fasthyper.experiments import ROTATION
@@ -87,7 +96,7 @@ class Comparison:
         settings = {name: value for name, value in settings.items() if value is not None}
         for name in settings:
             if any(name in s.setting.DEFINING for s in chosen):
-                raise ValueError(f"{name}: it says what a study is about, and is not to be changed")
+                raise ValueError(f"{name}: it says what a study is about and cannot be changed")
         chosen = tuple(_with(s, settings) for s in chosen)
         for name in settings:
             if not any(hasattr(s.setting, name) and s.axis.field != name for s in chosen):
@@ -97,7 +106,7 @@ class Comparison:
         return cls(experiment, preset, data, chosen, resolve_device(device), changed)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
+        """Check the studies."""
         if not self.studies:
             raise ValueError("studies: expected at least one")
         for study in self.studies:
@@ -106,14 +115,14 @@ class Comparison:
             if not study.values or len(set(study.values)) < len(study.values):
                 raise ValueError(f"{study.axis.field}: expected values, each named once, got {study.values!r}")
             field = study.axis.field
-            kind = type(getattr(study.setting, field))
+            value_type = type(getattr(study.setting, field))
             for value in study.values:
-                if type(value) is not kind:
-                    raise ValueError(f"{field}: expected values of type {kind.__name__}, got {value!r}")
-                study.at(value)
+                if type(value) is not value_type:
+                    raise ValueError(f"{field}: expected values of type {value_type.__name__}, got {value!r}")
+                study.setting_at(value)
 
     def runs(self) -> list[Run]:
-        """All runs, each once, one seed after the other, so that a sweep cut short still covers every value."""
+        """Return all runs, each once, ordered by seed: a comparison that is stopped early still covers every value."""
         seeds = range(max(study.seeds for study in self.studies))
         runs = (
             self.run(study, value, method, seed)
@@ -126,31 +135,31 @@ class Comparison:
         return list(dict.fromkeys(runs))
 
     def run(self, study: Study, value: Any, method: str, seed: int) -> Run:
-        """One run of a study; over E, a method without an embedding has one run for all values."""
+        """Return one run of a study. Over E, a method without an embedding has the same run at all values."""
         experiment = self.experiment
-        alike = study.axis.field == "embedding" and not METHODS[method].embeds
-        setting = study.setting if alike else study.at(value)
+        same_for_all_values = study.axis.field == "embedding" and not METHODS[method].embeds
+        setting = study.setting if same_for_all_values else study.setting_at(value)
         return Run(experiment.name, experiment.protocol, self.data, method, seed, self.device, setting)
 
 
 def parse_depths(text: str) -> tuple[int, ...]:
-    """Read depths: numbers and ranges, with commas between.
+    """Parse depths: numbers and ranges, separated by commas.
 
     Raises:
-        ValueError: anything else, a range that runs backwards, a depth below 2.
+        ValueError: other text, a descending range, or a depth below 2.
 
     Example:
         >>> parse_depths("2-4,8")
         (2, 3, 4, 8)
     """
     depths: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*([0-9]{1,4})\s*(?:-\s*([0-9]{1,4})\s*)?", part)
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,4})\s*(?:-\s*([0-9]{1,4})\s*)?", item)
         if match is None:
             raise ValueError(f"depths: expected numbers or ranges such as 2-9 or 2,4,8, got {text!r}")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise ValueError(f"depths: the range {part.strip()!r} runs backwards")
+            raise ValueError(f"depths: the range {item.strip()!r} is descending")
         if first < 2:
             raise ValueError(f"depths: expected depths of at least 2, got {text!r}")
         depths.extend(range(first, last + 1))
@@ -158,15 +167,15 @@ def parse_depths(text: str) -> tuple[int, ...]:
 
 
 def resolve_device(device: str) -> str:
-    """`"cpu"` or `"cuda"`; `"auto"` takes the GPU where torch sees one.
+    """Return `"cpu"` or `"cuda"`; `"auto"` is the GPU if torch finds one.
 
     Raises:
-        ValueError: another name, or `"cuda"` where torch sees no GPU.
+        ValueError: another name, or `"cuda"` if torch finds no GPU.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device: expected auto, cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: cuda was asked for, but torch sees no CUDA device here")
+        raise ValueError("device: cuda was asked for, but torch finds no CUDA device")
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device
@@ -177,7 +186,7 @@ def _text(value: Any) -> str:
 
 
 def _with(study: Study, settings: Mapping[str, Any]) -> Study:
-    """The study with those of the settings that it has; its own axis stays as it is."""
+    """Return the study with the settings that it has changed; the field of its axis is not changed."""
     types = {f.name: type(getattr(study.setting, f.name)) for f in fields(study.setting)}
     changes = {}
     for name, value in settings.items():

@@ -1,4 +1,4 @@
-"""Several processes on one sweep, by torch's own distributed engine: of one machine, or torchrun's of several."""
+"""Processes that share the runs of a comparison: workers of one machine, or those that torchrun has started."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# A process waits for the others' last runs, which may take as long as a run does.
-_PATIENCE = timedelta(days=7)
-_MEETING = timedelta(minutes=10)
-_SWEEPS = itertools.count()
+# At the end, a process waits until the others have finished their last runs, however long these take.
+_TIMEOUT = timedelta(days=7)
+_STARTUP_TIMEOUT = timedelta(minutes=10)
+_JOINED = itertools.count()
+"""Numbers the groups that this process has joined."""
 
 
 class WorkerFailed(RuntimeError):
-    """One of the processes that share a sweep raised an error, or was ended.
+    """One of several processes raised an error or was killed.
 
     Attributes:
-        rank: which process, from 0.
-        size: how many there were.
-        run: the run that it was in; None where that is not known, or it was in none.
-        reason: the error, or the signal or exit code that it ended with, in one line.
-        details: its traceback; empty where it left none.
+        rank: the number of the process, from 0.
+        size: the number of processes.
+        run: the name of its current run; None if it had none, or if it is not known.
+        reason: the error, the signal or the exit code that it ended with, in one line.
+        details: its traceback; empty if there is none.
     """
 
     def __init__(self, rank: int, size: int, run: str | None, reason: str, details: str = "") -> None:
-        super().__init__(rank, size, run, reason, details)  # so that it can go from process to process
+        super().__init__(rank, size, run, reason, details)  # all arguments, so that it can be pickled
         self.rank, self.size, self.run, self.reason, self.details = rank, size, run, reason, details
 
     def __str__(self) -> str:
@@ -46,20 +47,31 @@ class WorkerFailed(RuntimeError):
 
 
 def in_one_line(error: BaseException) -> str:
-    """The type of an error and what it says."""
+    """Return the type and the message of an error in one line."""
     return ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
 
 
 @dataclass(frozen=True)
 class Group:
-    """This process among those that share a sweep; alone, without `store`."""
+    """The processes that share the runs of a comparison, seen from one of them.
+
+    Attributes:
+        rank: the number of this process, from 0.
+        size: the number of processes.
+        store: their key-value store; None if this process is alone.
+    """
 
     rank: int = 0
     size: int = 1
     store: dist.Store | None = None
 
+    @property
+    def alone(self) -> bool:
+        """Whether this process works alone."""
+        return self.store is None
+
     def gather(self, mine: Any) -> list[Any]:
-        """What each has, in all of them, by rank."""
+        """Return the values `mine` of all processes, by rank. All of them must call it."""
         if self.store is None:
             return [mine]
         held: list[Any] = [None] * self.size
@@ -67,7 +79,7 @@ class Group:
         return held
 
     def counter(self, name: str) -> Callable[[int], int]:
-        """A number that all share: add to it, get the sum."""
+        """Return a function that adds to a number shared by all processes and returns the sum."""
         if self.store is not None:
             store = self.store
             return lambda amount: store.add(name, amount)
@@ -82,126 +94,132 @@ class Group:
 
 
 @contextmanager
-def torchrun(device: str, sweep: str) -> Iterator[Group]:
-    """The group that torchrun started this process in: gloo, or NCCL for a sweep on GPUs; alone without torchrun.
+def torchrun(device: str, fingerprint: str) -> Iterator[Group]:
+    """Join the group of processes that torchrun started, with NCCL on GPUs, otherwise gloo. Alone without torchrun.
+
+    Args:
+        device: `"cpu"` or `"cuda"`.
+        fingerprint: a text that must be the same in all processes.
 
     Raises:
-        ValueError: a process has another sweep than process 0, or a machine has fewer GPUs than processes.
+        ValueError: the fingerprint differs from that of process 0, or a machine has fewer GPUs than processes.
     """
     if not dist.is_torchelastic_launched():
         yield Group()
         return
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=_PATIENCE)))
-    # One store may serve several sweeps, and several starts: none may meet what another has left there.
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=_TIMEOUT)))
+    # torchrun may keep one store for several groups and restarts: give each its own keys.
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"fasthyper {restart} {next(_SWEEPS)}", store)
+    store = dist.PrefixStore(f"fasthyper {restart} {next(_JOINED)}", store)
     if rank == 0:
-        store.set("sweep", sweep)
-    store.wait(["sweep"], _MEETING)
-    if store.get("sweep").decode() != sweep:
+        store.set("fingerprint", fingerprint)
+    store.wait(["fingerprint"], _STARTUP_TIMEOUT)
+    if store.get("fingerprint").decode() != fingerprint:
         raise ValueError("torchrun: this process was started with another comparison, device or version than process 0")
     if device == "cuda":
         if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
             raise ValueError(f"torchrun: --nproc-per-node may be {torch.cuda.device_count()} at most, one for each GPU")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    with _joined(store, rank, size, "nccl" if device == "cuda" else "gloo") as group:
+    with _process_group(store, rank, size, "nccl" if device == "cuda" else "gloo") as group:
         yield group
 
 
 def launch(fn: Callable[..., Any], workers: int, device: str, progress: Callable[..., None], *arguments: Any) -> None:
-    """Call `fn(group, progress, *arguments)` in new processes; what they tell `progress` is told here.
+    """Call `fn(group, progress, *arguments)` in new processes, and pass their progress on to `progress` in this one.
 
-    The first that fails ends all of them, and so does the end of this one. Where it was is what it told last, by the
-    last word of that.
+    The last argument of each progress message is the name of the current run. If one process fails, all are stopped;
+    they are stopped as well if this process ends.
 
     Raises:
-        WorkerFailed: one of them raised an error, or was ended.
+        WorkerFailed: one of them raised an error or was killed.
     """
-    told = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    messages = torch.multiprocessing.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="fasthyper-") as folder:
         store = str(Path(folder) / "store")
-        given = (os.getpid(), workers, device, store, told, fn, arguments)
-        context = torch.multiprocessing.spawn(_enter, given, nprocs=workers, join=False)
+        worker_arguments = (os.getpid(), workers, device, store, messages, fn, arguments)
+        spawned = torch.multiprocessing.spawn(_work, worker_arguments, nprocs=workers, join=False)
         codes: list[int | None] = [None] * workers
-        places: dict[int, str] = {}
+        last_runs: dict[int, str] = {}
         failures: list[WorkerFailed] = []
         try:
             while None in codes:
-                running = [p.sentinel for p, code in zip(context.processes, codes, strict=True) if code is None]
+                running = [p.sentinel for p, code in zip(spawned.processes, codes, strict=True) if code is None]
                 connection.wait(running, timeout=0.1)
-                codes = [process.exitcode for process in context.processes]
-                while not told.empty():
-                    rank, what = told.get()
-                    if isinstance(what, WorkerFailed):
-                        failures.append(what)
+                codes = [process.exitcode for process in spawned.processes]
+                while not messages.empty():
+                    rank, message = messages.get()
+                    if isinstance(message, WorkerFailed):
+                        failures.append(message)
                     else:
-                        places[rank] = str(what[-1])
-                        progress(*what)
+                        last_runs[rank] = str(message[-1])
+                        progress(*message)
                 if any(codes):
-                    raise _first(codes, failures, places)
+                    raise _root_cause(codes, failures, last_runs)
         except BaseException:
-            for process in context.processes:
+            for process in spawned.processes:
                 process.terminate()
-            for process in context.processes:
+            for process in spawned.processes:
                 process.join()
             raise
 
 
-def _first(codes: Sequence[int | None], failures: Sequence[WorkerFailed], places: dict[int, str]) -> WorkerFailed:
-    """Who ended without a word, since the others may have failed for want of it; else who spoke first."""
-    spoke = [failure.rank for failure in failures]
+def _root_cause(
+    codes: Sequence[int | None], failures: Sequence[WorkerFailed], last_runs: dict[int, str]
+) -> WorkerFailed:
+    """Return the failure of a process that ended without a message, or the first message: others may follow from it."""
+    senders = [failure.rank for failure in failures]
     for rank, code in enumerate(codes):
-        if code and rank not in spoke:
-            return WorkerFailed(rank, len(codes), places.get(rank), _end(code))
+        if code and rank not in senders:
+            return WorkerFailed(rank, len(codes), last_runs.get(rank), _exit_reason(code))
     return failures[0]
 
 
-def _end(code: int) -> str:
+def _exit_reason(code: int) -> str:
     if code > 0:
         return f"ended with exit code {code}"
     name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
     return f"killed by {name}" + (" (perhaps out of memory)" if name == "SIGKILL" else "")
 
 
-def _enter(
+def _work(
     rank: int,
     parent: int,
     size: int,
     device: str,
     path: str,
-    told: Any,
+    messages: Any,
     fn: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
-    # torch ends a process with its parent from here on; a parent that was killed before left nobody to work for.
+    # From here on torch ends this process together with its parent. The parent may have been killed before.
     if os.getppid() != parent:
         return
-    # Processes of one machine may share a GPU, where NCCL wants one for each: they talk through gloo.
+    # The processes use gloo: several of them may share a GPU, which NCCL does not allow.
     if device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
-    # What it was is told before the group is left, which makes the others fail.
+    # Send an error before leaving the group: the others fail when a process leaves.
     with (
-        _heard(rank, size, told),
-        _joined(dist.FileStore(path, size), rank, size, "gloo") as group,
-        _heard(rank, size, told),
+        _errors_sent(rank, size, messages),
+        _process_group(dist.FileStore(path, size), rank, size, "gloo") as group,
+        _errors_sent(rank, size, messages),
     ):
-        fn(group, lambda *what: told.put((rank, what)), *arguments)
+        fn(group, lambda *message: messages.put((rank, message)), *arguments)
 
 
 @contextmanager
-def _heard(rank: int, size: int, told: Any) -> Iterator[None]:
-    """Tell the parent of an error, and end."""
+def _errors_sent(rank: int, size: int, messages: Any) -> Iterator[None]:
+    """Send an error to the parent, and end this process."""
     try:
         yield
     except Exception as error:
         run, reason = (error.run, error.reason) if isinstance(error, WorkerFailed) else (None, in_one_line(error))
-        told.put((rank, WorkerFailed(rank, size, run, reason, traceback.format_exc())))
+        messages.put((rank, WorkerFailed(rank, size, run, reason, traceback.format_exc())))
         sys.exit(1)
 
 
 @contextmanager
-def _joined(store: dist.Store, rank: int, size: int, backend: str) -> Iterator[Group]:
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+def _process_group(store: dist.Store, rank: int, size: int, backend: str) -> Iterator[Group]:
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     try:
         yield Group(rank, size, store)
     finally:

@@ -1,44 +1,67 @@
-"""The vocabulary in which an experiment is declared: its settings, its studies, its task, one run of it."""
+"""The vocabulary in which an experiment is declared.
+
+An `Experiment` has studies and a task. A `Study` is one figure: it trains several methods at each value of one `Axis`,
+with several seeds, compares a `Measure` of their test errors, and judges each `Claim` from it. A `Run` is one training
+run, of one method with one `Setting` and one seed. Its `Task` has the examples, the loss and the measures.
+
+To write an experiment of your own:
+
+    1. Subclass `Setting` (or `ContextSetting`) with the fields that the experiment adds, and annotate them.
+    2. Write `architecture(run)`, the sizes of the networks, and `task(run, dataset)`, a `Task`.
+    3. Write `studies(preset, data)`, the figures, for the presets "quick" and "paper".
+    4. Write `load(data, data_home)`, if there is a data set to load.
+    5. Make an `Experiment` of these, and pass it to `Comparison.of`, and the comparison to `run_comparison`.
+
+`fasthyper.experiments.catalogue` has six examples.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fasthyper.experiments.methods import ACTIVATIONS, METHODS, Architecture
-
-OPTIMIZERS = ("sgd", "adam", "adadelta")
-SCHEDULES = ("constant", "cosine")
+from fasthyper.experiments.methods import METHODS, Architecture
+from fasthyper.experiments.setting import Setting
 
 PAPER = "the paper"
 ASKED = "asked here"
 THEOREM = "a theorem"
 
-# Of whom the claim is; another paper's are reproduced, too.
-YES = {ASKED: "holds", THEOREM: "in line"}
-NO = {ASKED: "does not hold", THEOREM: "not in line"}
-REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
 UNDECIDED = "undecided"
+_OF_A_PAPER = ("reproduced", "not reproduced")
+_VERDICTS = {ASKED: ("holds", "does not hold"), THEOREM: ("in line", "not in line")}
 
 _PURPOSES = ("weights", "order", "test", "task")
 
 
 class DatasetUnavailable(RuntimeError):
-    """A data set is not on this machine and cannot be downloaded. Raised by `Experiment.load`."""
+    """A data set is not on this machine and cannot be downloaded: raised by `Experiment.load`."""
 
 
 def stream(seed: int, purpose: str) -> int:
-    """The seed of one of the streams of a run: were two the same, weights might equal what they are to learn."""
+    """Return the seed of one random stream of a run.
+
+    The streams differ: with one stream for weights and targets, a model could start as a copy of its target.
+
+    Args:
+        seed: the seed of the run.
+        purpose: `"weights"`, `"order"` (of the training examples, and what is drawn for them), `"test"` or `"task"`.
+    """
     return len(_PURPOSES) * seed + _PURPOSES.index(purpose)
 
 
 class Batch(NamedTuple):
-    """What a model is trained on: `model(x, cond)` against `target`, one row per instance."""
+    """A batch of B instances: the model computes `model(x, cond)`, the loss compares it with `target`.
+
+    Attributes:
+        x: the input of the primary, `(B, *, I)`, any number of points per instance.
+        cond: the condition of each instance, `(B, C)`.
+        target: B entries, of the shape that the loss of the task expects.
+    """
 
     x: Tensor
     cond: Tensor
@@ -47,14 +70,20 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples numbered from 0: `draw` makes a batch of some, anew at every access, with a generator on the CPU."""
+    """Examples that are numbered from 0.
+
+    Attributes:
+        count: how many there are.
+        draw: called with the numbers of some, `(B,)`, and a generator on the CPU; returns their `Batch`. What it draws
+            at random may differ from call to call.
+    """
 
     count: int
     draw: Callable[[Tensor, torch.Generator], Batch]
 
     @classmethod
     def of(cls, x: Tensor, cond: Tensor, target: Tensor) -> Examples:
-        """Examples that are always the same: the rows of these tensors."""
+        """Return fixed examples: number n has entry n of each tensor."""
 
         def draw(chosen: Tensor, generator: torch.Generator) -> Batch:
             chosen = chosen.to(x.device)
@@ -65,115 +94,76 @@ class Examples:
 
 @dataclass(frozen=True)
 class Task:
-    """What one run learns: its examples, its loss, and what is measured on each test example."""
+    """What one run learns.
+
+    Attributes:
+        train: the training examples.
+        test: the test examples.
+        loss: the training loss, one number, of outputs and targets.
+        measure: the measures on the test examples, by name, of outputs and targets: one number for each example. A run
+            reports their means.
+        levels: numbers to compare a measure with, by name, such as the error of the best constant.
+    """
 
     train: Examples
     test: Examples
     loss: Callable[[Tensor, Tensor], Tensor]
-    """Of outputs and targets, one number."""
     measure: Callable[[Tensor, Tensor], Mapping[str, Tensor]]
-    """Of outputs and targets, by name; one number for each example, averaged over the test examples."""
     levels: Mapping[str, float] = field(default_factory=dict)
-    """What to measure against, by name: of a predictor that sees less, say."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What decides a run beside the method and the seed. An experiment's own adds to it.
-
-    Fields are annotated as int or float where they are numbers, and those of `DEFINING` are not to be changed from
-    outside: the titles and claims of a study speak of them.
-
-    Raises:
-        ValueError: a count below 1, a depth below 2, a rate that is not finite and positive, an unknown name.
-    """
-
-    DEFINING: ClassVar[tuple[str, ...]] = ()
-
-    epochs: int
-    lr: float
-    batch_size: int
-    optimizer: str = "sgd"
-    momentum: float = 0.0
-    """Of SGD alone."""
-    schedule: str = "constant"
-    """Of the learning rate: it stays, or falls to 0 along a cosine."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
-        for entry in fields(self):
-            name, value = entry.name, getattr(self, entry.name)
-            least = 2 if name == "depth" else 1
-            if entry.type in (int, "int") and not (is_integer(value) and value >= least):
-                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
-            if entry.type in (float, "float") and not (
-                isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
-            ):
-                raise ValueError(f"{name}: expected a finite number that is not negative, got {value!r}")
-        if self.lr <= 0:
-            raise ValueError(f"lr: expected a positive finite number, got {self.lr!r}")
-        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("activation", tuple(ACTIVATIONS))):
-            if getattr(self, name, known[0]) not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ContextSetting(Setting):
-    """With the sizes of f and e."""
-
-    depth: int
-    """Linear layers of f and e, the last one included."""
-    width: int
-    """Units of their hidden layers."""
-    embedding: int
-    """E."""
-
-    @property
-    def context(self) -> tuple[int, ...]:
-        """The hidden layers of f and e."""
-        return (self.width,) * (self.depth - 1)
 
 
 @dataclass(frozen=True)
 class Axis:
-    """What a study varies: a field of its setting."""
+    """The field of the setting that a study varies.
+
+    Attributes:
+        field: its name.
+        label: of the axis in the figure.
+        log: whether the values grow by ratios. The axis is logarithmic then, and trends are per doubling.
+        count: `"primary_parameters"` or `"trainable_parameters"`: figures and exponents use this number of each run in
+            place of the value.
+    """
 
     field: str
     label: str
     log: bool = False
-    """Values are spaced by ratios: a trend is per doubling."""
     count: str | None = None
-    """Drawn and fitted over this count of parameters of each run ("primary_parameters", "trainable_parameters")."""
 
 
 def value_text(value: Any) -> str:
-    """A value of an axis or of a setting."""
+    """Return a value of an axis or of a setting as text."""
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What is compared: a name that `Task.measure` or `Task.levels` gives, less being better."""
+    """The number that a study compares. Less is better.
+
+    Attributes:
+        name: a name in the results of `Task.measure`, or in `Task.levels`.
+        label: its name in figures and tables.
+        log: compare by ratios, with geometric means; otherwise by differences.
+        percent: display as a percentage.
+    """
 
     name: str
     label: str
     log: bool = False
-    """Compared by ratios, with geometric means; else by differences."""
     percent: bool = False
 
     @property
     def heading(self) -> str:
-        """Its label and its unit."""
+        """The label with the unit."""
         return self.label + (" (%)" if self.percent else "")
 
-    def shown(self, value: float) -> float:
-        """A value, or a difference of two, in that unit."""
+    def displayed(self, value: float) -> float:
+        """Return a value, or a difference of two values, in the displayed unit."""
         return 100 * value if self.percent else value
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a figure: what one method's runs measured."""
+    """One line of a figure: one measure of the runs of one method. Levels are dashed."""
 
     method: str
     measure: str
@@ -182,44 +172,83 @@ class Line:
 
     @property
     def key(self) -> str:
-        """What claims call it."""
+        """The name of this line in claims."""
         return f"{self.method}:{self.measure}"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim, the verdict of these runs, and the numbers that it rests on."""
+    """The verdict on one claim.
+
+    Attributes:
+        claim: its text.
+        whose: who makes the claim.
+        verdict: for a claim of a paper `"reproduced"` or `"not reproduced"`, for one of this library `"holds"` or
+            `"does not hold"`, for a theorem `"in line"` or `"not in line"`; for all of them `"undecided"`.
+        evidence: the numbers that the verdict rests on.
+        rule: the condition under which the verdict is yes.
+    """
 
     claim: str
     whose: str
     verdict: str
     evidence: str
     rule: str
-    """When the verdict is yes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What somebody says of a study. A verdict is yes, no, or undecided where intervals allow both."""
+    """A statement about the results of a study. `fasthyper.experiments.claims` has the usual ones.
+
+    A subclass defines `rule`, the condition of a yes in words, and `judge`.
+
+    Attributes:
+        text: the statement.
+        whose: who makes it: `PAPER`, `ASKED` (this library), `THEOREM`, or the name of another paper.
+    """
 
     text: str
     whose: str = PAPER
     rule: ClassVar[str]
 
     def judge(self, results: Any) -> Finding | None:
-        """The verdict; None where the methods that it speaks of are not part of the study."""
+        """Judge the claim; see `finding`.
+
+        Args:
+            results: the `fasthyper.experiments.results.Results` of the study.
+
+        Returns:
+            The finding, or None if the study lacks a method that the claim is about.
+        """
         raise NotImplementedError
 
-    def found(self, holds: bool | None, evidence: str) -> Finding:
-        """The finding; None leaves it undecided."""
-        words, otherwise = (YES, REPRODUCED) if holds else (NO, NOT_REPRODUCED)
-        verdict = UNDECIDED if holds is None else words.get(self.whose, otherwise)
+    def finding(self, holds: bool | None, evidence: str) -> Finding:
+        """Return the finding, with the verdict in words; `holds` is None if the intervals allow yes and no."""
+        yes, no = _VERDICTS.get(self.whose, _OF_A_PAPER)
+        verdict = UNDECIDED if holds is None else yes if holds else no
         return Finding(self.text, self.whose, verdict, evidence, self.rule)
 
 
 @dataclass(frozen=True)
 class Study:
-    """One figure: methods over the values of one axis, every seed, and what is claimed of them."""
+    """One figure with its table and claims: every method at every value of the axis, with every seed.
+
+    Attributes:
+        name: its name within the experiment.
+        title: its heading.
+        axis: the field that varies.
+        values: the values of that field.
+        methods: names in `METHODS`.
+        setting: the setting of all runs, except for the field that varies.
+        seeds: runs of each method at each value.
+        measure: the number that is compared.
+        claims: the claims to judge.
+        levels: (name in `Task.levels`, label) of the levels that are drawn as dashed lines.
+        also: (name, heading) of further measures and levels, for the table only.
+        lines: the lines to draw, if not one for each method.
+        published: published values of the measure, by method and value.
+        note: a sentence below the figure.
+    """
 
     name: str
     title: str
@@ -231,33 +260,29 @@ class Study:
     measure: Measure
     claims: tuple[Claim, ...] = ()
     levels: tuple[tuple[str, str], ...] = ()
-    """(name, label) of levels drawn as dashed lines."""
     also: tuple[tuple[str, str], ...] = ()
-    """(name, heading) of further measures and levels, for the table alone."""
     lines: tuple[Line, ...] = ()
-    """Other lines than one for each method."""
     published: Mapping[tuple[str, Any], float] = field(default_factory=dict)
-    """By method and value: what others measured."""
     note: str = ""
 
     def all_lines(self) -> tuple[Line, ...]:
-        """What its figure and table show."""
+        """Return the lines of the figure and of the table: those of the methods, then the levels."""
         lines = self.lines or tuple(Line(m, self.measure.name, METHODS[m].label) for m in self.methods)
         return lines + tuple(Line(self.methods[0], name, label, dashed=True) for name, label in self.levels)
 
     def only(self, methods: Sequence[str]) -> Study:
-        """The study of those of its methods alone."""
+        """Return the study restricted to these methods."""
         lines = tuple(line for line in self.lines if line.method in methods)
         return replace(self, methods=tuple(m for m in self.methods if m in methods), lines=lines)
 
-    def at(self, value: Any) -> Setting:
-        """The setting at one value of the axis."""
+    def setting_at(self, value: Any) -> Setting:
+        """Return the setting at one value of the axis."""
         return replace(self.setting, **{self.axis.field: value})
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that decides the numbers of one run, and nothing else: what a finished run is known by."""
+    """One training run: exactly what decides its results. A finished run is found again by it."""
 
     experiment: str
     protocol: int
@@ -268,40 +293,42 @@ class Run:
     setting: Setting
 
     def config(self) -> dict[str, Any]:
-        """The run as JSON values."""
+        """Return the run as JSON values."""
         return asdict(self)
 
 
-def _nothing(data: str, data_home: Any) -> None:
-    """For experiments whose data are drawn from the seed."""
+def _load_nothing(data: str, data_home: Any) -> None:
+    """Load nothing: the default, for data that are drawn from the seed."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is compared, declared; training, runs, statistics and reports are the same for all.
+    """An experiment, declared. Training, statistics and reports are the same for all experiments.
 
-    A new experiment is a `Setting`, `architecture` and `task`, and the studies of its presets.
+    Attributes:
+        name: how the command line and the stored runs call it.
+        protocol: a version number. Raise it with every change of the code that changes results: stored runs of another
+            protocol are not used.
+        title: its heading.
+        source: the publication that it follows.
+        question: the question that it asks, in a few sentences.
+        choices: the choices made here where the source says nothing or contradicts itself, a sentence each.
+        data: the names of its data sets, the default first.
+        studies: called with a preset, `"quick"` or `"paper"`, and the name of a data set; returns the studies.
+        architecture: called with a run; returns the sizes of the networks.
+        task: called with a run and the result of `load`; returns the task, on the device of the run.
+        load: called with the name of a data set and the folder for downloads (None: scikit-learn's own); returns the
+            data set. It may raise `DatasetUnavailable`.
     """
 
     name: str
     protocol: int
-    """Raised when a change of the code changes the numbers or what is measured: older runs are not mixed with newer."""
     title: str
     source: str
     question: str
     choices: tuple[str, ...]
-    """What was chosen here, the source being silent or at odds with itself."""
     data: tuple[str, ...]
-    """The data sets, the default one first."""
     studies: Callable[[str, str], tuple[Study, ...]]
-    """Of a preset and a data set."""
     architecture: Callable[[Run], Architecture]
     task: Callable[[Run, Any], Task]
-    """Of a run and what `load` gave, on the run's device."""
-    load: Callable[[str, Any], Any] = _nothing
-    """Of a data set and the folder of downloads."""
-
-
-def is_integer(value: object) -> bool:
-    """Whether it counts something: True and False do not."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    load: Callable[[str, Any], Any] = _load_nothing

@@ -1,4 +1,4 @@
-"""Files and folders: written as a whole or not at all, and nothing left behind in vain."""
+"""Files and folders: write a file completely or not at all, and remove empty folders after a failure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Replace a file as a whole: a reader, or a kill, sees the old one or the new one."""
+    """Replace a file in one step: a reader sees the old or the new content, also if this process is killed."""
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -20,7 +20,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it readable to its owner alone
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp allows only its owner to read it
         os.replace(temporary, path)
     except BaseException:
         with suppress(FileNotFoundError):
@@ -29,14 +29,14 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def check_writable(folder: str | os.PathLike[str], *names: str) -> None:
-    """Try whether a folder, which need not exist yet, takes files, and leave nothing behind.
+    """Check that files can be written to a folder, which need not exist yet. Nothing is left there.
 
     Args:
         folder: where to write.
-        names: files that may be there already and will be written to.
+        names: files that will be written, and that may exist already.
 
     Raises:
-        ValueError: it cannot be written to.
+        ValueError: files cannot be written there.
     """
     folder = Path(folder)
     missing = missing_folders(folder)
@@ -55,12 +55,12 @@ def check_writable(folder: str | os.PathLike[str], *names: str) -> None:
 
 
 def missing_folders(folder: Path) -> list[Path]:
-    """The folders that `mkdir(parents=True)` would make, the deepest first."""
+    """Return the folders that `mkdir(parents=True)` would make, the deepest first."""
     return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
-    """Remove those of the folders that are there and empty, in the order given."""
+    """Remove those of the folders that exist and are empty, in the order given."""
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()

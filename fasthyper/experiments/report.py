@@ -1,4 +1,4 @@
-"""A summary made visible: `summary.csv`, and `report.html`, which needs no other file."""
+"""The report of a summary: `summary.csv`, and `report.html`, a page that needs no other file."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from fasthyper.experiments.results import Results, Row, exp
 from fasthyper.experiments.summary import Summary
 
 REPORT_FILES = ("summary.csv", "report.html")
-PACKAGE, TEMPLATE = "fasthyper.experiments", "report.html"
+PACKAGE, TEMPLATE = "fasthyper.experiments", "report_template.html"
 
 
 def write_report(summary: Summary, folder: Path) -> None:
-    """Write both files, each as a whole or not at all."""
+    """Write both files, each completely or not at all."""
     write_atomically(folder / "summary.csv", summary_csv(summary).encode())
     write_atomically(folder / "report.html", report_html([summary]).encode())
 
 
-def write_gathered(summaries: Sequence[Summary], folder: Path) -> None:
+def write_combined(summaries: Sequence[Summary], folder: Path) -> None:
     """Write one report of several comparisons."""
     write_atomically(folder / "report.html", report_html(summaries).encode())
 
 
 def summary_csv(summary: Summary) -> str:
-    """The rows of all studies in full precision: errors as shares of 1, seconds, bytes."""
+    """Return the rows of all studies in full precision: errors as fractions of 1, seconds, bytes."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for number, (results, row) in enumerate((r, row) for r in summary.results for row in r.rows()):
-        values = {"study": results.study.name, "axis": results.study.axis.field, **_flat(row)}
+        values = {"study": results.study.name, "axis": results.study.axis.field, **_csv_values(row)}
         if number == 0:
             writer.writerow(values)
         writer.writerow("" if isinstance(v, float) and not math.isfinite(v) else v for v in values.values())
@@ -46,11 +46,11 @@ def summary_csv(summary: Summary) -> str:
 
 
 def columns(study: Study) -> list[str]:
-    """The headings of a study's table."""
+    """Return the headings of the table of a study."""
     published = ["published"] if study.published else []
     paired = ["less with the hypernetwork by"] if HYPERNETWORK in study.methods else []
     also = [heading for _, heading in study.also]
-    sizes = ["N_f or N_e", "N_g or N_q", "trained in all", "steps"]
+    sizes = ["N_f or N_e", "N_g or N_q", "trained in total", "steps"]
     return [
         "method",
         study.axis.field,
@@ -65,7 +65,7 @@ def columns(study: Study) -> list[str]:
 
 
 def table(results: Results) -> list[list[str]]:
-    """The rows of a study's table as text, one cell for each of `columns`."""
+    """Return the rows of the table as text, one cell for each heading of `columns`."""
     study = results.study
     cells = []
     for row in results.rows():
@@ -74,7 +74,7 @@ def table(results: Results) -> list[list[str]]:
             [""] * (6 + len(study.also))
             if row.line.dashed
             else [
-                *(f"{results.also(row, name):.3g}" for name, _ in study.also),
+                *(f"{results.mean_of(row, name):.3g}" for name, _ in study.also),
                 f"{row.context_parameters:,}",
                 f"{row.primary_parameters:,}",
                 f"{row.trainable_parameters:,}",
@@ -89,7 +89,10 @@ def table(results: Results) -> list[list[str]]:
 
 
 def fused_table(results: Results) -> list[list[str]]:
-    """Where weights are generated: milliseconds and KiB, as is and with the weights written out."""
+    """Return time and memory of the hypernetwork's steps, fused and materialised; empty if there is none.
+
+    Columns: the value, milliseconds of both, their ratio, KiB of both.
+    """
     return [
         [
             value_text(row.value),
@@ -109,7 +112,7 @@ def fused_table(results: Results) -> list[list[str]]:
 
 
 def report_html(summaries: Sequence[Summary]) -> str:
-    """The whole story of one comparison or of several, for someone who knows nothing of it."""
+    """Return one page about one or several comparisons, for a reader who does not know them."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -131,23 +134,23 @@ def report_html(summaries: Sequence[Summary]) -> str:
 
 
 def measured_text(results: Results, row: Row) -> str:
-    """A mean and its interval as the table gives them."""
+    """Return the mean and its interval as the table shows them."""
     measure = results.study.measure
-    return row.measured.map(measure.shown).text(".1f" if measure.percent else ".3g", "diverged")
+    return row.measured.map(measure.displayed).text(".1f" if measure.percent else ".3g", "diverged")
 
 
 def _paired(results: Results, row: Row) -> str:
-    """By how much the hypernetwork's error is less, seed by seed: a factor, or a difference."""
+    """Return how much less the hypernetwork's error is, paired by seed: a factor, or a difference."""
     if row.line.method == HYPERNETWORK and not row.line.dashed:
         return ""
     measure = results.study.measure
     advantage = results.advantage(HYPERNETWORK, row.line.key, row.value)
     if measure.log:
         return "× " + advantage.map(exp).text(".3g", "diverged")
-    return advantage.map(measure.shown).text(".1f", "diverged")
+    return advantage.map(measure.displayed).text(".1f", "diverged")
 
 
-def _flat(row: Row) -> dict[str, Any]:
+def _csv_values(row: Row) -> dict[str, Any]:
     values = asdict(row)
     line, measured = values.pop("line"), values.pop("measured")
     return {"method": line["method"], "measure": line["measure"], **values, **measured}

@@ -1,4 +1,4 @@
-"""Statistics of one study: means over seeds, confidence intervals, paired differences, trends and exponents."""
+"""Statistics of one study: means over seeds with confidence intervals, paired differences, trends and exponents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TINY = 1e-300
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds and its 95 % confidence interval (Student's t), unbounded with a single seed."""
+    """A mean over seeds and its 95 % confidence interval (Student's t). With a single seed it is unbounded."""
 
     mean: float
     low: float
@@ -23,7 +23,7 @@ class Interval:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval:
-        """The interval of the mean of independent values; unbounded, too, where one is not finite.
+        """Return the interval of the mean of independent values; if one is not finite, an unbounded one around NaN.
 
         Example:
             >>> Interval.of([1.0, 2.0, 3.0])
@@ -41,7 +41,13 @@ class Interval:
         return cls(mean, mean - half, mean + half)
 
     def text(self, form: str, unknown: str, alone: str = "") -> str:
-        """Mean and bounds in this form; what to say where there is no mean, and after a mean without bounds."""
+        """Return mean and bounds as text.
+
+        Args:
+            form: the format of each number.
+            unknown: the text if there is no mean.
+            alone: a text after a mean without bounds.
+        """
         if math.isnan(self.mean):
             return unknown
         if math.isinf(self.high):
@@ -49,7 +55,7 @@ class Interval:
         return f"{self.mean:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
     def map(self, fn: Callable[[float], float]) -> Interval:
-        """The interval of an increasing function of the mean."""
+        """Return the interval of an increasing function of the mean."""
         return Interval(fn(self.mean), fn(self.low), fn(self.high))
 
     def __neg__(self) -> Interval:
@@ -58,7 +64,24 @@ class Interval:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a figure at one value, over its seeds: a row of the table."""
+    """A row of the table: one line of the figure at one value of the axis, over all seeds.
+
+    Attributes:
+        line: the line.
+        value: the value of the axis.
+        seeds: how many runs.
+        measured: the mean of the measure.
+        context_parameters: N_f or N_e.
+        primary_parameters: N_g or N_q.
+        trainable_parameters: all that is trained.
+        steps: training steps. This and all further costs are medians over the seeds.
+        step_seconds: of a training step.
+        peak_temporary_bytes: of a forward and backward pass.
+        fused_seconds: of a hypernetwork's step.
+        materialised_seconds: of the same step with all weights written out.
+        materialised_bytes: temporary memory of that step.
+        published: the published value, if there is one.
+    """
 
     line: Line
     value: Any
@@ -69,7 +92,6 @@ class Row:
     trainable_parameters: int
     steps: float
     step_seconds: float
-    """Median over seeds of each run's median, as the next ones."""
     peak_temporary_bytes: float
     fused_seconds: float | None
     materialised_seconds: float | None
@@ -78,69 +100,75 @@ class Row:
 
 
 class Results:
-    """What one study found: by line and value, one number for each seed, in the order of the seeds."""
+    """The results of one study.
+
+    Claims name a line as `method:measure`, or as `method` for the measure of the study.
+
+    Args:
+        study: the study.
+        metrics: the metrics of each run, by method and value, in the order of the seeds.
+    """
 
     def __init__(self, study: Study, metrics: Mapping[tuple[str, Any], Sequence[Mapping[str, Any]]]) -> None:
         self.study = study
         self.metrics = metrics
-        """By method and value, for each seed."""
 
     def line(self, name: str) -> Line:
-        """The line that a claim means: `method:measure`, or a method alone for the study's own measure."""
+        """Return the line that has this name in claims."""
         method, _, measure = name.partition(":")
         return Line(method, measure or self.study.measure.name, name)
 
     def has(self, *names: str) -> bool:
-        """Whether the runs of these lines are part of the study, so that something can be said of them."""
+        """Return whether the study has the methods of all these lines."""
         return all(self.line(name).method in self.study.methods for name in names)
 
-    def values(self, line: Line, value: Any) -> list[float]:
-        """For each seed; infinite where a run diverged. Logarithms, where the study compares by ratios."""
+    def per_seed(self, line: Line, value: Any) -> list[float]:
+        """Return the measure of each seed, infinite if the run diverged; logarithms if the study compares by ratios."""
         found = (metrics["measures"][line.measure] for metrics in self.metrics[line.method, value])
         numbers = [math.inf if number is None else number for number in found]
         return [math.log(max(number, _TINY)) if self.study.measure.log else number for number in numbers]
 
     def measured(self, line: Line, value: Any) -> Interval:
-        """The mean over seeds, a geometric one where the study compares by ratios."""
-        interval = Interval.of(self.values(line, value))
+        """Return the mean over seeds: the geometric mean if the study compares by ratios."""
+        interval = Interval.of(self.per_seed(line, value))
         return interval.map(exp) if self.study.measure.log else interval
 
-    def also(self, row: Row, measure: str) -> float:
-        """Another measure of a row's runs: its mean, a geometric one where the study compares by ratios."""
+    def mean_of(self, row: Row, measure: str) -> float:
+        """Return the mean of another measure of the runs of a row, as `measured` does."""
         return self.measured(Line(row.line.method, measure, measure), row.value).mean
 
     def advantage(self, name: str, over: str, value: Any) -> Interval:
-        """By how much `name` is less than `over`, paired by seed: differences, or logarithms of ratios."""
-        pairs = zip(self.values(self.line(over), value), self.values(self.line(name), value), strict=True)
+        """Return how much less `name` is than `over`, paired by seed: a difference, or the logarithm of a ratio."""
+        pairs = zip(self.per_seed(self.line(over), value), self.per_seed(self.line(name), value), strict=True)
         return Interval.of([b - a if math.isfinite(a) and math.isfinite(b) else math.nan for b, a in pairs])
 
     def trend(self, name: str) -> Interval:
-        """Least-squares change along the axis, seed by seed: per unit, or per doubling where the axis has ratios."""
+        """Return the least-squares slope of each seed: per unit of the axis, or per doubling if the axis is `log`."""
         axis = self.study.axis
-        at = [math.log2(value) if axis.log else float(value) for value in self.study.values]
-        return Interval.of(self._slopes(self.line(name), [at] * self.study.seeds))
+        positions = [math.log2(value) if axis.log else float(value) for value in self.study.values]
+        return Interval.of(self._slopes(self.line(name), [positions] * self.study.seeds))
 
     def exponent(self, name: str) -> Interval:
-        """Of the power law between the measure and the number of parameters `axis.count`, seed by seed."""
+        """Return the exponent of a power law in the number of parameters `axis.count`, fitted for each seed."""
         return Interval.of(self._exponents(name))
 
-    def exponents_apart(self, name: str, other: str) -> Interval:
-        """The exponent of `name` minus that of `other`, paired by seed."""
+    def exponent_difference(self, name: str, other: str) -> Interval:
+        """Return the exponent of `name` minus that of `other`, paired by seed."""
         pairs = zip(self._exponents(name), self._exponents(other), strict=True)
         return Interval.of([a - b for a, b in pairs])
 
     def _exponents(self, name: str) -> list[float]:
         line, count = self.line(name), str(self.study.axis.count)
         found = [self.metrics[line.method, value] for value in self.study.values]
-        at = [[math.log(metrics[seed][count]) for metrics in found] for seed in range(self.study.seeds)]
-        return self._slopes(line, at)
+        sizes = [[math.log(metrics[seed][count]) for metrics in found] for seed in range(self.study.seeds)]
+        return self._slopes(line, sizes)
 
-    def _slopes(self, line: Line, at: Sequence[Sequence[float]]) -> list[float]:
-        by_value = [self.values(line, value) for value in self.study.values]
-        return [_slope(at[seed], [found[seed] for found in by_value]) for seed in range(self.study.seeds)]
+    def _slopes(self, line: Line, positions: Sequence[Sequence[float]]) -> list[float]:
+        by_value = [self.per_seed(line, value) for value in self.study.values]
+        return [_slope(positions[seed], [found[seed] for found in by_value]) for seed in range(self.study.seeds)]
 
     def rows(self) -> list[Row]:
-        """The table, line by line."""
+        """Return the rows of the table, line by line."""
         return [self._row(line, value) for line in self.study.all_lines() for value in self.study.values]
 
     def _row(self, line: Line, value: Any) -> Row:
@@ -167,12 +195,12 @@ class Results:
         )
 
 
-def _slope(at: Sequence[float], values: Sequence[float]) -> float:
-    if not all(map(math.isfinite, values)) or len(set(at)) < 2:
+def _slope(positions: Sequence[float], values: Sequence[float]) -> float:
+    if not all(map(math.isfinite, values)) or len(set(positions)) < 2:
         return math.nan
-    return statistics.linear_regression(at, values).slope
+    return statistics.linear_regression(positions, values).slope
 
 
 def exp(value: float) -> float:
-    """e to the power of what may be too large for it."""
+    """Return e to the power of a value; infinity instead of an overflow."""
     return math.inf if value > 700 else math.exp(value)

@@ -1,4 +1,4 @@
-"""Run a comparison: what is finished is kept, the rest is trained, side by side, and the whole is reported."""
+"""Run a comparison: keep finished runs, train the missing ones in several processes, and write the report."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ import torch
 from fasthyper._version import __version__
 from fasthyper.experiments.comparison import Comparison
 from fasthyper.experiments.distributed import Group, WorkerFailed, in_one_line, launch, torchrun
-from fasthyper.experiments.experiment import Run, is_integer
+from fasthyper.experiments.experiment import Run
 from fasthyper.experiments.files import check_writable
 from fasthyper.experiments.report import REPORT_FILES, write_report
-from fasthyper.experiments.store import Record, RunStore, key
+from fasthyper.experiments.setting import is_integer
+from fasthyper.experiments.store import Record, RunStore, config_key
 from fasthyper.experiments.summary import Summary, summarise
 from fasthyper.experiments.training import Metrics, train
 
-RUNS = "runs.jsonl"
-FILES = (RUNS, *REPORT_FILES)
+RUNS_FILE = "runs.jsonl"
+OUTPUT_FILES = (RUNS_FILE, *REPORT_FILES)
 _METRICS = [field.name for field in fields(Metrics)]
 Progress = Callable[[float, int, str], None]
 
@@ -40,66 +41,70 @@ def run_comparison(
     progress: Progress = lambda done, total, run: None,
     notify: Callable[[str], None] = warnings.warn,
 ) -> Summary:
-    """Run what is missing of a comparison; write `runs.jsonl`, `summary.csv`, `report.html`.
+    """Train the missing runs of a comparison, and write `runs.jsonl`, `summary.csv` and `report.html`.
 
-    A run found in `out` with the same configuration is not repeated; runs of other configurations stay there and
-    are left out of the report. A process killed at any moment loses the run it was in, no more.
+    A run with the same configuration that is in `out` already is not repeated. Runs of other configurations stay in
+    `out`, but are not part of the report. A process that is killed loses only its current run.
 
-    Processes share the runs that are missing, whichever is free taking the next: `workers` of this machine, or
-    those of a torchrun, on as many machines as it has. There each process keeps what it finishes in its own `out`
-    (`runs.1.jsonl` and so on) until all are done, when process 0 has everything.
+    Several processes share the missing runs, and each takes the next one when it is free: `workers` processes of this
+    machine, or those of torchrun, on one or more machines. A process of rank n > 0 keeps its finished runs in
+    `runs.n.jsonl` of its own `out`. At the end, process 0 merges all of them into its `runs.jsonl`.
 
     Args:
-        comparison: the sweep, made by `Comparison.of`.
-        out: the folder to write to, made if it does not exist.
+        comparison: made by `Comparison.of`.
+        out: the folder to write to. It is made if it does not exist.
         data_home: the folder of scikit-learn's downloads.
-        workers: processes to start; None: one for each core, or for each GPU. Of no meaning under torchrun.
-        progress: called with the runs done, those to do in all, and the one they belong to.
-        notify: called with each sentence about lines of a file of runs that could not be used.
+        workers: processes to start; None: one for each core, or for each GPU. Ignored under torchrun.
+        progress: called with the number of runs done, a float, the number of missing runs, and the name of the current
+            run.
+        notify: called with a sentence for each line of a file of runs that cannot be used.
+
+    Returns:
+        The summary of all runs of the comparison.
 
     Raises:
         ValueError: `out` cannot be written to, or another process is writing there, or `workers` is below 1.
-        DatasetUnavailable: the data are neither here nor to be had; nothing has been written then.
-        WorkerFailed: one of several processes raised an error, or was ended; under torchrun, in that process. With one
-            process, errors come as they are.
+        DatasetUnavailable: the data are not on this machine and cannot be downloaded. Nothing has been written.
+        WorkerFailed: one of several processes raised an error or was killed; under torchrun, raised in that process. A
+            single process raises its own errors.
     """
     out = Path(out)
     if workers is not None and (not is_integer(workers) or workers < 1):
         raise ValueError(f"workers: expected at least 1, got {workers!r}")
-    check_writable(out, *FILES)
+    check_writable(out, *OUTPUT_FILES)
     runs = comparison.runs()
-    wanted = [key(run.config()) for run in runs]
-    sweep = hashlib.sha256(key([__version__, torch.__version__, *wanted]).encode())
-    with torchrun(comparison.device, sweep.hexdigest()) as group:
-        finished = _finished(group, comparison, out, notify)
-        missing = [run for run, name in zip(runs, wanted, strict=True) if name not in finished]
+    wanted = [config_key(run.config()) for run in runs]
+    fingerprint = hashlib.sha256(config_key([__version__, torch.__version__, *wanted]).encode())
+    with torchrun(comparison.device, fingerprint.hexdigest()) as group:
+        finished = _load_finished(group, comparison, out, notify)
+        missing = [run for run, key in zip(runs, wanted, strict=True) if key not in finished]
         if missing:
-            source = comparison.experiment.load(comparison.data, data_home)
+            dataset = comparison.experiment.load(comparison.data, data_home)
             out.mkdir(parents=True, exist_ok=True)
-            number = min(_workers(comparison.device) if workers is None else workers, len(missing))
-            if group.store is not None or number == 1:
-                threads = _threads(1 if group.store is None else int(os.environ["LOCAL_WORLD_SIZE"]))
-                shown = progress if group.rank == 0 else lambda done, total, run: None
-                finished |= _train(group, shown, comparison, out, source, missing, threads)
+            processes = min(_workers(comparison.device) if workers is None else workers, len(missing))
+            if not group.alone or processes == 1:
+                threads = _threads(1 if group.alone else int(os.environ["LOCAL_WORLD_SIZE"]))
+                display = progress if group.rank == 0 else lambda done, total, run: None
+                finished |= _train_missing(group, display, comparison, out, dataset, missing, threads)
             else:
-                with _store(comparison, out / RUNS).locked():
-                    pass  # another comparison at work there is told of here, not by a process within
-                given = (comparison, out, source, missing, _threads(number))
-                launch(_train, number, comparison.device, _forward(progress), *given)
-                finished = _finished(group, comparison, out, lambda problem: None)
+                with _store(comparison, out / RUNS_FILE).locked():
+                    pass  # fail here, before workers start, if another process is writing
+                arguments = (comparison, out, dataset, missing, _threads(processes))
+                launch(_train_missing, processes, comparison.device, _monotone(progress), *arguments)
+                finished = _load_finished(group, comparison, out, lambda problem: None)
         if group.rank == 0:
             _collect(comparison, out, finished)
-        group.gather(None)  # process 0 has it all on its disk: parts may go
-        for part in _parts(out):
-            _store(comparison, part).remove()
-        summary = summarise(comparison, [finished[name] for name in wanted])
+        group.gather(None)  # wait until process 0 has all runs on its disk
+        for path in _rank_files(out):
+            _store(comparison, path).remove()
+        summary = summarise(comparison, [finished[key] for key in wanted])
         if group.rank == 0:
             write_report(summary, out)
     return summary
 
 
 def versions(device: str) -> dict[str, str]:
-    """What the numbers of a run were made with."""
+    """Return the versions and the machine that a run was made with."""
     return {
         "fasthyper": __version__,
         "torch": torch.__version__,
@@ -110,25 +115,25 @@ def versions(device: str) -> dict[str, str]:
     }
 
 
-def _forward(progress: Progress) -> Progress:
-    """The same, told of nothing that was overtaken on the way from one of several processes."""
+def _monotone(progress: Progress) -> Progress:
+    """Return a callback that never goes back, although messages of several processes may overtake each other."""
     furthest = 0.0
 
-    def forward(done: float, total: int, run: str) -> None:
+    def monotone(done: float, total: int, run: str) -> None:
         nonlocal furthest
         furthest = max(furthest, done)
         progress(furthest, total, run)
 
-    return forward
+    return monotone
 
 
-def _finished(group: Group, comparison: Comparison, out: Path, notify: Callable[[str], None]) -> dict[str, Record]:
-    """The runs that are on the disks of the group, by configuration."""
+def _load_finished(group: Group, comparison: Comparison, out: Path, notify: Callable[[str], None]) -> dict[str, Record]:
+    """Return the runs that are on the disks of the group, by configuration."""
     records: dict[str, Record] = {}
     problems: list[str] = []
-    for path in [out / RUNS, *_parts(out)]:
+    for path in [out / RUNS_FILE, *_rank_files(out)]:
         loaded = _store(comparison, path).load()
-        records = {key(record["config"]): record for record in loaded.records} | records  # the first is kept
+        records = {config_key(record["config"]): record for record in loaded.records} | records  # the first is kept
         problems += loaded.problems
     merged: dict[str, Record] = {}
     everywhere = group.gather((records, problems))
@@ -140,18 +145,18 @@ def _finished(group: Group, comparison: Comparison, out: Path, notify: Callable[
     return merged
 
 
-def _train(
+def _train_missing(
     group: Group,
     progress: Progress,
     comparison: Comparison,
     out: Path,
-    source: Any,
+    dataset: Any,
     missing: list[Run],
     threads: int,
 ) -> dict[str, Record]:
-    """Train runs that no other process of the group has taken; returns what all have found."""
+    """Train the runs that no other process of the group has taken; returns the records of all processes."""
     out.mkdir(parents=True, exist_ok=True)
-    store = _store(comparison, out / (RUNS if group.rank == 0 else f"runs.{group.rank}.jsonl"))
+    store = _store(comparison, out / (RUNS_FILE if group.rank == 0 else f"runs.{group.rank}.jsonl"))
     taken, done = group.counter("taken"), group.counter("done")
     found: dict[str, Record] = {}
     before = torch.get_num_threads()
@@ -160,22 +165,22 @@ def _train(
         with store.locked():
             while (number := taken(1) - 1) < len(missing):
                 run = missing[number]
-                name = f"{run.method}, seed {run.seed}"
-                shown = 0
+                label = f"{run.method}, seed {run.seed}"
+                counted = 0
 
-                def epoch(share: float, name: str = name) -> None:
-                    nonlocal shown
-                    promille = round(1000 * share)
-                    progress(done(promille - shown) / 1000, len(missing), name)
-                    shown = promille
+                def on_epoch(share: float, label: str = label) -> None:
+                    nonlocal counted
+                    thousandths = round(1000 * share)
+                    progress(done(thousandths - counted) / 1000, len(missing), label)
+                    counted = thousandths
 
-                epoch(0.0)  # whatever happens from here on happens in this run
+                on_epoch(0.0)  # from here on, a failure belongs to this run
                 try:
-                    metrics = train(comparison.experiment, run, source, epoch)
+                    metrics = train(comparison.experiment, run, dataset, on_epoch)
                 except Exception as error:
-                    if group.store is None:
+                    if group.alone:
                         raise
-                    raise WorkerFailed(group.rank, group.size, name, in_one_line(error)) from error
+                    raise WorkerFailed(group.rank, group.size, label, in_one_line(error)) from error
                 record: Record = {
                     "config": run.config(),
                     "metrics": asdict(metrics),
@@ -183,7 +188,7 @@ def _train(
                     "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 }
                 store.append(record)
-                found[key(run.config())] = record
+                found[config_key(run.config())] = record
     finally:
         torch.set_num_threads(before)
     merged: dict[str, Record] = {}
@@ -193,11 +198,11 @@ def _train(
 
 
 def _collect(comparison: Comparison, out: Path, finished: Mapping[str, Record]) -> None:
-    """Put into `runs.jsonl` what only other processes' files have."""
+    """Add to `runs.jsonl` the runs that only the files of other processes have."""
     out.mkdir(parents=True, exist_ok=True)
-    store = _store(comparison, out / RUNS)
-    here = {key(record["config"]) for record in store.load().records}
-    if elsewhere := [record for name, record in finished.items() if name not in here]:
+    store = _store(comparison, out / RUNS_FILE)
+    here = {config_key(record["config"]) for record in store.load().records}
+    if elsewhere := [record for key, record in finished.items() if key not in here]:
         with store.locked():
             for record in elsewhere:
                 store.append(record)
@@ -208,17 +213,17 @@ def _store(comparison: Comparison, path: Path) -> RunStore:
     return RunStore(path, {"experiment": experiment.name, "protocol": experiment.protocol}, _METRICS)
 
 
-def _parts(out: Path) -> list[Path]:
-    """The files of the processes but the first."""
+def _rank_files(out: Path) -> list[Path]:
+    """Return the files of the processes of rank 1 and above."""
     try:
         names = os.listdir(out)
-    except FileNotFoundError:  # not there yet, or another process has just tried whether it can be made
+    except FileNotFoundError:  # it does not exist yet, or `check_writable` of another process has just removed it
         return []
     return sorted(out / name for name in names if re.fullmatch(r"runs\.[0-9]+\.jsonl", name))
 
 
 def _threads(processes: int) -> int:
-    """Of torch, for each of so many processes on this machine."""
+    """Return the number of torch threads for each of several processes on this machine."""
     return max(1, min(torch.get_num_threads(), _cores() // processes))
 
 

@@ -1,4 +1,4 @@
-"""Finished runs, one JSON line each, in a file that survives being cut off at any moment."""
+"""The file of finished runs, one JSON line for each. A process that is killed while writing loses only that line."""
 
 from __future__ import annotations
 
@@ -15,29 +15,34 @@ from typing import Any, TypeAlias
 
 Record: TypeAlias = dict[str, Any]
 
-_START = b'{"config"'
+_RECORD_START = b'{"config"'
 _ATTEMPTS, _PAUSE = 50, 0.1
 
 
 @dataclass
 class Loaded:
-    """What a file of runs holds: its records, and in words what was wrong with it."""
+    """The content of a file of runs.
+
+    Attributes:
+        records: the records that can be used.
+        problems: a sentence for each line that cannot be used.
+        foreign: whether some lines are whole records of another experiment, protocol or set of metrics.
+    """
 
     records: list[Record]
     problems: list[str] = field(default_factory=list)
     foreign: bool = False
-    """Whether there are whole runs of something else."""
 
 
 class RunStore:
-    """An append-only file of records: the `config` of a run, the `metrics` it found, the `versions` used.
+    """An append-only file of records: the `config` of a run, its `metrics`, and the `versions` it was made with.
 
-    Each line ends in a digest of the rest, so that a digit changed by an accident is seen.
+    Each line ends in a digest of the record, which detects changed digits.
 
     Args:
         path: the file; it need not exist.
-        expected: entries of `config` without which a record is of something else.
-        metrics: the names of all metrics; with other ones a record is of other code. None takes any.
+        expected: entries that the `config` of every record must have. Records without them are skipped.
+        metrics: the names that the `metrics` of every record must have; None: any.
 
     Example:
         >>> import tempfile
@@ -57,21 +62,21 @@ class RunStore:
         self.metrics = None if metrics is None else set(metrics)
 
     def remove(self) -> None:
-        """Delete the file, unless another process is writing to it or runs of something else are there."""
+        """Delete the file, unless another process is writing to it or it has foreign records."""
         with suppress(ValueError), self.locked(attempts=1):
             if not self.load().foreign:
                 self.path.unlink(missing_ok=True)
 
     @contextmanager
     def locked(self, attempts: int = _ATTEMPTS) -> Iterator[None]:
-        """Keep other processes from writing, as long as this one lives.
+        """Lock the file against writing by other processes. The lock ends with this process at the latest.
 
         Raises:
             ValueError: another process is writing.
         """
         try:
             import fcntl
-        except ImportError:  # not on this system, where two processes are for the user to keep apart
+        except ImportError:  # this system has no such lock
             yield
             return
         with self.path.open("ab") as file:
@@ -79,16 +84,16 @@ class RunStore:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
-                except OSError:  # perhaps by a process about to end, whose parent was killed
+                except OSError:  # the lock may belong to a process that is about to end
                     if attempt + 1 == attempts:
                         raise ValueError(f"out: another process is writing to {self.path}") from None
                     time.sleep(_PAUSE)
             yield
 
     def load(self) -> Loaded:
-        """Read what is whole; a torn last line, a corrupt line, a run listed twice are reported by number.
+        """Read the records. A torn last line, a corrupt line and a repeated run are listed as problems.
 
-        Of runs with the same configuration the first is kept.
+        Of several runs with the same configuration the first is kept.
         """
         try:
             content = self.path.read_bytes()
@@ -100,10 +105,10 @@ class RunStore:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            record = _parse(line)
+            record = _decode(line)
             if record is None:
-                # What follows the last line end was being written when the writer was stopped.
-                torn = number == len(lines) and _begun(line)
+                # A last line without a line end was being written when its process was stopped.
+                torn = number == len(lines) and _is_record_start(line)
                 what = "is torn, its run was cut off" if torn else "is no finished run, or corrupt"
                 loaded.problems.append(f"{self.path}, line {number}: {what}; skipped")
             elif any(record["config"].get(name) != value for name, value in self.expected.items()):
@@ -113,7 +118,7 @@ class RunStore:
             elif self.metrics is not None and self.metrics != set(record["metrics"]):
                 loaded.problems.append(f"{self.path}, line {number}: its metrics are of other code; skipped")
                 loaded.foreign = True
-            elif (name := key(record["config"])) in seen:
+            elif (name := config_key(record["config"])) in seen:
                 loaded.problems.append(f"{self.path}, line {number}: this run is already listed above; skipped")
             else:
                 seen.add(name)
@@ -121,20 +126,20 @@ class RunStore:
         return loaded
 
     def append(self, record: Record) -> None:
-        """Add one record and return once it is on the disk.
+        """Append one record, and return when it is on the disk.
 
-        A torn last line is cut off first, or this record would be glued to it; a last line of another kind is
-        ended. Numbers that are not finite are stored as null: JSON has no other way to say them.
+        A torn last line is removed first. Any other last line without a line end gets one. Numbers that are not finite
+        are stored as null, since JSON has none.
         """
-        line = _line(_finite(record))
+        line = _encode(_finite(record))
         self.path.touch()
         with self.path.open("r+b") as file:
             content = file.read()
             end = content.rfind(b"\n") + 1
-            rest = content[end:]
-            if rest and _begun(rest) and _parse(rest) is None:
+            last = content[end:]
+            if last and _is_record_start(last) and _decode(last) is None:
                 file.truncate(end)
-            elif rest:
+            elif last:
                 line = b"\n" + line
             file.seek(0, os.SEEK_END)
             file.write(line)
@@ -142,20 +147,20 @@ class RunStore:
             os.fsync(file.fileno())
 
 
-def _begun(line: bytes) -> bool:
-    """Whether it is, or begins as, a line of ours."""
-    return line[: len(_START)] == _START[: len(line)]
+def _is_record_start(line: bytes) -> bool:
+    """Return whether a line begins, as far as it goes, like a record."""
+    return line[: len(_RECORD_START)] == _RECORD_START[: len(line)]
 
 
-def _line(record: Record) -> bytes:
+def _encode(record: Record) -> bytes:
     return json.dumps({**record, "digest": _digest(record)}, allow_nan=False).encode() + b"\n"
 
 
 def _digest(record: Record) -> str:
-    return hashlib.sha256(key(record).encode()).hexdigest()[:16]
+    return hashlib.sha256(config_key(record).encode()).hexdigest()[:16]
 
 
-def _parse(line: bytes) -> Record | None:
+def _decode(line: bytes) -> Record | None:
     try:
         record = json.loads(line.decode())
     except (ValueError, RecursionError):
@@ -163,13 +168,13 @@ def _parse(line: bytes) -> Record | None:
     if not isinstance(record, dict):
         return None
     digest = record.pop("digest", None)
-    if not all(isinstance(record.get(part), dict) for part in ("config", "metrics", "versions")):
+    if not all(isinstance(record.get(section), dict) for section in ("config", "metrics", "versions")):
         return None
     return record if digest == _digest(record) else None
 
 
-def key(config: Any) -> str:
-    """One text for equal configurations, whatever the order of their entries."""
+def config_key(config: Any) -> str:
+    """Return a text that is equal for equal configurations; the order of their entries does not matter."""
     return json.dumps(config, sort_keys=True)
 
 

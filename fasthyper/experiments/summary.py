@@ -1,4 +1,4 @@
-"""What the runs of a comparison say: means over seeds, paired differences, trends, exponents, the fate of claims."""
+"""The summary of a comparison: the results of its studies and the findings on their claims."""
 
 from __future__ import annotations
 
@@ -9,34 +9,40 @@ from typing import Any
 from fasthyper.experiments.comparison import Comparison
 from fasthyper.experiments.experiment import Finding, Study
 from fasthyper.experiments.results import Results
-from fasthyper.experiments.store import Record, key
+from fasthyper.experiments.store import Record, config_key
 
 
 @dataclass(frozen=True)
 class Summary:
-    """All that the tables, the figures and the report show."""
+    """All that the tables, the figures and the report show.
+
+    Attributes:
+        comparison: the comparison.
+        results: the results of each study.
+        findings: each finding with its study.
+        versions: the different sets of versions that the runs were made with.
+    """
 
     comparison: Comparison
     results: tuple[Results, ...]
     findings: tuple[tuple[Study, Finding], ...]
     versions: tuple[Mapping[str, str], ...]
-    """The different sets of versions that the runs were made with."""
 
 
 def summarise(comparison: Comparison, records: Sequence[Record]) -> Summary:
-    """Summarise exactly one record per run of the comparison.
+    """Summarise the records of a comparison, exactly one for each run.
 
     Raises:
-        ValueError: a run that is missing.
+        ValueError: a run is missing, or there is another one.
     """
-    by_run = {key(record["config"]): record for record in records}
-    wanted = {key(run.config()) for run in comparison.runs()}
+    by_run = {config_key(record["config"]): record for record in records}
+    wanted = {config_key(run.config()) for run in comparison.runs()}
     if set(by_run) != wanted or len(records) != len(wanted):
         raise ValueError(f"records: expected the {len(wanted)} runs of the comparison, got {len(records)}")
 
     def metrics(study: Study, method: str, value: Any) -> list[Mapping[str, Any]]:
         runs = (comparison.run(study, value, method, seed) for seed in range(study.seeds))
-        return [by_run[key(run.config())]["metrics"] for run in runs]
+        return [by_run[config_key(run.config())]["metrics"] for run in runs]
 
     results = tuple(
         Results(study, {(m, v): metrics(study, m, v) for m in study.methods for v in study.values})

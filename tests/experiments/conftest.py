@@ -1,4 +1,4 @@
-"""Lets the tests, and the processes that they start, import the helpers of this folder by name."""
+"""Make the helpers of this folder importable by name, in the tests and in the processes that they start."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ sys.path.insert(0, HERE)
 
 @pytest.fixture
 def no_notice():
-    """A `notify` for files in which nothing is wrong."""
+    """A `notify` that fails the test."""
 
     def notify(problem):
         raise AssertionError(problem)
@@ -23,11 +23,11 @@ def no_notice():
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    """Every run on one thread, so that numbers of this process and of others agree to the last bit."""
+    """Train every run on one thread, so that results of several processes agree in every bit."""
     monkeypatch.setattr("fasthyper.experiments.runner._cores", lambda: 1)
 
 
 @pytest.fixture
 def plain_figures(monkeypatch):
-    """Figures are for the tests of the report; elsewhere they would take most of the time."""
+    """Do not draw figures: in tests of other things they would take most of the time."""
     monkeypatch.setattr("fasthyper.experiments.report.figure_png", lambda results: b"a figure")

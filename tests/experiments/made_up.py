@@ -1,4 +1,4 @@
-"""Results that nobody trained: records and summaries of a study with the numbers that a test wants."""
+"""Made-up results: records and summaries of a study with given numbers, without training."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fasthyper.experiments.summary import summarise
 
 DEPTH = Axis("depth", "layers of f and e")
 PERCENT = Measure("error", "test error", percent=True)
-PLAIN = Measure("error", "distance")
+DISTANCE = Measure("error", "distance")
 LOG = Measure("error", "squared error", log=True)
 JITTER = 0.002 * np.array([-1.0, 0.0, 1.0])[:, None]
 """Of three seeds."""
 
 
 def study_of(errors, values=(2, 3), *, axis=DEPTH, measure=PERCENT, **more):
-    """A study of the methods and seeds of `errors`: by method, or `method:measure`, an array (seeds, values)."""
+    """Return a study of the methods and seeds of `errors`, which has an array (seeds, values) for each line."""
     methods = tuple(dict.fromkeys(name.split(":")[0] for name in errors))
     seeds = len(next(iter(errors.values())))
     return Study(
@@ -42,7 +42,7 @@ def comparison_of(study, **changes):
 
 
 def records_of(comparison, errors, counts=lambda run: 100, **extra):
-    """A record for each run; `counts` of it is the number of its primary's parameters."""
+    """Return a record for each run; `counts` returns the parameters of the primary of a run."""
     (study,) = comparison.studies
     records = []
     for run in comparison.runs():

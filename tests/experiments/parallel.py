@@ -1,4 +1,4 @@
-"""What the processes that test_distributed starts do; they import it by name."""
+"""The functions that the processes of test_distributed run; they import this module by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fasthyper.experiments.distributed import Group, torchrun
 
 
 def conversation(group: Group) -> str:
-    """Use all that a group offers, and say what came of it."""
+    """Use all methods of a group, and return their results as text."""
     gathered = group.gather(f"r{group.rank}")
     add = group.counter("heard")
     for _ in range(10):
@@ -55,7 +55,7 @@ def first_exits(group, progress):
 
 
 def end(process):
-    """Kill a process and all of its group, and wait for it."""
+    """Kill a process and its process group, and wait for it."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -63,13 +63,13 @@ def end(process):
         pipe.close()
 
 
-def main(folder, sweep):
-    """`own` makes the sweep another one in each process; `restart` ends all processes once, after the first sweep."""
-    name = f"a sweep {os.environ['RANK'] if sweep == 'own' else ''}"
+def main(folder, mode):
+    """Join two groups; `own`: with a fingerprint that differs in each process; `restart`: fail once after the first."""
+    fingerprint = f"a comparison {os.environ['RANK'] if mode == 'own' else ''}"
     for _ in range(2):
-        with torchrun("cpu", name) as group, Path(folder, str(group.rank)).open("a") as file:
+        with torchrun("cpu", fingerprint) as group, Path(folder, str(group.rank)).open("a") as file:
             file.write(f"{group.rank} {conversation(group)}\n")
-        if sweep == "restart" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if mode == "restart" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             sys.exit(1)
 
 

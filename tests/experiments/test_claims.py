@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from made_up import JITTER, LOG, PERCENT, PLAIN, pair, results_of, summary_of
+from made_up import DISTANCE, JITTER, LOG, PERCENT, pair, results_of, summary_of
 
 from fasthyper.experiments.claims import (
     Exponent,
@@ -40,7 +40,7 @@ def verdict(claim, *errors, values=(2, 3), **options):
         (LOW * [1, np.nan], HIGH, UNDECIDED),
     ],
 )
-@pytest.mark.parametrize("measure", [PLAIN, LOG])
+@pytest.mark.parametrize("measure", [DISTANCE, LOG])
 def test_a_win(hypernetwork, embedding, expected, measure):
     assert verdict(Wins(text="t"), hypernetwork, embedding, measure=measure) == expected
 
@@ -265,7 +265,7 @@ def test_of_methods_that_are_absent_nothing_is_said(claim):
 
 def test_evidence_in_points_distances_and_factors():
     claim = Wins(text="t")
-    percent, plain = (claim.judge(results_of(pair(LOW, HIGH), **m)).evidence for m in ({}, {"measure": PLAIN}))
+    percent, plain = (claim.judge(results_of(pair(LOW, HIGH), **m)).evidence for m in ({}, {"measure": DISTANCE}))
     assert percent == "depth 2: less by 30.0 [30.0, 30.0] points; depth 3: less by 30.0 [29.0, 31.0] points"
     assert plain.startswith("depth 2: less by 0.3 [0.3, 0.3]; depth 3: less by 0.3 [0.29")
     tenth = claim.judge(results_of(pair(LOW / 10, LOW), measure=LOG))

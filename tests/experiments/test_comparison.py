@@ -169,7 +169,7 @@ def test_seeds_differ_between_studies():
     assert [run.seed for run in comparison.runs()] == [0] * (6 + 6) + [1] * 6 + [2] * 6
 
 
-def test_rotations_own_sweep():
+def test_the_runs_of_rotation():
     runs = Comparison.of(ROTATION, device="cpu").runs()
     depth, seeds = 3 * 6, 5
     embedding, rate = 2, 2 * 2  # the hypernetwork of depth 4 and the middle rate are runs over depth

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("plain_figures")
 
 @pytest.fixture(autouse=True)
 def nothing_survives():
-    """Whatever a test started is ended after it."""
+    """End all processes that a test has started."""
     yield
     while STARTED:
         parallel.end(STARTED.pop())
@@ -55,11 +55,11 @@ def torchrun_of(*command):
 
 
 def ignore(problem):
-    """Of a line that a kill has torn."""
+    """Accept problems: a kill may tear a line."""
 
 
 def wait_for(condition, process=None):
-    """Wait until something is so; a process that ends before gives up."""
+    """Wait until the condition is true; fail if the process ends before."""
     deadline = time.monotonic() + 60
     while not condition():
         assert process is None or process.poll() is None, process.stdout.read()
@@ -68,7 +68,7 @@ def wait_for(condition, process=None):
 
 
 def children(pid):
-    """The processes that one has started, but for those of multiprocessing's own that keep its books."""
+    """Return the child processes of a process, except the resource tracker of multiprocessing."""
     try:
         found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except FileNotFoundError:
@@ -84,7 +84,7 @@ def command_of(pid):
 
 
 def alive(pid):
-    """Whether a process runs; one that nobody waited for does not."""
+    """Return whether a process runs; a zombie does not."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] not in "ZX"
@@ -101,7 +101,7 @@ def test_alone_a_process_gathers_and_counts_for_itself():
 
 
 def test_without_torchrun_a_process_is_alone():
-    with torchrun("cpu", "a sweep") as group:
+    with torchrun("cpu", "a comparison") as group:
         assert group == Group()
     assert not torch.distributed.is_initialized()
 
@@ -111,7 +111,7 @@ def test_workers_gather_count_and_are_heard(tmp_path):
     launch(parallel.talk, 2, "cpu", lambda *what: heard.append(what), tmp_path)
     found = [(tmp_path / str(rank)).read_text() for rank in (0, 1)]
     assert found == ["0 of 2 ['r0', 'r1'] 20"] * 2
-    # All that was said comes out, the last words of a process that ends at once, too.
+    # All messages arrive, including the last ones of a process that ends at once.
     assert sorted(heard) == [(rank, number) for rank in (0, 1) for number in range(10)]
 
 
@@ -124,7 +124,7 @@ def test_the_first_that_fails_ends_all_and_is_heard_of(tmp_path):
 
 
 def test_torchrun_twice_in_the_same_processes(tmp_path):
-    """One sweep after the other, as `compare all` has them: the second shares nothing with the first."""
+    """One group after the other, as in `compare all`: the second shares nothing with the first."""
     process = torchrun_of("parallel", tmp_path, "same")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
@@ -140,7 +140,7 @@ def test_torchrun_restarted_meets_nothing_of_the_first_start(tmp_path):
         assert (tmp_path / str(rank)).read_text() == f"{rank} of 2 ['r0', 'r1'] 20\n" * 3
 
 
-def test_torchrun_of_different_sweeps_is_refused(tmp_path):
+def test_torchrun_of_different_comparisons_is_refused(tmp_path):
     process = torchrun_of("parallel", tmp_path, "own")
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
@@ -149,7 +149,7 @@ def test_torchrun_of_different_sweeps_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """The numbers of the tiny sweep of three seeds, trained by this process alone, on one thread."""
+    """The results of the tiny comparison with three seeds, trained by this process alone, on one thread."""
     out = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fasthyper.experiments.runner._cores", lambda: 1)
@@ -158,15 +158,15 @@ def uninterrupted(tmp_path_factory):
     return numbers(lines(out))
 
 
-def parts(out):
-    """How many lines each file of runs has."""
-    with suppress(FileNotFoundError):  # the folder is made and removed to see whether it can be
+def line_counts(out):
+    """Return the number of lines of each file of runs."""
+    with suppress(FileNotFoundError):  # `check_writable` makes and removes the folder
         return {path.name: path.read_bytes().count(b"\n") for path in out.glob("runs*.jsonl")}
     return {}
 
 
 def begun(monkeypatch, tmp_path):
-    """What is trained from now on, in all processes."""
+    """Log the configurations of the runs that are begun from now on, in all processes."""
     log = tmp_path / "log"
     monkeypatch.setenv("TINY_LOG", str(log))
     return lambda: log.read_text().splitlines() if log.exists() else []
@@ -175,20 +175,20 @@ def begun(monkeypatch, tmp_path):
 @linux
 def test_workers_killed_with_their_parent_and_started_again(tmp_path, monkeypatch, uninterrupted):
     out, trained = tmp_path / "out", begun(monkeypatch, tmp_path)
-    monkeypatch.setenv("TINY_HELD", "4")  # each process has three runs done at most
+    monkeypatch.setenv("TINY_HELD", "4")  # each process finishes three runs at most
     process = python("tiny_experiment", out, "--seeds", 3, "--workers", 2)
-    wait_for(lambda: sum(parts(out).values()) >= 3, process)
+    wait_for(lambda: sum(line_counts(out).values()) >= 3, process)
     workers = children(process.pid)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert len(workers) >= 2
     wait_for(lambda: not any(map(alive, workers)))
-    assert sum(parts(out).values()) < 12
+    assert sum(line_counts(out).values()) < 12
     monkeypatch.delenv("TINY_HELD")
     seen = []
     run_comparison(comparison_of(3), out, workers=2, progress=lambda *what: seen.append(what), notify=ignore)
     assert len(trained()) <= 12 + 2
-    assert parts(out) == {"runs.jsonl": 12}
+    assert line_counts(out) == {"runs.jsonl": 12}
     assert numbers(lines(out)) == uninterrupted
     done, totals = [share for share, _, _ in seen], {total for _, total, _ in seen}
     assert done == sorted(done)
@@ -210,21 +210,21 @@ def test_workers_whose_parent_is_killed_while_they_start_train_nothing(tmp_path,
 @linux
 def test_torchrun_killed_and_gone_on_alone(tmp_path, monkeypatch, uninterrupted):
     out, trained = tmp_path / "out", begun(monkeypatch, tmp_path)
-    monkeypatch.setenv("TINY_HELD", "4")  # each process has three runs done at most
+    monkeypatch.setenv("TINY_HELD", "4")  # each process finishes three runs at most
     process = torchrun_of("tiny_experiment", out, "--seeds", 3)
-    wait_for(lambda: len(parts(out)) == 2 and min(parts(out).values()) > 0, process)
+    wait_for(lambda: len(line_counts(out)) == 2 and min(line_counts(out).values()) > 0, process)
     workers = children(process.pid)
-    os.kill(process.pid, signal.SIGKILL)  # torchrun alone: its workers are to notice
+    os.kill(process.pid, signal.SIGKILL)  # only torchrun: its workers have to notice
     process.wait()
     wait_for(lambda: not any(map(alive, workers)))
-    kept = parts(out)
+    kept = line_counts(out)
     assert set(kept) == {"runs.jsonl", "runs.1.jsonl"}
     assert sum(kept.values()) < 12
     before = len(trained())
     monkeypatch.delenv("TINY_HELD")
     run_comparison(comparison_of(3), out, notify=ignore)
     assert len(trained()) - before == 12 - sum(kept.values())
-    assert parts(out) == {"runs.jsonl": 12}
+    assert line_counts(out) == {"runs.jsonl": 12}
     assert numbers(lines(out)) == uninterrupted
 
 
@@ -239,7 +239,7 @@ def test_the_command_under_torchrun(tmp_path):
     run_comparison(Comparison.of(ROTATION, **options), tmp_path / "alone")
     found, alone = numbers(lines(tmp_path / "out")), numbers(lines(tmp_path / "alone"))
     assert found.keys() == alone.keys()
-    for name, metrics in found.items():  # threads differ, and with them the last digits
+    for name, metrics in found.items():  # the numbers of threads differ, and with them the last digits
         assert metrics["measures"]["error"] == pytest.approx(alone[name]["measures"]["error"], abs=0.004)
         assert metrics["train_loss"] == pytest.approx(alone[name]["train_loss"], rel=1e-4)
 

@@ -7,7 +7,8 @@ import torch
 from made_up import DEPTH, PERCENT
 from tiny_experiment import BOTH, SETTING, TINY, TinySetting
 
-from fasthyper.experiments.experiment import Examples, Line, Run, Setting, Study, is_integer
+from fasthyper.experiments.experiment import Examples, Line, Run, Study
+from fasthyper.experiments.setting import Setting, is_integer
 
 
 @pytest.mark.parametrize(
@@ -40,12 +41,12 @@ def test_true_counts_nothing():
     assert not any(map(is_integer, (True, 3.0, "3", None)))
 
 
-def test_examples_are_rows():
-    rows = torch.arange(12.0).view(4, 3), torch.arange(8.0).view(4, 2), torch.arange(4.0).view(4, 1)
-    examples = Examples.of(*rows)
+def test_examples_are_entries_of_tensors():
+    tensors = torch.arange(12.0).view(4, 3), torch.arange(8.0).view(4, 2), torch.arange(4.0).view(4, 1)
+    examples = Examples.of(*tensors)
     assert examples.count == 4
     chosen = torch.tensor([2, 0])
-    for found, whole in zip(examples.draw(chosen, torch.Generator()), rows, strict=True):
+    for found, whole in zip(examples.draw(chosen, torch.Generator()), tensors, strict=True):
         assert torch.equal(found, whole[chosen])
 
 
@@ -73,10 +74,10 @@ def test_a_study_may_name_its_own_lines():
 
 def test_the_setting_at_a_value():
     study = study_of()
-    assert study.at(7).depth == 7
-    assert asdict(study.at(7)) == {**asdict(SETTING), "depth": 7}
+    assert study.setting_at(7).depth == 7
+    assert asdict(study.setting_at(7)) == {**asdict(SETTING), "depth": 7}
     with pytest.raises(ValueError, match="depth: expected an integer of at least 2, got 1"):
-        study.at(1)
+        study.setting_at(1)
 
 
 def test_a_run_is_known_by_all_that_decides_its_numbers():

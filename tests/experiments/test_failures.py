@@ -1,4 +1,4 @@
-"""What a process dies of, in one line: of a worker, of torchrun's, and of the only one."""
+"""The reason why a process failed, in one line: for a worker, a process of torchrun, and a single process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("plain_figures")
 
 
 def compare(out, fault, *options, under=()):
-    """The command line, in a process of its own whose last run meets a fault."""
+    """Run the command line in a new process, whose last run has the fault."""
     command = [sys.executable, *under, "-m", "tiny_experiment", "compare", "tiny", *OPTIONS, *options, "--out", out]
     env = {**os.environ, "PYTHONPATH": HERE, "TINY_FAULT": fault, "OMP_NUM_THREADS": "1"}
     return subprocess.run([str(word) for word in command], capture_output=True, text=True, env=env, timeout=600)
@@ -38,7 +38,7 @@ def compare(out, fault, *options, under=()):
 
 @pytest.mark.parametrize("fault", ["ValueError", "MemoryError", "SIGSEGV", "SIGABRT"])
 def test_what_a_worker_dies_of_is_one_exception(tmp_path, monkeypatch, fault):
-    """Not what the others say, who miss it."""
+    """It is the error of the first worker, not those of the others, which fail because it is gone."""
     monkeypatch.setenv("TINY_FAULT", fault)
     with pytest.raises(WorkerFailed) as caught:
         run_comparison(comparison_of(depths="2"), tmp_path, workers=2)
@@ -78,10 +78,10 @@ def test_the_process_of_torchrun_that_fails_says_so_in_one_line(tmp_path):
     assert done.returncode != 0
     line = "error: tiny: worker [12] of 2, in embedding, seed 1: ValueError: two lines; finished runs are kept in "
     assert len(re.findall(f"^{line}", done.stderr, re.MULTILINE)) == 1
-    assert not re.search(r'File ".*/(fasthyper|typer)/', done.stderr)  # no traceback but that of torchrun itself
+    assert not re.search(r'File ".*/(fasthyper|typer)/', done.stderr)  # no traceback except that of torchrun itself
 
 
-def test_who_fails_is_heard_before_those_who_miss_it():
+def test_the_first_failure_is_raised_and_not_those_that_follow_from_it():
     with pytest.raises(WorkerFailed, match=r"^worker 2 of 2: RuntimeError: the second worker fails$"):
         launch(parallel.second_fails_and_leaves_slowly, 2, "cpu", lambda *what: None)
 

@@ -230,8 +230,8 @@ def test_what_is_frozen_is_not_trained():
 
 def rotations():
     for data in ROTATION.data:
-        sweep = Comparison.of(ROTATION, data, depths=(2, 5, 9), seeds=1, methods=[HYPERNETWORK], device="cpu")
-        yield from map(ROTATION.architecture, sweep.runs())
+        comparison = Comparison.of(ROTATION, data, depths=(2, 5, 9), seeds=1, methods=[HYPERNETWORK], device="cpu")
+        yield from map(ROTATION.architecture, comparison.runs())
 
 
 @pytest.mark.parametrize("a", [*rotations(), replace(SMALL, hidden=(40,)), replace(BIASED, context=(90, 60, 80))])

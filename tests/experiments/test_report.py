@@ -21,7 +21,7 @@ from fasthyper.experiments.report import (
     report_html,
     summary_csv,
     table,
-    write_gathered,
+    write_combined,
     write_report,
 )
 from fasthyper.experiments.results import Interval
@@ -126,11 +126,11 @@ def test_text_is_escaped():
     assert figure_png(summary_of(pair(HYPER, EMBED)).results[0]).startswith(b"\x89PNG")
 
 
-def test_a_gathered_page_has_all_of_them(tmp_path, summary):
+def test_a_combined_page_has_all_of_them(tmp_path, summary):
     other = summary_of(
         pair(EMBED, HYPER), measure=LOG, claims=CLAIMS[:1], changes={"name": "second", "title": "Another experiment"}
     )
-    write_gathered([summary, other], tmp_path)
+    write_combined([summary, other], tmp_path)
     html = (tmp_path / "report.html").read_text()
     page = Page(html)
     assert len(images(page)) == 2

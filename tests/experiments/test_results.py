@@ -137,7 +137,7 @@ def test_exponents_are_fitted_by_seed_over_the_parameters_of_each_run():
         slopes.append([np.polyfit(np.log(x), np.log(y), 1)[0] for x, y in zip(sizes, found, strict=True)])
     same(results.exponent("hypernetwork"), slopes[0])
     same(results.exponent("embedding"), slopes[1])
-    same(results.exponents_apart("hypernetwork", "embedding"), np.subtract(*slopes))
+    same(results.exponent_difference("hypernetwork", "embedding"), np.subtract(*slopes))
 
 
 def test_the_exponent_of_an_exact_power_law():
@@ -157,7 +157,7 @@ def test_where_a_run_diverged_nothing_is_known(measure):
         results.advantage("embedding", "hypernetwork", 3),
         results.trend("hypernetwork"),
         results.exponent("hypernetwork"),
-        results.exponents_apart("embedding", "hypernetwork"),
+        results.exponent_difference("embedding", "hypernetwork"),
     ):
         assert math.isnan(found.mean)
         assert (found.low, found.high) in ((-math.inf, math.inf), (0.0, math.inf))

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("plain_figures")
 
 @pytest.fixture
 def trained(tmp_path_factory, monkeypatch):
-    """The configurations of the runs that were begun, in all processes."""
+    """Returns the configurations of the runs that were begun, in all processes."""
     log = tmp_path_factory.mktemp("log") / "trained"
     monkeypatch.setenv("TINY_LOG", str(log))
     return lambda: log.read_text().splitlines() if log.exists() else []
@@ -67,9 +67,9 @@ def test_progress_is_monotone_and_ends_at_the_total(tmp_path):
 
 def test_progress_of_several_processes_does_not_go_back():
     seen = []
-    forward = runner._forward(lambda *what: seen.append(what))
+    monotone = runner._monotone(lambda *what: seen.append(what))
     for done, run in ((1.0, "a"), (0.5, "b"), (1.5, "b")):
-        forward(done, 3, run)
+        monotone(done, 3, run)
     assert seen == [(1.0, 3, "a"), (1.0, 3, "b"), (1.5, 3, "b")]
 
 
@@ -153,11 +153,11 @@ def test_studies_share_runs(tmp_path, trained):
 
 def test_torn_and_corrupt_and_changed_and_double_lines(tmp_path):
     run_comparison(comparison_of(), tmp_path)
-    parts = (tmp_path / "runs.jsonl").read_bytes().splitlines(keepends=True)
+    whole = (tmp_path / "runs.jsonl").read_bytes().splitlines(keepends=True)
     expected = numbers(lines(tmp_path))
-    changed = parts[5].replace(b'"steps": 6', b'"steps": 7')
-    assert changed != parts[5]
-    broken = [*parts[:3], b"garbage\n", parts[1], *parts[3:5], changed, parts[6][:100]]
+    changed = whole[5].replace(b'"steps": 6', b'"steps": 7')
+    assert changed != whole[5]
+    broken = [*whole[:3], b"garbage\n", whole[1], *whole[3:5], changed, whole[6][:100]]
     (tmp_path / "runs.jsonl").write_bytes(b"".join(broken))
     problems = []
     run_comparison(comparison_of(), tmp_path, notify=problems.append)
@@ -265,59 +265,59 @@ def test_an_exception_while_training_reaches_the_caller(tmp_path, monkeypatch):
     assert len(numbers(lines(tmp_path))) == 8
 
 
-def part_of(comparison, out, number, runs):
-    """Leave what a torchrun that was killed leaves: what process `number` had finished."""
+def rank_file_of(comparison, out, number, runs):
+    """Write the file that process `number` of a killed torchrun leaves."""
     store = RunStore(out / f"runs.{number}.jsonl", {})
     for run in runs:
         metrics = vars(train(comparison.experiment, run, None))
-        store.append({"config": run.config(), "metrics": metrics, "versions": {"torch": "part"}})
+        store.append({"config": run.config(), "metrics": metrics, "versions": {"torch": "earlier"}})
 
 
-def test_parts_are_picked_up_and_removed(tmp_path, no_notice, trained):
+def test_files_of_other_ranks_are_picked_up_and_removed(tmp_path, no_notice, trained):
     comparison = comparison_of()
     runs = comparison.runs()
-    part_of(comparison, tmp_path, 1, runs[1:3])
-    part_of(comparison, tmp_path, 2, runs[2:4])
+    rank_file_of(comparison, tmp_path, 1, runs[1:3])
+    rank_file_of(comparison, tmp_path, 2, runs[2:4])
     begun = len(trained())
     run_comparison(comparison, tmp_path, notify=no_notice)
     assert len(trained()) - begun == 8 - 3
     assert len(numbers(lines(tmp_path))) == 8
-    assert sum(record["versions"] == {"torch": "part"} for record in lines(tmp_path)) == 3
+    assert sum(record["versions"] == {"torch": "earlier"} for record in lines(tmp_path)) == 3
     assert files(tmp_path) == ALL_FILES
 
 
-def test_runs_of_another_configuration_in_a_part_are_kept(tmp_path, no_notice):
+def test_runs_of_another_configuration_in_a_rank_file_are_kept(tmp_path, no_notice):
     other = comparison_of(seeds=1, epochs=1)
-    part_of(other, tmp_path, 1, other.runs()[:2])
+    rank_file_of(other, tmp_path, 1, other.runs()[:2])
     run_comparison(comparison_of(seeds=1), tmp_path, notify=no_notice)
     assert len(numbers(lines(tmp_path))) == 4 + 2
     assert files(tmp_path) == ALL_FILES
 
 
-def test_runs_of_another_experiment_in_a_part_are_not_thrown_away(tmp_path):
+def test_runs_of_another_experiment_in_a_rank_file_are_not_thrown_away(tmp_path):
     other = replace(comparison_of(seeds=1), experiment=replace(TINY, protocol=2))
-    part_of(other, tmp_path, 1, other.runs()[:1])
+    rank_file_of(other, tmp_path, 1, other.runs()[:1])
     before = (tmp_path / "runs.1.jsonl").read_bytes()
     run_comparison(comparison_of(seeds=1), tmp_path, notify=lambda problem: None)
     kept = [path.read_bytes() for path in tmp_path.glob("runs*.jsonl")]
     assert any(before in content for content in kept)
 
 
-def test_a_part_that_another_process_writes_is_not_removed(tmp_path, monkeypatch):
-    """A sweep under torchrun goes on while somebody looks at what is finished of it."""
+def test_a_rank_file_that_another_process_writes_is_not_removed(tmp_path, monkeypatch):
+    """A comparison runs under torchrun while another process reports its finished runs."""
     monkeypatch.setattr("fasthyper.experiments.store._PAUSE", 0.0)
     comparison = comparison_of(seeds=1)
     run_comparison(comparison, tmp_path)
-    part_of(comparison, tmp_path, 1, comparison_of(seeds=2).runs()[-1:])
+    rank_file_of(comparison, tmp_path, 1, comparison_of(seeds=2).runs()[-1:])
     with (tmp_path / "runs.1.jsonl").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with suppress(ValueError):  # to refuse is fine, too
+        with suppress(ValueError):  # an error is fine, too
             run_comparison(comparison, tmp_path)
         assert (tmp_path / "runs.1.jsonl").exists()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_two_sweeps_do_not_write_to_one_folder(tmp_path, monkeypatch, workers):
+def test_two_comparisons_do_not_write_to_one_folder(tmp_path, monkeypatch, workers):
     monkeypatch.setattr("fasthyper.experiments.store._PAUSE", 0.0)
     with (tmp_path / "runs.jsonl").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -337,7 +337,7 @@ def test_killed_over_and_over_it_goes_on(tmp_path, trained):
     assert kills >= 1
     run_comparison(comparison_of(3), out, notify=lambda problem: None)
     assert len(trained()) <= 12 + kills + 1
-    # A kill may have come while a report was being written: nothing but hidden files may be left of it.
+    # A kill during the writing of the report may leave hidden files, and no others.
     assert [name for name in files(out) if not name.startswith(".")] == ALL_FILES
     run_comparison(comparison_of(3), tmp_path / "uninterrupted")
     assert numbers(lines(out)) == numbers(lines(tmp_path / "uninterrupted"))

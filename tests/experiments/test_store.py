@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fasthyper.experiments.files import check_writable, write_atomically
-from fasthyper.experiments.store import RunStore, key
+from fasthyper.experiments.store import RunStore, config_key
 
 EXPECTED = {"experiment": "tiny", "protocol": 1}
 
@@ -193,7 +193,7 @@ values = st.recursive(
 @given(st.dictionaries(st.text(), values, max_size=4))
 def test_a_configuration_is_known_again_after_json_in_any_order(config):
     again = json.loads(json.dumps(dict(reversed(config.items()))))
-    assert key(again) == key(config)
+    assert config_key(again) == config_key(config)
 
 
 def test_writing_atomically(tmp_path):

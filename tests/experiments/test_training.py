@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from tiny_experiment import BOTH, SETTING, TEST, TINY, TRAIN, comparison_of, rows, task
+from tiny_experiment import BOTH, SETTING, TEST, TINY, TRAIN, comparison_of, task, tensors
 
 from fasthyper import backends
 from fasthyper.experiments import training
@@ -19,7 +19,7 @@ def run_of(method=EMBEDDING, seed=0, **changes):
 
 
 def measured(metrics):
-    """What is not measured with a clock."""
+    """Return the metrics that are not times."""
     return {name: value for name, value in asdict(metrics).items() if not name.endswith("seconds")}
 
 
@@ -47,7 +47,7 @@ def adadelta(p, g, state, lr, step):
 
 
 def written_out(run, update, rate=lambda step, steps: 1.0):
-    """All epochs of a run without an optimizer: the mean loss over the last one, and the model."""
+    """Train a run without an optimizer; returns the mean loss of the last epoch, and the model."""
     model, examples = build(TINY, run), task(run, None).train
     setting = run.setting
     generator = torch.Generator().manual_seed(stream(run.seed, "order"))
@@ -84,7 +84,7 @@ def test_training_is_the_same_written_out(method, optimizer, changes, update, sc
     loss, model = written_out(run, update, cosine if schedule == "cosine" else lambda step, steps: 1.0)
     metrics = train(TINY, run, None)
     assert metrics.train_loss == pytest.approx(loss, rel=1e-4)
-    x, cond, target = rows(500, TEST, 0.0)
+    x, cond, target = tensors(500, TEST, 0.0)
     error = (model(x, cond) - target).square().mean().item()
     assert metrics.measures["error"] == pytest.approx(error, rel=1e-4)
     assert metrics.steps == 2 * 3
@@ -135,14 +135,14 @@ def test_memory_and_time_are_measured_as_is_and_with_weights_written_out(monkeyp
 
 
 def spied(seen, drawn=False):
-    """The tiny task, each batch of which goes to `seen`; `drawn` makes its examples anew at every access."""
+    """Return the tiny experiment with a task that adds every batch to `seen`; `drawn`: examples are drawn at random."""
 
-    def spy(examples, part):
+    def spy(examples, split):
         def draw(chosen, generator):
             batch = examples.draw(chosen, generator)
             if drawn:
                 batch = batch._replace(x=batch.x + torch.rand(batch.x.shape, generator=generator))
-            seen.append((part, batch))
+            seen.append((split, batch))
             return batch
 
         return Examples(examples.count, draw)
@@ -160,7 +160,7 @@ def test_every_example_comes_once_an_epoch_in_random_order():
     examples = spied(seen).task(run, None).train
     generator = torch.Generator().manual_seed(1)
     epochs = [[batch.x for batch in batches(run, examples, generator)] for _ in range(2)]
-    whole = rows(0, TRAIN, 0.0)[0]
+    whole = tensors(0, TRAIN, 0.0)[0]
     for xs in epochs:
         assert [len(x) for x in xs] == [16, 16, 8]
         joined = torch.cat(xs)
@@ -177,7 +177,7 @@ def test_all_methods_with_one_seed_see_the_same():
             train(spied(batches_seen, drawn=True), run_of(method, seed), None)
     for seed in (0, 1):
         one, other = seen[HYPERNETWORK, seed], seen[EMBEDDING, seed]
-        assert [part for part, _ in one] == ["train"] * 6 + ["test", "train"]  # the last one to measure costs on
+        assert [split for split, _ in one] == ["train"] * 6 + ["test", "train"]  # the last one is for measuring costs
         for (_, a), (_, b) in zip(one, other, strict=True):
             assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
     zero, one = seen[EMBEDDING, 0], seen[EMBEDDING, 1]
@@ -190,7 +190,7 @@ def test_what_is_drawn_for_the_test_depends_on_the_seed_alone():
     for seed, epochs in ((0, 1), (0, 3), (1, 1)):
         seen = []
         train(spied(seen, drawn=True), run_of(seed=seed, epochs=epochs, lr=0.1 * epochs), None)
-        (found[seed, epochs],) = [batch.x for part, batch in seen if part == "test"]
+        (found[seed, epochs],) = [batch.x for split, batch in seen if split == "test"]
     assert torch.equal(found[0, 1], found[0, 3])
     assert not torch.equal(found[0, 1], found[1, 1])
 
@@ -238,7 +238,7 @@ def test_equal_time_is_as_many_steps_as_the_clock_says(monkeypatch, its, own, st
 
 
 def test_equal_time_is_measured_on_a_model_of_its_own():
-    """What the clock is read on is not what is trained."""
+    """The model that is timed is not the one that is trained."""
     metrics = train(TINY, run_of(EQUAL_TIME), None)
     if metrics.steps % 3 == 0:
         assert measured(train(TINY, run_of(EMBEDDING, epochs=metrics.steps // 3), None)) == measured(metrics)
@@ -270,8 +270,8 @@ def test_measures_are_means_over_all_test_examples(monkeypatch):
             return torch.zeros(len(x), 1)
 
     model = Zero()
-    part = Task(examples, examples, torch.nn.functional.mse_loss, lambda y, t: {"square": (y - t).square()[:, 0]})
-    assert evaluate(run_of(), part, model) == {"square": pytest.approx(28.5)}
+    squares = Task(examples, examples, torch.nn.functional.mse_loss, lambda y, t: {"square": (y - t).square()[:, 0]})
+    assert evaluate(run_of(), squares, model) == {"square": pytest.approx(28.5)}
     assert seen == [(4, False, False), (4, False, False), (2, False, False)]
     assert model.training
 

@@ -1,6 +1,6 @@
-"""An experiment of milliseconds a run, for this process and for others.
+"""An experiment whose runs take milliseconds, for this process and for others.
 
-`python -m tiny_experiment OUT`, or as the command line has it, `python -m tiny_experiment compare tiny`.
+Run it by `python -m tiny_experiment OUT`, or through the command line by `python -m tiny_experiment compare tiny`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import torch
 from fasthyper import cli
 from fasthyper.experiments import EXPERIMENTS, Comparison, run_comparison
 from fasthyper.experiments.claims import Flat, Improves, Wins
-from fasthyper.experiments.experiment import ASKED, Axis, Examples, Experiment, Measure, Setting, Study, Task
+from fasthyper.experiments.experiment import ASKED, Axis, Examples, Experiment, Measure, Study, Task
 from fasthyper.experiments.methods import EMBEDDING, EQUAL_TIME, HYPERNETWORK, Architecture
-from fasthyper.experiments.store import key
+from fasthyper.experiments.setting import Setting
+from fasthyper.experiments.store import config_key
 
 BOTH = (HYPERNETWORK, EMBEDDING)
 TRAIN, TEST = 40, 10
@@ -75,14 +76,14 @@ def architecture(run):
     return Architecture(cond=3, x=2, out=1, context=context, hidden=(5,), embedding=setting.embedding)
 
 
-def rows(first, count, offset):
-    """x, I and sin(I · x) of these rows, whatever the others."""
+def tensors(first, count, offset):
+    """Return x, I and sin(I · x) of `count` examples from number `first` on."""
     x, cond = torch.rand(1000, 5, generator=torch.Generator().manual_seed(3))[first : first + count].split([2, 3], 1)
     return x, cond, ((x * cond[:, :2]).sum(1, keepdim=True) + cond[:, 2:]).sin() + offset
 
 
 BEGUN = itertools.count(1)
-"""Of the runs that this process begins."""
+"""Counts the runs that this process begins."""
 
 
 def failing(error):
@@ -100,19 +101,21 @@ FAULTS = {
     **{name: lambda name=name: os.kill(os.getpid(), signal.Signals[name]) for name in ("SIGKILL", "SIGSEGV")},
     "SIGABRT": os.abort,
 }
-"""What may happen to a run, by name: to that of the embedding and seed 1, where TINY_FAULT names it."""
+"""Faults by name. TINY_FAULT names the one that happens in the run of the embedding method and seed 1."""
 
 
 def task(run, source):
     if path := os.environ.get("TINY_LOG"):
         with open(path, "a") as file:
-            file.write(key(run.config()) + "\n")
+            file.write(config_key(run.config()) + "\n")
     if next(BEGUN) == int(os.environ.get("TINY_HELD", "0")):
-        time.sleep(15)  # for those who want to kill it before it is done; it notices after this run
+        time.sleep(15)  # time for a test to kill this process before its last run
     if (run.method, run.seed) == (EMBEDDING, 1) and (fault := os.environ.get("TINY_FAULT")):
-        time.sleep(1)  # the others are done, and wait for this process
+        time.sleep(1)  # by now the other processes are done and wait for this one
         FAULTS[fault]()
-    train, test = (Examples.of(*rows(first, count, run.setting.offset)) for first, count in ((0, TRAIN), (500, TEST)))
+    train, test = (
+        Examples.of(*tensors(first, count, run.setting.offset)) for first, count in ((0, TRAIN), (500, TEST))
+    )
 
     def measure(y, target):
         return {"error": (y - target).square().mean(1), "apart": (y - target).abs().mean(1)}
@@ -143,9 +146,9 @@ def lines(out):
 
 
 def numbers(records):
-    """What must not change from one time to the next, by configuration; every run counts once."""
+    """Return all metrics except times, by configuration. Fails if two records have the same one."""
     found = {
-        key(record["config"]): {k: v for k, v in record["metrics"].items() if not k.endswith("seconds")}
+        config_key(record["config"]): {k: v for k, v in record["metrics"].items() if not k.endswith("seconds")}
         for record in records
     }
     assert len(found) == len(records)
@@ -153,7 +156,7 @@ def numbers(records):
 
 
 def killed_over_and_over(out, seeds, kills):
-    """Start the sweep in a fork, kill it after a random while, and again; returns how often it was killed."""
+    """Start the comparison in a fork and kill it after a random time, repeatedly; returns the number of kills."""
     chance = random.Random(0)
     killed = 0
     while killed < kills:
@@ -182,7 +185,7 @@ def main():
     given = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         allowed = sorted(os.sched_getaffinity(0))[: int(os.environ.get("LOCAL_WORLD_SIZE", given.workers))]
-        os.sched_setaffinity(0, allowed)  # a thread for each process
+        os.sched_setaffinity(0, allowed)  # one core, so one thread, for each process
     if given.kills:
         print(killed_over_and_over(given.out[0], given.seeds, given.kills))
         return

@@ -19,20 +19,9 @@ from torch import Tensor, nn
 
 from fasthyper.experiments.catalogue.data import IMAGES, Labelled, load_labelled
 from fasthyper.experiments.claims import FallsAtEachStep, WellBelow, Wins
-from fasthyper.experiments.experiment import (
-    ASKED,
-    Axis,
-    Examples,
-    Experiment,
-    Line,
-    Measure,
-    Run,
-    Setting,
-    Study,
-    Task,
-    stream,
-)
+from fasthyper.experiments.experiment import ASKED, Axis, Examples, Experiment, Line, Measure, Run, Study, Task, stream
 from fasthyper.experiments.methods import PAIR, PLAIN, Architecture
+from fasthyper.experiments.setting import Setting
 
 CLASSES = 10
 SIZE = 28

@@ -23,24 +23,14 @@ from torch import Tensor
 
 from fasthyper.experiments.catalogue.data import Splits, load_images, load_patches
 from fasthyper.experiments.claims import AGAINST_OTHERS, Wins
-from fasthyper.experiments.experiment import (
-    ASKED,
-    Axis,
-    Batch,
-    ContextSetting,
-    Examples,
-    Experiment,
-    Measure,
-    Run,
-    Study,
-    Task,
-)
+from fasthyper.experiments.experiment import ASKED, Axis, Batch, Examples, Experiment, Measure, Run, Study, Task
 from fasthyper.experiments.methods import (
     ALL,
     EMBEDDING,
     HYPERNETWORK,
     Architecture,
 )
+from fasthyper.experiments.setting import ContextSetting
 
 POWERS = 10
 FEATURES = 2 + 4 * POWERS

@@ -21,19 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fasthyper.experiments.claims import Wins
-from fasthyper.experiments.experiment import (
-    ASKED,
-    Axis,
-    Batch,
-    ContextSetting,
-    Examples,
-    Experiment,
-    Measure,
-    Run,
-    Study,
-    Task,
-    stream,
-)
+from fasthyper.experiments.experiment import ASKED, Axis, Batch, Examples, Experiment, Measure, Run, Study, Task, stream
 from fasthyper.experiments.methods import (
     ALL,
     BIASES,
@@ -45,6 +33,7 @@ from fasthyper.experiments.methods import (
     HYPERNETWORK,
     Architecture,
 )
+from fasthyper.experiments.setting import ContextSetting
 
 DEGREE = 20
 SENSORS = 100

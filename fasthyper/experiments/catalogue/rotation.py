@@ -24,23 +24,14 @@ from torch import Tensor
 
 from fasthyper.experiments.catalogue.data import IMAGES, load_images
 from fasthyper.experiments.claims import AGAINST_OTHERS, Flat, Improves, Wins
-from fasthyper.experiments.experiment import (
-    Axis,
-    Batch,
-    ContextSetting,
-    Examples,
-    Experiment,
-    Measure,
-    Run,
-    Study,
-    Task,
-)
+from fasthyper.experiments.experiment import Axis, Batch, Examples, Experiment, Measure, Run, Study, Task
 from fasthyper.experiments.methods import (
     ALL,
     EMBEDDING,
     HYPERNETWORK,
     Architecture,
 )
+from fasthyper.experiments.setting import ContextSetting
 
 ANGLES = 12
 HIDDEN = 10

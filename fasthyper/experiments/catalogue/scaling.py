@@ -29,7 +29,6 @@ from fasthyper.experiments.experiment import (
     THEOREM,
     Axis,
     Batch,
-    ContextSetting,
     Examples,
     Experiment,
     Measure,
@@ -45,6 +44,7 @@ from fasthyper.experiments.methods import (
     PLAIN,
     Architecture,
 )
+from fasthyper.experiments.setting import ContextSetting
 
 M1, M2 = 1, 2
 POINTS = 32

@@ -21,18 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasthyper.experiments.claims import AGAINST_OTHERS, Flat, Improves, Wins
-from fasthyper.experiments.experiment import (
-    ASKED,
-    Axis,
-    ContextSetting,
-    Examples,
-    Experiment,
-    Measure,
-    Run,
-    Study,
-    Task,
-    stream,
-)
+from fasthyper.experiments.experiment import ASKED, Axis, Examples, Experiment, Measure, Run, Study, Task, stream
 from fasthyper.experiments.methods import (
     ALL,
     EMBEDDING,
@@ -40,6 +29,7 @@ from fasthyper.experiments.methods import (
     TENFOLD,
     Architecture,
 )
+from fasthyper.experiments.setting import ContextSetting
 
 HIDDEN = 10
 TESTED = 10_000
