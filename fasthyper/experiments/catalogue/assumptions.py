@@ -1,8 +1,9 @@
-"""The two assumptions behind the paper's theorems, checked on networks without any condition.
+"""The two assumptions behind the theorems of the paper, checked on networks without a condition.
 
-    A1   the best approximator is unique as a function: two networks d -> 100 -> 10 (ReLU) that start apart and learn
-         the same target, a random convolutional network, come closer to each other than to the target
-    A2   one more hidden neuron lowers the error strictly: one hidden layer (ELU), one-hot labels, its width swept
+    A1   the best approximator is unique as a function: two networks d -> 100 -> 10 (ReLU) with different initial
+         weights learn the same target, a random convolutional network, and come closer to each other than to it
+    A2   one more hidden neuron lowers the error strictly: networks with one hidden layer (ELU) of increasing width
+         learn one-hot labels
 
 Galanti and Wolf, On the Modularity of Hypernetworks, NeurIPS 2020 (arXiv 2002.10006), and the
 authors' code.
@@ -25,29 +26,33 @@ from fasthyper.experiments.setting import Setting
 
 CLASSES = 10
 SIZE = 28
-"""Digits are enlarged to this, or the paper's convolutions would not fit; it is the size of the noise, too."""
+"""The size of the noise, and of the enlarged digits: the convolutions of the paper need it."""
 NOISE = "noise"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AssumptionSetting(Setting):
-    """Which check on what, and the hidden layer."""
+    """A setting with the assumption to check, the inputs and the hidden layer.
+
+    Attributes:
+        check: `"A1"` or `"A2"`.
+        inputs: the name of the data set, or `NOISE`.
+        hidden: units of the hidden layer.
+        activation: of the hidden layer.
+    """
 
     DEFINING: ClassVar[tuple[str, ...]] = ("check", "inputs")
 
     check: str
-    """A1 or A2."""
     inputs: str
-    """The data set, or noise."""
     hidden: int
-    """Units."""
     activation: str
 
 
 def convolutional_target(channels: int, size: int, generator: torch.Generator) -> nn.Module:
-    """A fixed random network of two convolutions (kernel 10, stride 2) and a linear layer to 10 numbers.
+    """Return a fixed random network of two convolutions (kernel 10, stride 2) and a linear layer with 10 outputs.
 
-    The kernel of the second is no larger than what the first leaves.
+    The kernel of the second convolution is smaller than 10 if its input is.
     """
     first = (size - 10) // 2 + 1
     second = (first - min(10, first)) // 2 + 1
@@ -64,26 +69,26 @@ def convolutional_target(channels: int, size: int, generator: torch.Generator) -
 
 
 @torch.no_grad()
-def task(run: Run, source: Labelled) -> Task:
-    """A1: the random network's answers; A2: the labels."""
+def task(run: Run, dataset: Labelled) -> Task:
+    """Return the task: in A1 the targets are the outputs of the random network, in A2 the labels."""
     setting = run.setting
     assert isinstance(setting, AssumptionSetting)
     generator = torch.Generator().manual_seed(stream(run.seed, "task"))
-    counts = [len(split) for split in source.images]
+    counts = [len(split) for split in dataset.images]
     if setting.inputs == NOISE:
         splits = [2 * torch.rand(count, 1, SIZE, SIZE, generator=generator) - 1 for count in counts]
     else:
-        splits = [_prepared(split, IMAGES[run.data].pixel_max) for split in source.images]
+        splits = [_prepared(split, IMAGES[run.data].pixel_max) for split in dataset.images]
     if setting.check == "A1":
         network = convolutional_target(splits[0].shape[1], splits[0].shape[-1], generator)
-        targets = [torch.cat([network(part) for part in split.split(1000)]) for split in splits]
+        targets = [torch.cat([network(images) for images in split.split(1000)]) for split in splits]
     else:
-        targets = [F.one_hot(labels, CLASSES).float() for labels in source.labels]
+        targets = [F.one_hot(labels, CLASSES).float() for labels in dataset.labels]
     none = (torch.zeros(count, 0) for count in counts)
-    parts = zip(splits, none, targets, strict=True)
+    tensors = zip(splits, none, targets, strict=True)
     train, test = (
         Examples.of(split.flatten(1).to(run.device), cond.to(run.device), target.to(run.device))
-        for split, cond, target in parts
+        for split, cond, target in tensors
     )
     spread = (targets[1] - targets[0].mean(dim=0)).norm(dim=1).mean().item()
     loss, measure = (_pair_loss, _pair_measure) if setting.check == "A1" else (F.mse_loss, _mse)
@@ -91,7 +96,7 @@ def task(run: Run, source: Labelled) -> Task:
 
 
 def architecture(run: Run) -> Architecture:
-    """d -> hidden -> 10."""
+    """Return the sizes: d -> hidden -> 10."""
     setting = run.setting
     assert isinstance(setting, AssumptionSetting)
     images = IMAGES[run.data]
@@ -103,9 +108,9 @@ def architecture(run: Run) -> Architecture:
 
 
 def studies(preset: str, data: str) -> tuple[Study, ...]:
-    """A1 on the images and on noise; A2 over the hidden layer's width."""
+    """Return A1 on the images and on noise, and A2 over the width of the hidden layer."""
     quick, digits = preset == "quick", data == "digits"
-    one = AssumptionSetting(
+    a1 = AssumptionSetting(
         epochs=200 if digits else 50,
         lr=0.01,
         batch_size=64,
@@ -115,7 +120,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
         hidden=100,
         activation="relu",
     )
-    two = AssumptionSetting(
+    a2 = AssumptionSetting(
         epochs=20 if digits else 2,
         lr=1.0,
         batch_size=64,
@@ -133,7 +138,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
             axis=Axis("inputs", "inputs"),
             values=(data, NOISE),
             methods=(PAIR,),
-            setting=one,
+            setting=a1,
             seeds=5 if quick else 20,
             measure=Measure("between", "distance of outputs (L2 norm, mean over test inputs)", log=True),
             lines=(
@@ -148,7 +153,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
                     than=f"{PAIR}:to_target",
                 ),
                 Wins(
-                    text="They have come closer to the target than the best constant, or the claim says nothing",
+                    text="Both are closer to the target than the best constant (or the claim above says nothing)",
                     line=f"{PAIR}:to_target",
                     over=f"{PAIR}:spread",
                     whose=ASKED,
@@ -161,7 +166,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
             axis=Axis("hidden", "hidden neurons"),
             values=widths,
             methods=(PLAIN,),
-            setting=two,
+            setting=a2,
             seeds=5 if quick else 20,
             measure=Measure("mse", "mean squared error on one-hot labels", log=True),
             claims=(FallsAtEachStep(text="The error falls strictly with the width", line=PLAIN),),
@@ -176,7 +181,7 @@ def _prepared(images: Tensor, pixel_max: int) -> Tensor:
 
 
 def _pair_loss(y: Tensor, target: Tensor) -> Tensor:
-    # The sum over both networks: each has the gradient of its own loss.
+    # The sum over both networks, so that each gets the gradient of its own loss.
     return y.shape[1] * F.mse_loss(y, target[:, None].expand_as(y))
 
 
@@ -195,19 +200,20 @@ ASSUMPTIONS = Experiment(
     title="The two assumptions",
     source="Tomer Galanti and Lior Wolf, On the Modularity of Hypernetworks, NeurIPS 2020 (arXiv 2002.10006)",
     question=(
-        "The paper's lower bounds rest on two assumptions about networks as such, without conditions: that the best"
+        "The lower bounds of the paper rest on two assumptions about networks without conditions: that the best"
         " approximator of a target is unique as a function (A1), and that one more hidden neuron lowers the error"
-        " strictly (A2)."
+        " strictly (A2). Do they hold for trained networks?"
     ),
     choices=(
         "Digits are enlarged to 28 × 28 by bilinear interpolation, since the convolutions of the target (kernel 10,"
-        " stride 2, twice) do not fit otherwise; on 3 × 32 × 32 the second kernel is 10, too.",
+        " stride 2, twice) do not fit otherwise; on 3 × 32 × 32 the second kernel is 10 as well.",
         "The target's convolutions have 10 and 20 channels with ReLU after each, batches are 64: open in the paper.",
-        "Distances are of outputs on test inputs, averaged; noise is uniform on [-1, 1]^(28×28), as many as images.",
-        "In A1, well closer is taken as less than half as far. At the quick preset A2 tries ten of the widths from 1 to"
-        " 29, steps of several neurons among them.",
-        "Digits are few, so that A1 takes 200 epochs of them instead of 50, and A2 20 instead of 2.",
-        "No hypernetwork takes part, so that the other methods have no place here.",
+        "Distances are between outputs on the test inputs, averaged. The noise is uniform on [-1, 1]^(28×28), with as"
+        " many inputs as there are images.",
+        "In A1, well closer means less than half as far. The quick preset of A2 tries ten of the widths from 1 to 29;"
+        " some of its steps add several neurons.",
+        "There are few digits: on them, A1 takes 200 epochs instead of 50, and A2 20 instead of 2.",
+        "The assumptions are about networks without a condition: the methods of the other experiments take no part.",
     ),
     data=("digits", "mnist", "fashion", "cifar10"),
     studies=studies,

@@ -1,12 +1,12 @@
-"""Colorization: which colour has this pixel of a grey image?
+"""Colorization: which colour does this pixel of a grey image have?
 
 The condition I is a grey image, x the position of one of its pixels, and the target the pixel's red, green and
-blue, from -1 to 1. Many pixels of an image are asked for at once: N points of one instance.
+blue, from -1 to 1. Each batch has many pixels of an image: N points of one instance.
 
     hypernetwork   g(x; f(I))   g: 42 -> 10 -> 3, ELU, every weight generated, no biases (N_g = 450)
     embedding      q(x, e(I))   q: (42 + 450) -> 10 -> 3, ELU
 
-A position (i, j) is given as i, j and, for k = 0 … 9, i^k + j, j^k + i, i^k - j, j^k - i.
+The features of a position (i, j) are i, j and, for k = 0 … 9, i^k + j, j^k + i, i^k - j, j^k - i.
 
 Galanti and Wolf, On the Modularity of Hypernetworks, NeurIPS 2020 (arXiv 2002.10006).
 """
@@ -39,38 +39,40 @@ SIZES: Mapping[str, int] = {"patches": 16, "cifar10": 32}
 
 @dataclass(frozen=True, kw_only=True)
 class ColorizationSetting(ContextSetting):
-    """And how many pixels of an image are asked for at a time."""
+    """A setting with `points`: N, the pixels of an image in a batch."""
 
     points: int
-    """N."""
 
 
 def position_features(size: int) -> Tensor:
-    """What x says of each pixel of a square image, row by row: `(size², 42)`.
+    """Return the features of the position of each pixel of a square image, row by row: `(size², 42)`.
 
     Example:
         >>> position_features(2)[1, :6]  # the first row, the second column; then k = 0
         tensor([-1.,  1.,  2.,  0.,  0.,  2.])
     """
-    line = torch.linspace(-1, 1, size)
-    i, j = (grid.flatten() for grid in torch.meshgrid(line, line, indexing="ij"))
+    coordinates = torch.linspace(-1, 1, size)
+    i, j = (grid.flatten() for grid in torch.meshgrid(coordinates, coordinates, indexing="ij"))
     powers = (f for k in range(POWERS) for f in (i**k + j, j**k + i, i**k - j, j**k - i))
     return torch.stack([i, j, *powers], dim=1)
 
 
 def grey(images: Tensor) -> Tensor:
-    """The brightness of colour images, `(n, 3, S, S)` to `(n, S, S)`, by ITU-R BT.601."""
+    """Return the brightness of colour images, `(n, 3, S, S)` to `(n, S, S)`, by ITU-R BT.601."""
     red, green, blue = images.unbind(dim=1)
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def load(data: str, data_home: Any) -> Splits:
-    """Colour images for training and testing."""
+    """Load colour images for training and testing."""
     return load_patches(SIZES[data]) if data == "patches" else load_images(data, data_home)
 
 
 def examples(pixels: Tensor, points: int) -> Examples:
-    """Stored images `(n, 3, S, S)`: x is `(B, N, 42)`, I `(B, S²)`, the target `(B, N, 3)`; pixels drawn anew."""
+    """Return examples of images `(n, 3, S, S)`, with new pixels at every access.
+
+    x is `(B, N, 42)`, I is `(B, S²)`, the target is `(B, N, 3)`.
+    """
     size = pixels.shape[-1]
     features = position_features(size).to(pixels.device)
 
@@ -83,11 +85,11 @@ def examples(pixels: Tensor, points: int) -> Examples:
     return Examples(len(pixels), draw)
 
 
-def task(run: Run, source: Splits) -> Task:
-    """The images of a data set, coloured; beside it what is reached without looking, or by copying the grey."""
+def task(run: Run, dataset: Splits) -> Task:
+    """Return the task, with the errors of two predictors as levels: the grey value as colour, and the mean colour."""
     setting = run.setting
     assert isinstance(setting, ColorizationSetting)
-    train, test = (split.to(run.device) for split in source)
+    train, test = (split.to(run.device) for split in dataset)
     colours, mean = (split.float() / 127.5 - 1 for split in (test, train))
     copied = (colours - grey(colours)[:, None]).square().mean()
     constant = (colours - mean.mean(dim=(0, 2, 3), keepdim=True)).square().mean()
@@ -101,7 +103,7 @@ def task(run: Run, source: Splits) -> Task:
 
 
 def architecture(run: Run) -> Architecture:
-    """g, q: 42 -> 10 -> 3; f, e: `depth` layers."""
+    """Return the sizes: g, q: 42 -> 10 -> 3; f, e: `depth` layers."""
     setting = run.setting
     assert isinstance(setting, ColorizationSetting)
     return Architecture(
@@ -116,7 +118,7 @@ def architecture(run: Run) -> Architecture:
 
 
 def studies(preset: str, data: str) -> tuple[Study, ...]:
-    """Over depth."""
+    """Return one study, over depth."""
     quick = preset == "quick"
     epochs = {"patches": 35 if quick else 200, "cifar10": 1 if quick else 10}[data]
     return (
@@ -134,9 +136,18 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
             levels=(("copied", "the grey value as colour"), ("constant", "the mean colour")),
             claims=(
                 Wins(text="The hypernetwork wins by a large margin (a factor of 1.5 at least)", margin=1.5),
-                Wins(text="It wins at all", whose=ASKED),
-                Wins(text="It does better than copying the grey value", over=f"{HYPERNETWORK}:copied", whose=ASKED),
-                Wins(text="So does the embedding method", line=EMBEDDING, over=f"{EMBEDDING}:copied", whose=ASKED),
+                Wins(text="The hypernetwork wins", whose=ASKED),
+                Wins(
+                    text="The hypernetwork does better than copying the grey value",
+                    over=f"{HYPERNETWORK}:copied",
+                    whose=ASKED,
+                ),
+                Wins(
+                    text="The embedding method does better than copying the grey value",
+                    line=EMBEDDING,
+                    over=f"{EMBEDDING}:copied",
+                    whose=ASKED,
+                ),
                 *AGAINST_OTHERS,
             ),
         ),
@@ -149,17 +160,17 @@ COLORIZATION = Experiment(
     title="Colorization",
     source="Tomer Galanti and Lior Wolf, On the Modularity of Hypernetworks, NeurIPS 2020 (arXiv 2002.10006)",
     question=(
-        "A model sees a grey image I and the position x of a pixel, and names the pixel's colour. The hypernetwork"
-        " makes of each image a small network from positions to colours; the embedding method has one network for all"
-        " images, which is given 450 numbers about the image beside the position."
+        "A model sees a grey image I and the position x of a pixel, and predicts the colour of the pixel. The"
+        " hypernetwork generates for each image a small network from positions to colours; the embedding method has one"
+        " network for all images, which gets 450 numbers about the image in addition to the position."
     ),
     choices=(
-        "The patches are 16 × 16 squares without overlap of the two photographs that come with scikit-learn, three"
-        " quarters for training, drawn by lot once and for all, so that those for testing have neighbours among them:"
-        " not in the paper, and no download.",
-        "Positions run from -1 to 1 before they are raised to powers; 64 pixels of an image are drawn anew at every"
-        " access, in training and testing; Adam at 0.001, batches of 32 images: all open in the paper.",
-        "q has biases, which its N_q of 4,950 leaves out.",
+        "The patches are 16 × 16 squares, without overlap, of the two photographs that come with scikit-learn. They are"
+        " not in the paper and need no download. Three quarters, chosen at random once, are for training: patches for"
+        " testing have neighbours among them.",
+        "The paper leaves open: positions run from -1 to 1 before they are raised to powers; 64 pixels of an image are"
+        " drawn at every access, in training and testing; Adam at 0.001, batches of 32 images.",
+        "q has biases, which the N_q of 4,950 in the paper does not include.",
     ),
     data=("patches", "cifar10"),
     studies=studies,

@@ -1,4 +1,4 @@
-"""The images: digits and two photographs, which come with scikit-learn, and others, which it fetches from OpenML."""
+"""The images: digits and two photographs, which come with scikit-learn, and data sets that it downloads from OpenML."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Splits(NamedTuple):
 
 
 class Labelled(NamedTuple):
-    """Images and what they show."""
+    """Images and their classes."""
 
     images: Splits
     labels: Splits
@@ -32,16 +32,23 @@ class Labelled(NamedTuple):
 
 @dataclass(frozen=True)
 class Images:
-    """A data set of square images: its sizes, and where it comes from."""
+    """A data set of square images.
+
+    Attributes:
+        channels: colours of a pixel.
+        size: height and width.
+        train: training images.
+        test: test images.
+        pixel_max: the value of white.
+        openml: its name and number at OpenML, always version 1; None if it comes with scikit-learn.
+    """
 
     channels: int
     size: int
     train: int
     test: int
     pixel_max: int
-    """The value of white."""
     openml: tuple[str, int] | None = None
-    """OpenML's name and number; None for what comes with scikit-learn. Always version 1."""
 
     @property
     def pixels(self) -> int:
@@ -58,44 +65,44 @@ IMAGES: Mapping[str, Images] = {
 
 
 def load_images(name: str, data_home: str | os.PathLike[str] | None = None) -> Splits:
-    """Load the images of a data set; the first `train` ones are for training, as their publishers split them.
+    """Load the images of a data set. The first `Images.train` are for training, as their publishers split them.
 
     Args:
         name: `"digits"`, `"mnist"`, `"fashion"` or `"cifar10"`.
-        data_home: the folder in which scikit-learn keeps what it fetched; its own default when None.
+        data_home: the folder of scikit-learn's downloads; None: its default.
 
     Raises:
         ValueError: an unknown name.
-        DatasetUnavailable: it is not in `data_home` and cannot be fetched; the message says what to do.
+        DatasetUnavailable: it is not in `data_home` and cannot be downloaded. The message says what to do.
 
     Example:
         >>> train, test = load_images("digits")
         >>> train.shape, test.shape, train.dtype
         (torch.Size([1500, 1, 8, 8]), torch.Size([297, 1, 8, 8]), torch.uint8)
     """
-    images = _known(name)
-    values, _ = _stored(name, images, data_home)
-    return _pixels(values, images)
+    images = _images_of(name)
+    values, _ = _load_stored(name, images, data_home)
+    return _split_pixels(values, images)
 
 
 def load_labelled(name: str, data_home: str | os.PathLike[str] | None = None) -> Labelled:
-    """Load the images and, as `(n,)`, int64 from 0 to 9, what they show; arguments and errors as for `load_images`.
+    """Load images and their classes, `(n,)`, int64 from 0 to 9. Arguments and errors are those of `load_images`.
 
     Example:
         >>> load_labelled("digits").labels.train[:4]
         tensor([0, 1, 2, 3])
     """
-    images = _known(name)
-    values, labels = _stored(name, images, data_home)
+    images = _images_of(name)
+    values, labels = _load_stored(name, images, data_home)
     classes = torch.as_tensor([int(label) for label in labels])
-    return Labelled(_pixels(values, images), Splits(classes[: images.train], classes[images.train :]))
+    return Labelled(_split_pixels(values, images), Splits(classes[: images.train], classes[images.train :]))
 
 
 def load_patches(size: int) -> Splits:
-    """Load squares, without overlap, of the two photographs that come with scikit-learn; a quarter is for testing.
+    """Load squares, without overlap, of the two photographs that come with scikit-learn. A quarter is for testing.
 
     Returns:
-        `(n, 3, size, size)`, uint8, in an order drawn by lot, the same at every call.
+        `(n, 3, size, size)`, uint8, in a random order that is the same at every call.
 
     Example:
         >>> train, test = load_patches(16)
@@ -112,19 +119,19 @@ def load_patches(size: int) -> Splits:
     return Splits(squares[:train], squares[train:])
 
 
-def _known(name: str) -> Images:
+def _images_of(name: str) -> Images:
     if name not in IMAGES:
         raise ValueError(f"data: {name!r} is not a known data set; known are {', '.join(IMAGES)}")
     return IMAGES[name]
 
 
-def _pixels(values: Any, images: Images) -> Splits:
+def _split_pixels(values: Any, images: Images) -> Splits:
     pixels = torch.as_tensor(values, dtype=torch.uint8).view(-1, images.channels, images.size, images.size)
     return Splits(pixels[: images.train], pixels[images.train :])
 
 
-def _stored(name: str, images: Images, data_home: str | os.PathLike[str] | None) -> tuple[Any, Any]:
-    """Pixels, `(n, pixels)`, and classes, `(n,)`, as their publishers store them."""
+def _load_stored(name: str, images: Images, data_home: str | os.PathLike[str] | None) -> tuple[Any, Any]:
+    """Return pixels, `(n, pixels)`, and classes, `(n,)`, as their publishers store them."""
     values, labels = _digits() if images.openml is None else _fetch(name, images, data_home)
     expected = (images.train + images.test, images.pixels)
     if values.shape != expected:
@@ -146,35 +153,35 @@ def _fetch(name: str, images: Images, data_home: str | os.PathLike[str] | None) 
     openml, number = images.openml
     home = Path("~/scikit_learn_data" if data_home is None else data_home).expanduser()
     missing = missing_folders(home)
-    # Pixels come first, the class last. Left to itself, scikit-learn takes gigabytes, and newer pandas
-    # make it stumble over classes that are numbers.
+    # Pixels come first, the class last. Without these types, scikit-learn needs gigabytes, and fails with newer pandas
+    # where classes are numbers.
     dtypes = {**dict.fromkeys(range(images.pixels), "float32"), images.pixels: "str"}
     options: dict[str, Any] = {"as_frame": False, "parser": "pandas", "read_csv_kwargs": {"dtype": dtypes}}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns at every attempt; the one error below says it all
+            warnings.simplefilter("ignore")  # it warns at every attempt; one error below is enough
             fetched = fetch_openml(openml, version=1, data_home=str(home), **options)
             return fetched.data.astype("uint8"), fetched.target
-    except Exception as error:  # no network, no such server, a page for a file, a damaged cache: all sorts
-        # A fetch in vain leaves the folders of its cache, empty.
+    except Exception as error:  # no network, no server, a wrong file, a damaged cache and more
+        # A failed download leaves the empty folders of its cache.
         remove_empty(Path(folder) for folder, _, _ in os.walk(home / "openml", topdown=False))
         remove_empty(missing)
-        raise DatasetUnavailable(_what_to_put_where(name, openml, number, home, error)) from error
+        raise DatasetUnavailable(_download_instructions(name, openml, number, home, error)) from error
 
 
-def _what_to_put_where(name: str, openml: str, number: int, home: Path, error: Exception) -> str:
+def _download_instructions(name: str, openml: str, number: int, home: Path, error: Exception) -> str:
     cache = home / "openml" / "openml.org"
     call = f"load_images({name!r}, 'DIR')"
     return (
-        f"data: {name} is not in {home} and could not be fetched from OpenML"
+        f"data: {name} is not in {home} and could not be downloaded from OpenML"
         f" ({type(error).__name__}: {error}).\n"
-        "Where there is a network, run\n"
+        "On a machine with a network, run\n"
         f'  python -c "from fasthyper.experiments.catalogue.data import load_images; {call}"\n'
-        f"and copy DIR/openml to {home / 'openml'}, so that these files are there:\n"
+        f"and copy DIR/openml to {home / 'openml'}. It then has these files:\n"
         f"  {cache}/api/v1/json/data/list/data_name/{openml.lower()}/limit/2/data_version/1.gz\n"
         f"  {cache}/api/v1/json/data/{number}.gz\n"
         f"  {cache}/api/v1/json/data/features/{number}.gz\n"
         f"  {cache}/api/v1/json/data/qualities/{number}.gz\n"
         f"  {cache}/data/v1/download/.../*.arff.gz (the images)\n"
-        "Another folder that holds them is named with --data-home. --data digits needs no network."
+        "Use --data-home to name another folder that has them. --data digits needs no network."
     )

@@ -1,11 +1,12 @@
-"""Operator learning: a function seen at sensors goes in, what an operator makes of it comes out, at any point.
+"""Operator learning: from the values of a function at sensors, predict its image under an operator at any point.
 
-The condition I is a random Chebyshev series at 100 sensors, x a point, and the target the series itself there
-(identity) or its derivative (differentiation). The target network is 1 -> 20 -> 20 -> 10 -> 1, tanh, for all methods:
+The condition I has the values of a random Chebyshev series at 100 sensors, x is a point, and the target is the value of
+the series there (identity) or of its derivative (differentiation). All methods have the same target network,
+1 -> 20 -> 20 -> 10 -> 1, tanh:
 
-    hypernetwork   HyperDeepONet: the branch generates all of it, biases included
-    embedding      the branch's numbers are concatenated to the point
-    deeponet       the branch generates the weights of the last layer alone
+    hypernetwork   HyperDeepONet: the branch generates all its weights and biases
+    embedding      the outputs of the branch are concatenated to the point
+    deeponet       the branch generates only the weights of the last layer
 
 Lee, Cho, Hwang, HyperDeepONet, ICLR 2023 (arXiv 2312.15949).
 """
@@ -37,25 +38,36 @@ from fasthyper.experiments.setting import ContextSetting
 
 DEGREE = 20
 SENSORS = 100
-TESTED = 200
+TEST_COUNT = 200
 OPERATORS = ("identity", "differentiation")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorSetting(ContextSetting):
-    """And the operator, and the functions seen."""
+    """A setting with the operator and the examples.
+
+    Attributes:
+        operator: one of `OPERATORS`.
+        functions: functions for training.
+        points: N, the points of a function, new ones at every access.
+    """
 
     DEFINING: ClassVar[tuple[str, ...]] = ("operator",)
 
     operator: str
     functions: int
-    """For training."""
     points: int
-    """N, drawn anew at every access."""
 
 
 def chebyshev(coefficients: Tensor, points: Tensor) -> Tensor:
-    """Series Σ c_l T_l: `(B, degree + 1)` and `(B, N)`, within -1 to 1, to `(B, N)`, by T_l(cos θ) = cos l θ.
+    """Return the values of series Σ c_l T_l, by T_l(cos θ) = cos l θ.
+
+    Args:
+        coefficients: c, `(B, degree + 1)`.
+        points: `(B, N)`, from -1 to 1.
+
+    Returns:
+        `(B, N)`.
 
     Example:
         >>> chebyshev(torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5]]))  # T_2 = 2 x² - 1
@@ -66,14 +78,14 @@ def chebyshev(coefficients: Tensor, points: Tensor) -> Tensor:
 
 
 def derivative(coefficients: Tensor) -> Tensor:
-    """The coefficients of the derivatives of such series: `(B, degree + 1)` to `(B, degree)`."""
+    """Return the coefficients of the derivatives of such series: `(B, degree + 1)` to `(B, degree)`."""
     from numpy.polynomial.chebyshev import chebder
 
     return torch.from_numpy(chebder(coefficients.numpy(), axis=1))
 
 
-def task(run: Run, source: Any) -> Task:
-    """Functions drawn for the seed, at random points."""
+def task(run: Run, dataset: Any) -> Task:
+    """Return the task: functions drawn for the seed, at random points."""
     setting = run.setting
     assert isinstance(setting, OperatorSetting)
     generator = torch.Generator().manual_seed(stream(run.seed, "task"))
@@ -84,20 +96,20 @@ def task(run: Run, source: Any) -> Task:
     def examples(count: int) -> Examples:
         c = torch.rand(count, DEGREE + 1, generator=generator, dtype=torch.float64) / 2 - 0.25
         seen = chebyshev(c, sensors.expand(count, -1)).float().to(run.device)
-        answers = c if setting.operator == "identity" else derivative(c)
+        outputs = c if setting.operator == "identity" else derivative(c)
 
         def draw(chosen: Tensor, generator: torch.Generator) -> Batch:
             x = 2 * torch.rand(len(chosen), setting.points, generator=generator, dtype=torch.float64) - 1
-            y = chebyshev(answers[chosen], x) / _SIZES[setting.operator]
+            y = chebyshev(outputs[chosen], x) / _OUTPUT_RMS[setting.operator]
             return Batch(x[..., None].float(), seen[chosen.to(run.device)], y[..., None].float())
 
         return Examples(count, draw)
 
-    return Task(examples(setting.functions), examples(TESTED), F.mse_loss, _measure)
+    return Task(examples(setting.functions), examples(TEST_COUNT), F.mse_loss, _measure)
 
 
 def architecture(run: Run) -> Architecture:
-    """The target network of the paper, and a branch of `depth` layers."""
+    """Return the sizes: the target network of the paper, and a branch of `depth` layers."""
     setting = run.setting
     assert isinstance(setting, OperatorSetting)
     return Architecture(
@@ -113,7 +125,7 @@ def architecture(run: Run) -> Architecture:
 
 
 def studies(preset: str, data: str) -> tuple[Study, ...]:
-    """Both operators."""
+    """Return one study, of both operators."""
     quick = preset == "quick"
     return (
         Study(
@@ -157,19 +169,20 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
                 (EMBEDDING, "differentiation"): 0.558,
                 (DEEPONET, "differentiation"): 0.559,
             },
-            note="The wide dashes are the published errors, of that paper's own training.",
+            note="The wide dashes are the errors that the paper published.",
         ),
     )
 
 
-# The root mean squares of the outputs, near enough: no relative error depends on it, but the length of a step does.
-_SIZES = {"identity": 0.5, "differentiation": 12.0}
+# Rough root mean squares of the outputs. They scale the targets: the relative error does not depend on it, but the size
+# of training steps does.
+_OUTPUT_RMS = {"identity": 0.5, "differentiation": 12.0}
 _PAPER = "Lee, Cho, Hwang 2023"
 
 
 def _measure(y: Tensor, target: Tensor) -> dict[str, Tensor]:
-    apart, size = (y - target).flatten(1).norm(dim=1), target.flatten(1).norm(dim=1)
-    return {"relative_l2": apart / size.clamp_min(math.sqrt(torch.finfo(size.dtype).tiny))}
+    distance, size = (y - target).flatten(1).norm(dim=1), target.flatten(1).norm(dim=1)
+    return {"relative_l2": distance / size.clamp_min(math.sqrt(torch.finfo(size.dtype).tiny))}
 
 
 OPERATOR_LEARNING = Experiment(
@@ -178,17 +191,17 @@ OPERATOR_LEARNING = Experiment(
     title="Operator learning",
     source="Jae Yong Lee, Sung Woong Cho, Hyung Ju Hwang, HyperDeepONet, ICLR 2023 (arXiv 2312.15949)",
     question=(
-        "A function goes in as its values at 100 sensors; asked for is the function itself, or its derivative, at any"
-        " point. The same small network, 1 -> 20 -> 20 -> 10 -> 1, answers in all methods: with all of its weights"
-        " generated from the function, with a code of the function beside the point, or with the weights of its last"
-        " layer alone generated (DeepONet)."
+        "The input is a function, by its values at 100 sensors. The output is the function, or its derivative, at any"
+        " point. All methods have the same small network, 1 -> 20 -> 20 -> 10 -> 1: all of its weights are generated"
+        " from the function, or it gets an encoding of the function in addition to the point, or only the weights of"
+        " its last layer are generated (DeepONet)."
     ),
     choices=(
         "Functions are Chebyshev series of degree 20 with coefficients uniform within ±1/4, seen at 100 equidistant"
-        " sensors; 1,000 for training, 200 for testing, each at 100 points (50 in the quick preset) drawn anew at every"
+        " sensors; 1,000 for training, 200 for testing, each at 100 points (50 in the quick preset), new ones at every"
         " access. The branch (three hidden layers of 64, ReLU), E = 10 (DeepONet's basis functions), Adam at"
-        " 0.003 falling along a cosine, batches of 25 functions, 2,000 epochs (50): chosen here, since the published"
-        " table does not say enough to repeat it.",
+        " 0.003 falling along a cosine, batches of 25 functions, 2,000 epochs (50) are chosen here: the paper does not"
+        " say enough to repeat its table.",
         "The relative error is ‖y - target‖ / ‖target‖ of each function, averaged over functions.",
     ),
     data=("chebyshev",),

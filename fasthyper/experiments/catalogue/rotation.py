@@ -1,12 +1,12 @@
 """Rotation prediction: by how much was this image turned?
 
-The condition I is an image, x the same image turned by a uniform random angle, drawn anew at every access in
-training and in testing; the target is the nearest of the twelve multiples of 30°.
+The condition I is an image, x is the same image turned by a uniform random angle, a new one at every access in training
+and testing. The target is the nearest of the twelve multiples of 30°.
 
     hypernetwork   g(x; f(I))   g: d -> 10 -> 12, every weight generated, no biases
     embedding      q(x, e(I))   q: (d + E) -> 10 -> 12, with biases; E = 10 d + 10
 
-f and e are ReLU networks of `depth` linear layers, `width` units wide; f's last layer gives all weights of g.
+f and e are ReLU networks of `depth` linear layers, `width` units wide; the last layer of f returns all weights of g.
 
 Galanti and Wolf, On the Modularity of Hypernetworks, NeurIPS 2020 (arXiv 2002.10006), and the
 authors' code.
@@ -41,21 +41,20 @@ BOTH = (HYPERNETWORK, EMBEDDING)
 
 @dataclass(frozen=True, kw_only=True)
 class RotationSetting(ContextSetting):
-    """And the activation."""
+    """A setting with the `activation` of g and q."""
 
     activation: str
-    """Of g and q."""
 
 
 def rotate(images: Tensor, degrees: Tensor) -> Tensor:
-    """Turn each image counter-clockwise about its centre, bilinearly, black coming in at the corners.
+    """Turn each image counter-clockwise about its centre, with bilinear interpolation and black outside of it.
 
     Args:
         images: `(B, C, S, S)`, floating point.
         degrees: `(B,)`.
 
     Raises:
-        ValueError: images that are not square, or another number of angles than images.
+        ValueError: the images are not square, or the number of angles is not that of the images.
 
     Example:
         >>> image = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
@@ -69,14 +68,14 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
         raise ValueError(f"degrees: expected one for each of {len(images)} images, got {tuple(degrees.shape)}")
     angle = torch.deg2rad(degrees.to(images.dtype))
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    # The grid says where each pixel of the result comes from, in coordinates whose y points down.
+    # The grid has the source of each pixel of the result; its y axis points down.
     maps = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(maps, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 def nearest_angle(degrees: Tensor) -> Tensor:
-    """The number of the nearest multiple of 30°, on the circle: 350° is nearest to 0°.
+    """Return the number of the nearest multiple of 30° on the circle: 350° is nearest to 0°.
 
     Example:
         >>> nearest_angle(torch.tensor([0.0, 14.0, 16.0, 344.0, 346.0]))
@@ -86,10 +85,10 @@ def nearest_angle(degrees: Tensor) -> Tensor:
 
 
 def examples(pixels: Tensor, pixel_max: int) -> Examples:
-    """Stored images `(n, C, S, S)`, turned by fresh angles: x and I are `(B, d)`, the target is `(B,)`."""
+    """Return examples of images `(n, C, S, S)` and new angles at every access: x and I are `(B, d)`, targets `(B,)`."""
 
     def draw(chosen: Tensor, generator: torch.Generator) -> Batch:
-        # Drawn on the CPU whatever the device, so that the same seed gives the same angles everywhere.
+        # Drawn on the CPU on any device, so that the angles depend on the seed only.
         degrees = 360 * torch.rand(len(chosen), generator=generator)
         images = pixels[chosen.to(pixels.device)].float() / pixel_max
         x = rotate(images, degrees.to(pixels.device))
@@ -98,14 +97,14 @@ def examples(pixels: Tensor, pixel_max: int) -> Examples:
     return Examples(len(pixels), draw)
 
 
-def task(run: Run, source: Any) -> Task:
-    """The images of a data set, turned."""
-    train, test = (examples(split.to(run.device), IMAGES[run.data].pixel_max) for split in source)
+def task(run: Run, dataset: Any) -> Task:
+    """Return the task of turned images."""
+    train, test = (examples(split.to(run.device), IMAGES[run.data].pixel_max) for split in dataset)
     return Task(train, test, F.cross_entropy, _measure, levels={"guessing": 1 - 1 / ANGLES})
 
 
 def architecture(run: Run) -> Architecture:
-    """g, q: d -> 10 -> 12; f, e: `depth` layers."""
+    """Return the sizes: g, q: d -> 10 -> 12; f, e: `depth` layers."""
     setting, d = run.setting, IMAGES[run.data].pixels
     assert isinstance(setting, RotationSetting)
     return Architecture(
@@ -120,7 +119,7 @@ def architecture(run: Run) -> Architecture:
 
 
 def studies(preset: str, data: str) -> tuple[Study, ...]:
-    """Over depth, over the embedding's dimension, and over the learning rate."""
+    """Return studies over depth, over the dimension of the embedding, and over the learning rate."""
     d, quick = IMAGES[data].pixels, preset == "quick"
     base = _BASES[data]
     if data == "digits" and not quick:
@@ -161,7 +160,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
                 Wins(text="The hypernetwork wins whatever the dimension of the embedding"),
                 Flat(text="The embedding method does not improve with the dimension of the embedding"),
             ),
-            note="E does not enter the hypernetwork: its line shows the same runs at every value.",
+            note="The hypernetwork does not depend on E: its line shows the same runs at every value.",
         ),
         Study(
             name="rate",
@@ -201,23 +200,23 @@ ROTATION = Experiment(
     title="Rotation prediction",
     source="Tomer Galanti and Lior Wolf, On the Modularity of Hypernetworks, NeurIPS 2020 (arXiv 2002.10006)",
     question=(
-        "A model sees an image I and the same image turned by a random angle, and names the nearest of the"
+        "A model sees an image I and the same image turned by a random angle, and predicts the nearest of the"
         " twelve multiples of 30°. The hypernetwork g(x; f(I)) generates all weights of a small network g"
-        " from I and applies it to the turned image x; the embedding method q(x, e(I)) gives a small network"
-        " q both x and an encoding of I. f and e are equally deep and wide."
+        " from I and applies it to the turned image x; the embedding method q(x, e(I)) applies a small"
+        " network q to x and an encoding of I. f and e are equally deep and wide."
     ),
     choices=(
-        "Depth counts the linear layers of f or e, the last one included, as in the paper; the authors' code"
-        " adds two more.",
+        "Depth counts the linear layers of f or e, including the last one, as in the paper. The code of the"
+        " authors has two more.",
         "The learning rate, epochs and width for MNIST and CIFAR10 are the paper's; batch size,"
         " initialisation (torch's default), the activation of g and q, and the normalisation (0.1307, 0.3081"
-        " for every data set) are those of the authors' code.",
-        "Images are turned bilinearly without growing; the nearest angle is taken on the circle (350° is near"
-        " 0°), as the paper says and the authors' code does not.",
-        "All methods see the same images in the same order, turned by the same angles, and the paper's two start"
-        " from the same hidden layers in f and e, for each seed.",
-        "The digits and their budget (30 epochs in the quick preset, else 60) are not in the paper: small images that"
-        " need no download. Rates below 0.001 are taken as trivially small.",
+        " for every data set) are those of the code of the authors.",
+        "Images are turned with bilinear interpolation and keep their size. The nearest angle is taken on the circle"
+        " (350° is near 0°), as in the paper, unlike the code of the authors.",
+        "For each seed, all methods see the same images in the same order, turned by the same angles. The two methods"
+        " of the paper start from the same hidden layers in f and e.",
+        "The digits, small images that need no download, and their budget (30 epochs in the quick preset, otherwise 60)"
+        " are not in the paper. Learning rates below 0.001 count as trivially small.",
     ),
     data=("digits", "mnist", "cifar10"),
     studies=studies,

@@ -1,16 +1,16 @@
 """How fast does the error fall with the number of parameters, on targets of known smoothness?
 
-Targets are the first terms of random series on x from [-1, 1] and I from [-1, 1]^2, which fall with their frequency
-as those of functions that are just r times differentiable (in the sense of Sobolev):
+Targets are the first terms of random series in x from [-1, 1] and I from [-1, 1]^2. Their amplitudes fall with the
+frequency like those of functions that are exactly r times differentiable (in the sense of Sobolev):
 
     rough        y = Σ_k a_k cos(π k·(x, I) + φ_k),   |a_k| ~ |k|^-(r + m/2),   m = m1 + m2 = 1 + 2
-    separable    y = Σ_{j ≤ w} c_j(I) u_j(x),         linear in a code of w numbers, c_j and u_j series as above
+    separable    y = Σ_{j ≤ w} c_j(I) u_j(x),         linear in a code of w numbers; c_j and u_j are series as above
 
-The primary is x -> h -> 1 with biases, h is swept; f and e are as large as the setting says.
+The primary is x -> h -> 1 with biases, with different h. The setting has the sizes of f and e.
 
 Theorems 2 to 5 of Galanti and Wolf, On the Modularity of Hypernetworks, NeurIPS 2020 (arXiv 2002.10006). They bound
-the worst target of a whole class; one target at a time may do better, and training may do worse. Beyond its highest
-frequency a target is smooth: exponents are those of the sizes before it is reached.
+the worst target of a whole class: a single target may do better, and training may do worse. Targets have no terms
+beyond a highest frequency: fitted exponents are those of primaries that do not resolve it yet.
 """
 
 from __future__ import annotations
@@ -48,43 +48,46 @@ from fasthyper.experiments.setting import ContextSetting
 
 M1, M2 = 1, 2
 POINTS = 32
-TESTED = 500
+TEST_COUNT = 500
 TERMS = 64
 CODE = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingSetting(ContextSetting):
-    """And the target, and the primary; with `grows`, width is of f and e for each hidden unit of the primary."""
+    """A setting with the target and the primary.
+
+    Attributes:
+        kind: of the target: `"rough"` or `"separable"`.
+        smoothness: r.
+        frequency: the highest frequency in each direction.
+        instances: instances in an epoch, each with N = 32 points.
+        hidden: h.
+        grows: whether f and e grow with h: their `width` is that for h = 1.
+    """
 
     DEFINING: ClassVar[tuple[str, ...]] = ("kind", "smoothness", "grows")
 
     kind: str
-    """rough or separable."""
     smoothness: int
-    """r."""
     frequency: int
-    """The highest, in each direction."""
     instances: int
-    """I drawn in an epoch, each with N = 32 points."""
     hidden: int
-    """h."""
     grows: bool = False
-    """Whether f and e grow with h."""
 
 
 def series(dimensions: int, smoothness: int, frequency: int, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
-    """A random function of `(*, dimensions)`."""
+    """Return a random function of `(*, dimensions)`."""
     k = torch.randint(-frequency, frequency + 1, (TERMS, dimensions), generator=generator).float()
     phase = 2 * math.pi * torch.rand(TERMS, generator=generator)
-    # Frequencies are drawn evenly from a cube, as the terms of a full series are: each falls as its coefficient does.
+    # Frequencies are uniform in a cube, like the terms of a full series: amplitudes fall like its coefficients.
     a = k.norm(dim=1).clamp_min(1) ** -(smoothness + dimensions / 2)
     a = a / a.norm()
     return lambda at: ((math.pi * at @ k.T + phase).cos() * a).sum(dim=-1)
 
 
 def target(setting: ScalingSetting, generator: torch.Generator) -> Callable[[Tensor, Tensor], Tensor]:
-    """y of x `(B, N, 1)` and I `(B, 2)`: `(B, N, 1)`.
+    """Return a target y, `(B, N, 1)`, a function of x `(B, N, 1)` and I `(B, 2)`.
 
     Raises:
         ValueError: an unknown kind.
@@ -103,8 +106,8 @@ def target(setting: ScalingSetting, generator: torch.Generator) -> Callable[[Ten
     raise ValueError(f"kind: {setting.kind!r} is not a kind of target; known are rough and separable")
 
 
-def task(run: Run, source: Any) -> Task:
-    """A target drawn for the seed; examples are drawn anew at every access, so that there are always new ones."""
+def task(run: Run, dataset: Any) -> Task:
+    """Return the task: a target drawn for the seed. Every access to an example draws a new one."""
     setting = run.setting
     assert isinstance(setting, ScalingSetting)
     own = torch.Generator().manual_seed(stream(run.seed, "task"))
@@ -123,16 +126,16 @@ def task(run: Run, source: Any) -> Task:
 
     return Task(
         Examples(setting.instances, draw),
-        Examples(TESTED, draw),
+        Examples(TEST_COUNT, draw),
         F.mse_loss,
-        # The theorems speak of the distance, not of its square; the root is taken of each instance's mean.
+        # The theorems bound the distance, not its square: take the root of the mean of each instance.
         lambda y, target: {"rmse": (y - target).square().mean(dim=(1, 2)).sqrt()},
         levels={"constant": ((sample - mean) / std).square().mean(dim=(1, 2)).sqrt().mean().item()},
     )
 
 
 def architecture(run: Run) -> Architecture:
-    """g, q: x -> h -> 1; f, e: `depth` layers."""
+    """Return the sizes: g, q: x -> h -> 1; f, e: `depth` layers."""
     setting = run.setting
     assert isinstance(setting, ScalingSetting)
     context = setting.context
@@ -151,7 +154,7 @@ def architecture(run: Run) -> Architecture:
 
 
 def studies(preset: str, data: str) -> tuple[Study, ...]:
-    """Over N_g and N_q with f and e large, and over all parameters, r = 1."""
+    """Return a study over N_g and N_q with large f and e, and one over all parameters, for r = 1."""
     quick = preset == "quick"
     base = ScalingSetting(
         epochs=16 if quick else 400,
@@ -191,14 +194,16 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
                     whose=THEOREM,
                 ),
                 Exponent(
-                    text="Theorem 2: with E bounded, the embedding method's falls no faster than N_q^(-r/(m1+m2))",
+                    text=(
+                        "Theorem 2: with E bounded, the embedding method's error falls no faster than N_q^(-r/(m1+m2))"
+                    ),
                     line=EMBEDDING,
                     bound=-r / m,
                     at_least_as_steep=False,
                     whose=THEOREM,
                 ),
                 Exponent(
-                    text="Theorem 3: with any E, no faster than N_q^(-r/min(m, 2 m1))",
+                    text="Theorem 3: with any E, it falls no faster than N_q^(-r/min(m, 2 m1))",
                     line=EMBEDDING,
                     bound=-r / min(m, 2 * M1),
                     at_least_as_steep=False,
@@ -206,7 +211,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
                 ),
                 *AGAINST_OTHERS,
             ),
-            note="Wins compare at equal h, where N_q is larger than N_g; exponents are fitted over N_g and N_q.",
+            note="Wins are at equal h, where N_q is larger than N_g; exponents are fitted over N_g and N_q.",
         ),
         Study(
             name="total",
@@ -220,18 +225,21 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
             levels=(("constant", "the best constant"),),
             claims=(
                 Steeper(
-                    text="Theorem 5: over all parameters, its error falls faster than the embedding method's",
+                    text=(
+                        "Theorem 5: over all parameters, a hypernetwork's error falls faster"
+                        " than the embedding method's"
+                    ),
                     whose=THEOREM,
                 ),
                 Exponent(
-                    text="Theorem 5: the hypernetwork's falls at least as N^(-r/max(m1, m2))",
+                    text="Theorem 5: a hypernetwork's error falls at least as N^(-r/max(m1, m2))",
                     line=HYPERNETWORK,
                     bound=-r / max(M1, M2),
                     at_least_as_steep=True,
                     whose=THEOREM,
                 ),
                 Exponent(
-                    text="Theorem 1: that of one network of x and I falls no faster than N^(-r/(m1+m2))",
+                    text="Theorem 1: the error of one network of x and I falls no faster than N^(-r/(m1+m2))",
                     line=PLAIN,
                     bound=-r / m,
                     at_least_as_steep=False,
@@ -251,20 +259,20 @@ SCALING = Experiment(
         " (arXiv 2002.10006)"
     ),
     question=(
-        "The theorems bound how many parameters an error takes in the worst case: N_g = O(ε^(-m1/r)) for the primary"
+        "The theorems bound how many parameters an error ε needs in the worst case: N_g = O(ε^(-m1/r)) for the primary"
         " of a hypernetwork, N_q = Ω(ε^(-(m1+m2)/r)) for that of the embedding method, where x has m1 numbers, I has"
-        " m2, and targets are r times differentiable. Here the exponents of trained networks are fitted, on random"
-        " targets, the first terms of series of that smoothness, with m1 = 1, m2 = 2."
+        " m2, and targets are r times differentiable. Here exponents are fitted to the errors of trained networks,"
+        " with m1 = 1 and m2 = 2. The targets are random: the first terms of series of that smoothness."
     ),
     choices=(
-        "A theorem bounds the worst target of a class and the best network; here are typical targets and trained"
-        " networks. An exponent on the far side of a bound is no contradiction, only a finding.",
-        "Targets are series of 64 terms up to frequency 8 (3 in the quick preset) each way, their amplitudes falling as"
-        " the power of the frequency that smoothness r = 1 allows, scaled to mean 0 and variance 1; beyond that"
-        " frequency they are smooth, so that exponents are not asymptotic. Examples are drawn anew at every access, 32"
-        " points of each I.",
-        "f and e: three hidden layers of 100, tanh, E = 4; the primary: ReLU. For theorem 5 both grow with it and end"
-        " in a code of 3 numbers, in which generated weights are linear.",
+        "A theorem is about the worst target of a class and the best network; here are typical targets and trained"
+        " networks. An exponent on the other side of a bound is a finding and does not contradict the theorem.",
+        "Targets are series of 64 terms up to frequency 8 (3 in the quick preset) in each direction. Their amplitudes"
+        " fall with the power of the frequency that smoothness r = 1 allows, scaled to mean 0 and variance 1. There"
+        " are no terms beyond that frequency: exponents are not asymptotic. Every access to an example draws a new I"
+        " with 32 points.",
+        "f and e have three hidden layers of 100 units, tanh, and E = 4; the primary has ReLU. For theorem 5, f and e"
+        " grow with the primary and end in a code of 3 numbers; generated weights are linear in it.",
         "Adam at 0.003, falling along a cosine.",
     ),
     data=("series",),

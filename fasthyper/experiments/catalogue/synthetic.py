@@ -1,10 +1,10 @@
-"""Synthetic targets: y as one number, of x and a condition I that are both drawn at random.
+"""Synthetic targets: y is one number, a function of x and a condition I, which are drawn at random.
 
-    type I     y = <x, h(I)>   h: d -> 300 -> 300 -> d, sigmoid within, softmax at the end
+    type I     y = <x, h(I)>   h: d -> 300 -> 300 -> d, sigmoid, softmax at the end
     type II    y = h(x, I)     h: 2 d -> 100 -> 50 -> 50 -> 1, ELU
     type III   y = h(x ⊙ I)    h: d -> 100 -> 100 -> 50 -> 1, ELU
 
-h has He-uniform weights, drawn anew for each seed; one x for each I. g, q: d -> 10 -> 1, ReLU.
+h has He-uniform weights, different for each seed. There is one x for each I. g, q: d -> 10 -> 1, ReLU.
 
 Galanti and Wolf, On the Modularity of Hypernetworks, NeurIPS 2020 (arXiv 2002.10006), appendix.
 """
@@ -32,29 +32,34 @@ from fasthyper.experiments.methods import (
 from fasthyper.experiments.setting import ContextSetting
 
 HIDDEN = 10
-TESTED = 10_000
+TEST_COUNT = 10_000
 DRAWS = 8
-"""I for each x, to see how y varies with I."""
+"""Conditions I for each x, to estimate how y varies with I."""
 TYPES = ("type I", "type II", "type III")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticSetting(ContextSetting):
-    """And the data; f's last hidden layer has `factor` times the width, and E is `factor` times `embedding`."""
+    """A setting with the target, the number of examples, and a factor.
+
+    Attributes:
+        d: features of x, and of I.
+        samples: training examples.
+        factor: i of the paper's sweep over the dimension of the embedding: the last hidden layer of f has `factor`
+            times the width, and E is `factor` times `embedding`.
+        kind: of the target: one of `TYPES`.
+    """
 
     DEFINING: ClassVar[tuple[str, ...]] = ("kind",)
 
     d: int
-    """Numbers in x, and in I."""
     samples: int
     factor: int = 1
-    """i of the paper's sweep over the dimension of the embedding."""
     kind: str = TYPES[0]
-    """Of the target."""
 
 
 def target(kind: str, d: int, generator: torch.Generator) -> Callable[[Tensor, Tensor], Tensor]:
-    """A target y(x, I) of random weights: `(n, d)` and `(n, d)` to `(n, 1)`.
+    """Return a target y(x, I) with random weights: `(n, d)` and `(n, d)` to `(n, 1)`.
 
     Raises:
         ValueError: an unknown kind.
@@ -72,10 +77,10 @@ def target(kind: str, d: int, generator: torch.Generator) -> Callable[[Tensor, T
 
 
 @torch.no_grad()
-def task(run: Run, source: Any) -> Task:
-    """Examples drawn for the seed, and what is reached without looking at I.
+def task(run: Run, dataset: Any) -> Task:
+    """Return the task: examples drawn for the seed. The levels are errors of predictors that know less.
 
-    To the best predictor that ignores I, E[Var(y | x)] is left: it is estimated from several I for each x.
+    The best predictor that ignores I has the error E[Var(y | x)]. It is estimated from several I for each x.
     """
     setting = run.setting
     assert isinstance(setting, SyntheticSetting)
@@ -89,9 +94,9 @@ def task(run: Run, source: Any) -> Task:
         x, cond = normal(count), normal(count)
         return x.to(run.device), cond.to(run.device), y(x, cond).to(run.device)
 
-    train, test = examples(setting.samples), examples(TESTED)
+    train, test = examples(setting.samples), examples(TEST_COUNT)
     x = test[0].cpu()
-    ignores = torch.cat([y(x, normal(TESTED)) for _ in range(DRAWS)], dim=1).var(dim=1).mean().item()
+    ignores = torch.cat([y(x, normal(TEST_COUNT)) for _ in range(DRAWS)], dim=1).var(dim=1).mean().item()
     variance = test[2].var().item()
 
     def measure(y: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -103,7 +108,7 @@ def task(run: Run, source: Any) -> Task:
 
 
 def architecture(run: Run) -> Architecture:
-    """g, q: d -> 10 -> 1; f: depth layers, the last hidden one `factor` times as wide; e: all as wide."""
+    """Return the sizes: g, q: d -> 10 -> 1; f, e: `depth` layers, the last hidden one of f `factor` times as wide."""
     setting = run.setting
     assert isinstance(setting, SyntheticSetting)
     return Architecture(
@@ -118,7 +123,7 @@ def architecture(run: Run) -> Architecture:
 
 
 def studies(preset: str, data: str) -> tuple[Study, ...]:
-    """For each type of target, over depth and over the dimension of the embedding."""
+    """Return for each type of target a study over depth and one over the dimension of the embedding."""
     quick = preset == "quick"
     depth = SyntheticSetting(
         epochs=16 if quick else 100,
@@ -151,11 +156,16 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
                     Improves(text="The hypernetwork improves with depth"),
                     Flat(text="The embedding method does not improve with depth"),
                     Wins(
-                        text="It does better than any predictor that ignores I",
+                        text="The hypernetwork does better than any predictor that ignores I",
                         over=f"{HYPERNETWORK}:ignores",
                         whose=ASKED,
                     ),
-                    Wins(text="So does the embedding method", line=EMBEDDING, over=f"{EMBEDDING}:ignores", whose=ASKED),
+                    Wins(
+                        text="The embedding method does better than any predictor that ignores I",
+                        line=EMBEDDING,
+                        over=f"{EMBEDDING}:ignores",
+                        whose=ASKED,
+                    ),
                     *AGAINST_OTHERS,
                 ),
             ),
@@ -171,10 +181,17 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
                 levels=_LEVELS,
                 also=_ALSO,
                 claims=(
-                    Wins(text="The hypernetwork wins by far (a factor of 1.5 at least), E being d i", margin=1.5),
-                    Wins(text="The same, E being 10 d i", over=TENFOLD, margin=1.5),
+                    Wins(text="The hypernetwork wins by far (a factor of 1.5 at least) where E is d i", margin=1.5),
+                    Wins(
+                        text="The hypernetwork wins by far (a factor of 1.5 at least) where E is 10 d i",
+                        over=TENFOLD,
+                        margin=1.5,
+                    ),
                     Flat(text="The embedding method does not improve with the dimension of the embedding, d i"),
-                    Flat(text="Nor with 10 d i", line=TENFOLD),
+                    Flat(
+                        text="The embedding method does not improve with the dimension of the embedding, 10 d i",
+                        line=TENFOLD,
+                    ),
                 ),
             ),
         )
@@ -182,14 +199,18 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
 
 
 _MSE = Measure("share", "mean squared error / variance of the target", log=True)
-_ALSO = (("mse", "mean squared error"), ("ignores_mse", "of the best that ignores I"), ("constant_mse", "variance"))
+_ALSO = (
+    ("mse", "mean squared error"),
+    ("ignores_mse", "of the best predictor that ignores I"),
+    ("constant_mse", "variance"),
+)
 _LEVELS = (("ignores", "the best predictor that ignores I"), ("constant", "the best constant"))
 
 
 def _he_uniform(sizes: tuple[int, ...], activation: type[nn.Module], generator: torch.Generator) -> nn.Sequential:
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(sizes):
-        layer = nn.utils.skip_init(nn.Linear, inputs, outputs)  # whose own weights would come of torch's seed
+        layer = nn.utils.skip_init(nn.Linear, inputs, outputs)  # no weights from torch's own generator
         nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=generator)
         nn.init.zeros_(layer.bias)
         layers += [layer, activation()]
@@ -204,21 +225,21 @@ SYNTHETIC = Experiment(
     question=(
         "y is a number that depends on x and on a condition I through a network of random weights: linear in x with"
         " a softmax of I (type I), of both together (type II), or of their product (type III). x and I are normal,"
-        " with one x for each I. Who learns it better: a small network whose weights I generates, or one that is"
-        " given an encoding of I?"
+        " with one x for each I. Which learns it better: a small network whose weights are generated from I, or one"
+        " that gets an encoding of I?"
     ),
     choices=(
-        "The paper plots the mean squared error alone. Beside it stands what the best predictor that ignores I"
-        " reaches: an error above that line is no better than one without I, whatever its rank. In the figures both are"
-        " divided by the variance of the target, which differs from target to target; the tables have both.",
-        "Epochs (100; 16 in the quick preset) and the number of test examples (10,000) are open in the paper; batches"
-        " of 200, SGD at 0.01 (0.03 in the quick preset) and 30,000 samples are its own, biases of the targets are 0.",
-        "Sigmoid and softmax in type I as in the paper; its code's readme says ELU.",
-        "The paper gives E as 100 i and as 1000 i in the sweep over its dimension, where d = 100: both are run, as"
-        " d i and 10 d i.",
+        "The paper plots only the mean squared error. Here the figures also show the error of the best predictor that"
+        " ignores I: a method above this line is no better than one without I, whatever its rank. In the figures,"
+        " errors are divided by the variance of the target, which differs from target to target; the tables have both.",
+        "The paper leaves open: epochs (100; 16 in the quick preset) and the number of test examples (10,000). It has"
+        " batches of 200, SGD at 0.01 (0.03 in the quick preset) and 30,000 samples. Biases of the targets are 0.",
+        "Type I has sigmoid and softmax, as in the paper; the readme of its code says ELU.",
+        "In the sweep over the dimension of the embedding, where d = 100, the paper gives E as 100 i and as 1000 i."
+        " Both are run, as d i and 10 d i.",
         "The quick preset has d = 20 and 10,000 samples (the paper: d = 1000 over depth, 100 over the dimension of the"
         " embedding, 30,000 samples), and E = 200 over depth (10,000): targets that can be learned within minutes.",
-        "The initialisation of f, e and q is torch's default, of f's last layer, too.",
+        "The initialisation of f, e and q, including the last layer of f, is torch's default.",
     ),
     data=("normal",),
     studies=studies,

@@ -1,4 +1,4 @@
-"""What every experiment must be, and what is particular to each but rotation, which has a file of its own."""
+"""Tests of all experiments, and of each of them except rotation, which has a file of its own."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def test_scaling_targets_have_variance_1():
 
 @pytest.mark.parametrize("name", ["synthetic", "assumptions"])
 def test_no_model_starts_at_what_it_is_to_learn(name):
-    """Were the streams of weights and of targets one, first layers would be the same but for a factor."""
+    """With one random stream for weights and targets, first layers would be equal up to a factor."""
     comparison = of(name, seeds=1)
     experiment = EXPERIMENTS[name]
     study = comparison.studies[0]
@@ -264,7 +264,7 @@ def test_the_random_network_of_the_first_assumption():
 
 
 def test_two_networks_learn_apart_from_each_other():
-    """Their losses are summed: each has the gradients that it would have alone."""
+    """Their losses are summed: each gets the gradients that it would get alone."""
     comparison = of("assumptions", seeds=1, epochs=1)
     run = comparison.run(comparison.studies[0], "digits", "pair", 0)
     experiment = EXPERIMENTS["assumptions"]
@@ -285,5 +285,5 @@ def test_hidden_neurons_learn_labels():
     comparison = of("assumptions", seeds=1, epochs=3)
     experiment = EXPERIMENTS["assumptions"]
     metrics = train(experiment, comparison.run(comparison.studies[1], 29, "plain", 0), experiment.load("digits", None))
-    assert metrics.measures["mse"] < 0.08  # to answer the share of each class errs by 0.09
+    assert metrics.measures["mse"] < 0.08  # a constant output of 0.1 for each class has 0.09
     assert len(load_images("digits").test) == 297
