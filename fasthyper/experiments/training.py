@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasthyper import use_backend
+from fasthyper.backends import use_backend
 from fasthyper.experiments.experiment import Batch, Examples, Experiment, Run, Task, stream
 from fasthyper.experiments.methods import METHODS, counts
 from fasthyper.experiments.setting import Setting
