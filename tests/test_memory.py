@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fasthyper
-from fasthyper.experiments.measure import peak_temporary_bytes
+from fasthyper.measure import peak_temporary_bytes
 from fasthyper.nn import HyperLinear
 from fasthyper.problem import SCHEDULES
 

@@ -7,7 +7,7 @@ import torch
 
 import fasthyper
 from fasthyper.backends import cpu
-from fasthyper.experiments.measure import peak_temporary_bytes
+from fasthyper.measure import peak_temporary_bytes
 from fasthyper.problem import SCHEDULES
 
 NAMES = ("x", "z", "weight", "bias", "base_weight", "g")
