@@ -100,7 +100,7 @@ gpu-test:
 	$(ON_GPU) timeout -s INT -k 5 60 $(GPU_TEST) -k cuda tests/ops tests/backends/test_kernels.py \
 		|| echo "TESTS FAILED on the GPU"
 	for tool in memcheck racecheck synccheck; do PYTHONPATH=. timeout -k 5 60 compute-sanitizer --error-exitcode 9 \
-		--tool $$tool $(GPU_PYTHON) benchmarks/sanitized.py || echo "$$tool: $$?, where 9 is a fault and 124 no time"; done
+		--tool $$tool $(GPU_PYTHON) tests/kernels/sanitized.py || echo "$$tool: $$?, where 9 is a fault and 124 no time"; done
 bench-gpu:
 	$(ON_GPU) timeout -s INT -k 5 90 $(GPU_TEST) -k triton --durations 5 tests/ops tests/backends/test_kernels.py \
 		tests/backends/test_triton.py || echo "TESTS FAILED on the GPU"

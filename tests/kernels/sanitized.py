@@ -1,4 +1,4 @@
-"""The CUDA kernels on sizes of no tile, for compute-sanitizer to look at: `make gpu` runs it under its tools."""
+"""Call every CUDA kernel on sizes that no tile shape divides. `make gpu` runs this under compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch
 from fasthyper.backends import cuda
 from fasthyper.backends.cuda import launch
 
-# B, N, R, I, O: tails everywhere; parts of sums; and, for the kernels of sm_90a, rows of 16 bytes.
+# B, N, R, I, O. Every axis has a tail, some sums are split, and some rows are whole multiples of 16 bytes, which the
+# kernels for sm_90a need.
 SIZES = (
     (70, 1, 25, 7, 20),
     (9, 5, 64, 12, 70),
@@ -21,7 +22,7 @@ SIZES = (
 
 
 def layer(B: int, N: int, R: int, I: int, O: int, dtype: torch.dtype) -> None:
-    """Forward and all gradients of a layer."""
+    """Run the forward and all gradients of a layer."""
     shapes = ((B, N, I), (B, R), (O, I, R), (O, R), (O, I), (B, N, O))
     x, z, weight, bias, base_weight, g = (torch.randn(shape, device="cuda").to(dtype) for shape in shapes)
     y = cuda.apply(x, z, weight, bias, base_weight, schedule="fold")
@@ -30,7 +31,7 @@ def layer(B: int, N: int, R: int, I: int, O: int, dtype: torch.dtype) -> None:
 
 
 def primary(B: int, N: int, R: int, I: int, O: int, dtype: torch.dtype) -> None:
-    """Forward and all gradients of two layers, if they are for these kernels."""
+    """Run the forward and all gradients of two fused layers, if the fused kernels support these sizes."""
     J = 10
     made = lambda *shapes: tuple(torch.randn(shape, device="cuda").to(dtype) for shape in shapes)
     x, z, g = made((B, N, I), (B, R), (B, N, O))
@@ -41,8 +42,8 @@ def primary(B: int, N: int, R: int, I: int, O: int, dtype: torch.dtype) -> None:
 
 
 def main() -> None:
-    """Run them all, and wait for them."""
-    launch._HOPPER_WORK = 0  # small sizes, too, by the kernels for sm_90a
+    """Run all sizes in all dtypes, and wait for the GPU."""
+    launch._HOPPER_WORK = 0  # the kernels for sm_90a serve small sizes, too
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for sizes in SIZES:
             layer(*sizes, dtype)
