@@ -126,7 +126,8 @@ ARCH_LIST ?= 9.0a
 	touch $@
 
 $(BUILT): setup.py $(SOURCES) .venv/torch
-	FASTHYPER_EMULATE=1 TORCH_CUDA_ARCH_LIST="$(ARCH_LIST)" $(BIN)/python setup.py --quiet build_ext --inplace
+	FASTHYPER_BUILD_EMULATOR=1 TORCH_CUDA_ARCH_LIST="$(ARCH_LIST)" $(BIN)/python setup.py --quiet build_ext \
+		--inplace
 	touch .venv/here $@
 
 # What a build needs, with numpy, which torch looks for; on top what `make compare` needs, and what all else does. Bytecode

@@ -7,7 +7,7 @@ else; why not, it says in the console and to `fasthyper info`.
 
 FASTHYPER_ONLY names the libraries to build, as "cuda" or "cpu_avx2,eager"; `here` stands for those that this machine's
 CPU takes. TORCH_CUDA_ARCH_LIST and MAX_JOBS are understood as torch does.
-FASTHYPER_EMULATE=1 adds the kernels for CUDA as the C++ compiler makes them, for a CPU that plays a GPU in the tests.
+FASTHYPER_BUILD_EMULATOR=1 adds cuda_emulated: the CUDA kernels for a CPU that emulates a GPU, which the tests run.
 """
 
 import copy
@@ -71,7 +71,8 @@ def obstacle_to(name):
     if name not in only():
         return "FASTHYPER_ONLY left it out"
     if name == "cuda_emulated":
-        return None if os.environ.get("FASTHYPER_EMULATE") == "1" else "it is for tests; FASTHYPER_EMULATE=1 builds it"
+        asked = os.environ.get("FASTHYPER_BUILD_EMULATOR") == "1"
+        return None if asked else "it is for tests; FASTHYPER_BUILD_EMULATOR=1 builds it"
     if name == "cuda":
         if SANITIZE:
             return "there is a sanitizer for CPUs alone"
