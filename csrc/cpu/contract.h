@@ -5,7 +5,7 @@
 // u_q[q], u_c[c] are in lanes, (features, LANES). The blocks of a group meet each piece of H while that is in cache.
 #pragma once
 
-#include "registers.h"
+#include "contract_registers.h"
 
 namespace fasthyper {
 

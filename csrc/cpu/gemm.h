@@ -10,7 +10,7 @@
 #include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
 
-#include "lanes.h"
+#include "pack.h"
 #include "scratch.h"
 
 namespace fasthyper {
@@ -88,16 +88,6 @@ inline bool multiplies_bfloat16() {
   if (!at::globalContext().userEnabledMkldnn()) return false;
   static const bool can = try_bfloat16();
   return can;
-}
-
-// Rows (k, n) of floats as a right operand in T, written to `out`. Floats are one as they stand.
-inline const float* right(const float* rows, Block<float>, int64_t, int64_t) { return rows; }
-
-inline const BFloat16* right(const float* rows, Block<BFloat16> out, int64_t k, int64_t n) {
-  BFloat16* const to = out.at(0, round_k<BFloat16>(k) * n);
-  for (int64_t i = 0; i + 1 < k; i += 2) interleave(rows + i * n, rows + (i + 1) * n, to + i * n, n);
-  if (k % 2) interleave(rows + (k - 1) * n, nullptr, to + (k - 1) * n, n);
-  return to;
 }
 
 }  // namespace fasthyper

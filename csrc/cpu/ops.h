@@ -6,7 +6,7 @@
 #include <torch/library.h>
 
 #include "one_output.h"
-#include "points_grad.h"
+#include "many_points_grad.h"
 #include "weight_grad.h"
 
 namespace fasthyper {

@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "widths.h"
+#include "sizes.h"
 
 namespace fasthyper {
 

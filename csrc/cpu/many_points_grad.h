@@ -6,7 +6,7 @@
 // dW is float32, and becomes an operand of T where it meets H and z.
 #pragma once
 
-#include "points.h"
+#include "many_points.h"
 
 namespace fasthyper {
 

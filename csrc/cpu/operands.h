@@ -66,8 +66,6 @@ struct Head {
   const S* data;
   int64_t p, q, c;
   int64_t sp, sq, sc;  // strides
-
-  Head rows(int64_t p0, int64_t p1) const { return {data + p0 * sp, p1 - p0, q, c, sp, sq, sc}; }
 };
 
 // A left operand: rows with k contiguous.
@@ -101,6 +99,16 @@ Left<T> left(const S* src, int64_t row_stride, int64_t k_stride, int64_t rows, i
   const int64_t ld = packed_ld(k);
   copy_rows<S, T>(src, row_stride, k_stride, rows, k, packed, ld);
   return {packed.at(0, rows * ld), ld};
+}
+
+// Rows (k, n) of floats as a right operand in T, written to `out`. Floats are one as they stand.
+inline const float* right(const float* rows, Block<float>, int64_t, int64_t) { return rows; }
+
+inline const BFloat16* right(const float* rows, Block<BFloat16> out, int64_t k, int64_t n) {
+  BFloat16* const to = out.at(0, round_k<BFloat16>(k) * n);
+  for (int64_t i = 0; i + 1 < k; i += 2) interleave(rows + i * n, rows + (i + 1) * n, to + i * n, n);
+  if (k % 2) interleave(rows + (k - 1) * n, nullptr, to + (k - 1) * n, n);
+  return to;
 }
 
 }  // namespace fasthyper

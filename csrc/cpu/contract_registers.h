@@ -6,7 +6,7 @@
 // Each number of H is broadcast to all lanes, so H is read as it comes where q is its last axis.
 #pragma once
 
-#include "views.h"
+#include "operands.h"
 
 namespace fasthyper {
 

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "widths.h"
+#include "sizes.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
