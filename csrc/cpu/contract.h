@@ -1,15 +1,17 @@
-// The two orders in which a group of instances contracts a head with two of its three factors: `contract` sums over one
-// axis of H first, `fold` multiplies two factors first.
+// The two orders of contracting H with factors of a group of rows:
 //
-// H has an axis for each factor: i for x, r for z, o for g. Seen from here they are p, q and c, and the factors u_p[p],
-// u_q[q], u_c[c] are in lanes, (features, LANES). The blocks of a group meet each piece of H while that is in cache.
+//   contract    t[p,q] = Σ_c H[p,q,c] u_c[c]      out_p[p] += Σ_q t[p,q] u_q[q]      out_q[q] += Σ_p t[p,q] u_p[p]
+//   fold        out[p] += Σ_{q,c} H[p,q,c] (u_q[q] u_c[c])
+//
+// H has an axis for each factor: i for x, r for z, o for g. Here the axes are called p, q and c, in any order. Factors
+// and sums are in blocks of lanes. All blocks of a group use a tile of H while it is in cache.
 #pragma once
 
 #include "contract_registers.h"
 
 namespace fasthyper {
 
-// out_p[p] += Σ_q t[p,q] u_q[q]  and  out_q[q] += Σ_p t[p,q] u_p[p], PB rows p at a time.
+// Adds PB rows p of t to out_p, to out_q or to both.
 template <int PB, bool P, bool Q>
 inline void reduce_rows(const float* t, int64_t nq, const float* up, const float* uq, float* out_p, float* out_q) {
   for (int64_t l = 0; l < LANES; l += WIDTH) {
@@ -42,27 +44,27 @@ void reduce(const float* t, int64_t np, int64_t nq, const float* up, const float
   for (; p < np; ++p) reduce_rows<1, P, Q>(t + p * nq * LANES, nq, at(up, p), uq, at(out_p, p), out_q);
 }
 
-constexpr int64_t TILE_ROWS = tile_of(256);
-constexpr int64_t FOLD_DEPTH = tile_of(256);
-constexpr int64_t PACKED = tile_of(1 << 17);  // numbers of H that are packed at a time, at most
+constexpr int64_t TILE_ROWS = tile_size(256);
+constexpr int64_t FOLD_DEPTH = tile_size(256);
+constexpr int64_t PACKED_NUMBERS = tile_size(1 << 17);  // most numbers of H that are packed at a time
 
-// Rows of `depth` numbers, or numbers of each of so many rows, that can be packed at a time.
-inline int64_t fitting(int64_t wanted, int64_t depth) {
-  return std::clamp<int64_t>(PACKED / depth / LINE * LINE, LINE, std::max(LINE, wanted));
+// The number of rows or columns, of `each` numbers, that are packed at a time: at most `wanted`, whole cache lines.
+inline int64_t packed_count(int64_t wanted, int64_t each) {
+  return std::clamp<int64_t>(PACKED_NUMBERS / each / LINE * LINE, LINE, std::max(LINE, wanted));
 }
 
-// `contract` for operands that only a matrix unit multiplies: t is a tile of its product.
+// `contract` for 16-bit operands: oneDNN's products write t, a tile at a time.
 template <class S, class T>
 void contract_in_tiles(
-    const Head<S>& h, const Group& group, Block<const T> u_c, Block<const float> u_p, Block<const float> u_q,
-    Block<float> out_p, Block<float> out_q) {
+    const Head<S>& h, const Group& group, Span<const T> u_c, Span<const float> u_p, Span<const float> u_q,
+    Span<float> out_p, Span<float> out_q) {
   const int64_t depth = round_k<T>(h.c), ld = packed_ld(h.c);
-  const bool both = out_p && out_q;  // then four rows p at a time halve the traffic, at the price of packing
-  const int64_t tile_rows = fitting(TILE_ROWS, ld);
+  const bool both = out_p && out_q;  // a tile of several rows p, which must be packed, halves the traffic of `reduce`
+  const int64_t tile_rows = packed_count(TILE_ROWS, ld);
   const int64_t nq = std::min(h.q, both ? tile_rows / 4 : tile_rows);
   const int64_t np = both ? std::min(h.p, tile_rows / nq) : nq < h.q ? 1 : std::max<int64_t>(1, tile_rows / h.q);
   const bool merged = np == 1 || (nq == h.q && h.sp == h.q * h.sq);
-  const bool direct = merged && readable<S, T>(h.sc, h.c);
+  const bool direct = merged && readable_in_place<S, T>(h.sc, h.c);
   const Scratch<float> tile(np * nq * LANES);
   const Scratch<T> packed(direct ? 0 : np * nq * ld);
   for (int64_t p0 = 0; p0 < h.p; p0 += np)
@@ -71,19 +73,21 @@ void contract_in_tiles(
       const S* src = h.data + p0 * h.sp + q0 * h.sq;
       Left<T> a;
       if (merged) {
-        a = left<S, T>(src, h.sq, h.sc, ps * qs, h.c, packed);
+        a = left_operand<S, T>(src, h.sq, h.sc, ps * qs, h.c, packed);
       } else {
         for (int64_t p = 0; p < ps; ++p)
-          copy_rows<S, T>(src + p * h.sp, h.sq, h.sc, qs, h.c, packed.part(p * qs * ld, qs * ld), ld);
+          copy_rows<S, T>(src + p * h.sp, h.sq, h.sc, qs, h.c, packed.subspan(p * qs * ld, qs * ld), ld);
         a = {packed.at(0, ps * qs * ld), ld};
       }
       for (int64_t k = 0; k < group.blocks; ++k) {
         float* const t = tile.at(0, ps * qs * LANES);
         gemm(
-            ps * qs, group.width(k), depth, a.data, a.ld, u_c.at(k * depth * LANES, depth * LANES), LANES, t, LANES,
+            ps * qs, group.lanes_in(k), depth, a.data, a.ld, u_c.at(k * depth * LANES, depth * LANES), LANES, t, LANES,
             false);
-        float *const to_p = lanes_of(out_p, k * h.p + p0, ps), *const to_q = lanes_of(out_q, k * h.q + q0, qs);
-        const float *const by_p = lanes_of(u_p, k * h.p + p0, ps), *const by_q = lanes_of(u_q, k * h.q + q0, qs);
+        float* const to_p = feature_lanes(out_p, k * h.p + p0, ps);
+        float* const to_q = feature_lanes(out_q, k * h.q + q0, qs);
+        const float* const by_p = feature_lanes(u_p, k * h.p + p0, ps);
+        const float* const by_q = feature_lanes(u_q, k * h.q + q0, qs);
         if (to_p && to_q) reduce<true, true>(t, ps, qs, by_p, by_q, to_p, to_q);
         else if (to_p) reduce<true, false>(t, ps, qs, by_p, by_q, to_p, to_q);
         else reduce<false, true>(t, ps, qs, by_p, by_q, to_p, to_q);
@@ -91,42 +95,41 @@ void contract_in_tiles(
     }
 }
 
-// t[p,q] = Σ_c H[p,q,c] u_c[c], a piece at a time, reduced at once:
-//   out_p[p] += Σ_q t[p,q] u_q[q]   and   out_q[q] += Σ_p t[p,q] u_p[p],   as far as they are asked for (not null).
-// u_c is a right operand in T.
+// out_p[p] += Σ_q t[p,q] u_q[q] and out_q[q] += Σ_p t[p,q] u_p[p], where t[p,q] = Σ_c H[p,q,c] u_c[c]. Either sum may
+// be null. u_c is a right operand of T.
 template <class S, class T>
 void contract(
-    const Head<S>& h, const Group& group, Block<const T> u_c, Block<const float> u_p, Block<const float> u_q,
-    Block<float> out_p, Block<float> out_q) {
+    const Head<S>& h, const Group& group, Span<const T> u_c, Span<const float> u_p, Span<const float> u_q,
+    Span<float> out_p, Span<float> out_q) {
   if constexpr (std::is_same_v<T, float>) contract_in_registers(h, group, u_c, u_p, u_q, out_p, out_q);
   else contract_in_tiles(h, group, u_c, u_p, u_q, out_p, out_q);
 }
 
-// out[m] += Σ_k M[m,k] u[k], for what all instances share; u is a right operand in T.
+// out[m] += Σ_k M[m,k] u[k], for a matrix M that all instances share; u is a right operand of T.
 template <class S, class T>
 void multiply(
-    const S* m, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, const Group& group, Block<const T> u,
-    Block<float> out) {
+    const S* m, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, const Group& group, Span<const T> u,
+    Span<float> out) {
   const int64_t depth = round_k<T>(k);
-  const Scratch<T> packed(readable<S, T>(k_stride, k) ? 0 : std::min(rows, TILE_ROWS) * packed_ld(k));
+  const Scratch<T> packed(readable_in_place<S, T>(k_stride, k) ? 0 : std::min(rows, TILE_ROWS) * packed_ld(k));
   for (int64_t r = 0; r < rows; r += TILE_ROWS) {
     const int64_t count = std::min(TILE_ROWS, rows - r);
-    const auto a = left<S, T>(m + r * row_stride, row_stride, k_stride, count, k, packed);
+    const auto a = left_operand<S, T>(m + r * row_stride, row_stride, k_stride, count, k, packed);
     for (int64_t b = 0; b < group.blocks; ++b)
       gemm(
-          count, group.width(b), depth, a.data, a.ld, u.at(b * depth * LANES, depth * LANES), LANES,
+          count, group.lanes_in(b), depth, a.data, a.ld, u.at(b * depth * LANES, depth * LANES), LANES,
           out.at((b * rows + r) * LANES, count * LANES), LANES, true);
   }
 }
 
-// out[p] += Σ_{q,c} H[p,q,c] (u_q[q] u_c[c]), the outer product built a piece at a time.
+// out[p] += Σ_{q,c} H[p,q,c] (u_q[q] u_c[c]). It computes a tile of the outer product u_q ⊗ u_c at a time.
 template <class S, class T>
-void fold(const Head<S>& h, const Group& group, Block<const float> u_q, Block<const float> u_c, Block<float> out) {
+void fold(const Head<S>& h, const Group& group, Span<const float> u_q, Span<const float> u_c, Span<float> out) {
   const bool merged = h.sq == h.c * h.sc;
-  const int64_t most = fitting(FOLD_DEPTH, h.p);
+  const int64_t most = packed_count(FOLD_DEPTH, h.p);
   const int64_t nc = std::min(h.c, most), nq = nc < h.c ? 1 : std::max<int64_t>(1, most / h.c);
   const int64_t depth = round_k<T>(nq * nc), ld = packed_ld(nq * nc);
-  const bool direct = readable<S, T>(h.sc, h.c) && (merged || nq == 1);
+  const bool direct = readable_in_place<S, T>(h.sc, h.c) && (merged || nq == 1);
   const Scratch<float> products(depth * LANES);
   const Scratch<T> operand(std::is_same_v<T, float> ? 0 : depth * LANES), packed(direct ? 0 : h.p * ld);
   for (int64_t q0 = 0; q0 < h.q; q0 += nq)
@@ -135,7 +138,7 @@ void fold(const Head<S>& h, const Group& group, Block<const float> u_q, Block<co
       const S* src = h.data + q0 * h.sq + c0 * h.sc;
       Left<T> a;
       if (direct || merged) {
-        a = left<S, T>(src, h.sp, h.sc, h.p, ks, packed);
+        a = left_operand<S, T>(src, h.sp, h.sc, h.p, ks, packed);
       } else {
         T* const to = packed.at(0, h.p * ld);
         for (int64_t q = 0; q < qs; ++q) pack(src + q * h.sq, h.sp, h.sc, to + q * cs, ld, h.p, cs);
@@ -151,8 +154,8 @@ void fold(const Head<S>& h, const Group& group, Block<const float> u_q, Block<co
           for (int64_t c = 0; c < cs; ++c, z += LANES, f += LANES)
             for (int64_t l = 0; l < LANES; l += WIDTH) store(f + l, load<Vec>(x + l) * load<Vec>(z + l));
         }
-        const T* b = right(first, operand, ks, LANES);
-        gemm(h.p, group.width(k), ks, a.data, a.ld, b, LANES, out.at(k * h.p * LANES, h.p * LANES), LANES, true);
+        const T* b = right_operand(first, operand, ks, LANES);
+        gemm(h.p, group.lanes_in(k), ks, a.data, a.ld, b, LANES, out.at(k * h.p * LANES, h.p * LANES), LANES, true);
       }
     }
 }

@@ -1,4 +1,4 @@
-// What a call is given, and how its axes are divided.
+// The arguments of a call, as views, and the division of its axes into tasks.
 #pragma once
 
 #include "operands.h"
@@ -7,13 +7,14 @@ namespace fasthyper {
 
 enum class Schedule { fold, generate, project };
 
+// A matrix with arbitrary strides.
 template <class S>
 struct Matrix {
   const S* data = nullptr;
   int64_t s0 = 0, s1 = 0;
 };
 
-// What a call is given; null where it is not needed.
+// Sizes and operands of a call. An operand that the call does not need is null.
 template <class S>
 struct Factors {
   int64_t B, N, R, I, O;
@@ -22,7 +23,7 @@ struct Factors {
   int64_t so, si, sr;
   Matrix<S> bias, base;  // (O, R), (O, I)
 
-  // Not a whole number: it may pass 2⁶³.
+  // A double, because the product may exceed 2⁶³.
   double multiplications() const { return double(B) * double(N) * double(R) * double(I) * double(O); }
 
   Head<S> oir() const { return {h, O, I, R, so, si, sr}; }
@@ -31,19 +32,19 @@ struct Factors {
   Head<S> roi() const { return {h, R, O, I, sr, so, si}; }
 };
 
-// A whole number of tasks, slices or threads that so much work is worth.
-inline int64_t many(double worth) { return int64_t(std::min(worth, 1e9)); }
+// A ratio of work as a number of tasks, slices or threads.
+inline int64_t to_count(double ratio) { return int64_t(std::min(ratio, 1e9)); }
 
-// A range of an axis of H.
+// A range of indices of an axis.
 struct Range {
   int64_t begin, end;
   int64_t size() const { return end - begin; }
 };
 
-inline Range share(int64_t size, int64_t part, int64_t parts) {
-  return {size * part / parts, size * (part + 1) / parts};
-}
+// Range k of `count` even ranges of an axis.
+inline Range share(int64_t size, int64_t k, int64_t count) { return {size * k / count, size * (k + 1) / count}; }
 
+// H restricted to a range of p.
 template <class S>
 Head<S> cut_p(Head<S> h, Range r) {
   h.data += r.begin * h.sp;
@@ -51,6 +52,7 @@ Head<S> cut_p(Head<S> h, Range r) {
   return h;
 }
 
+// H restricted to a range of q.
 template <class S>
 Head<S> cut_q(Head<S> h, Range r) {
   h.data += r.begin * h.sq;
@@ -58,9 +60,9 @@ Head<S> cut_q(Head<S> h, Range r) {
   return h;
 }
 
-// Tasks a thread must take at least.
+// The least number of tasks for one thread.
 inline int64_t tasks_per_thread(int64_t tasks, double multiplications) {
-  return ceil_div(tasks, std::clamp<int64_t>(many(multiplications / WORTH), 1, tasks));
+  return ceil_div(tasks, std::clamp<int64_t>(to_count(multiplications / THREAD_WORK), 1, tasks));
 }
 
 }  // namespace fasthyper

@@ -1,10 +1,9 @@
-// The matrix product of the micro-kernel library, and what it wants of its operands.
+// The matrix product of oneDNN's just-in-time kernels, behind at::native::cpublas::brgemm:
 //
 //   C[m,n] (+)= Σ_k A[m,k] B[k,n]      A, C row-major; accumulated in float32
 //
-// oneDNN's just-in-time kernels behind at::native::cpublas::brgemm. They run near the machine's peak where B is
-// narrow and contiguous, whatever the stride of A: so H, which is large, is read where it lies as A, and what is
-// built on the fly is B.
+// It runs near the machine's peak if B is narrow and contiguous, whatever the row stride of A. So H, which is large, is
+// the left operand A and is read in place; the right operand B is built on the fly.
 #pragma once
 
 #include <ATen/Context.h>
@@ -15,8 +14,8 @@
 
 namespace fasthyper {
 
-// One product of the library's, or in a build for tests its definition: sanitizers see every access of that, it serves
-// 16-bit operands on any processor, and vectors of any width.
+// One product of oneDNN. A build for tests has plain loops instead: sanitizers see their every access, and they
+// multiply 16-bit operands on any processor.
 template <class T>
 inline void product(
     int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc,
@@ -25,7 +24,7 @@ inline void product(
   constexpr int64_t step = K_STEP<T>;
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < n; ++j) {
-      float sum = 0.f;  // what is there is added at the end, as the library does
+      float sum = 0.f;  // C is added at the end, as oneDNN does
       for (int64_t l = 0; l < k; ++l)
         sum += float(a[i * lda + l]) * float(b[l / step * step * ldb + j * step + l % step]);
       c[i * ldc + j] = add ? c[i * ldc + j] + sum : sum;
@@ -35,14 +34,14 @@ inline void product(
 #endif
 }
 
-// Rows of numbers of T this far apart that one product reaches: at least one, of which the distance is nothing.
+// Rows of T at this distance that one product can address; at least one, whose distance does not matter.
 template <class T>
-inline int64_t reached(int64_t ld) {
+inline int64_t rows_in_reach(int64_t ld) {
   return std::max<int64_t>(1, (REACH - 1) / int64_t(sizeof(T)) / std::max<int64_t>(1, ld));
 }
 
-// C (+)= A B. A product that reaches too far is cut: rows of A and C, or those of B, a piece at a time. A single row
-// has no next one, however far that would be.
+// C (+)= A B. A product whose operands span too many bytes is split into groups of rows of A and C, and of rows of B.
+// The row stride of an operand with one row does not matter.
 template <class T>
 inline void gemm(
     int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc,
@@ -51,7 +50,7 @@ inline void gemm(
   k = round_k<T>(k);
   if (m == 1) lda = k, ldc = n;
   if (k == step) ldb = n;
-  const int64_t ms = std::min(reached<T>(lda), reached<float>(ldc)), ks = step * reached<float>(ldb);
+  const int64_t ms = std::min(rows_in_reach<T>(lda), rows_in_reach<float>(ldc)), ks = step * rows_in_reach<float>(ldb);
   if (m <= ms && k <= ks) return product(m, n, k, a, lda, b, ldb, c, ldc, add);
   for (int64_t l = 0; l < k; l += ks)
     for (int64_t i = 0; i < m; i += ms)
@@ -60,15 +59,15 @@ inline void gemm(
           add || l > 0);
 }
 
-// Gives a thread's matrix unit back, where 16-bit products took it.
+// Releases the thread's matrix unit (AMX tiles), which 16-bit products occupy.
 template <class T>
-inline void release() {
+inline void release_matrix_unit() {
 #if !defined(FASTHYPER_PLAIN_PRODUCTS)
   if constexpr (!std::is_same_v<T, float>) at::native::cpublas::brgemm_release();
 #endif
 }
 
-// Whether products of bfloat16 run here: not without AVX-512, nor where oneDNN is held back.
+// Whether oneDNN multiplies bfloat16 here: it needs AVX-512, and an environment variable may limit it.
 inline bool try_bfloat16() {
   alignas(64) BFloat16 a[2 * LINE] = {}, b[2 * LINE] = {};
   float c[LINE];
@@ -77,7 +76,7 @@ inline bool try_bfloat16() {
   } catch (const std::exception&) {
     return false;
   }
-  release<BFloat16>();
+  release_matrix_unit<BFloat16>();
   return true;
 }
 

@@ -1,32 +1,33 @@
-// Gradients where an instance has many points, from dW, as much of it at a time as stays in cache.
+// Gradients where an instance has many points. dx is `apply` with the roles of o and i swapped; the others come from
+// the gradient of W, which is written to memory in chunks that stay in cache.
 //
 //   dW[b] = g[b]ᵀ x[b]       dz[b,r] = Σ_{o,i} dW[b,o,i] H[o,i,r]       dH[o,i,r] = Σ_b dW[b,o,i] z[b,r]
 //   dbase = Σ_b dW[b]        dbias[o,r] = Σ_b (Σ_n g[b,n,o]) z[b,r]     dbase_bias = Σ_b Σ_n g[b,n]
 //
-// dW is float32, and becomes an operand of T where it meets H and z.
+// dW is float32; it is converted to T for the products with H and z.
 #pragma once
 
 #include "many_points.h"
 
 namespace fasthyper {
 
-constexpr int64_t POINTS = tile_of(256, LANES);  // that one product contracts
+constexpr int64_t PRODUCT_POINTS = tile_size(256, LANES);  // most points of one product
 
-// A piece of dW: instances from b0 on, rows o from o0 on, columns i from i0 on. An instance's part of it is `pitch`
-// numbers, os × is of dW and, where they are `summed`, os of Σ_n g, which dz wants where it is `biased`.
-struct PieceOfdW {
+// A chunk of dW: instances from b0 on, rows o from o0 on, columns i from i0 on. Each instance has `pitch` numbers: os ×
+// is of dW, then, if `summed`, os of Σ_n g, which dz needs if `biased`.
+struct GradChunk {
   int64_t b0, instances, o0, os, i0, is, pitch;
   bool summed, biased;
-  Block<float> data;
+  Span<float> data;
 
   int64_t numbers() const { return os * is; }
   int64_t rows() const { return numbers() + (biased ? os : 0); }
   float* at(int64_t b, int64_t first, int64_t count) const { return data.at(b * pitch + first, count); }
 };
 
-// Two rows of n numbers of S, or one, as a row of pairs; `two_rows` holds 2·PANEL floats.
+// Writes two rows of n numbers as one row of pairs; the second row may be null. `two_rows` has 2 · PANEL floats.
 template <class S>
-void pair(const S* a, int64_t stride_a, const S* b, int64_t stride_b, int64_t n, BFloat16* to, Block<float> two_rows) {
+void pair(const S* a, int64_t stride_a, const S* b, int64_t stride_b, int64_t n, BFloat16* to, Span<float> two_rows) {
   if constexpr (std::is_same_v<S, BFloat16>)
     if (stride_a == 1 && (stride_b == 1 || !b)) return interleave(a, b, to, n);
   float *const first = two_rows.at(0, 2 * PANEL), *const second = first + PANEL;
@@ -35,9 +36,9 @@ void pair(const S* a, int64_t stride_a, const S* b, int64_t stride_b, int64_t n,
   interleave(first, b ? second : nullptr, to, n);
 }
 
-// Rows (k, n) of S as a right operand of T, PANEL columns at most; `two_rows` as for `pair`.
+// Loads rows (k, n) of S as a right operand of T with at most PANEL columns; `two_rows` as for `pair`.
 template <class S, class T>
-void load_panel(const S* src, int64_t s_k, int64_t s_n, int64_t k, int64_t n, Block<T> to, Block<float> two_rows) {
+void load_panel(const S* src, int64_t s_k, int64_t s_n, int64_t k, int64_t n, Span<T> to, Span<float> two_rows) {
   T* const out = to.at(0, round_k<T>(k) * PANEL);
   if constexpr (std::is_same_v<T, float>) {
     pack(src, s_k, s_n, out, PANEL, k, n, PANEL);
@@ -49,7 +50,7 @@ void load_panel(const S* src, int64_t s_k, int64_t s_n, int64_t k, int64_t n, Bl
 
 // dW[b,o,i] = Σ_n g[b,n,o] x[b,n,i], and after it Σ_n g[b,n,o].
 template <class S, class T>
-void make_dW(const Factors<S>& f, const PieceOfdW& dw, int64_t workspace) {
+void compute_dW(const Factors<S>& f, const GradChunk& dw, int64_t workspace) {
   constexpr bool floats = std::is_same_v<S, float> && std::is_same_v<T, float>;
   const int64_t threads = at::get_num_threads(), os = dw.os, is = dw.is;
   int64_t ow = std::min<int64_t>(os, 256), iw = is;
@@ -58,15 +59,15 @@ void make_dW(const Factors<S>& f, const PieceOfdW& dw, int64_t workspace) {
     else iw = round_up(ceil_div(iw, 2), PANEL);
   }
   const int64_t o_units = ceil_div(os, ow), i_units = ceil_div(is, iw);
-  const int64_t ns = std::min(f.N, POINTS), ld = packed_ld(ns);
-  const bool narrow = floats && f.x.feature == 1 && f.x.point <= 2 * PANEL;  // x is a good right operand as it lies
+  const int64_t ns = std::min(f.N, PRODUCT_POINTS), ld = packed_ld(ns);
+  const bool narrow = floats && f.x.feature == 1 && f.x.point <= 2 * PANEL;  // x is a right operand without packing
   const double flops = 2. * dw.instances * dw.numbers() * f.N;
   const int64_t of_g = floats_for<T>(ow * ld), of_x = floats_for<T>(round_k<T>(ns) * PANEL);
   for_units<T>(
       dw.instances * o_units * i_units, flops, of_g + of_x + 2 * PANEL, workspace, [&](int64_t unit, auto own) {
         const int64_t b = unit / (o_units * i_units), o = unit / i_units % o_units * ow, M = std::min(ow, os - o);
         const int64_t i = unit % i_units * iw, end = std::min(is, i + iw);
-        const Block<T> gt = as<T>(own.part(0, of_g)), packed = as<T>(own.part(of_g, of_x));
+        const Span<T> gt = view_as<T>(own.subspan(0, of_g)), packed = view_as<T>(own.subspan(of_g, of_x));
         for (int64_t n = 0; n < f.N; n += ns) {
           const int64_t K = std::min(ns, f.N - n), q = (dw.b0 + b) * f.N + n;
           const S* const g = f.g.row(q) + (dw.o0 + o) * f.g.feature;
@@ -79,7 +80,7 @@ void make_dW(const Factors<S>& f, const PieceOfdW& dw, int64_t workspace) {
             if constexpr (floats)
               if (narrow) right = x, ld_right = f.x.point;
             if (!right) {
-              load_panel<S, T>(x, f.x.point, f.x.feature, K, width, packed, own.from(of_g + of_x));
+              load_panel<S, T>(x, f.x.point, f.x.feature, K, width, packed, own.subspan(of_g + of_x));
               right = packed.at(0, round_k<T>(K) * PANEL);
             }
             float* const to = dw.at(b, o * is + c, extent(M, is, width));
@@ -87,7 +88,7 @@ void make_dW(const Factors<S>& f, const PieceOfdW& dw, int64_t workspace) {
           }
           if (dw.summed && i == 0) {
             float* const sums = dw.at(b, dw.numbers() + o, M);
-            float row[POINTS];
+            float row[PRODUCT_POINTS];
             for (int64_t k = 0; k < M; ++k) {
               convert(gt.at(k * ld, K), row, K);
               sums[k] = (n > 0 ? sums[k] : 0.f) + sum(row, K);
@@ -97,20 +98,21 @@ void make_dW(const Factors<S>& f, const PieceOfdW& dw, int64_t workspace) {
       });
 }
 
-// dz[b,r] += Σ_j dW[b,j] H[j,r] for M instances from b on, and j = (o, i) in blocks of `depth`; sums are (b, R). `own`
-// holds a block of H in panels, two rows of it, and M rows of dW. The rows after dW meet the generated bias.
+// dz[b,r] += Σ_j dW[b,j] H[j,r] for M instances from b on and a range of slices of j = (o, i), each `depth` long. The j
+// after those of dW are Σ_n g, and their rows of H are those of bias. `sums` is (B, R). `own` holds a slice of H in
+// panels, two rows of it, and M rows of dW.
 template <class S, class T>
 void add_to_dz(
-    const Factors<S>& f, const PieceOfdW& dw, int64_t b, int64_t M, Range blocks, int64_t depth, bool add,
-    Block<float> sums, Block<float> own) {
+    const Factors<S>& f, const GradChunk& dw, int64_t b, int64_t M, Range slices, int64_t depth, bool add,
+    Span<float> sums, Span<float> own) {
   const int64_t panels = ceil_div(f.R, PANEL), of_h = panels * floats_for<T>(round_k<T>(depth) * PANEL);
-  const Block<T> h = as<T>(own.part(0, of_h)), rows = as<T>(own.from(of_h + 2 * PANEL));
+  const Span<T> h = view_as<T>(own.subspan(0, of_h)), rows = view_as<T>(own.subspan(of_h + 2 * PANEL));
   const auto row_of = [&](int64_t j) {
     return j < dw.numbers() ? f.h + (dw.o0 + j / dw.is) * f.so + (dw.i0 + j % dw.is) * f.si
                             : f.bias.data + (dw.o0 + j - dw.numbers()) * f.bias.s0;
   };
   const auto stride_of = [&](int64_t j) { return j < dw.numbers() ? f.sr : f.bias.s1; };
-  for (int64_t k = blocks.begin; k < blocks.end; ++k) {
+  for (int64_t k = slices.begin; k < slices.end; ++k) {
     const int64_t j0 = k * depth, K = std::min(depth, dw.rows() - j0), each = round_k<T>(K) * PANEL;
     for (int64_t j = j0; j < j0 + K; j += K_STEP<T>) {
       const S* const row = row_of(j);
@@ -125,43 +127,44 @@ void add_to_dz(
           const int64_t s_next = next ? stride_of(j + 1) : 0;
           pair(
               row + r * stride, stride, next ? next + r * s_next : nullptr, s_next, width, to,
-              own.part(of_h, 2 * PANEL));
+              own.subspan(of_h, 2 * PANEL));
         }
       }
     }
-    const auto a = left<float, T>(dw.at(b, j0, extent(M, dw.pitch, K)), dw.pitch, 1, M, K, rows);
+    const auto a = left_operand<float, T>(dw.at(b, j0, extent(M, dw.pitch, K)), dw.pitch, 1, M, K, rows);
     for (int64_t r = 0; r < f.R; r += PANEL) {
       const int64_t width = std::min(PANEL, f.R - r);
       gemm(
           M, width, K, a.data, a.ld, (const T*)h.at(r / PANEL * each, each), PANEL,
-          sums.at(b * f.R + r, extent(M, f.R, width)), f.R, add || k > blocks.begin);
+          sums.at(b * f.R + r, extent(M, f.R, width)), f.R, add || k > slices.begin);
     }
   }
 }
 
-// out[o,i,r] += Σ_b dW[b,o,i] z[b,r] for `count` rows from o on, `next` numbers apart; z is a right operand in panels.
-// `t` holds dW with its instances side by side.
+// out[o,i,r] += Σ_b dW[b,o,i] z[b,r] for `count` rows o from o on, `next` numbers apart. z is a right operand in
+// panels. `t` has room for the transpose of these rows of dW.
 template <class T>
 void add_to_dH(
-    const PieceOfdW& dw, int64_t o, int64_t count, Block<const T> z, int64_t R, bool add, float* out, int64_t next,
-    Block<T> t) {
-  const int64_t is = dw.is, ld = packed_ld(std::min(dw.instances, GROUP)), panel = round_k<T>(dw.instances) * PANEL;
-  const bool whole = next == is * R;  // all these rows lie one after another
-  for (int64_t b = 0; b < dw.instances; b += GROUP) {
-    const int64_t K = std::min(GROUP, dw.instances - b);
+    const GradChunk& dw, int64_t o, int64_t count, Span<const T> z, int64_t R, bool add, float* out, int64_t next,
+    Span<T> t) {
+  const int64_t is = dw.is, ld = packed_ld(std::min(dw.instances, GROUP_INSTANCES)),
+                panel = round_k<T>(dw.instances) * PANEL;
+  const bool contiguous = next == is * R;  // the rows are contiguous
+  for (int64_t b = 0; b < dw.instances; b += GROUP_INSTANCES) {
+    const int64_t K = std::min(GROUP_INSTANCES, dw.instances - b);
     for (int64_t k = 0; k < count; ++k) {
       const int64_t first = (o + k) * is;
-      if constexpr (std::is_same_v<T, float>) {  // what is read and written beyond i, the next row overwrites
+      if constexpr (std::is_same_v<T, float>) {  // in contiguous squares: the next row overwrites the excess
         const int64_t read = whole_squares(is);
         transpose(dw.at(b, first, extent(K, dw.pitch, read)), dw.pitch, t.at(k * is * ld, read * ld), ld, K, read, ld);
       } else {
         copy_rows<float, T>(
-            dw.at(b, first, extent(K, dw.pitch, is)), 1, dw.pitch, is, K, t.part(k * is * ld, is * ld), ld);
+            dw.at(b, first, extent(K, dw.pitch, is)), 1, dw.pitch, is, K, t.subspan(k * is * ld, is * ld), ld);
       }
     }
     for (int64_t r = 0; r < R; r += PANEL)
-      for (int64_t k = 0; k < (whole ? 1 : count); ++k) {
-        const int64_t rows = whole ? count * is : is;
+      for (int64_t k = 0; k < (contiguous ? 1 : count); ++k) {
+        const int64_t rows = contiguous ? count * is : is;
         gemm(
             rows, std::min(PANEL, R - r), K, (const T*)t.at(k * is * ld, rows * ld), ld,
             z.at(r / PANEL * panel + b * PANEL, round_k<T>(K) * PANEL), PANEL, out + k * next + r, R, add || b > 0);
@@ -169,59 +172,59 @@ void add_to_dH(
   }
 }
 
-// Gradients of what is not generated from H, float32's alone: (O, R), (O, I), (O,). Any may be without data.
-struct OfBases {
+// Gradients of bias (O, R), base weight (O, I) and base bias (O), in float32. Any may be null.
+struct BaseGrads {
   float *bias = nullptr, *base = nullptr, *base_bias = nullptr;
 
   bool any() const { return bias || base || base_bias; }
 };
 
-// out[j] += Σ_b numbers[b,j] for `count` numbers of each instance, from `from` on; some instances at a time, or the sum
-// would lose digits.
-inline void add_instances(const PieceOfdW& dw, int64_t from, int64_t count, bool add, float* out) {
-  float some[PANEL];
+// out[j] += Σ_b dW[b,j] for `count` numbers of each instance, from `from` on. It adds partial sums of LANES instances,
+// which rounds less than one long sum.
+inline void sum_over_instances(const GradChunk& dw, int64_t from, int64_t count, bool add, float* out) {
+  float partial[PANEL];
   for (int64_t j0 = 0; j0 < count; j0 += PANEL) {
     const int64_t width = std::min(PANEL, count - j0);
     if (!add) std::fill_n(out + j0, width, 0.f);
     for (int64_t b0 = 0; b0 < dw.instances; b0 += LANES) {
-      std::fill_n(some, PANEL, 0.f);
+      std::fill_n(partial, PANEL, 0.f);
       for (int64_t b = b0; b < std::min(dw.instances, b0 + LANES); ++b) {
         const float* const numbers = dw.at(b, from + j0, width);
-        for (int64_t j = 0; j < width; ++j) some[j] += numbers[j];
+        for (int64_t j = 0; j < width; ++j) partial[j] += numbers[j];
       }
-      for (int64_t j = 0; j < width; ++j) out[j0 + j] += some[j];
+      for (int64_t j = 0; j < width; ++j) out[j0 + j] += partial[j];
     }
   }
 }
 
-// What `count` rows from o on of a piece add to the gradients of the bases; z is in panels, `t` holds count × GROUP.
-inline void add_to_bases(
-    const PieceOfdW& dw, int64_t o, int64_t count, Block<const float> z, int64_t R, int64_t I, bool add,
-    const OfBases& to, Block<float> t) {
+// Adds `count` rows o from o on of a chunk to the base gradients. z is in panels; `t` has count · packed_ld floats.
+inline void add_to_base_grads(
+    const GradChunk& dw, int64_t o, int64_t count, Span<const float> z, int64_t R, int64_t I, bool add,
+    const BaseGrads& to, Span<float> t) {
   for (int64_t k = o; to.base && k < o + count; ++k)
-    add_instances(dw, k * dw.is, dw.is, add, to.base + (dw.o0 + k) * I + dw.i0);
+    sum_over_instances(dw, k * dw.is, dw.is, add, to.base + (dw.o0 + k) * I + dw.i0);
   if (!dw.summed) return;
-  const int64_t sums = dw.numbers() + o, ld = packed_ld(std::min(dw.instances, GROUP));
-  if (to.base_bias) add_instances(dw, sums, count, add, to.base_bias + dw.o0 + o);
-  for (int64_t b = 0; to.bias && b < dw.instances; b += GROUP) {
-    const int64_t K = std::min(GROUP, dw.instances - b);
-    float* const turned = t.at(0, count * ld);
+  const int64_t sums = dw.numbers() + o, ld = packed_ld(std::min(dw.instances, GROUP_INSTANCES));
+  if (to.base_bias) sum_over_instances(dw, sums, count, add, to.base_bias + dw.o0 + o);
+  for (int64_t b = 0; to.bias && b < dw.instances; b += GROUP_INSTANCES) {
+    const int64_t K = std::min(GROUP_INSTANCES, dw.instances - b);
+    float* const transposed = t.at(0, count * ld);
     for (int64_t k = 0; k < count; ++k)
-      for (int64_t l = 0; l < K; ++l) turned[k * ld + l] = *dw.at(b + l, sums + k, 1);
+      for (int64_t l = 0; l < K; ++l) transposed[k * ld + l] = *dw.at(b + l, sums + k, 1);
     for (int64_t r = 0; r < R; r += PANEL)
       gemm(
-          count, std::min(PANEL, R - r), K, (const float*)turned, ld, z.at(r * dw.instances + b * PANEL, K * PANEL),
+          count, std::min(PANEL, R - r), K, (const float*)transposed, ld, z.at(r * dw.instances + b * PANEL, K * PANEL),
           PANEL, to.bias + (dw.o0 + o) * R + r, R, add || b > 0);
   }
 }
 
-// dz, dH and the gradients of the bases; any may be without data.
+// dz, dH and the base gradients; any may be null.
 template <class S, class T>
-void weight_points(const Factors<S>& f, Rows<S> dz, S* dh, const OfBases& bases, int64_t workspace) {
+void grads_from_dW(const Factors<S>& f, Rows<S> dz, S* dh, const BaseGrads& bases, int64_t workspace) {
   constexpr bool direct = std::is_same_v<S, float>;
-  const int64_t room = piece(workspace), R = f.R, panels = ceil_div(R, PANEL);
+  const int64_t room = chunk_floats(workspace), R = f.R, panels = ceil_div(R, PANEL);
   const bool biased = dz.data && f.bias.data, summed = biased || bases.bias || bases.base_bias, sliced = dh && !direct;
-  int64_t o_size = f.O, i_size = std::min(f.I, tile_of(512)), G = std::min(f.B, GROUP);
+  int64_t o_size = f.O, i_size = std::min(f.I, tile_size(512)), G = std::min(f.B, GROUP_INSTANCES);
   const auto halve = [&](int64_t most, int64_t least_o, int64_t least_i) {
     while (o_size * i_size > most && (o_size > least_o || i_size > least_i)) {
       if (o_size > least_o && (o_size >= i_size || i_size <= least_i)) o_size = ceil_div(o_size, 2);
@@ -229,17 +232,17 @@ void weight_points(const Factors<S>& f, Rows<S> dz, S* dh, const OfBases& bases,
     }
   };
   halve(room / G, LANES, PANEL);
-  if (sliced) halve(room / 2 / R, 1, SQUARE);                            // dH is added up in floats beside it
-  const int64_t pitch = packed_ld(o_size * (i_size + summed) + SQUARE);  // a transposition reads beyond
+  if (sliced) halve(room / 2 / R, 1, SQUARE);                            // dH is summed in float32 in memory of its own
+  const int64_t pitch = packed_ld(o_size * (i_size + summed) + SQUARE);  // `transpose` reads whole squares
   const bool one_chunk = o_size == f.O && i_size == f.I;
   G = std::clamp<int64_t>(std::min(room / pitch, room / 4 / R), 1, one_chunk ? f.B : G);
   const int64_t groups = ceil_div(f.B, G), i_parts = ceil_div(f.I, i_size), chunks = ceil_div(f.O, o_size) * i_parts;
-  if (sliced && dz.data && groups > 1 && chunks > 1) {  // either sum would wait for the other
-    weight_points<S, T>(f, dz, (S*)nullptr, {}, workspace);
-    return weight_points<S, T>(f, {}, dh, {}, workspace);
+  if (sliced && dz.data && groups > 1 && chunks > 1) {  // dz is summed over chunks and dH over groups: one at a time
+    grads_from_dW<S, T>(f, dz, (S*)nullptr, {}, workspace);
+    return grads_from_dW<S, T>(f, {}, dh, {}, workspace);
   }
   const int64_t threads = at::get_num_threads();
-  const int64_t depth = round_up(std::clamp<int64_t>((1 << 16) / R, 16, 256), 2);  // of H in one product
+  const int64_t depth = round_up(std::clamp<int64_t>((1 << 16) / R, 16, 256), 2);  // of one product with H
   const int64_t slots = std::clamp<int64_t>(std::min(o_size * i_size / 256, room / 2 / (G * R)), 1, 16);
   const int64_t M = round_up(ceil_div(G, std::clamp<int64_t>(threads / slots, 1, ceil_div(G, 16))), 2);
   const int64_t m_units = ceil_div(G, M);
@@ -249,7 +252,7 @@ void weight_points(const Factors<S>& f, Rows<S> dz, S* dh, const OfBases& bases,
   for (int64_t step = 0; step < groups * chunks; ++step) {
     const int64_t group = dz.data ? step / chunks : step % groups, chunk = dz.data ? step % chunks : step / groups;
     const int64_t b0 = group * G, o0 = chunk / i_parts * o_size, i0 = chunk % i_parts * i_size;
-    const PieceOfdW dw{
+    const GradChunk dw{
         b0,
         std::min(G, f.B - b0),
         o0,
@@ -260,16 +263,16 @@ void weight_points(const Factors<S>& f, Rows<S> dz, S* dh, const OfBases& bases,
         summed && i0 == 0,
         biased && i0 == 0,
         numbers};
-    make_dW<S, T>(f, dw, workspace);
+    compute_dW<S, T>(f, dw, workspace);
 
     const int64_t Gs = dw.instances;
     for (int64_t r = 0; z && r < R; r += PANEL)
       load_panel<S, T>(
           f.z.data + b0 * f.z.instance + r * f.z.feature, f.z.instance, f.z.feature, Gs, std::min(PANEL, R - r),
-          z.part(r * round_k<T>(Gs), round_k<T>(Gs) * PANEL), two_rows);
+          z.subspan(r * round_k<T>(Gs), round_k<T>(Gs) * PANEL), two_rows);
     const int64_t blocks = ceil_div(dw.rows(), depth), z_units = dz.data ? slots * m_units : 0;
     const int64_t oh = std::max<int64_t>(1, 128 / dw.is), h_units = dh || bases.any() ? ceil_div(dw.os, oh) : 0;
-    const int64_t ld = packed_ld(std::min(Gs, GROUP));
+    const int64_t ld = packed_ld(std::min(Gs, GROUP_INSTANCES));
     const int64_t for_z = panels * floats_for<T>(depth * PANEL) + 2 * PANEL +
                           (std::is_same_v<T, float> ? 0 : floats_for<T>(M * packed_ld(depth)));
     const int64_t for_h = std::max(floats_for<T>((oh * dw.is + SQUARE) * ld), bases.bias ? oh * ld : 0);
@@ -280,19 +283,19 @@ void weight_points(const Factors<S>& f, Rows<S> dz, S* dh, const OfBases& bases,
         if (b < Gs)
           add_to_dz<S, T>(
               f, dw, b, std::min(M, Gs - b), share(blocks, slot, slots), depth, chunk > 0,
-              sums.part(slot * G * R, G * R), own);
+              sums.subspan(slot * G * R, G * R), own);
         return;
       }
       const int64_t o = (unit - z_units) * oh, count = std::min(oh, dw.os - o);
-      if constexpr (direct) add_to_bases(dw, o, count, z.block(), R, f.I, group > 0, bases, own);
+      if constexpr (direct) add_to_base_grads(dw, o, count, z.span(), R, f.I, group > 0, bases, own);
       if (!dh) return;
       S* const to = dh + ((o0 + o) * f.I + i0) * R;
       if constexpr (direct) {
-        add_to_dH<T>(dw, o, count, z.block(), R, group > 0, to, f.I * R, as<T>(own));
+        add_to_dH<T>(dw, o, count, z.span(), R, group > 0, to, f.I * R, view_as<T>(own));
       } else {
         const int64_t each = dw.is * R;
         float* const rows = slice.at(o * each, count * each);
-        add_to_dH<T>(dw, o, count, z.block(), R, group > 0, rows, each, as<T>(own));
+        add_to_dH<T>(dw, o, count, z.span(), R, group > 0, rows, each, view_as<T>(own));
         if (group == groups - 1)
           for (int64_t k = 0; k < count; ++k) pack((const float*)rows + k * each, 0, 1, to + k * f.I * R, 0, 1, each);
       }
@@ -308,16 +311,16 @@ void weight_points(const Factors<S>& f, Rows<S> dz, S* dh, const OfBases& bases,
   }
 }
 
-// dx, dz, dH and the gradients of the bases; any may be without data. dx is `apply` of g with o and i swapped.
+// All gradients; any may be null. dx is `apply` to g with o and i swapped.
 template <class S, class T>
-void grads_points(const Factors<S>& f, Rows<S> dx, Rows<S> dz, S* dh, const OfBases& bases, int64_t workspace) {
+void grads_many_points(const Factors<S>& f, Rows<S> dx, Rows<S> dz, S* dh, const BaseGrads& bases, int64_t workspace) {
   if (dx.data) {
     Factors<S> t = f;
     t.x = f.g, t.bias = {};
     std::swap(t.I, t.O), std::swap(t.so, t.si), std::swap(t.base.s0, t.base.s1);
-    apply_points<S, T>(t, (const S*)nullptr, 0, dx, workspace);
+    apply_many_points<S, T>(t, (const S*)nullptr, 0, dx, workspace);
   }
-  if (dz.data || dh || bases.any()) weight_points<S, T>(f, dz, dh, bases, workspace);
+  if (dz.data || dh || bases.any()) grads_from_dW<S, T>(f, dz, dh, bases, workspace);
 }
 
 }  // namespace fasthyper

@@ -1,18 +1,18 @@
-// One output and one point, O = N = 1: rows of matrices, and no lanes.
+// One output and one point, O = N = 1, in float32: H is a matrix (I, R), and x, z and g are matrices of instances.
 //
 //   P = x·H      y = Σ_r z (P + bias) + Σ_i x base      dz = g (P + bias)
 //   W = z·Hᵀ     dx = g (W + base)
 //
-// x and z are left operands as they lie, and what they are multiplied by is all of H.
+// x and z are left operands, read in place; H is the right operand. There are no lanes.
 #pragma once
 
 #include "rows.h"
 
 namespace fasthyper {
 
-constexpr int64_t TILE = tile_of(64);          // instances
-constexpr int64_t SPAN = tile_of(128, WIDTH);  // columns
-constexpr int64_t MOST = 1 << 18;              // numbers of H
+constexpr int64_t TILE_INSTANCES = tile_size(64);
+constexpr int64_t TILE_COLUMNS = tile_size(128, WIDTH);
+constexpr int64_t LARGEST_HEAD = 1 << 18;  // numbers of an H for which this file is used
 
 inline float dot(const float* a, const float* b, int64_t n) {
   Vec sums[4] = {};
@@ -26,10 +26,10 @@ inline float dot(const float* a, const float* b, int64_t n) {
   return total;
 }
 
-// A matrix (k, n) as a right operand: where it lies, or packed, its rows padded with zeros to a multiple of WIDTH.
-class Panel {
+// A matrix (k, n) as a right operand: in place, or packed, with rows padded with zeros to a multiple of WIDTH.
+class RightMatrix {
  public:
-  Panel(const float* data, int64_t sk, int64_t sn, int64_t k, int64_t n)
+  RightMatrix(const float* data, int64_t sk, int64_t sn, int64_t k, int64_t n)
       : n(n), data_(data), ld_(sk), packed_(sn == 1 && n % WIDTH == 0 ? 0 : k * whole_registers(n)) {
     if (!packed_) return;
     ld_ = whole_registers(n);
@@ -39,10 +39,10 @@ class Panel {
     data_ = to;
   }
 
-  // tile = u · columns [c, c + the result), from rows of k.
+  // tile = u · columns from c on, for rows of k numbers. Returns the number of columns.
   int64_t multiply(const Left<float>& u, int64_t rows, int64_t k, int64_t c, float* tile) const {
-    const int64_t width = std::min(SPAN, n - c);
-    gemm(rows, whole_registers(width), k, u.data, u.ld, data_ + c, ld_, tile, SPAN, false);
+    const int64_t width = std::min(TILE_COLUMNS, n - c);
+    gemm(rows, whole_registers(width), k, u.data, u.ld, data_ + c, ld_, tile, TILE_COLUMNS, false);
     return width;
   }
 
@@ -54,37 +54,38 @@ class Panel {
   Scratch<float> packed_;
 };
 
-// Calls f(first, last, tile) for tiles of instances, in parallel; `tile` holds what a Panel multiplies at a time.
+// Calls run(first, last, tile) for tiles of instances, in parallel; `tile` holds one result of RightMatrix::multiply.
 template <class F>
-void over_tiles(const Factors<float>& f, F&& run) {
-  const int64_t tiles = ceil_div(f.B, TILE);
+void for_tiles(const Factors<float>& f, F&& run) {
+  const int64_t tiles = ceil_div(f.B, TILE_INSTANCES);
   at::parallel_for(0, tiles, tasks_per_thread(tiles, f.multiplications()), [&](int64_t begin, int64_t end) {
-    const Scratch<float> tile(TILE * SPAN);
-    for (int64_t t = begin; t < end; ++t) run(t * TILE, std::min(f.B, (t + 1) * TILE), tile.at(0, TILE * SPAN));
+    const Scratch<float> tile(TILE_INSTANCES * TILE_COLUMNS);
+    for (int64_t t = begin; t < end; ++t)
+      run(t * TILE_INSTANCES, std::min(f.B, (t + 1) * TILE_INSTANCES), tile.at(0, TILE_INSTANCES * TILE_COLUMNS));
   });
 }
 
-// Whether this file serves: x and z can be read as they lie, and H, which may be packed, is not too large.
+// Whether this file is used: x and z can be read in place, and H, which may be packed, is not too large.
 template <class S>
-bool one_output(const Factors<S>& f, Schedule schedule) {
-  const bool in_place = readable<S, float>(f.x.feature, f.I) && readable<S, float>(f.z.feature, f.R);
-  return in_place && f.O == 1 && f.N == 1 && schedule == Schedule::project && f.I * f.R <= MOST;
+bool is_one_output(const Factors<S>& f, Schedule schedule) {
+  const bool in_place = readable_in_place<S, float>(f.x.feature, f.I) && readable_in_place<S, float>(f.z.feature, f.R);
+  return in_place && f.O == 1 && f.N == 1 && schedule == Schedule::project && f.I * f.R <= LARGEST_HEAD;
 }
 
-// A row that all instances share, n zeros where there is none.
-inline Scratch<float> row_of(const float* data, int64_t stride, int64_t n) {
+// A contiguous copy of a row that all instances share, or n zeros if it is null.
+inline Scratch<float> row_or_zeros(const float* data, int64_t stride, int64_t n) {
   Scratch<float> copy(n);
   if (data) pack(data, 0, stride, copy.at(0, n), n, 1, n);
-  else copy.block().fill(0.f);
+  else copy.span().fill(0.f);
   return copy;
 }
 
 inline void apply_one_output(const Factors<float>& f, const float* base_bias, Rows<float> y) {
-  const Panel h(f.h, f.si, f.sr, f.I, f.R);
-  const auto bias = row_of(f.bias.data, f.bias.s1, f.R), base = row_of(f.base.data, f.base.s1, f.I);
-  over_tiles(f, [&](int64_t b0, int64_t b1, float* tile) {
+  const RightMatrix h(f.h, f.si, f.sr, f.I, f.R);
+  const auto bias = row_or_zeros(f.bias.data, f.bias.s1, f.R), base = row_or_zeros(f.base.data, f.base.s1, f.I);
+  for_tiles(f, [&](int64_t b0, int64_t b1, float* tile) {
     const Left<float> x{f.x.row(b0), f.x.instance}, z{f.z.row(b0), f.z.instance};
-    float* const to = y.row(b0);  // an output is contiguous
+    float* const to = y.row(b0);  // y is contiguous
     for (int64_t b = 0; b < b1 - b0; ++b) {
       float sum = base_bias ? *base_bias : 0.f;
       if (f.base.data) sum += dot(x.data + b * x.ld, base.at(0, f.I), f.I);
@@ -93,21 +94,21 @@ inline void apply_one_output(const Factors<float>& f, const float* base_bias, Ro
     }
     for (int64_t r = 0, width; r < f.R; r += width) {
       width = h.multiply(x, b1 - b0, f.I, r, tile);
-      for (int64_t b = 0; b < b1 - b0; ++b) to[b] += dot(tile + b * SPAN, z.data + b * z.ld + r, width);
+      for (int64_t b = 0; b < b1 - b0; ++b) to[b] += dot(tile + b * TILE_COLUMNS, z.data + b * z.ld + r, width);
     }
   });
 }
 
-// out = g (u · h + shared)
+// out = g (u·h + shared)
 inline void scaled_product(
-    const Factors<float>& f, const Rows<const float>& u, const Panel& h, const float* shared, Rows<float> out) {
-  over_tiles(f, [&](int64_t b0, int64_t b1, float* tile) {
+    const Factors<float>& f, const Rows<const float>& u, const RightMatrix& h, const float* shared, Rows<float> out) {
+  for_tiles(f, [&](int64_t b0, int64_t b1, float* tile) {
     const float* const g = f.g.row(b0);
     for (int64_t c = 0, width; c < h.n; c += width) {
       width = h.multiply({u.row(b0), u.instance}, b1 - b0, u.features, c, tile);
       float* to = out.row(b0) + c;
       for (int64_t b = 0; b < b1 - b0; ++b, to += out.instance) {
-        const float* const t = tile + b * SPAN;
+        const float* const t = tile + b * TILE_COLUMNS;
         const float factor = g[b * f.g.instance];
         for (int64_t k = 0; k < width; ++k) to[k] = factor * (t[k] + shared[c + k]);
       }
@@ -117,9 +118,11 @@ inline void scaled_product(
 
 inline void grads_one_output(const Factors<float>& f, Rows<float> dx, Rows<float> dz) {
   if (dx.data)
-    scaled_product(f, f.z, Panel(f.h, f.sr, f.si, f.R, f.I), row_of(f.base.data, f.base.s1, f.I).at(0, f.I), dx);
+    scaled_product(
+        f, f.z, RightMatrix(f.h, f.sr, f.si, f.R, f.I), row_or_zeros(f.base.data, f.base.s1, f.I).at(0, f.I), dx);
   if (dz.data)
-    scaled_product(f, f.x, Panel(f.h, f.si, f.sr, f.I, f.R), row_of(f.bias.data, f.bias.s1, f.R).at(0, f.R), dz);
+    scaled_product(
+        f, f.x, RightMatrix(f.h, f.si, f.sr, f.I, f.R), row_or_zeros(f.bias.data, f.bias.s1, f.R).at(0, f.R), dz);
 }
 
 }  // namespace fasthyper

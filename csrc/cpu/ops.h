@@ -1,4 +1,4 @@
-// What Python calls: two operators, on tensors whose sizes have been checked and are not zero.
+// The operators of torch.ops.fasthyper_cpu. Python has checked the tensors' sizes; none is zero.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,7 +12,7 @@
 namespace fasthyper {
 namespace {
 
-Schedule named(c10::string_view name) {
+Schedule parse_schedule(c10::string_view name) {
   if (name == "fold") return Schedule::fold;
   return name == "generate" ? Schedule::generate : Schedule::project;
 }
@@ -40,7 +40,7 @@ Matrix<S> matrix(const std::optional<at::Tensor>& t) {
   return {t->const_data_ptr<S>(), t->stride(0), t->stride(1)};
 }
 
-// Runs f(S{}, T{}): dtype of the tensors and of the operands.
+// Calls f(S{}, T{}): S is the dtype of the tensors, T that of the products' operands.
 template <class F>
 void with_types(const at::Tensor& x, bool native, F&& f) {
   switch (x.scalar_type()) {
@@ -58,11 +58,11 @@ void with_types(const at::Tensor& x, bool native, F&& f) {
 template <class S, class T>
 void grads_of_factors(const Factors<S>& f, Rows<S> dx, Rows<S> dz, Schedule schedule, int64_t workspace) {
   if constexpr (std::is_same_v<S, float>)
-    if (one_output(f, schedule)) return grads_one_output(f, dx, dz);
+    if (is_one_output(f, schedule)) return grads_one_output(f, dx, dz);
   grads_rows<S, T>(f, dx, dz, schedule, workspace);
 }
 
-// Whether the numbers of a tensor are where numbers of its dtype may be: not in storage that begins between them.
+// Whether a tensor's data is aligned for its dtype; a view of bytes need not be.
 bool aligned(const at::Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % t.element_size() == 0; }
 
 bool aligned(const std::optional<at::Tensor>& t) { return !t || aligned(*t); }
@@ -91,20 +91,20 @@ at::Tensor apply(
     f.bias = matrix<S>(bias), f.base = matrix<S>(base_weight);
     const S* const b0 = base_bias ? base_bias->const_data_ptr<S>() : nullptr;
     const int64_t stride = b0 ? base_bias->stride(0) : 0;
-    const Schedule order = named(schedule);
+    const Schedule order = parse_schedule(schedule);
     if constexpr (std::is_same_v<S, float>)
-      if (one_output(f, order)) return apply_one_output(f, b0, out<S>(y));
-    if (f.N > 1 && order == Schedule::generate) apply_points<S, decltype(t)>(f, b0, stride, out<S>(y), workspace);
+      if (is_one_output(f, order)) return apply_one_output(f, b0, out<S>(y));
+    if (f.N > 1 && order == Schedule::generate) apply_many_points<S, decltype(t)>(f, b0, stride, out<S>(y), workspace);
     else apply_rows<S, decltype(t)>(f, b0, stride, out<S>(y), order, workspace);
   });
   return y;
 }
 
-using Six = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using SixTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// Gradients of x, z, H, bias, base weight and base bias. Those of the last three come undefined where they are no part
-// of a sum that is made anyway, whatever the mask says.
-Six grads(
+// Gradients of x, z, H, bias, base weight and base bias, as the mask selects. Those of the last three are undefined
+// unless a sum that is computed anyway includes them, even if the mask selects them.
+SixTensors grads(
     const at::Tensor& x, const std::optional<at::Tensor>& z, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& base_weight, const at::Tensor& g,
     std::array<bool, 6> mask, c10::string_view schedule, c10::string_view schedule_of_weight, int64_t workspace,
@@ -128,20 +128,21 @@ Six grads(
       f.h = weight->const_data_ptr<S>(), f.so = weight->stride(0), f.si = weight->stride(1), f.sr = weight->stride(2);
     f.bias = matrix<S>(bias), f.base = matrix<S>(base_weight);
     S* const to_h = mask[2] ? dh.mutable_data_ptr<S>() : nullptr;
-    const Schedule order = named(schedule);
+    const Schedule order = parse_schedule(schedule);
     if (N > 1 && order == Schedule::generate) {
-      OfBases bases;
+      BaseGrads bases;
       if constexpr (std::is_same_v<S, float>) {
-        const auto made = [&](bool wanted, at::Tensor& t, at::IntArrayRef shape) {
+        const auto allocate = [&](bool wanted, at::Tensor& t, at::IntArrayRef shape) {
           if (wanted) t = at::empty(shape, x.options());
           return wanted ? t.mutable_data_ptr<float>() : nullptr;
         };
-        bases = {made(mask[3], dbias, {O, R}), made(mask[4], dbase, {O, I}), made(mask[5], dbase_bias, {O})};
+        bases = {
+            allocate(mask[3], dbias, {O, R}), allocate(mask[4], dbase, {O, I}), allocate(mask[5], dbase_bias, {O})};
       }
-      return grads_points<S, T>(f, out<S>(dx), out<S>(dz), to_h, bases, workspace);
+      return grads_many_points<S, T>(f, out<S>(dx), out<S>(dz), to_h, bases, workspace);
     }
     if (mask[0] || mask[1]) grads_of_factors<S, T>(f, out<S>(dx), out<S>(dz), order, workspace);
-    if (mask[2]) weight_grad<S, T>(f, to_h, named(schedule_of_weight), workspace);
+    if (mask[2]) weight_grad<S, T>(f, to_h, parse_schedule(schedule_of_weight), workspace);
   });
   return {dx, dz, dh, dbias, dbase, dbase_bias};
 }

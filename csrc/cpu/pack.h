@@ -1,7 +1,8 @@
-// Lanes: an operand of a block of instances with the instance as the fastest axis, (features, LANES).
+// Copying between layouts and dtypes: `pack` converts and transposes any strided matrix,
 //
-// One vector instruction then does the same thing for several instances, whatever the sizes of the problem, and
-// lanes are the right operand of a matrix product as they stand. `pack` is the only way in and out.
+//   dst[i·ld + j] = src[i·s0 + j·s1]
+//
+// with `convert` for contiguous rows, `transpose` for floats and `interleave` for pairs of 16-bit numbers.
 #pragma once
 
 #include <algorithm>
@@ -40,9 +41,7 @@ inline float sum(const float* p, int64_t n) {
   return total;
 }
 
-// Conversion of n contiguous numbers.
-
-// Rows are short, and a call of memcpy, or what GCC puts in its place, takes longer than they do.
+// Copies n contiguous numbers. A call of memcpy would take longer than the copy: rows are short.
 template <class V>
 inline void copy(const V* src, V* dst, int64_t n) {
   constexpr int64_t each = sizeof(Vec) / sizeof(V);
@@ -51,6 +50,7 @@ inline void copy(const V* src, V* dst, int64_t n) {
   for (; i < n; ++i) dst[i] = src[i];
 }
 
+// Converts n contiguous numbers; to 16 bits by rounding to nearest even, as torch does.
 inline void convert(const float* src, float* dst, int64_t n) { copy(src, dst, n); }
 
 inline void convert(const BFloat16* src, float* dst, int64_t n) {
@@ -91,7 +91,7 @@ inline void convert(const float* src, Half* dst, int64_t n) {
 
 inline void convert(const BFloat16* src, BFloat16* dst, int64_t n) { copy(src, dst, n); }
 
-// Two rows of B in the order in which a 16-bit product wants them: out[2l] = a[l], out[2l+1] = b[l], or 0 without b.
+// Two rows of a right operand in the layout of 16-bit products: out[2l] = a[l], out[2l+1] = b[l], or 0 if b is null.
 inline void interleave(const float* a, const float* b, BFloat16* out, int64_t n) {
   const auto rounded = [](const float* p) {
     uint32_t bits;
@@ -106,7 +106,7 @@ inline void interleave(const float* a, const float* b, BFloat16* out, int64_t n)
     for (int64_t l = 0; l < n; ++l) pairs[l] = rounded(a + l) >> 16;
 }
 
-// The same of rows that have 16 bits already.
+// The same for rows of 16-bit numbers.
 template <class S>
 inline void interleave(const S* a, const S* b, S* out, int64_t n) {
   static_assert(sizeof(S) == sizeof(uint16_t));
@@ -118,7 +118,7 @@ inline void interleave(const S* a, const S* b, S* out, int64_t n) {
     for (int64_t l = 0; l < n; ++l) pairs[l] = low[l];
 }
 
-// dst[j][i] = src[i][j] for SQUARE columns j and `rows` ≤ SQUARE rows i; as many floats of each dst[j] are written.
+// dst[j][i] = src[i][j] for SQUARE columns j and `rows` ≤ SQUARE rows i. It writes SQUARE floats of each dst[j].
 [[gnu::always_inline]] inline void transpose_square(
     const float* src, int64_t ld_src, float* dst, int64_t ld_dst, int64_t rows) {
   static_assert(SQUARE == 8);  // the shuffles below
@@ -139,7 +139,7 @@ inline void interleave(const S* a, const S* b, S* out, int64_t n) {
   }
 }
 
-// dst[j][i] = src[i][j]; dst has room for `room` numbers a row, and what is beyond `rows` may be overwritten.
+// dst[j][i] = src[i][j]. Each row of dst has room for `room` numbers; those beyond `rows` may be overwritten.
 inline void transpose(
     const float* src, int64_t ld_src, float* dst, int64_t ld_dst, int64_t rows, int64_t cols, int64_t room) {
   for (int64_t i = 0; i < rows; i += SQUARE) {
@@ -156,7 +156,7 @@ inline void transpose(
   }
 }
 
-// dst[i·ld + j] = src[i·s0 + j·s1] for i < n0 and j < n1, converted. `room` as in `transpose`: at least n1.
+// dst[i·ld + j] = src[i·s0 + j·s1] for i < n0 and j < n1, converted. `room` is that of `transpose`; n1 if smaller.
 template <class Src, class Dst>
 void pack(const Src* src, int64_t s0, int64_t s1, Dst* dst, int64_t ld, int64_t n0, int64_t n1, int64_t room = 0) {
   if (s1 == 1 || n1 == 1) {
@@ -165,7 +165,7 @@ void pack(const Src* src, int64_t s0, int64_t s1, Dst* dst, int64_t ld, int64_t 
     if constexpr (std::is_same_v<Src, float> && std::is_same_v<Dst, float>) {
       transpose(src, s1, dst, ld, n1, n0, std::max(room, n1));
     } else if constexpr (std::is_same_v<Src, Dst> || std::is_same_v<Dst, BFloat16>) {
-      // by tiles of pairs, which are turned as floats are, to where they belong if that has room for the last pair
+      // Tiles of pairs, transposed like floats: directly into dst if its rows have room for the last pair.
       constexpr int64_t T = LANES;
       float in[T * T], out[T * T];
       const bool direct = ld % 2 == 0 && round_up(n1, 2) <= room;
@@ -185,7 +185,7 @@ void pack(const Src* src, int64_t s0, int64_t s1, Dst* dst, int64_t ld, int64_t 
               copy(reinterpret_cast<const Dst*>(out + k * T), dst + (i + k) * ld + j, rows);
           }
         }
-    } else {  // by tiles of floats
+    } else {  // tiles of floats
       constexpr int64_t T = LANES;
       float in[T * T], out[T * T];
       for (int64_t j = 0; j < n1; j += T)

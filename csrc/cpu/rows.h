@@ -1,8 +1,10 @@
-// `apply`, and dx and dz of `grads`, row by row: every point of every instance is a row of its own.
+// `apply`, and dx and dz of `grads`, where points share nothing: each row q = (b, n) has its group_sums x, z and g.
 //
-//   fold       y = H·(x ⊗ z);   dx, dz from one G = g·H
-//   generate   y, dx from W = z·H;   dz = H·(g ⊗ x)
-//   project    y, dz from P = x·H;   dx from W
+//   fold       y = H·(x ⊗ z)                    G = g·H,   dx = G z,   dz = G x
+//   generate   W = z·H,   y = W x,   dx = W g   dz = H·(g ⊗ x)
+//   project    P = x·H,   y = P z,   dz = P g   dx as generate
+//
+// `contract` computes W, P and G a tile at a time; `fold` computes the outer products a tile at a time.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -14,27 +16,27 @@
 
 namespace fasthyper {
 
-// How a call is cut into tasks: groups of instances, whose blocks meet a piece of H together, and, where there are
-// few rows, slices of an axis of H. Slices depend on sizes alone, so that the number of threads changes no bit.
+// The tasks of a call: groups of instances, whose blocks share a tile of H in cache, and, if there are few rows, slices
+// of an axis of H. Slices depend on sizes only, so that results do not depend on the number of threads.
 struct Tasks {
   int64_t instances, groups, slices, group_rows, grain;
 
   template <class S>
   Tasks(const Factors<S>& f, int64_t axis, bool summed, int64_t workspace) {
     const int64_t rows = f.B * f.N, blocks = ceil_div(rows, LANES), threads = at::get_num_threads();
-    // Where an instance has several rows, groups are where sums over them are cut: the same for any number of threads.
-    const int64_t together_at_least = f.N > 1 ? 16 : 2 * threads;
-    const int64_t floats =
-        std::clamp<int64_t>(workspace / together_at_least, 1 << 18, 1 << 22) / int64_t(sizeof(float));
+    // If an instance has several points, groups split the sums over points; then groups, too, must not depend on the
+    // number of threads.
+    const int64_t least_groups = f.N > 1 ? 16 : 2 * threads;
+    const int64_t floats = std::clamp<int64_t>(workspace / least_groups, 1 << 18, 1 << 22) / int64_t(sizeof(float));
     const int64_t features = f.R + f.I + f.O, fit = std::max<int64_t>(1, floats / (3 * features * LANES));
     slices = 1;
     if (blocks < 16) {
-      const int64_t worth = many(f.multiplications() / (2 * WORTH));  // a slice of less is worth no thread
-      const int64_t wanted =
-          summed ? std::min<int64_t>(16, f.I * f.O / tile_of(1024)) : 4;  // a slice costs: lanes, and a sum
+      const int64_t with_enough_work = to_count(f.multiplications() / (2 * THREAD_WORK));
+      // Each slice loads the lanes again, and has its own partial sums if slices are summed.
+      const int64_t wanted = summed ? std::min<int64_t>(16, f.I * f.O / tile_size(1024)) : 4;
       const int64_t room = summed ? workspace / 4 / (f.B * f.R * int64_t(sizeof(float))) : 4;
-      slices = std::max<int64_t>(1, std::min({wanted, axis, worth, room}));
-      slices = std::bit_floor(uint64_t(slices));  // as many for each of two, four, eight threads
+      slices = std::max<int64_t>(1, std::min({wanted, axis, with_enough_work, room}));
+      slices = std::bit_floor(uint64_t(slices));  // 2, 4 or 8 threads get the same number each
     }
     int64_t groups_wanted = round_up(ceil_div(blocks, 32), threads);
     if (slices > 1) groups_wanted = f.N > 1 ? 1 : ceil_div(threads, slices);
@@ -44,7 +46,7 @@ struct Tasks {
     instances = std::max<int64_t>(1, each * LANES / f.N);
     groups = ceil_div(f.B, instances);
     group_rows = each * LANES;
-    // Very wide problems leave threads idle rather than exceed the workspace.
+    // Very wide problems leave threads idle, to stay within the workspace.
     const int64_t together = std::max<int64_t>(1, workspace / 2 / (12 * features * LANES * each));
     grain = std::max(ceil_div(groups * slices, together), tasks_per_thread(groups * slices, f.multiplications()));
   }
@@ -57,12 +59,12 @@ struct Tasks {
         const int64_t group = t / slices;
         f(t % slices, group * instances, std::min(B, (group + 1) * instances));
       }
-      release<T>();
+      release_matrix_unit<T>();
     });
   }
 };
 
-// One factor of a group in lanes, block after block, and as a right operand in T.
+// A factor or a result of a group, in blocks of lanes; a factor also as a right operand of T.
 template <class T>
 class Lanes {
  public:
@@ -72,29 +74,29 @@ class Lanes {
   template <class S>
   Lanes(const Group& group, const Rows<const S>& t, int64_t q0) : Lanes(group, t.features) {
     for (int64_t k = 0; k < group.blocks && t.features; ++k)
-      load_lanes(t, q0 + k * LANES, q0 + k * LANES + group.filled(k), at(k));
+      load_lanes(t, q0 + k * LANES, q0 + k * LANES + group.rows_in(k), at(k));
   }
 
-  Block<float> at(int64_t k) const { return lanes_.part(k * features_ * LANES, features_ * LANES); }
-  Block<float> all() const { return lanes_; }
+  Span<float> at(int64_t k) const { return lanes_.subspan(k * features_ * LANES, features_ * LANES); }
+  Span<float> all() const { return lanes_; }
 
   template <class S>
   void store(const Rows<S>& t, int64_t q0) const {
     for (int64_t k = 0; k < group_.blocks; ++k)
-      store_lanes<S>(at(k), t, q0 + k * LANES, q0 + k * LANES + group_.filled(k));
+      store_lanes<S>(at(k), t, q0 + k * LANES, q0 + k * LANES + group_.rows_in(k));
   }
 
-  Block<const T> right() {
+  Span<const T> right() {
     if constexpr (std::is_same_v<T, float>) {
-      return lanes_.block();
+      return lanes_.span();
     } else {
       const int64_t each = round_k<T>(features_) * LANES;
       if (!operand_) {
         operand_ = Scratch<T>(group_.blocks * each);
         for (int64_t k = 0; k < group_.blocks; ++k)
-          fasthyper::right(at(k).at(0, features_ * LANES), operand_.part(k * each, each), features_, LANES);
+          fasthyper::right_operand(at(k).at(0, features_ * LANES), operand_.subspan(k * each, each), features_, LANES);
       }
-      return operand_.block();
+      return operand_.span();
     }
   }
 
@@ -117,7 +119,9 @@ void apply_rows(
       Lanes<T> x(group, f.x, q), z(group, f.z, q), out(group, o.size());
       for (int64_t k = 0; k < group.blocks; ++k)
         for (int64_t i = 0; i < o.size(); ++i)
-          out.at(k).part(i * LANES, LANES).fill(base_bias ? float(base_bias[(o.begin + i) * base_bias_stride]) : 0.f);
+          out.at(k)
+              .subspan(i * LANES, LANES)
+              .fill(base_bias ? float(base_bias[(o.begin + i) * base_bias_stride]) : 0.f);
       if (f.base.data)
         multiply(f.base.data + o.begin * f.base.s0, f.base.s0, f.base.s1, o.size(), f.I, group, x.right(), out.all());
       if (f.bias.data)
@@ -131,9 +135,9 @@ void apply_rows(
   });
 }
 
-// dz[b] += Σ_n of the rows (b, n), from lanes; dz begins with instance b0.
-inline void add_points(
-    Block<const float> lanes, int64_t features, int64_t q0, int64_t q1, int64_t points, int64_t b0, Block<float> dz) {
+// dz[b] += Σ_n lanes[b,n], for the rows q0 to q1 of a block; dz begins with instance b0.
+inline void sum_over_points(
+    Span<const float> lanes, int64_t features, int64_t q0, int64_t q1, int64_t points, int64_t b0, Span<float> dz) {
   const float* const from = lanes.at(0, features * LANES);
   for (int64_t q = q0; q < q1;) {
     const int64_t b = q / points, end = std::min(q1, (b + 1) * points);
@@ -147,21 +151,21 @@ inline void add_points(
   }
 }
 
-// dx and dz; either may be without data.
+// dx and dz; either may be null.
 template <class S, class T>
 void grads_rows(const Factors<S>& f, Rows<S> dx, Rows<S> dz, Schedule schedule, int64_t workspace) {
   const bool one_pass = schedule == Schedule::fold;
   const Tasks tasks(f, one_pass || dx.data ? f.I : f.R, dz.data && one_pass, workspace);
-  const bool sliced_sum = dz.data && one_pass && tasks.slices > 1;
-  const bool summed = dz.data && (f.N > 1 || sliced_sum);
-  const int64_t whole = f.B * f.R;  // numbers of dz
-  const Scratch<float> partial(sliced_sum ? tasks.slices * whole : 0);
+  const bool summed_slices = dz.data && one_pass && tasks.slices > 1;
+  const bool summed = dz.data && (f.N > 1 || summed_slices);
+  const int64_t dz_size = f.B * f.R;  // numbers in dz
+  const Scratch<float> partial(summed_slices ? tasks.slices * dz_size : 0);
   tasks.template run<T>(f.B, [&](int64_t slice, int64_t b0, int64_t b1) {
     const Range i = dx.data || one_pass ? share(f.I, slice, tasks.slices) : Range{0, f.I};
     const Range r = one_pass ? Range{0, f.R} : share(f.R, slice, tasks.slices);
-    const Scratch<float> own(summed && !sliced_sum ? (b1 - b0) * r.size() : 0);
-    Block<float> sums = own;
-    if (sliced_sum) sums = partial.part(slice * whole + b0 * f.R, (b1 - b0) * f.R);
+    const Scratch<float> group_sums(summed && !summed_slices ? (b1 - b0) * r.size() : 0);
+    Span<float> sums = group_sums;
+    if (summed_slices) sums = partial.subspan(slice * dz_size + b0 * f.R, (b1 - b0) * f.R);
     if (summed) sums.fill(0.f);
     for (int64_t q = b0 * f.N; q < b1 * f.N; q += tasks.group_rows) {
       const Group group(std::min(tasks.group_rows, b1 * f.N - q));
@@ -181,28 +185,31 @@ void grads_rows(const Factors<S>& f, Rows<S> dx, Rows<S> dz, Schedule schedule, 
           Lanes<T> z(group, f.z, q);
           contract<S, T>(cut_q(f.oir(), i), group, z.right(), g.all(), {}, {}, out_x.all());
         }
-        if (dz.data && r.size()) {  // there may be more slices of I than features of z
+        if (dz.data && r.size()) {  // I may have more slices than z has features
           Lanes<T> x(group, f.x, q);
           if (schedule == Schedule::generate) fold<S, T>(cut_p(f.roi(), r), group, g.all(), x.all(), out_z.all());
           else contract<S, T>(cut_q(f.ori(), r), group, x.right(), g.all(), {}, {}, out_z.all());
         }
       }
       if (dx.data) out_x.store(dx.columns(i.begin, i.end), q);
-      if (sliced_sum && f.N == 1) out_z.store(Rows<float>{partial.at(slice * whole, whole), f.R, 0, 1, 1, f.R}, q);
+      if (summed_slices && f.N == 1)
+        out_z.store(Rows<float>{partial.at(slice * dz_size, dz_size), f.R, 0, 1, 1, f.R}, q);
       else if (summed)
         for (int64_t k = 0; k < group.blocks; ++k)
-          add_points(out_z.at(k), r.size(), q + k * LANES, q + k * LANES + group.filled(k), f.N, b0, sums);
+          sum_over_points(out_z.at(k), r.size(), q + k * LANES, q + k * LANES + group.rows_in(k), f.N, b0, sums);
       else if (dz.data) out_z.store(dz.columns(r.begin, r.end), q);
     }
-    if (summed && !sliced_sum)
-      pack(own.at(0, own.block().size()), r.size(), 1, dz.data + b0 * f.R + r.begin, f.R, b1 - b0, r.size());
+    if (summed && !summed_slices)
+      pack(
+          group_sums.at(0, group_sums.span().size()), r.size(), 1, dz.data + b0 * f.R + r.begin, f.R, b1 - b0,
+          r.size());
   });
-  if (!sliced_sum) return;
-  float* const sum = partial.at(0, whole);
-  at::parallel_for(0, whole, 1 << 15, [&](int64_t begin, int64_t end) {
+  if (!summed_slices) return;
+  float* const sum = partial.at(0, dz_size);
+  at::parallel_for(0, dz_size, 1 << 15, [&](int64_t begin, int64_t end) {
     for (int64_t s = 1; s < tasks.slices; ++s) {
-      const float* const other = partial.at(s * whole, whole);
-      for (int64_t k = begin; k < end; ++k) sum[k] += other[k];
+      const float* const addend = partial.at(s * dz_size, dz_size);
+      for (int64_t k = begin; k < end; ++k) sum[k] += addend[k];
     }
   });
   pack((const float*)sum, f.R, 1, dz.data, f.R, f.B, f.R);

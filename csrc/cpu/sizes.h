@@ -1,6 +1,5 @@
-// Every size that follows from the processor, or from how its instructions want operands laid out, and what is derived
-// from them. Buffers, round-ups and tails of this folder are made of these names; none is written as a number
-// elsewhere.
+// Every size that follows from the processor, or from the layouts that its instructions need, and the arithmetic of
+// rounding up to them. Buffers and tails in this folder are computed from these names, never from bare numbers.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -14,8 +13,8 @@ namespace fasthyper {
 using c10::BFloat16;
 using c10::Half;
 
-// Floats of a vector register. The compiler lowers its vector types to any instruction set, so a build for tests takes
-// the width of a processor that is not there.
+// Floats in a vector register. The compiler lowers its vector types to any instruction set, so a build for tests may
+// take a width that the processor does not have.
 #if defined(FASTHYPER_WIDTH)
 constexpr int64_t WIDTH = FASTHYPER_WIDTH;
 #elif defined(__AVX512F__)
@@ -26,38 +25,29 @@ constexpr int64_t WIDTH = 8;
 constexpr int64_t WIDTH = 4;
 #endif
 
-constexpr int64_t LANES = 32;  // rows of a block, side by side
-constexpr int64_t SQUARE = 8;  // rows and columns that `transpose` turns at a time
-constexpr int64_t LINE = 16;   // floats of a cache line
+constexpr int64_t LANES = 32;  // rows (b, n) in a block, side by side
+constexpr int64_t SQUARE = 8;  // rows and columns that `transpose` moves at a time
+constexpr int64_t LINE = 16;   // floats in a cache line
 
-// Bytes from which on a product's operand reaches too far: oneDNN's instructions count them in 32 bits, with a sign. A
-// build for tests takes fewer, so that small operands do.
+static_assert(LANES % WIDTH == 0 && LANES % SQUARE == 0 && (WIDTH & (WIDTH - 1)) == 0);
+
+// A register of floats, of the compiler's own vector type: the same source serves every instruction set.
+typedef float Vec __attribute__((vector_size(WIDTH * sizeof(float))));
+typedef float Vec8 __attribute__((vector_size(SQUARE * sizeof(float))));
+
+// An operand of one product must span fewer bytes: oneDNN's instructions address them with signed 32-bit offsets. A
+// build for tests sets a smaller limit, which small operands exceed.
 #if defined(FASTHYPER_REACH)
 constexpr int64_t REACH = FASTHYPER_REACH;
 #else
 constexpr int64_t REACH = int64_t(1) << 31;
 #endif
 
-// A size of a tile, of which a build for tests takes a part, so that small problems have many tiles; a whole number of
-// `step`.
-#if !defined(FASTHYPER_TILES)
-#define FASTHYPER_TILES 1
+// Multiplications that are worth starting a thread for.
+#if !defined(FASTHYPER_THREAD_WORK)
+#define FASTHYPER_THREAD_WORK (1 << 19)
 #endif
-constexpr int64_t tile_of(int64_t numbers, int64_t step = 1) {
-  return (numbers / FASTHYPER_TILES + step - 1) / step * step;
-}
-
-// Multiplications that are worth a thread.
-#if !defined(FASTHYPER_WORTH)
-#define FASTHYPER_WORTH (1 << 19)
-#endif
-constexpr int64_t WORTH = FASTHYPER_WORTH;
-
-static_assert(LANES % WIDTH == 0 && LANES % SQUARE == 0 && (WIDTH & (WIDTH - 1)) == 0);
-
-// A register of floats; the compiler's own vector type, so that the same lines serve every instruction set.
-typedef float Vec __attribute__((vector_size(WIDTH * sizeof(float))));
-typedef float Vec8 __attribute__((vector_size(SQUARE * sizeof(float))));
+constexpr int64_t THREAD_WORK = FASTHYPER_THREAD_WORK;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t n, int64_t step) { return ceil_div(n, step) * step; }
@@ -66,7 +56,13 @@ constexpr int64_t whole_registers(int64_t n) { return round_up(n, WIDTH); }
 constexpr int64_t whole_lanes(int64_t n) { return round_up(n, LANES); }
 constexpr int64_t whole_squares(int64_t n) { return round_up(n, SQUARE); }
 
-// k of a product goes in steps of this many: matrix units read 16-bit numbers in pairs.
+// A tile size, a multiple of `step`. A build for tests divides all tile sizes, so that small problems have many tiles.
+#if !defined(FASTHYPER_TILE_DIVISOR)
+#define FASTHYPER_TILE_DIVISOR 1
+#endif
+constexpr int64_t tile_size(int64_t size, int64_t step = 1) { return round_up(size / FASTHYPER_TILE_DIVISOR, step); }
+
+// k of a product advances in steps of this many numbers: matrix units read 16-bit numbers in pairs.
 template <class T>
 constexpr int64_t K_STEP = sizeof(float) / sizeof(T);
 
@@ -75,17 +71,17 @@ constexpr int64_t round_k(int64_t k) {
   return round_up(k, K_STEP<T>);
 }
 
-// Rows of a right operand (k, n): of n floats, or of n pairs of 16-bit numbers, out[k / 2][n][k % 2].
+// Floats that take as much memory as so many numbers of T, rounded up.
 template <class T>
-constexpr int64_t k_rows(int64_t k) {
-  return ceil_div(k, K_STEP<T>);
+constexpr int64_t floats_for(int64_t numbers) {
+  return ceil_div(numbers, K_STEP<T>);
 }
 
-// The distance of packed rows of k numbers: an odd number of lines of floats, so that rows do not evict each other from
-// the cache.
+// The distance between packed rows of k numbers: an odd number of cache lines of floats, so that rows do not evict each
+// other from the cache.
 constexpr int64_t packed_ld(int64_t k) { return round_up(k, LINE) | LINE; }
 
-// Numbers from the first of the first row to the last of the last.
+// Numbers from the first of the first row to the last of the last row.
 constexpr int64_t extent(int64_t rows, int64_t ld, int64_t columns) { return rows > 0 ? (rows - 1) * ld + columns : 0; }
 
 }  // namespace fasthyper

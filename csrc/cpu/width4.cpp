@@ -1,9 +1,9 @@
-// For tests: vectors of 4 floats on any processor, products by their definition, small tiles, a short reach, and
-// threads for little work.
+// For tests on any processor: vectors of 4 floats, tile sizes divided by 16, and plain loops as products.
+// Operands of some KiB are split, and little work gets threads.
 #define FASTHYPER_WIDTH 4
-#define FASTHYPER_TILES 16
+#define FASTHYPER_TILE_DIVISOR 16
 #define FASTHYPER_REACH (1 << 14)
-#define FASTHYPER_WORTH (1 << 12)
+#define FASTHYPER_THREAD_WORK (1 << 12)
 #define FASTHYPER_PLAIN_PRODUCTS
 #define FASTHYPER_CHECKED
 #include "ops.h"

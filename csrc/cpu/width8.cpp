@@ -1,9 +1,9 @@
-// For tests: vectors of 8 floats on any processor, products by their definition, a quarter of each tile, a short reach,
-// and threads for little work.
+// For tests on any processor: vectors of 8 floats, tile sizes divided by 4, and plain loops as products.
+// Operands of some KiB are split, and little work gets threads.
 #define FASTHYPER_WIDTH 8
-#define FASTHYPER_TILES 4
+#define FASTHYPER_TILE_DIVISOR 4
 #define FASTHYPER_REACH (1 << 15)
-#define FASTHYPER_WORTH (1 << 12)
+#define FASTHYPER_THREAD_WORK (1 << 12)
 #define FASTHYPER_PLAIN_PRODUCTS
 #define FASTHYPER_CHECKED
 #include "ops.h"
