@@ -218,97 +218,157 @@ inline void add_to_base_grads(
   }
 }
 
-// dz, dH and the base gradients; any may be null.
-template <class S, class T>
-void grads_from_dW(const Factors<S>& f, Rows<S> dz, S* dh, const BaseGrads& bases, int64_t workspace) {
-  constexpr bool direct = std::is_same_v<S, float>;
-  const int64_t room = chunk_floats(workspace), R = f.R, panels = ceil_div(R, PANEL);
-  const bool biased = dz.data && f.bias.data, summed = biased || bases.bias || bases.base_bias, sliced = dh && !direct;
-  int64_t o_size = f.O, i_size = std::min(f.I, tile_size(512)), G = std::min(f.B, GROUP_INSTANCES);
-  const auto halve = [&](int64_t most, int64_t least_o, int64_t least_i) {
+// The division of dW into chunks of `instances` × `o_size` × `i_size`, where `chunks` chunks make a group of instances,
+// and the division of a chunk's contribution to dz: `splits` partial sums over j = (o, i), from products that are
+// `depth` long, for `unit_instances` instances at a time.
+struct GradChunks {
+  bool summed, biased, separate;  // Σ_n g is computed; dz needs it; dH is summed in float32 in memory of its own
+  int64_t instances, o_size, i_size, pitch;
+  int64_t groups, i_ranges, chunks;
+  int64_t depth, splits, unit_instances, b_units;
+
+  template <class S>
+  GradChunks(const Factors<S>& f, bool wants_dz, bool wants_dh, const BaseGrads& bases, int64_t workspace) {
+    const int64_t room = chunk_floats(workspace);
+    biased = wants_dz && f.bias.data, summed = biased || bases.bias || bases.base_bias;
+    separate = wants_dh && !std::is_same_v<S, float>;
+    instances = std::min(f.B, GROUP_INSTANCES), o_size = f.O, i_size = std::min(f.I, tile_size(512));
+    halve(room / instances, LANES, PANEL);
+    if (separate) halve(room / 2 / f.R, 1, SQUARE);
+    pitch = packed_ld(o_size * (i_size + summed) + SQUARE);  // `transpose` reads whole squares
+    const bool one_chunk = o_size == f.O && i_size == f.I;
+    instances = std::clamp<int64_t>(std::min(room / pitch, room / 4 / f.R), 1, one_chunk ? f.B : instances);
+    groups = ceil_div(f.B, instances), i_ranges = ceil_div(f.I, i_size), chunks = ceil_div(f.O, o_size) * i_ranges;
+    depth = round_up(std::clamp<int64_t>((1 << 16) / f.R, 16, 256), 2);
+    splits = std::clamp<int64_t>(std::min(o_size * i_size / 256, room / 2 / (instances * f.R)), 1, 16);
+    const int64_t threads = std::clamp<int64_t>(at::get_num_threads() / splits, 1, ceil_div(instances, 16));
+    unit_instances = round_up(ceil_div(instances, threads), 2);
+    b_units = ceil_div(instances, unit_instances);
+  }
+
+  template <class S>
+  GradChunk at(const Factors<S>& f, int64_t group, int64_t chunk, Span<float> data) const {
+    const int64_t b0 = group * instances, o0 = chunk / i_ranges * o_size, i0 = chunk % i_ranges * i_size;
+    const int64_t bs = std::min(instances, f.B - b0), os = std::min(o_size, f.O - o0), is = std::min(i_size, f.I - i0);
+    return {b0, bs, o0, os, i0, is, pitch, summed && i0 == 0, biased && i0 == 0, data};
+  }
+
+ private:
+  // Halves o_size and i_size, the larger first, until their product is at most `most` or neither exceeds its least.
+  void halve(int64_t most, int64_t least_o, int64_t least_i) {
     while (o_size * i_size > most && (o_size > least_o || i_size > least_i)) {
       if (o_size > least_o && (o_size >= i_size || i_size <= least_i)) o_size = ceil_div(o_size, 2);
       else i_size = whole_squares(ceil_div(i_size, 2));
     }
-  };
-  halve(room / G, LANES, PANEL);
-  if (sliced) halve(room / 2 / R, 1, SQUARE);                            // dH is summed in float32 in memory of its own
-  const int64_t pitch = packed_ld(o_size * (i_size + summed) + SQUARE);  // `transpose` reads whole squares
-  const bool one_chunk = o_size == f.O && i_size == f.I;
-  G = std::clamp<int64_t>(std::min(room / pitch, room / 4 / R), 1, one_chunk ? f.B : G);
-  const int64_t groups = ceil_div(f.B, G), i_parts = ceil_div(f.I, i_size), chunks = ceil_div(f.O, o_size) * i_parts;
-  if (sliced && dz.data && groups > 1 && chunks > 1) {  // dz is summed over chunks and dH over groups: one at a time
-    grads_from_dW<S, T>(f, dz, (S*)nullptr, {}, workspace);
-    return grads_from_dW<S, T>(f, {}, dh, {}, workspace);
   }
-  const int64_t threads = at::get_num_threads();
-  const int64_t depth = round_up(std::clamp<int64_t>((1 << 16) / R, 16, 256), 2);  // of one product with H
-  const int64_t slots = std::clamp<int64_t>(std::min(o_size * i_size / 256, room / 2 / (G * R)), 1, 16);
-  const int64_t M = round_up(ceil_div(G, std::clamp<int64_t>(threads / slots, 1, ceil_div(G, 16))), 2);
-  const int64_t m_units = ceil_div(G, M);
-  const Scratch<float> numbers(G * pitch), sums(dz.data ? slots * G * R : 0), two_rows(2 * PANEL);
-  const Scratch<T> z(dh || bases.bias ? panels * round_k<T>(G) * PANEL : 0);
-  const Scratch<float> slice(sliced ? o_size * i_size * R : 0);
-  for (int64_t step = 0; step < groups * chunks; ++step) {
-    const int64_t group = dz.data ? step / chunks : step % groups, chunk = dz.data ? step % chunks : step / groups;
-    const int64_t b0 = group * G, o0 = chunk / i_parts * o_size, i0 = chunk % i_parts * i_size;
-    const GradChunk dw{
-        b0,
-        std::min(G, f.B - b0),
-        o0,
-        std::min(o_size, f.O - o0),
-        i0,
-        std::min(i_size, f.I - i0),
-        pitch,
-        summed && i0 == 0,
-        biased && i0 == 0,
-        numbers};
-    compute_dW<S, T>(f, dw, workspace);
+};
 
-    const int64_t Gs = dw.instances;
-    for (int64_t r = 0; z && r < R; r += PANEL)
+// dz, dH and the base gradients from dW; any may be null.
+template <class S, class T>
+class GradsFromdW {
+ public:
+  GradsFromdW(const Factors<S>& f, const GradChunks& cut, Rows<S> dz, S* dh, const BaseGrads& bases, int64_t workspace)
+      : f_(f),
+        cut_(cut),
+        dz_(dz),
+        dh_(dh),
+        bases_(bases),
+        workspace_(workspace),
+        panels_(ceil_div(f.R, PANEL)),
+        dw_(cut.instances * cut.pitch),
+        dz_sums_(dz.data ? cut.splits * cut.instances * f.R : 0),
+        dh_sums_(cut.separate ? cut.o_size * cut.i_size * f.R : 0),
+        two_rows_(2 * PANEL),
+        z_(dh || bases.bias ? panels_ * round_k<T>(cut.instances) * PANEL : 0) {}
+
+  // The chunks of a group are consecutive if there is a dz to sum over them, else the groups of a chunk.
+  void run() const {
+    for (int64_t step = 0; step < cut_.groups * cut_.chunks; ++step) {
+      const int64_t group = dz_.data ? step / cut_.chunks : step % cut_.groups;
+      const int64_t chunk = dz_.data ? step % cut_.chunks : step / cut_.groups;
+      const GradChunk dw = cut_.at(f_, group, chunk, dw_);
+      compute_dW<S, T>(f_, dw, workspace_);
+      if (z_) load_z_panels(dw);
+      add_chunk(dw, chunk > 0, group > 0, group == cut_.groups - 1);
+      if (dz_.data && chunk == cut_.chunks - 1) store_dz(dw);
+    }
+  }
+
+ private:
+  static constexpr bool FLOAT = std::is_same_v<S, float>;
+
+  void load_z_panels(const GradChunk& dw) const {
+    const int64_t depth = round_k<T>(dw.instances);
+    for (int64_t r = 0; r < f_.R; r += PANEL)
       load_panel<S, T>(
-          f.z.data + b0 * f.z.instance + r * f.z.feature, f.z.instance, f.z.feature, Gs, std::min(PANEL, R - r),
-          z.subspan(r * round_k<T>(Gs), round_k<T>(Gs) * PANEL), two_rows);
-    const int64_t blocks = ceil_div(dw.rows(), depth), z_units = dz.data ? slots * m_units : 0;
-    const int64_t oh = std::max<int64_t>(1, 128 / dw.is), h_units = dh || bases.any() ? ceil_div(dw.os, oh) : 0;
-    const int64_t ld = packed_ld(std::min(Gs, GROUP_INSTANCES));
-    const int64_t for_z = panels * floats_for<T>(depth * PANEL) + 2 * PANEL +
+          f_.z.data + dw.b0 * f_.z.instance + r * f_.z.feature, f_.z.instance, f_.z.feature, dw.instances,
+          std::min(PANEL, f_.R - r), z_.subspan(r * depth, depth * PANEL), two_rows_);
+  }
+
+  // Adds a chunk to all gradients: some units to dz, the others to dH and the base gradients.
+  void add_chunk(const GradChunk& dw, bool add_dz, bool add_dh, bool last_group) const {
+    const int64_t R = f_.R, depth = cut_.depth, M = cut_.unit_instances, slices = ceil_div(dw.rows(), depth);
+    const int64_t oh = std::max<int64_t>(1, 128 / dw.is), ld = packed_ld(std::min(dw.instances, GROUP_INSTANCES));
+    const int64_t z_units = dz_.data ? cut_.splits * cut_.b_units : 0;
+    const int64_t h_units = dh_ || bases_.any() ? ceil_div(dw.os, oh) : 0;
+    const int64_t for_z = panels_ * floats_for<T>(depth * PANEL) + 2 * PANEL +
                           (std::is_same_v<T, float> ? 0 : floats_for<T>(M * packed_ld(depth)));
-    const int64_t for_h = std::max(floats_for<T>((oh * dw.is + SQUARE) * ld), bases.bias ? oh * ld : 0);
-    const double flops = 2. * Gs * dw.numbers() * R * ((z_units > 0) + (h_units > 0));
-    for_units<T>(z_units + h_units, flops, std::max(for_z, for_h), workspace, [&](int64_t unit, auto own) {
+    const int64_t for_h = std::max(floats_for<T>((oh * dw.is + SQUARE) * ld), bases_.bias ? oh * ld : 0);
+    const double flops = 2. * dw.instances * dw.numbers() * R * ((z_units > 0) + (h_units > 0));
+    for_units<T>(z_units + h_units, flops, std::max(for_z, for_h), workspace_, [&](int64_t unit, auto own) {
       if (unit < z_units) {
-        const int64_t b = unit % m_units * M, slot = unit / m_units;
-        if (b < Gs)
+        const int64_t b = unit % cut_.b_units * M, split = unit / cut_.b_units, each = cut_.instances * R;
+        if (b < dw.instances)
           add_to_dz<S, T>(
-              f, dw, b, std::min(M, Gs - b), share(blocks, slot, slots), depth, chunk > 0,
-              sums.subspan(slot * G * R, G * R), own);
+              f_, dw, b, std::min(M, dw.instances - b), share(slices, split, cut_.splits), depth, add_dz,
+              dz_sums_.subspan(split * each, each), own);
         return;
       }
       const int64_t o = (unit - z_units) * oh, count = std::min(oh, dw.os - o);
-      if constexpr (direct) add_to_base_grads(dw, o, count, z.span(), R, f.I, group > 0, bases, own);
-      if (!dh) return;
-      S* const to = dh + ((o0 + o) * f.I + i0) * R;
-      if constexpr (direct) {
-        add_to_dH<T>(dw, o, count, z.span(), R, group > 0, to, f.I * R, view_as<T>(own));
+      if constexpr (FLOAT) add_to_base_grads(dw, o, count, z_.span(), R, f_.I, add_dh, bases_, own);
+      if (!dh_) return;
+      S* const to = dh_ + ((dw.o0 + o) * f_.I + dw.i0) * R;
+      if constexpr (FLOAT) {
+        add_to_dH<T>(dw, o, count, z_.span(), R, add_dh, to, f_.I * R, view_as<T>(own));
       } else {
         const int64_t each = dw.is * R;
-        float* const rows = slice.at(o * each, count * each);
-        add_to_dH<T>(dw, o, count, z.span(), R, group > 0, rows, each, view_as<T>(own));
-        if (group == groups - 1)
-          for (int64_t k = 0; k < count; ++k) pack((const float*)rows + k * each, 0, 1, to + k * f.I * R, 0, 1, each);
+        float* const sums = dh_sums_.at(o * each, count * each);
+        add_to_dH<T>(dw, o, count, z_.span(), R, add_dh, sums, each, view_as<T>(own));
+        if (last_group)
+          for (int64_t k = 0; k < count; ++k) pack((const float*)sums + k * each, 0, 1, to + k * f_.I * R, 0, 1, each);
       }
     });
-
-    if (!dz.data || chunk < chunks - 1) continue;
-    float* const total = sums.at(0, Gs * R);
-    for (int64_t s = 1; s < slots; ++s) {
-      const float* const other = sums.at(s * G * R, Gs * R);
-      for (int64_t k = 0; k < Gs * R; ++k) total[k] += other[k];
-    }
-    pack((const float*)total, R, 1, dz.data + b0 * R, R, Gs, R);
   }
+
+  // Adds up the partial sums of dz for the instances of a chunk, and stores them.
+  void store_dz(const GradChunk& dw) const {
+    const int64_t numbers = dw.instances * f_.R, each = cut_.instances * f_.R;
+    float* const total = dz_sums_.at(0, numbers);
+    for (int64_t split = 1; split < cut_.splits; ++split) {
+      const float* const partial = dz_sums_.at(split * each, numbers);
+      for (int64_t k = 0; k < numbers; ++k) total[k] += partial[k];
+    }
+    pack((const float*)total, f_.R, 1, dz_.data + dw.b0 * f_.R, f_.R, dw.instances, f_.R);
+  }
+
+  const Factors<S>& f_;
+  const GradChunks& cut_;
+  const Rows<S> dz_;
+  S* const dh_;
+  const BaseGrads bases_;
+  const int64_t workspace_, panels_;
+  const Scratch<float> dw_, dz_sums_, dh_sums_, two_rows_;
+  const Scratch<T> z_;
+};
+
+template <class S, class T>
+void grads_from_dW(const Factors<S>& f, Rows<S> dz, S* dh, const BaseGrads& bases, int64_t workspace) {
+  const GradChunks cut(f, dz.data, dh, bases, workspace);
+  if (cut.separate && dz.data && cut.groups > 1 && cut.chunks > 1) {  // dz sums over chunks, dH over groups: two passes
+    grads_from_dW<S, T>(f, dz, nullptr, {}, workspace);
+    return grads_from_dW<S, T>(f, {}, dh, {}, workspace);
+  }
+  GradsFromdW<S, T>(f, cut, dz, dh, bases, workspace).run();
 }
 
 // All gradients; any may be null. dx is `apply` to g with o and i swapped.
