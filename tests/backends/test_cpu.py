@@ -1,4 +1,4 @@
-"""The compiled CPU kernels: what the suite of the family, which runs on every backend, does not ask."""
+"""The compiled CPU kernels, beyond the tests of the op family that run on every backend."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ LOW = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *LOW)
 ALL = (True,) * 6
 NAMES = ("x", "z", "weight", "bias", "base_weight", "g")
-# Beyond a block of instances, a piece of H, a panel of dH; skinny ways; one output, with few and with many numbers
-# of H; one of each.
+# Sizes beyond a block of instances, a tile of H and a panel of dH; narrow axes; one output, with a small and a large
+# H; all sizes 1.
 SIZES = [
     (1, 1, 1, 1, 1),
     (33, 1, 25, 64, 130),
@@ -43,7 +43,7 @@ SIZES = [
 
 
 def everything(x, z, weight, bias, base_weight, g, schedule="auto"):
-    """y, dx, dz, dH and the gradients of bias, W0, b0."""
+    """Return y, dx, dz, dH and the gradients of bias, W0, b0."""
     y = cpu.apply(x, z, weight, bias, base_weight, schedule=schedule)
     return y, *cpu.grads(x, z, weight, bias, base_weight, g, ALL, schedule=schedule)
 
@@ -73,7 +73,7 @@ def test_any_sizes_and_strides(sizes, dtype, strides, schedule, factors, oracle)
 @pytest.mark.parametrize("strides", ["transposed", "swapped", "sliced", "expanded"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_one_output_of_any_strides(schedule, strides, factors, oracle):
-    # Expanded, all terms of a sum are one number and round the same way: by n/4 eps at worst, which 16 eps must hold.
+    # In an expanded tensor, all terms of a sum are equal and round the same way: n/4 eps at worst, and 16 eps must do.
     args = factors((66, 1, 24, 40, 1), torch.float32, NAMES, strides)
     oracle.check_linear(args, everything(*args, schedule))
 
@@ -90,8 +90,8 @@ def test_the_number_of_threads_changes_no_bit(sizes, schedule, factors):
         results = []
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            own = schedule == "generate" and sizes[1] > 1  # elsewhere those of bias and base are aten's sums
-            results.append(everything(*args, schedule)[: 7 if own else 4])
+            all_here = schedule == "generate" and sizes[1] > 1  # otherwise aten computes the gradients of bias and base
+            results.append(everything(*args, schedule)[: 7 if all_here else 4])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -103,8 +103,8 @@ def test_the_number_of_threads_changes_no_bit(sizes, schedule, factors):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("limit", [1 << 20, 32 << 20], ids=["1 MiB", "32 MiB"])
 @pytest.mark.parametrize("sizes", [(700, 17, 8, 300, 1), (300, 100, 1, 1, 300), (100, 60, 33, 1, 33)], ids=str)
-def test_sums_over_points_are_cut_by_sizes_alone(sizes, limit, schedule, factors):
-    """Whatever threads share the workspace."""
+def test_sums_over_points_are_split_by_sizes_alone(sizes, limit, schedule, factors):
+    """The number of threads that share the workspace does not change the splits."""
     fasthyper.set_workspace_limit(limit)
     x, z, weight, g = factors(sizes, torch.float32)
     before = torch.get_num_threads()
@@ -124,7 +124,7 @@ def test_sums_over_points_are_cut_by_sizes_alone(sizes, limit, schedule, factors
 @pytest.mark.parametrize("mask", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1)], ids=str)
 @pytest.mark.parametrize("sizes", [(50, 1, 6, 7, 8), (6, 9, 6, 7, 8)], ids=str)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_what_is_not_asked_for_is_not_there(schedule, sizes, mask, factors):
+def test_only_requested_gradients_are_computed(schedule, sizes, mask, factors):
     x, z, weight, g = factors(sizes, torch.float32)
     all_of_them = cpu.grads(x, z, weight, None, None, g, (True,) * 3 + (False,) * 3, schedule=schedule)
     some = cpu.grads(x, z, weight, None, None, g, tuple(map(bool, mask)) + (False,) * 3, schedule=schedule)
@@ -151,10 +151,10 @@ def test_gradients_of_a_large_batch_are_as_exact_as_by_hand(sizes, dtype, factor
 @ready
 @pytest.mark.parametrize("wanted", [(3,), (4,), (5,), (2, 5), (1, 3, 4), (1, 2, 3, 4, 5)], ids=str)
 @pytest.mark.parametrize("sizes", [(150, 3, 40, 70, 90), (700, 2, 33, 20, 17), (5, 300, 20, 600, 40)], ids=str)
-def test_gradients_of_bases_come_with_those_of_what_is_generated(sizes, wanted, factors, oracle):
+def test_gradients_of_bases_come_from_dW(sizes, wanted, factors, oracle):
     x, z, weight, bias, base_weight, g = factors(sizes, torch.float32, NAMES)
     mask = tuple(k in wanted for k in range(6))
-    fasthyper.set_workspace_limit(1 << 20)  # many groups of instances, many pieces of dW
+    fasthyper.set_workspace_limit(1 << 20)  # many groups of instances, many chunks of dW
     got = cpu.grads(x, z, weight, bias, base_weight, g, mask, schedule="generate")
     args = [t.double() for t in (x, z, weight, bias, base_weight, g)]
     exact = fasthyper.backends.aten.grads(*args, mask, schedule="fold")
@@ -168,7 +168,7 @@ def test_gradients_of_bases_come_with_those_of_what_is_generated(sizes, wanted, 
 
 native = pytest.mark.skipif(
     cpu.unavailable() is not None or not torch.ops.fasthyper_cpu.multiplies_bfloat16(),
-    reason="no products of bfloat16 on this machine (`make forced` puts plain ones in their place)",
+    reason="this machine has no products of bfloat16 (`make forced` replaces them by plain loops)",
 )
 
 
@@ -177,13 +177,13 @@ native = pytest.mark.skipif(
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_operands_of_16_bits(sizes, schedule, factors, oracle):
-    """Where the machine multiplies bfloat16, tiles are rounded to it: at most twice as bad as rounding W."""
+    """If products take bfloat16, tiles are rounded to it: at most twice the error of rounding W."""
     x, z, weight, g = factors(sizes, torch.bfloat16)
-    how = (planner.get_workspace_limit(), True)
+    options = (planner.get_workspace_limit(), True)
     ops = torch.ops.fasthyper_cpu
     got = (
-        ops.apply(x, z, weight, None, None, None, schedule, *how),
-        *ops.grads(x, z, weight, None, None, g, [True] * 3 + [False] * 3, schedule, schedule, *how)[:3],
+        ops.apply(x, z, weight, None, None, None, schedule, *options),
+        *ops.grads(x, z, weight, None, None, g, [True] * 3 + [False] * 3, schedule, schedule, *options)[:3],
     )
     with fasthyper.use_backend("materialised"):
         usual = (fasthyper.ops.apply(x, z, weight), *fasthyper.ops.grads(x, z, weight, g))
@@ -221,7 +221,7 @@ for B, N, R, I, O in ((70, 1, 25, 33, 41), (5, 20, 16, 12, 9)):
 @ready
 @pytest.mark.parametrize(("held", "onednn"), [("default", "SSE41"), ("avx2", "AVX2"), ("avx512", "AVX512_CORE")])
 def test_instruction_sets(held, onednn):
-    """Each library that the machine can run, with torch and oneDNN held to its instruction set."""
+    """Each library that the machine can run, with torch and oneDNN limited to its instruction set."""
     order = ("DEFAULT", "AVX2", "AVX512")
     if order.index(held.upper()) > order.index(torch.backends.cpu.get_cpu_capability()):
         pytest.skip(f"this processor has no {held}")
@@ -233,7 +233,7 @@ def test_instruction_sets(held, onednn):
 
 @pytest.fixture
 def build(tmp_path, monkeypatch):
-    """A folder for compiled libraries with this record of the build."""
+    """Return a function that writes build.json into an otherwise empty folder of compiled libraries."""
     monkeypatch.setattr(compiled, "FOLDER", tmp_path)
 
     def record(**content):
@@ -259,8 +259,8 @@ def test_why_not_with_another_torch(build):
 
 
 def test_why_not_where_one_library_is_missing(build):
-    build(torch=torch.__version__, missing={"cuda": "there is no nvcc"})
-    assert compiled.load("cuda") == "not built: there is no nvcc"
+    build(torch=torch.__version__, missing={"cuda": "the build found no nvcc"})
+    assert compiled.load("cuda") == "not built: the build found no nvcc"
 
 
 def test_why_not_for_another_processor(build):
@@ -274,7 +274,7 @@ def test_why_not_with_a_broken_library(build, tmp_path):
     assert "cannot be loaded" in compiled.load("cpu_avx2")
 
 
-def test_without_kernels_aten_serves(monkeypatch):
+def test_aten_is_used_without_kernels(monkeypatch):
     monkeypatch.setattr(cpu, "unavailable", lambda: "not built: no compiler")
     assert backends.backend("auto", torch.device("cpu")) is backends.BACKENDS["aten"]
     with pytest.raises(ValueError, match="no compiler"):
@@ -286,14 +286,14 @@ def test_another_device():
         backends.backend("cpu", torch.device("meta"))
 
 
-short = pytest.mark.skipif(
-    cpu.unavailable() is not None or compiled.load("eager") is not None, reason="the short way was not built"
+needs_eager = pytest.mark.skipif(
+    cpu.unavailable() is not None or compiled.load("eager") is not None, reason="csrc/eager.cpp was not built"
 )
 
 
-@short
+@needs_eager
 def test_a_plan_is_made_once_and_forgotten_with_the_limit(factors, monkeypatch, oracle):
-    """Eager calls of a problem that was planned do not enter Python again."""
+    """The second eager call of a problem does not enter Python."""
     x, z, weight, g = factors((9, 2, 5, 3, 6), torch.float32)
     inputs = [t.requires_grad_() for t in (x, z, weight)]
 
@@ -312,9 +312,9 @@ def test_a_plan_is_made_once_and_forgotten_with_the_limit(factors, monkeypatch, 
     oracle.check_op("apply", step()[0], x, z, weight)
 
 
-@short
-def test_the_short_way_records_as_the_long_one(factors):
-    """Base terms, partial requires_grad, hooks on what is saved, a second derivative."""
+@needs_eager
+def test_eager_calls_record_the_same_derivatives(factors):
+    """Base terms, some inputs with requires_grad, a second derivative."""
     x, z, weight, bias, base_weight, base_bias = factors(dtype=torch.float32, names=factors.AFFINE)
     for wanted in ([x], [z, bias], [weight, base_weight, base_bias], [x, z, weight, bias, base_weight, base_bias]):
         for t in (x, z, weight, bias, base_weight, base_bias):

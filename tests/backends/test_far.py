@@ -1,4 +1,4 @@
-"""Strides of any size: rows of an operand that are gigabytes apart, in memory that is never touched in between."""
+"""Strides of any size: rows of an operand gigabytes apart. The memory between them is never touched."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"compiled
 
 
 def far(t: torch.Tensor, axis: int, gap: int) -> torch.Tensor:
-    """The same numbers, with so many bytes from one index of an axis to the next."""
+    """Return a copy with a stride of `gap` bytes along one axis."""
     step = gap // t.element_size()
-    rest = t.movedim(axis, 0).contiguous()
-    memory = torch.empty(step * (len(rest) - 1) + rest[0].numel(), dtype=t.dtype)
-    view = memory.as_strided(rest.shape, (step, *rest.stride()[1:])).movedim(0, axis)
+    rows = t.movedim(axis, 0).contiguous()
+    memory = torch.empty(step * (len(rows) - 1) + rows[0].numel(), dtype=t.dtype)
+    view = memory.as_strided(rows.shape, (step, *rows.stride()[1:])).movedim(0, axis)
     return view.copy_(t)
 
 
@@ -49,7 +49,7 @@ def test_rows_far_apart(gap, name, axis, sizes, dtype, schedule, factors, oracle
 @pytest.mark.parametrize("points", [1, 40])
 @pytest.mark.parametrize("name", ["x", "g"])
 def test_many_rows_some_distance_apart(name, points, factors, oracle):
-    """Products of more than one row each: 40 of them, 60 MiB apart."""
+    """40 rows, 60 MiB apart, which one product can address only in part."""
     args = dict(zip(NAMES, factors((40 // points * 2, points, 8, 16, 6), torch.float32, NAMES), strict=True))
     args[name] = far(args[name], 1 if points > 1 else 0, 60 << 20)
     given = list(args.values())
@@ -61,19 +61,19 @@ def test_many_rows_some_distance_apart(name, points, factors, oracle):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("O", [17, pytest.param(65, marks=pytest.mark.slow)])  # more than 2³¹ bytes, and numbers
 def test_a_large_head(O, schedule):
-    """I·R = 2²⁵: gigabytes of zeros, of which a few are none."""
+    """I·R = 2²⁵: an H of gigabytes, zero except for a few numbers."""
     B, R, I = 3, 1 << 10, 1 << 15
-    weight = torch.zeros(1, dtype=torch.float32).new_empty(O, I, R)  # pages that are read are one page of zeros
+    weight = torch.zeros(1, dtype=torch.float32).new_empty(O, I, R)  # pages are zero until they are written
     x, z, g = torch.randn(B, 1, I), torch.randn(B, R), torch.randn(B, 1, O)
-    there = [(0, 0, 0), (O - 1, I - 1, R - 1), (O - 1, 0, 5), (3, I // 2, R // 3), (16, I - 2, 0)]
+    nonzero = [(0, 0, 0), (O - 1, I - 1, R - 1), (O - 1, 0, 5), (3, I // 2, R // 3), (16, I - 2, 0)]
     y, dx, dz = torch.zeros(B, 1, O), torch.zeros(B, 1, I), torch.zeros(B, R)
-    for k, (o, i, r) in enumerate(there):
+    for k, (o, i, r) in enumerate(nonzero):
         weight[o, i, r] = h = float(k + 1)
         y[:, 0, o] += h * x[:, 0, i] * z[:, r]
         dx[:, 0, i] += h * g[:, 0, o] * z[:, r]
         dz[:, r] += h * x[:, 0, i] * g[:, 0, o]
     got = cpu.apply(x, z, weight, schedule=schedule)
     torch.testing.assert_close(got, y)
-    ours = cpu.grads(x, z, weight, None, None, g, (True, True, False, False, False, False), schedule=schedule)
-    torch.testing.assert_close(ours[0], dx)
-    torch.testing.assert_close(ours[1], dz)
+    gradients = cpu.grads(x, z, weight, None, None, g, (True, True, False, False, False, False), schedule=schedule)
+    torch.testing.assert_close(gradients[0], dx)
+    torch.testing.assert_close(gradients[1], dz)

@@ -1,9 +1,9 @@
-"""Random calls of a compiled CPU library, its operands beside pages that nobody may touch, its results against einsum.
+"""Call a compiled CPU library with random operands between protected pages, and compare its results with einsum.
 
     python tests/kernels/fuzz.py fasthyper/_compiled/cpu_avx2.so --cases 1000 --seed 0
 
-Every case is printed before it runs, so that the last line of a process that died is the case it died of; `--case N`
-runs that one alone. A case is drawn from its number and the seed: the same on every machine.
+Each case is printed before it runs: if the process dies, the last line is the case that killed it. `--case N` runs one
+case alone. The seed and the number determine a case, on every machine.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 AXES = {"x": "bni", "z": "br", "weight": "oir", "bias": "or", "base_weight": "oi", "base_bias": "o", "g": "bno"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCHEDULES = ("fold", "generate", "project")
-MOST = 200_000  # multiplications of a case
-# Around every width, block and panel; the rest is drawn.
-NEAR = (1, 1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 25, 31, 32, 33, 40, 48, 63, 64, 65, 100, 127, 128, 129, 257, 300)
+MOST_WORK = 200_000  # multiplications of a case
+# Sizes around the edges of vectors, blocks and panels; other sizes are random.
+EDGE = (1, 1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 25, 31, 32, 33, 40, 48, 63, 64, 65, 100, 127, 128, 129, 257, 300)
 
 
 class Guarded:
-    """Memory between two pages that cannot be touched, which begins or ends at one of them."""
+    """Memory that begins or ends at a protected page."""
 
     def __init__(self, size: int, at_end: bool):
         pages = -(-size // PAGE) * PAGE
@@ -57,11 +57,11 @@ class Guarded:
 
 @dataclass(frozen=True)
 class Case:
-    """Operands of one shape; both operators take them in every order, and bfloat16 in each way to multiply it."""
+    """Operands of one problem, for both operators, every schedule, and bfloat16 with and without its own products."""
 
     sizes: tuple[int, int, int, int, int]  # B, N, R, I, O
     dtype: torch.dtype
-    layouts: tuple[str, ...]  # of the tensors, as in AXES
+    layouts: tuple[str, ...]  # one for each tensor of AXES
     given: tuple[bool, bool, bool]  # bias, base weight, base bias
     mask: tuple[bool, ...]
     workspace: int
@@ -72,24 +72,24 @@ class Case:
 
 
 def size(rng: random.Random) -> int:
-    """A size of an axis."""
-    return rng.choice(NEAR) if rng.random() < 0.7 else min(400, int(math.exp(rng.uniform(0, 6))))
+    """Draw the size of an axis."""
+    return rng.choice(EDGE) if rng.random() < 0.7 else min(400, int(math.exp(rng.uniform(0, 6))))
 
 
 def draw(rng: random.Random) -> Case:
-    """A case; sizes are drawn until the einsum of it is quick."""
+    """Draw a case; sizes are drawn until einsum is quick."""
     while True:
         B, N, R, I, O = (size(rng) for _ in range(5))
         N = 1 if rng.random() < 0.4 else N
         O = 1 if rng.random() < 0.1 else O
-        if B * N * R * I * O <= MOST:
+        if B * N * R * I * O <= MOST_WORK:
             break
     mask = [rng.random() < 0.6 for _ in range(6)]
     mask[rng.randrange(3)] = True
     given = tuple(rng.random() < 0.5 for _ in range(3))
-    kinds = ("contiguous", "contiguous", "permuted", "sliced", "expanded", "padded", "far")
-    layouts = [rng.choice(kinds) for _ in AXES]
-    if layouts.count("expanded") > 1:  # equal terms of a sum round the same way, and their errors add up
+    every = ("contiguous", "contiguous", "permuted", "sliced", "expanded", "padded", "far")
+    layouts = [rng.choice(every) for _ in AXES]
+    if layouts.count("expanded") > 1:  # equal terms round the same way, so errors add up
         layouts = [layout if layout != "expanded" or rng.random() < 0.3 else "far" for layout in layouts]
         layouts[-1] = layouts[-1].replace("expanded", "permuted")
     return Case(
@@ -104,7 +104,7 @@ def draw(rng: random.Random) -> Case:
 
 
 def strides_of(shape: list[int], layout: str, rng: random.Random) -> list[int]:
-    """Strides in numbers of a view of this shape."""
+    """Draw strides, in numbers, for a view of this shape."""
     order = list(range(len(shape)))
     if layout == "permuted":
         rng.shuffle(order)
@@ -124,10 +124,10 @@ def strides_of(shape: list[int], layout: str, rng: random.Random) -> list[int]:
 
 @contextmanager
 def operands(case: Case, rng: random.Random) -> Iterator[dict[str, Tensor]]:
-    """The tensors of a case, each in memory of its own; what is between their numbers is NaN."""
+    """Yield the tensors of a case, each in memory of its own, with NaN between their numbers."""
     length = dict(zip("bnrio", case.sizes, strict=True))
     held, tensors = [], {}
-    off = 1 if rng.random() < 0.05 else 0  # bytes; now and then not even numbers are aligned
+    off = 1 if rng.random() < 0.05 else 0  # bytes: some tensors are not aligned for their dtype
     for (name, axes), layout in zip(AXES.items(), case.layouts, strict=True):
         shape = [length[axis] for axis in axes]
         strides = strides_of(shape, layout, rng)
@@ -139,7 +139,7 @@ def operands(case: Case, rng: random.Random) -> Iterator[dict[str, Tensor]]:
             flat.fill_(math.nan)
         view = flat.as_strided(shape, strides)
         values = torch.randn(shape, generator=torch.Generator().manual_seed(rng.randrange(1 << 30)))
-        if 0 in strides:  # one of the indices of an axis has the numbers of all
+        if 0 in strides:  # all indices of the axis share one slice
             axis = strides.index(0)
             view.narrow(axis, 0, 1).copy_(values.narrow(axis, 0, 1))
         else:
@@ -154,7 +154,7 @@ def operands(case: Case, rng: random.Random) -> Iterator[dict[str, Tensor]]:
 
 
 def expected(t: dict[str, Tensor], given: tuple[bool, ...]) -> list[Tensor]:
-    """y and the six gradients by einsum in float64."""
+    """Return y and the six gradients by einsum in float64."""
     x, z, weight, bias, base_weight, base_bias, g = (t[name].double() for name in AXES)
     y = torch.einsum("bni,bio->bno", x, torch.einsum("br,oir->bio", z, weight))
     dw = torch.einsum("bni,bno->boi", x, g)
@@ -174,7 +174,7 @@ NAMES = ("y", "dx", "dz", "dH", "dbias", "dbase", "dbase_bias")
 
 
 def check(name: str, got: Tensor, truth: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
-    """Rounding errors of the dtype beside the sum of absolute terms, and of a sum of many in float32."""
+    """Allow rounding errors of the dtype, relative to the sum of absolute terms (`scale`)."""
     info = torch.finfo(dtype)
     allowed = (64 if dtype == torch.float32 else 4) * info.eps * scale + 16 * info.eps * info.smallest_normal
     error = (got.double() - truth).abs()
@@ -184,7 +184,7 @@ def check(name: str, got: Tensor, truth: Tensor, scale: Tensor, dtype: torch.dty
 
 
 def run(case: Case, rng: random.Random) -> None:
-    """Both operators on the operands of a case, and what they return against einsum."""
+    """Run both operators on a case, and compare their results with einsum."""
     torch.set_num_threads(case.threads)
     with operands(case, rng) as t:
         truth = expected(t, case.given)
@@ -194,26 +194,26 @@ def run(case: Case, rng: random.Random) -> None:
             for name, given in zip(("bias", "base_weight", "base_bias"), case.given, strict=True)
         )
         dx, dz, dh = case.mask[:3]
-        z = None if dz and not (dx or dh or case.mask[3]) else t["z"]  # what is not read need not be there
+        z = None if dz and not (dx or dh or case.mask[3]) else t["z"]  # dz does not read z
         weight = None if dh and not (dx or dz) else t["weight"]
         native = (False, True) if case.dtype == torch.bfloat16 else (False,)
         for schedule, multiplied in itertools.product(SCHEDULES, native):
-            how = (case.workspace, multiplied)
+            options = (case.workspace, multiplied)
             ops = torch.ops.fasthyper_cpu
-            y = ops.apply(t["x"], t["z"], t["weight"], bias, base_weight, base_bias, schedule, *how)
-            out = ops.grads(t["x"], z, weight, bias, base_weight, t["g"], case.mask, schedule, schedule, *how)
+            y = ops.apply(t["x"], t["z"], t["weight"], bias, base_weight, base_bias, schedule, *options)
+            out = ops.grads(t["x"], z, weight, bias, base_weight, t["g"], case.mask, schedule, schedule, *options)
             for name, got, exact, most, asked in zip(NAMES, (y, *out), truth, scale, (True, *case.mask), strict=True):
                 if got is not None and got.numel() and asked:
-                    what = f"{schedule}{', native' * multiplied}: {name}"
-                    # sums of float32 may leave the range of float16, which is no fault
+                    label = f"{schedule}{', native' * multiplied}: {name}"
+                    # float32 sums may exceed the range of float16
                     got = got.nan_to_num() if case.dtype == torch.float16 else got
-                    check(what, got, exact, most, case.dtype)
+                    check(label, got, exact, most, case.dtype)
                 elif asked and name in ("dx", "dz", "dH"):
-                    raise AssertionError(f"{schedule}: {name} was asked for and is not there")
+                    raise AssertionError(f"{schedule}: {name} was requested but is missing")
 
 
 def main() -> None:
-    """Run the cases; the exit status is 1 after one that is wrong."""
+    """Run the cases; exit with status 1 after a wrong result."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("library")
     parser.add_argument("--cases", type=int, default=1000)

@@ -1,6 +1,6 @@
-"""Random calls of the compiled CPU kernels, beside guard pages: as they are, and at every width under the sanitizers.
+"""Random calls of the compiled CPU kernels: as built for this machine, and at every vector width under sanitizers.
 
-`fuzz.py` is what runs; each library has a process of its own, so that what kills it is seen.
+Each library runs fuzz.py in a process of its own, so that a crash is a test failure.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fasthyper import compiled
 
 ROOT = Path(__file__).parents[2]
 SANITIZED = ROOT / "build" / "sanitized" / "fasthyper" / "_compiled"
-CASES = int(os.environ.get("FASTHYPER_FUZZ_CASES", "2000"))  # of each library; half a minute or so
+CASES = int(os.environ.get("FASTHYPER_FUZZ_CASES", "2000"))  # of each library: about half a minute
 
 
 def fuzz(library: Path, cases: int = CASES, seed: int = 0, preload: str = "") -> None:
@@ -27,14 +27,14 @@ def fuzz(library: Path, cases: int = CASES, seed: int = 0, preload: str = "") ->
     script = str(Path(__file__).with_name("fuzz.py"))
     command = [sys.executable, script, str(library), "--cases", str(cases), "--seed", str(seed)]
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    said = result.stdout.splitlines()[-2:] + result.stderr.splitlines()[:40]
-    assert result.returncode == 0, "\n".join(said)
+    output = result.stdout.splitlines()[-2:] + result.stderr.splitlines()[:40]
+    assert result.returncode == 0, "\n".join(output)
     assert f"{cases} cases are right" in result.stdout
 
 
 @pytest.fixture(scope="module")
 def preload() -> str:
-    """What has to be loaded before anything else where a library is under AddressSanitizer."""
+    """Return the libraries that the dynamic linker must load first for AddressSanitizer."""
     compiler = os.environ.get("CXX", "c++")
     names = [f"-print-file-name={name}" for name in ("libasan.so", "libstdc++.so")]
     try:
@@ -49,13 +49,13 @@ def test_any_width_under_sanitizers(width, preload):
     fuzz(SANITIZED / f"cpu_width{width}.so", seed=width, preload=preload)
 
 
-SETS = ("default", "avx2", "avx512")
+INSTRUCTION_SETS = ("default", "avx2", "avx512")
 
 
-@pytest.mark.parametrize("name", SETS)
-def test_as_they_are_with_products_of_onednn(name):
-    """Those of this processor, and those of older ones."""
-    if SETS.index(name) > SETS.index(torch.backends.cpu.get_cpu_capability().lower()):
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_each_instruction_set_with_products_of_onednn(name):
+    """The libraries for this processor and for older ones."""
+    if INSTRUCTION_SETS.index(name) > INSTRUCTION_SETS.index(torch.backends.cpu.get_cpu_capability().lower()):
         pytest.skip(f"this processor has no {name}")
     if (why := compiled.load("eager")) is not None:
         pytest.skip(f"compiled CPU kernels: {why}")
