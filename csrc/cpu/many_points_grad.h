@@ -154,7 +154,7 @@ void add_to_dH(
     const int64_t K = std::min(GROUP_INSTANCES, dw.instances - b);
     for (int64_t k = 0; k < count; ++k) {
       const int64_t first = (o + k) * is;
-      if constexpr (std::is_same_v<T, float>) {  // in contiguous squares: the next row overwrites the excess
+      if constexpr (std::is_same_v<T, float>) {  // in whole squares: the next row overwrites the excess
         const int64_t read = whole_squares(is);
         transpose(dw.at(b, first, extent(K, dw.pitch, read)), dw.pitch, t.at(k * is * ld, read * ld), ld, K, read, ld);
       } else {
@@ -218,9 +218,9 @@ inline void add_to_base_grads(
   }
 }
 
-// The division of dW into chunks of `instances` × `o_size` × `i_size`, where `chunks` chunks make a group of instances,
-// and the division of a chunk's contribution to dz: `splits` partial sums over j = (o, i), from products that are
-// `depth` long, for `unit_instances` instances at a time.
+// The division of dW into chunks of `instances` × `o_size` × `i_size`: `groups` groups of instances, each in `chunks`
+// chunks. For dz, the sum over j = (o, i) of a chunk has `splits` partial sums, of products of `depth` numbers j. One
+// unit adds to one partial sum of `unit_instances` instances.
 struct GradChunks {
   bool summed, biased, separate;  // Σ_n g is computed; dz needs it; dH is summed in float32 in memory of its own
   int64_t instances, o_size, i_size, pitch;
@@ -254,7 +254,7 @@ struct GradChunks {
   }
 
  private:
-  // Halves o_size and i_size, the larger first, until their product is at most `most` or neither exceeds its least.
+  // Halves o_size or i_size, usually the larger, until their product is at most `most` or neither exceeds its least.
   void halve(int64_t most, int64_t least_o, int64_t least_i) {
     while (o_size * i_size > most && (o_size > least_o || i_size > least_i)) {
       if (o_size > least_o && (o_size >= i_size || i_size <= least_i)) o_size = ceil_div(o_size, 2);

@@ -1,4 +1,4 @@
-// `apply`, and dx and dz of `grads`, where points share nothing: each row q = (b, n) has its group_sums x, z and g.
+// `apply`, and dx and dz of `grads`, where points share nothing: each row q = (b, n) has its own x, z and g.
 //
 //   fold       y = H·(x ⊗ z)                    G = g·H,   dx = G z,   dz = G x
 //   generate   W = z·H,   y = W x,   dx = W g   dz = H·(g ⊗ x)
