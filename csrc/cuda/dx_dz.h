@@ -8,22 +8,16 @@
 // tile's row at a time, and O 64 at a time. bias is H of one more i, for which x is one. Where O is no more than that,
 // g stays in registers, and a pair of eight columns of G is reduced before the next one is made.
 #pragma once
+#include <cstdint>
+
+#include "activation.h"
+#include "fragments.h"
+#include "instructions.h"
+#include "numbers.h"
 #include "tiles.h"
+#include "views.h"
 
 namespace fasthyper {
-
-// Where a result goes: to the tensor, or as a float32 part of it, one split after another.
-template <class T>
-struct Target {
-  T* out;
-  float* partial;
-
-  INLINE bool wanted() const { return out || partial; }
-  DEVICE void store(int64_t at, float value) const {
-    if (partial) partial[at] = value;
-    else out[at] = static_cast<T>(value);
-  }
-};
 
 template <class T>
 struct DxDz {

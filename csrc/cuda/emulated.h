@@ -7,8 +7,6 @@
 #pragma once
 #undef _FORTIFY_SOURCE  // its longjmp takes a switch of stacks for an overflow
 #include <setjmp.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -22,20 +20,15 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
-#define INLINE inline
-#define DEVICE inline
-#define KERNEL(threads, blocks) void
-#define GRID_CONSTANT
+#include "device.h"
+#include "numbers.h"
 
 namespace fasthyper {
 
 struct Stream {};
-
-struct Grid {
-  unsigned x, y = 1, z = 1;
-};
 
 namespace emulated {
 
@@ -232,29 +225,15 @@ inline float shuffle_xor(float v, int mask) {
 }
 
 inline uint32_t to_tf32(float v) {
-  uint32_t word;
-  memcpy(&word, &v, 4);
+  const uint32_t word = bits(v);
   return std::isfinite(v) ? (word + 0x1000u) & 0xffffe000u : word;
 }
 
-inline uint32_t times(uint32_t a, uint32_t b, torch::headeronly::BFloat16) {
-  const auto half = [](float x, float y) { return static_cast<uint32_t>(torch::headeronly::BFloat16(x * y).x); };
-  const auto low = [](uint32_t w) {
-    const uint32_t up = w << 16;
-    float v;
-    memcpy(&v, &up, 4);
-    return v;
-  };
-  return half(low(a), low(b)) | half(low(a >> 16), low(b >> 16)) << 16;
+inline uint32_t times(uint32_t a, uint32_t b, bfloat16) {
+  const auto product = [&](int high) { return bfloat16(half_of(a, high, bfloat16{}) * half_of(b, high, bfloat16{})); };
+  return pair(product(0), product(1));
 }
-inline uint32_t times(uint32_t a, uint32_t b, float) {
-  float x, y;
-  memcpy(&x, &a, 4);
-  memcpy(&y, &b, 4);
-  x *= y;
-  memcpy(&a, &x, 4);
-  return a;
-}
+inline uint32_t times(uint32_t a, uint32_t b, float) { return bits(number(a) * number(b)); }
 
 template <int BYTES>
 void copy_async(void* to, const void* from, int valid) {
@@ -340,34 +319,13 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
   });
 }
 
-inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, torch::headeronly::BFloat16) {
+template <class T>
+void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
   emulated::Product lane{d, a, {b0, b1}};
   emulated::in_warp("mma", &lane, [](emulated::Product** lanes) {
-    emulated::multiply<16>(lanes, [](uint32_t word, int high) {
-      const uint32_t up = high ? word & 0xffff0000u : word << 16;
-      float v;
-      memcpy(&v, &up, 4);
-      return v;
-    });
-  });
-}
-inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, torch::headeronly::Half) {
-  emulated::Product lane{d, a, {b0, b1}};
-  emulated::in_warp("mma", &lane, [](emulated::Product** lanes) {
-    emulated::multiply<16>(lanes, [](uint32_t word, int high) {
-      using torch::headeronly::Half;
-      return static_cast<float>(Half(static_cast<uint16_t>(high ? word >> 16 : word), Half::from_bits()));
-    });
-  });
-}
-inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float) {
-  emulated::Product lane{d, a, {b0, b1}};
-  emulated::in_warp("mma", &lane, [](emulated::Product** lanes) {
-    emulated::multiply<8>(lanes, [](uint32_t word, int) {
-      word &= 0xffffe000u;
-      float v;
-      memcpy(&v, &word, 4);
-      return v;
+    emulated::multiply<per_step<T>>(lanes, [](uint32_t word, int high) {
+      if constexpr (sizeof(T) == 4) return number(word & 0xffffe000u);  // TF32
+      else return half_of(word, high, T{});
     });
   });
 }

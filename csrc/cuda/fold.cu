@@ -1,9 +1,13 @@
 // Kernels of fold, for every dtype and as many columns as there are.
 #include "fold.h"
-#include "kernels.h"
-#include "reduce.h"
+
+#include "instructions.h"
+#include "launchers.h"
 
 namespace fasthyper {
+
+constexpr int SHARED_BYTES = 96 << 10;   // of a block: two of them on sm_90, one on every part since sm_80
+constexpr int BLOCKS_AT_ONCE = 2 * 132;  // about as many as run side by side; no result depends on it
 
 template <class T, int WM, int WK, int MT, int NT>
 KERNEL(32 * WM * WK, (FoldShape<T, WM, WK, MT, NT>::AT_ONCE))

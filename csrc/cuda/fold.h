@@ -9,7 +9,14 @@
 // A block has BM rows and BP columns of out; its warps share the rows (WM) and the steps of a tile of H (WK). Blocks go
 // on to further rows with the tiles of H still in shared memory, where all of them fit.
 #pragma once
+#include <cstdint>
+
+#include "activation.h"
+#include "fragments.h"
+#include "instructions.h"
+#include "numbers.h"
 #include "tiles.h"
+#include "views.h"
 
 namespace fasthyper {
 

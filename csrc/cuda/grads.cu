@@ -1,6 +1,8 @@
 // Kernels of all gradients of a layer, for every dtype.
 #include "grads.h"
 
+#include "launchers.h"
+
 namespace fasthyper {
 
 template <class T>

@@ -1,6 +1,8 @@
 // The whole backward in one launch: some blocks have rows of dx and dz, the others tiles of the parameters' gradients.
 #pragma once
-#include "kernels.h"
+#include "dx_dz.h"
+#include "instructions.h"
+#include "weight_grad.h"
 
 namespace fasthyper {
 

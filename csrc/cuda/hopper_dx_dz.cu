@@ -1,6 +1,9 @@
 // The kernels of dx and dz for sm_90a, and which calls they are for.
 #include "hopper_dx_dz.h"
-#include "hopper_kernels.h"
+
+#include "hopper_instructions.h"
+#include "hopper_launchers.h"
+#include "hopper_layouts.h"
 
 namespace fasthyper {
 

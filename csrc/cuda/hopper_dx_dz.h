@@ -9,8 +9,14 @@
 // zeros to 16·DEPTH. dx is collected 64 columns at a time; where there is a W0 these begin as its part, a piece like
 // those of H. bias is H of one more i, for which x is one.
 #pragma once
-#include "hopper.h"
+#include <cstdint>
+
 #include "dx_dz.h"
+#include "hopper.h"
+#include "hopper_instructions.h"
+#include "hopper_layouts.h"
+#include "instructions.h"
+#include "numbers.h"
 
 namespace fasthyper {
 

@@ -3,16 +3,27 @@
 // when they are waited for, and their sums are NaNs till then; barriers never initialised, bytes not expected,
 // descriptors that do not fit the layout, registers changed under a product: all errors.
 #pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <deque>
 #include <list>
 #include <map>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
 
-#include "hopper.h"
+#include "device.h"
+#include "hopper_layouts.h"
+#include "emulated.h"
+#include "numbers.h"
 
 #define HOPPER_ONLY(...) __VA_ARGS__
 
 namespace fasthyper {
-
-using Barrier = uint64_t;
 
 struct TensorMap {
   Field field;
@@ -373,7 +384,6 @@ void product(float (&d)[COUNT], uint64_t a, uint64_t b, T) {
 }
 
 inline int multiprocessors() { return 2; }  // so that blocks have more than one tile
-inline bool is_hopper() { return true; }
 
 template <class... Parameters, class... Arguments>
 void launch_hopper(

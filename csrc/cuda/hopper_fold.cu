@@ -1,6 +1,9 @@
 // The kernels of fold for sm_90a, and which calls they are for.
 #include "hopper_fold.h"
-#include "hopper_kernels.h"
+
+#include "hopper_instructions.h"
+#include "hopper_launchers.h"
+#include "hopper_layouts.h"
 
 namespace fasthyper {
 

@@ -7,8 +7,16 @@
 // each, in which u or v stands for v, and one for u. Blocks go from tile to tile; those that run together have other
 // rows of the same p, and so share H in the L2 cache.
 #pragma once
-#include "hopper.h"
+#include <cstdint>
+#include <type_traits>
+
 #include "fold.h"
+#include "hopper.h"
+#include "hopper_instructions.h"
+#include "hopper_layouts.h"
+#include "instructions.h"
+#include "numbers.h"
+#include "views.h"
 
 namespace fasthyper {
 

@@ -1,6 +1,9 @@
 // The kernels of dH for sm_90a, and which calls they are for.
-#include "hopper_kernels.h"
 #include "hopper_weight_grad.h"
+
+#include "hopper_instructions.h"
+#include "hopper_launchers.h"
+#include "hopper_layouts.h"
 
 namespace fasthyper {
 

@@ -6,7 +6,15 @@
 // a time: z and g as boxes, x, whose strides are free, through the registers of two warps. z is read transposed, by
 // matrices; both i of a warpgroup use it. g, whose o lie side by side, is the right operand as it is.
 #pragma once
+#include <cstdint>
+#include <type_traits>
+
 #include "hopper.h"
+#include "hopper_instructions.h"
+#include "hopper_layouts.h"
+#include "instructions.h"
+#include "numbers.h"
+#include "tiles.h"
 #include "weight_grad.h"
 
 namespace fasthyper {

@@ -4,8 +4,10 @@
 #include <utility>
 
 #include "hopper_fold.h"
-#include "hopper_kernels.h"
+#include "hopper_launchers.h"
 #include "hopper_weight_grad.h"
+#include "launchers.h"
+#include "reduce.h"
 #include "tensors.h"
 
 #ifdef FASTHYPER_EMULATED

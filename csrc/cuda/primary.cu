@@ -5,7 +5,10 @@
 // Where x has many features and the batch few rows, the sums of the first layer come in parts from `fold`, and are
 // added here. Backward is grads of the second layer, in which x is σ(a) and dx the gradient of a, then grads of the
 // first.
+#include "fold.h"
 #include "grads.h"
+#include "instructions.h"
+#include "launchers.h"
 
 namespace fasthyper {
 

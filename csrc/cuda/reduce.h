@@ -1,6 +1,8 @@
 // The second stage of a sum in parts: they are added in order, so that the same inputs give the same bits.
 #pragma once
-#include "tiles.h"
+#include <cstdint>
+
+#include "instructions.h"
 
 namespace fasthyper {
 

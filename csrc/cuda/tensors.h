@@ -5,9 +5,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdint>
 #include <optional>
 
-#include "tiles.h"
+#include "instructions.h"
+#include "numbers.h"
+#include "views.h"
 
 #ifndef FASTHYPER_EMULATED
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);

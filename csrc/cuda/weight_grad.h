@@ -6,7 +6,14 @@
 // A block has four i, a tile's row of R and one of O, of a split of the rows m; its warps are four by two halves of the
 // row of R. i = I stands for the one in the place of x, the tile after the last of R for the one in that of z.
 #pragma once
-#include "dx_dz.h"
+#include <cstdint>
+
+#include "activation.h"
+#include "fragments.h"
+#include "instructions.h"
+#include "numbers.h"
+#include "tiles.h"
+#include "views.h"
 
 namespace fasthyper {
 

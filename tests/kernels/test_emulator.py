@@ -20,7 +20,7 @@ pytestmark = [
 # Every kernel gets 64 threads and an array of as many numbers; main prints what each comes to, or why it fails.
 SOURCE = r"""
 #include <cstdio>
-#include "device.h"
+#include "instructions.h"
 
 namespace fasthyper {
 

@@ -1,13 +1,11 @@
-// What library.cu launches, and where the limits of a part stand.
+// What library.cu launches.
 #pragma once
+#include "dx_dz.h"
 #include "fold.h"
-#include "reduce.h"
+#include "instructions.h"
 #include "weight_grad.h"
 
 namespace fasthyper {
-
-constexpr int SHARED_BYTES = 96 << 10;   // of a block: two of them on sm_90, one on every part since sm_80
-constexpr int BLOCKS_AT_ONCE = 2 * 132;  // about as many as run side by side; no result depends on it
 
 // wide: blocks of 128 rows, not 32.
 template <class T>

@@ -1,0 +1,26 @@
+// What library.cu launches where it can: kernels for sm_90a, of bfloat16 and float16.
+#pragma once
+#include "dx_dz.h"
+#include "fold.h"
+#include "instructions.h"
+#include "weight_grad.h"
+
+namespace fasthyper {
+
+// What of a call these kernels do not do, or null.
+template <class T>
+const char* hopper_misfit(const Fold<T>& f);
+template <class T>
+const char* hopper_misfit(const WeightGrad<T>& f);
+template <class T>
+const char* hopper_misfit(const DxDz<T>& f);
+
+// y or dx; dH alone; dx and dz.
+template <class T>
+void launch_on_hopper(const Fold<T>& f, Stream stream);
+template <class T>
+void launch_on_hopper(const WeightGrad<T>& f, Stream stream);
+template <class T>
+void launch_on_hopper(const DxDz<T>& f, Stream stream);
+
+}  // namespace fasthyper
