@@ -9,9 +9,9 @@ namespace fasthyper {
 enum class Activation : int { none, relu, tanh, sigmoid, silu, gelu };
 
 DEVICE float sigmoid(float a) { return 1.f / (1.f + expf(-a)); }
-DEVICE float normal_share(float a) { return 0.5f * (1.f + erff(a * 0.70710678f)); }
+DEVICE float normal_cdf(float a) { return 0.5f * (1.f + erff(a * 0.70710678f)); }
 
-DEVICE float activated(float a, Activation by) {
+DEVICE float activate(float a, Activation by) {
   switch (by) {
     case Activation::relu:
       return a > 0.f || a != a ? a : 0.f;
@@ -22,13 +22,13 @@ DEVICE float activated(float a, Activation by) {
     case Activation::silu:
       return a * sigmoid(a);
     case Activation::gelu:
-      return a * normal_share(a);
+      return a * normal_cdf(a);
     default:
       return a;
   }
 }
 
-DEVICE float derivative(float a, Activation by) {
+DEVICE float activation_derivative(float a, Activation by) {
   switch (by) {
     case Activation::relu:
       return a > 0.f ? 1.f : 0.f;
@@ -45,7 +45,7 @@ DEVICE float derivative(float a, Activation by) {
       return y * (1.f + a * (1.f - y));
     }
     case Activation::gelu:
-      return normal_share(a) + a * 0.39894228f * expf(-0.5f * a * a);
+      return normal_cdf(a) + a * 0.39894228f * expf(-0.5f * a * a);
     default:
       return 1.f;
   }

@@ -21,11 +21,11 @@ namespace fasthyper {
 
 template <class T>
 struct DxDz {
-  Rows<T> g, z, x;
+  RowView<T> g, z, x;
   const T *h, *bias, *base;
   int64_t h_o, h_i, h_r, bias_o, bias_r, base_o, base_i;
   T* dx;         // (M, I), or null
-  Target<T> dz;  // (M, R), splits before; or null
+  Output<T> dz;  // (M, R), splits before; or null
   int M, N, I, O, R, per_split;
   int g_width, h_width, bias_width, base_width;
   bool z_aligned, tf32;
@@ -35,198 +35,200 @@ struct DxDz {
 template <class T, int WM_, int WI_>
 struct DxDzShape {
   static constexpr int WM = WM_, WI = WI_, BM = 16 * WM, THREADS = 32 * WM * WI, STAGES = 3;
-  static constexpr int NT = per_row<T> / 8;                           // columns of G in a warp, by eight
-  static constexpr int DEPTH = 64, STEPS_OF_O = DEPTH / per_step<T>;  // of O at a time
-  static constexpr bool KEEPS_G = WM == 2;                            // then O is DEPTH at most
+  static constexpr int NT = per_row<T> / 8;                        // columns of G in a warp, by eight
+  static constexpr int DEPTH = 64, O_STEPS = DEPTH / per_step<T>;  // of O at a time
+  static constexpr bool G_OPERAND_IN_REGISTERS = WM == 2;          // then O is DEPTH at most
 
-  INLINE static int rows_of_tile(int O) { return least(DEPTH, cdiv(O, per_step<T>) * per_step<T>); }
+  INLINE static int tile_rows(int O) { return least(DEPTH, cdiv(O, per_step<T>) * per_step<T>); }
   INLINE static int g_bytes(int O) { return cdiv(O, per_row<T>) * BM * ROW_BYTES; }
-  INLINE static int stage_bytes(int O) { return WI * rows_of_tile(O) * ROW_BYTES; }
-  static constexpr int SUMS = (WI - 1) * BM * per_row<T> * sizeof(float);
-  INLINE static int shared_bytes(int O, int per_split, bool dx) {
-    return g_bytes(O) + STAGES * stage_bytes(O) + SUMS + (dx ? BM * per_split * static_cast<int>(sizeof(float)) : 0);
+  INLINE static int stage_bytes(int O) { return WI * tile_rows(O) * ROW_BYTES; }
+  static constexpr int REDUCTION_BYTES = (WI - 1) * BM * per_row<T> * sizeof(float);
+  INLINE static int smem_bytes(int O, int per_split, bool dx) {
+    return g_bytes(O) + STAGES * stage_bytes(O) + REDUCTION_BYTES +
+           (dx ? BM * per_split * static_cast<int>(sizeof(float)) : 0);
   }
 };
 
 // ACTIVE: whether x may be what an activation makes of the rows that are given.
 template <class T, class Shape, bool ACTIVE>
-class DxDzBlock {
+class DxDzCta {
   const DxDz<T>& f;
   char *const g_tiles, *const stages;
-  float *const sums, *const dx;
-  const int m0, first, last, split;
+  float *const reduction, *const dx;
+  const int m0, i_begin, i_end, split;
   const int lane = thread() % 32, wm = thread() / 32 % Shape::WM, wi = thread() / 32 / Shape::WM;
   const int inputs;  // of this split, with that of bias
 
   using Z = uint32_t[Shape::NT * 4 / per_word<T>];
-  using Columns = float[Shape::NT][4];                                // of 16 rows by a tile's row of R
-  using G16 = float[2][4];                                            // a pair of eight columns of G
-  using Words = uint32_t[Shape::KEEPS_G ? Shape::STEPS_OF_O : 1][4];  // of g
+  using Columns = float[Shape::NT][4];                                                // of 16 rows by a tile's row of R
+  using G16 = float[2][4];                                                            // a pair of eight columns of G
+  using Fragments = uint32_t[Shape::G_OPERAND_IN_REGISTERS ? Shape::O_STEPS : 1][4];  // of g
 
   // A tile for each wi: input i0 + wi, or columns of W0 from i0 + wi·per_row on; rows of O from o0 on.
-  struct Piece {
+  struct TileCoord {
     bool base;
     int r0, i0, o0;
   };
 
  public:
-  DEVICE DxDzBlock(const DxDz<T>& f, char* memory, int block, int split)
+  DEVICE DxDzCta(const DxDz<T>& f, char* smem, int cta, int split)
       : f(f),
-        g_tiles(memory),
-        stages(memory + Shape::g_bytes(f.O)),
-        sums(reinterpret_cast<float*>(stages + Shape::STAGES * Shape::stage_bytes(f.O))),
-        dx(sums + Shape::SUMS / sizeof(float)),
-        m0(block * Shape::BM),
-        first(split * f.per_split),
-        last(least(f.I, first + f.per_split)),
+        g_tiles(smem),
+        stages(smem + Shape::g_bytes(f.O)),
+        reduction(reinterpret_cast<float*>(stages + Shape::STAGES * Shape::stage_bytes(f.O))),
+        dx(reduction + Shape::REDUCTION_BYTES / sizeof(float)),
+        m0(cta * Shape::BM),
+        i_begin(split * f.per_split),
+        i_end(least(f.I, i_begin + f.per_split)),
         split(split),
-        inputs(last - first + (f.bias && f.dz.wanted() && split == 0)) {}
+        inputs(i_end - i_begin + (f.bias && f.dz.requested() && split == 0)) {}
 
   DEVICE void run() {
-    load_tile_of_g();
+    load_g();
     for (int k = thread(); f.dx && k < Shape::BM * f.per_split; k += Shape::THREADS) dx[k] = 0.f;
-    Piece at{false, 0, first, 0};
+    TileCoord coord{false, 0, i_begin, 0};
     const int stage_bytes = Shape::stage_bytes(f.O);
-    int stage_at = 0;
-    const auto bring_ahead = [&](int pieces) {
-      Piece ahead = at;
-      for (int k = 0; k < pieces; ++k) advance(ahead);
-      const int stage = stage_at + pieces;
-      if (!done(ahead)) bring(ahead, stages + (stage < Shape::STAGES ? stage : stage - Shape::STAGES) * stage_bytes);
-      copy_commit();  // in any case: groups are counted as pieces
+    int stage = 0;
+    const auto load_ahead = [&](int tiles) {
+      TileCoord next_load = coord;
+      for (int k = 0; k < tiles; ++k) advance(next_load);
+      const int to = stage + tiles;
+      if (!done(next_load))
+        load_stage(next_load, stages + (to < Shape::STAGES ? to : to - Shape::STAGES) * stage_bytes);
+      cp_async_commit_group();  // in any case: groups are counted as pieces
     };
-    for (int k = 0; k < Shape::STAGES - 1; ++k) bring_ahead(k);
+    for (int k = 0; k < Shape::STAGES - 1; ++k) load_ahead(k);
 
     Z z;
     Columns dz, G;
-    Words g;
+    Fragments g;
     float x[2], next_x[2], dx_of_i[2];
-    inputs_of(next_x, at);
-    for (bool begun = false; !done(at); advance(at)) {
-      copy_wait<Shape::STAGES - 2>();
-      sync();
-      bring_ahead(Shape::STAGES - 1);
-      if (Shape::KEEPS_G && !begun) words_of_g(g), begun = true;
-      if (!at.base && at.i0 == first && at.o0 == 0) begin_round(at, z, dz);
-      if (at.o0 == 0) {
+    load_x(next_x, coord);
+    for (bool g_loaded = false; !done(coord); advance(coord)) {
+      cp_async_wait_group<Shape::STAGES - 2>();
+      sync_threads();
+      load_ahead(Shape::STAGES - 1);
+      if (Shape::G_OPERAND_IN_REGISTERS && !g_loaded) load_g_fragments(g), g_loaded = true;
+      if (!coord.base && coord.i0 == i_begin && coord.o0 == 0) begin_r_tile(coord, z, dz);
+      if (coord.o0 == 0) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) x[h] = next_x[h], dx_of_i[h] = 0.f;
-        Piece next = at;
+        TileCoord next = coord;
         next.o0 = f.O;
         advance(next);
-        inputs_of(next_x, next);
+        load_x(next_x, next);
       }
-      const char* const tile = stages + stage_at * stage_bytes + wi * Shape::rows_of_tile(f.O) * ROW_BYTES;
-      stage_at = stage_at + 1 < Shape::STAGES ? stage_at + 1 : 0;
-      const int count = columns_of(at);
-      if constexpr (Shape::KEEPS_G) {
+      const char* const tile = stages + stage * stage_bytes + wi * Shape::tile_rows(f.O) * ROW_BYTES;
+      stage = stage + 1 < Shape::STAGES ? stage + 1 : 0;
+      const int count = column_count(coord);
+      if constexpr (Shape::G_OPERAND_IN_REGISTERS) {
 #pragma unroll
         for (int q = 0; q < Shape::NT / 2; ++q) {
           if (16 * q >= count) break;
-          G16 pair = {};
-          multiply(pair, g, tile, q);
-          take(pair, q, at, x, z, dz, dx_of_i);
+          G16 columns = {};
+          multiply(columns, g, tile, q);
+          reduce_columns(columns, q, coord, x, z, dz, dx_of_i);
         }
       } else {
-        multiply_all(G, at, tile, count);
-        if (at.o0 + Shape::DEPTH < f.O) continue;
+        multiply_all(G, coord, tile, count);
+        if (coord.o0 + Shape::DEPTH < f.O) continue;
 #pragma unroll
         for (int q = 0; q < Shape::NT / 2; ++q)
-          if (16 * q < count) take(reinterpret_cast<const G16&>(G[2 * q]), q, at, x, z, dz, dx_of_i);
+          if (16 * q < count) reduce_columns(reinterpret_cast<const G16&>(G[2 * q]), q, coord, x, z, dz, dx_of_i);
       }
-      if (at.base) continue;
-      if (f.dx && at.i0 + wi < last) add_to_dx(dx_of_i, at);
-      if (at.i0 + Shape::WI >= first + inputs && f.dz.wanted()) end_round(at, dz);
+      if (coord.base) continue;
+      if (f.dx && coord.i0 + wi < i_end) add_to_dx(dx_of_i, coord);
+      if (coord.i0 + Shape::WI >= i_begin + inputs && f.dz.requested()) end_r_tile(coord, dz);
     }
     if (f.dx) store_dx();
   }
 
  private:
   // O within inputs within rows of R; then W0, O within columns.
-  DEVICE void advance(Piece& at) const {
-    at.o0 += Shape::DEPTH;
-    if (at.o0 < f.O) return;
-    at.o0 = 0;
-    if (at.base) {
-      at.i0 += Shape::WI * per_row<T>;
+  DEVICE void advance(TileCoord& coord) const {
+    coord.o0 += Shape::DEPTH;
+    if (coord.o0 < f.O) return;
+    coord.o0 = 0;
+    if (coord.base) {
+      coord.i0 += Shape::WI * per_row<T>;
       return;
     }
-    at.i0 += Shape::WI;
-    if (at.i0 < first + inputs) return;
-    at.i0 = first, at.r0 += per_row<T>;
-    if (at.r0 >= f.R) at.base = true, at.r0 = 0;
+    coord.i0 += Shape::WI;
+    if (coord.i0 < i_begin + inputs) return;
+    coord.i0 = i_begin, coord.r0 += per_row<T>;
+    if (coord.r0 >= f.R) coord.base = true, coord.r0 = 0;
   }
-  DEVICE bool done(const Piece& at) const { return at.base && (!f.base || !f.dx || at.i0 >= last); }
+  DEVICE bool done(const TileCoord& coord) const { return coord.base && (!f.base || !f.dx || coord.i0 >= i_end); }
 
   // x of a lane's two rows and the input of its warp; one for bias.
-  DEVICE void inputs_of(float (&x)[2], const Piece& at) const {
-    const int i = at.i0 + wi;
+  DEVICE void load_x(float (&x)[2], const TileCoord& coord) const {
+    const int i = coord.i0 + wi;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int m = row_of(h);
-      x[h] = i == last ? 1.f : 0.f;
-      if (at.base || i >= last || m >= f.M || !f.dz.wanted()) continue;
-      x[h] = static_cast<float>(f.x.row(m, f.N)[i * f.x.step]);
+      x[h] = i == i_end ? 1.f : 0.f;
+      if (coord.base || i >= i_end || m >= f.M || !f.dz.requested()) continue;
+      x[h] = static_cast<float>(f.x.row(m, f.N)[i * f.x.stride]);
       if (ACTIVE && f.activation != Activation::none)
-        x[h] = static_cast<float>(static_cast<T>(activated(x[h], f.activation)));
+        x[h] = static_cast<float>(static_cast<T>(activate(x[h], f.activation)));
     }
   }
 
   DEVICE int row_of(int h) const { return m0 + 16 * wm + lane / 4 + 8 * h; }
 
-  DEVICE void load_tile_of_g() {
+  DEVICE void load_g() {
     for (int tile = 0; tile < cdiv(f.O, per_row<T>); ++tile)
       load_tile<T>(
-          g_tiles + tile * Shape::BM * ROW_BYTES, Shape::BM, STEPS, f.g_width, f.g.step, thread(), Shape::THREADS,
+          g_tiles + tile * Shape::BM * ROW_BYTES, Shape::BM, STEPS, f.g_width, f.g.stride, thread(), Shape::THREADS,
           [&](int row, int step) -> Span<T> {
             const int o = tile * per_row<T> + step * per_step<T>;
             if (m0 + row >= f.M || o >= f.O) return {nullptr, 0};
-            return {f.g.row(m0 + row, f.N) + o * f.g.step, f.O - o};
+            return {f.g.row(m0 + row, f.N) + o * f.g.stride, f.O - o};
           });
   }
 
-  DEVICE void bring(const Piece& at, char* to) const {
-    const int rows = Shape::rows_of_tile(f.O);
-    if (!at.base && f.h_width == 16 && at.i0 + Shape::WI <= last) bring_slots(at, to, rows);
-    else bring_tiles(at, to, rows);
+  DEVICE void load_stage(const TileCoord& coord, char* to) const {
+    const int rows = Shape::tile_rows(f.O);
+    if (!coord.base && f.h_width == 16 && coord.i0 + Shape::WI <= i_end) load_slots(coord, to, rows);
+    else load_tiles(coord, to, rows);
   }
 
   // Tiles of inputs that are all there, of rows read 16 bytes at a time, which is where time is spent.
-  DEVICE void bring_slots(const Piece& at, char* to, int rows) const {
+  DEVICE void load_slots(const TileCoord& coord, char* to, int rows) const {
 #pragma unroll
     for (int k = 0; k < cdiv(Shape::DEPTH * 8, Shape::THREADS); ++k) {
-      const Slot<T, Shape::THREADS> slot(k);
+      const CopySlot<T, Shape::THREADS> slot(k);
       if (slot.row >= rows) break;
-      const int r = at.r0 + slot.chunk * slot.NUMBERS, o = at.o0 + slot.row;
-      const T* const from = f.h + o * f.h_o + at.i0 * f.h_i + r;
+      const int r = coord.r0 + slot.chunk * slot.NUMBERS, o = coord.o0 + slot.row;
+      const T* const from = f.h + o * f.h_o + coord.i0 * f.h_i + r;
 #pragma unroll 1
       for (int w = 0; w < Shape::WI; ++w) slot.copy(to + w * rows * ROW_BYTES, from + w * f.h_i, o < f.O ? f.R - r : 0);
     }
   }
 
-  DEVICE void bring_tiles(const Piece& at, char* to, int rows) const {
+  DEVICE void load_tiles(const TileCoord& coord, char* to, int rows) const {
 #pragma unroll 1
     for (int w = 0; w < Shape::WI; ++w) {
-      const int i = at.base ? at.i0 + w * per_row<T> : at.i0 + w;
-      const bool of_bias = !at.base && i == last;
-      if (i >= (at.base ? last : first + inputs)) break;
-      const T* const from = at.base ? f.base + i * f.base_i : of_bias ? f.bias : f.h + i * f.h_i;
-      const int64_t stride = at.base ? f.base_i : of_bias ? f.bias_r : f.h_r;
-      const int64_t row_stride = at.base ? f.base_o : of_bias ? f.bias_o : f.h_o;
-      const int width = at.base ? f.base_width : of_bias ? f.bias_width : f.h_width;
-      const int count = at.base ? last - i : f.R - at.r0;
+      const int i = coord.base ? coord.i0 + w * per_row<T> : coord.i0 + w;
+      const bool is_bias = !coord.base && i == i_end;
+      if (i >= (coord.base ? i_end : i_begin + inputs)) break;
+      const T* const from = coord.base ? f.base + i * f.base_i : is_bias ? f.bias : f.h + i * f.h_i;
+      const int64_t stride = coord.base ? f.base_i : is_bias ? f.bias_r : f.h_r;
+      const int64_t row_stride = coord.base ? f.base_o : is_bias ? f.bias_o : f.h_o;
+      const int width = coord.base ? f.base_width : is_bias ? f.bias_width : f.h_width;
+      const int count = coord.base ? i_end - i : f.R - coord.r0;
       load_tile<T>(
           to + w * rows * ROW_BYTES, rows, STEPS, width, stride, thread(), Shape::THREADS,
           [&](int row, int step) -> Span<T> {
             const int j = step * per_step<T>;
-            if (at.o0 + row >= f.O || j >= count) return {nullptr, 0};
-            return {from + (at.o0 + row) * row_stride + (at.r0 + j) * stride, count - j};
+            if (coord.o0 + row >= f.O || j >= count) return {nullptr, 0};
+            return {from + (coord.o0 + row) * row_stride + (coord.r0 + j) * stride, count - j};
           });
     }
   }
 
   // dz of a tile's row of R starts anew, and its z is read, as lanes hold columns of G.
-  DEVICE void begin_round(const Piece& at, Z& z, Columns& dz) const {
+  DEVICE void begin_r_tile(const TileCoord& coord, Z& z, Columns& dz) const {
 #pragma unroll
     for (int nt = 0; nt < Shape::NT; ++nt)
 #pragma unroll
@@ -240,66 +242,66 @@ class DxDzBlock {
       for (int nt = 0; nt < Shape::NT; ++nt)
 #pragma unroll
         for (int e = 0; e < words; ++e) {
-          const int r = at.r0 + nt * 8 + lane % 4 * 2 + e;
-          z[(nt * 2 + h) * words + e] = row ? word_at<T>({row, f.R}, r, f.z.step, f.z_aligned) : 0;
+          const int r = coord.r0 + nt * 8 + lane % 4 * 2 + e;
+          z[(nt * 2 + h) * words + e] = row ? word_at<T>({row, f.R}, r, f.z.stride, f.z_aligned) : 0;
         }
     }
   }
 
   // The number of z beside that of G in column e of a lane's two, row h of its two.
-  DEVICE float z_beside(const Z& z, int nt, int h, int e) const {
-    if constexpr (per_word<T> == 1) return number(z[(nt * 2 + h) * 2 + e]);
-    else return half_of(z[nt * 2 + h], e, T{});
+  DEVICE float z_at(const Z& z, int nt, int h, int e) const {
+    if constexpr (per_word<T> == 1) return as_float(z[(nt * 2 + h) * 2 + e]);
+    else return unpack(z[nt * 2 + h], e, T{});
   }
 
   // Columns of G that a warp has of a piece: of R, or of W0.
-  DEVICE int columns_of(const Piece& at) const {
-    if (at.base) return last - at.i0 - wi * per_row<T>;
-    return at.i0 + wi < first + inputs ? f.R - at.r0 : 0;
+  DEVICE int column_count(const TileCoord& coord) const {
+    if (coord.base) return i_end - coord.i0 - wi * per_row<T>;
+    return coord.i0 + wi < i_begin + inputs ? f.R - coord.r0 : 0;
   }
 
-  DEVICE const char* tile_of_g(int o) const { return g_tiles + o / per_row<T> * Shape::BM * ROW_BYTES; }
+  DEVICE const char* g_tile(int o) const { return g_tiles + o / per_row<T> * Shape::BM * ROW_BYTES; }
 
-  DEVICE void words_of_g(Words& g) const {
+  DEVICE void load_g_fragments(Fragments& g) const {
 #pragma unroll
-    for (int j = 0; j < Shape::STEPS_OF_O; ++j)
-      if (j * per_step<T> < f.O) left_words(g[j], tile_of_g(j * per_step<T>), 16 * wm, j % STEPS, lane);
+    for (int j = 0; j < Shape::O_STEPS; ++j)
+      if (j * per_step<T> < f.O) load_left_fragment(g[j], g_tile(j * per_step<T>), 16 * wm, j % STEPS, lane);
   }
 
   // Columns 16·q and on of G, all of O at once.
-  DEVICE void multiply(G16& G, const Words& g, const char* tile, int q) const {
-    const int lane = anew(this->lane);  // there are no registers to keep addresses
+  DEVICE void multiply(G16& G, const Fragments& g, const char* tile, int q) const {
+    const int lane = opaque(this->lane);  // there are no registers to keep addresses
 #pragma unroll
-    for (int j = 0; j < Shape::STEPS_OF_O; ++j) {
+    for (int j = 0; j < Shape::O_STEPS; ++j) {
       if (j * per_step<T> >= f.O) break;
-      uint32_t words[4];
-      right_words_transposed<T>(words, tile, j * per_step<T>, 16 * q, lane);
-      Plain<T> left;
+      uint32_t right[4];
+      load_right_fragment_transposed<T>(right, tile, j * per_step<T>, 16 * q, lane);
+      PlainFragment<T> left;
       left.set(g[j]);
-      left.accumulate(G[0], words[0], words[1], f.tf32);
-      left.accumulate(G[1], words[2], words[3], f.tf32);
+      left.accumulate(G[0], right[0], right[1], f.tf32);
+      left.accumulate(G[1], right[2], right[3], f.tf32);
     }
   }
 
   // All columns of G, a piece of O at a time.
-  DEVICE void multiply_all(Columns& G, const Piece& at, const char* tile, int count) const {
-    if (at.o0 == 0)
+  DEVICE void multiply_all(Columns& G, const TileCoord& coord, const char* tile, int count) const {
+    if (coord.o0 == 0)
 #pragma unroll
       for (int nt = 0; nt < Shape::NT; ++nt)
 #pragma unroll
         for (int e = 0; e < 4; ++e) G[nt][e] = 0.f;
 #pragma unroll
-    for (int j = 0; j < Shape::STEPS_OF_O; ++j) {
-      const int o = at.o0 + j * per_step<T>;
+    for (int j = 0; j < Shape::O_STEPS; ++j) {
+      const int o = coord.o0 + j * per_step<T>;
       if (o >= f.O || count <= 0) break;
       uint32_t words[4];
-      Plain<T> left;
-      left_words(words, tile_of_g(o), 16 * wm, j % STEPS, lane);
+      PlainFragment<T> left;
+      load_left_fragment(words, g_tile(o), 16 * wm, j % STEPS, lane);
       left.set(words);
 #pragma unroll
       for (int q = 0; q < Shape::NT / 2; ++q) {
         if (16 * q >= count) break;
-        right_words_transposed<T>(words, tile, j * per_step<T>, 16 * q, lane);
+        load_right_fragment_transposed<T>(words, tile, j * per_step<T>, 16 * q, lane);
         left.accumulate(G[2 * q], words[0], words[1], f.tf32);
         left.accumulate(G[2 * q + 1], words[2], words[3], f.tf32);
       }
@@ -307,65 +309,66 @@ class DxDzBlock {
   }
 
   // Reduce columns 16·q and on of G; of W0, they are a part of dx itself.
-  DEVICE void take(
-      const G16& G, int q, const Piece& at, const float (&x)[2], const Z& z, Columns& dz, float (&dx_of_i)[2]) {
+  DEVICE void reduce_columns(
+      const G16& G, int q, const TileCoord& coord, const float (&x)[2], const Z& z, Columns& dz, float (&dx_of_i)[2]) {
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int h = k >> 1, e = k & 1, nt = 2 * q + n;
-        if (at.base) {
-          const int i = at.i0 + wi * per_row<T> + nt * 8 + lane % 4 * 2 + e;
-          if (i < last) dx[(row_of(h) - m0) * f.per_split + i - first] += G[n][k];
+        if (coord.base) {
+          const int i = coord.i0 + wi * per_row<T> + nt * 8 + lane % 4 * 2 + e;
+          if (i < i_end) dx[(row_of(h) - m0) * f.per_split + i - i_begin] += G[n][k];
         } else {
           dz[nt][k] += G[n][k] * x[h];
-          dx_of_i[h] += G[n][k] * z_beside(z, nt, h, e);
+          dx_of_i[h] += G[n][k] * z_at(z, nt, h, e);
         }
       }
   }
 
   // The four lanes of a row add what they have of an input.
-  DEVICE void add_to_dx(const float (&dx_of_i)[2], const Piece& at) {
+  DEVICE void add_to_dx(const float (&dx_of_i)[2], const TileCoord& coord) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float sum = dx_of_i[h];
       sum += shuffle_xor(sum, 1);
       sum += shuffle_xor(sum, 2);
-      if (lane % 4 == 0) dx[(row_of(h) - m0) * f.per_split + at.i0 + wi - first] += sum;
+      if (lane % 4 == 0) dx[(row_of(h) - m0) * f.per_split + coord.i0 + wi - i_begin] += sum;
     }
   }
 
   // dz of the warps of a row comes together, in order, and goes out.
-  DEVICE void end_round(const Piece& at, Columns& dz) {
+  DEVICE void end_r_tile(const TileCoord& coord, Columns& dz) {
     constexpr int size = Shape::NT * 4 * 32;  // of a warp
     if (wi > 0)
 #pragma unroll
       for (int nt = 0; nt < Shape::NT; ++nt)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) sums[((wi - 1) * Shape::WM + wm) * size + (nt * 4 + e) * 32 + lane] = dz[nt][e];
-    sync();
+        for (int e = 0; e < 4; ++e)
+          reduction[((wi - 1) * Shape::WM + wm) * size + (nt * 4 + e) * 32 + lane] = dz[nt][e];
+    sync_threads();
     if (wi == 0)
 #pragma unroll
       for (int nt = 0; nt < Shape::NT; ++nt)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           for (int other = 0; other < Shape::WI - 1; ++other)
-            dz[nt][e] += sums[(other * Shape::WM + wm) * size + (nt * 4 + e) * 32 + lane];
-          const int m = row_of(e >> 1), r = at.r0 + nt * 8 + lane % 4 * 2 + (e & 1);
+            dz[nt][e] += reduction[(other * Shape::WM + wm) * size + (nt * 4 + e) * 32 + lane];
+          const int m = row_of(e >> 1), r = coord.r0 + nt * 8 + lane % 4 * 2 + (e & 1);
           if (m < f.M && r < f.R) f.dz.store((static_cast<int64_t>(split) * f.M + m) * f.R + r, dz[nt][e]);
         }
-    sync();
+    sync_threads();
   }
 
   DEVICE void store_dx() {
-    sync();
-    const int count = last - first;
+    sync_threads();
+    const int count = i_end - i_begin;
     for (int k = thread(); k < Shape::BM * count; k += Shape::THREADS) {
-      const int m = m0 + k / count, i = first + k % count;
+      const int m = m0 + k / count, i = i_begin + k % count;
       if (m >= f.M) break;
-      float value = dx[(m - m0) * f.per_split + i - first];
+      float value = dx[(m - m0) * f.per_split + i - i_begin];
       if (ACTIVE && f.activation != Activation::none)
-        value *= derivative(static_cast<float>(f.x.row(m, f.N)[i * f.x.step]), f.activation);
+        value *= activation_derivative(static_cast<float>(f.x.row(m, f.N)[i * f.x.stride]), f.activation);
       f.dx[static_cast<int64_t>(m) * f.I + i] = static_cast<T>(value);
     }
   }

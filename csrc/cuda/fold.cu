@@ -6,19 +6,19 @@
 
 namespace fasthyper {
 
-constexpr int SHARED_BYTES = 96 << 10;   // of a block: two of them on sm_90, one on every part since sm_80
-constexpr int BLOCKS_AT_ONCE = 2 * 132;  // about as many as run side by side; no result depends on it
+constexpr int SMEM_LIMIT = 96 << 10;  // of a block: two of them on sm_90, one on every part since sm_80
+constexpr int WAVE = 2 * 132;         // about as many as run side by side; no result depends on it
 
 template <class T, int WM, int WK, int MT, int NT>
-KERNEL(32 * WM * WK, (FoldShape<T, WM, WK, MT, NT>::AT_ONCE))
-fold(const GRID_CONSTANT Fold<T> f, const int tiles) {
+KERNEL(32 * WM * WK, (FoldShape<T, WM, WK, MT, NT>::MIN_CTAS_PER_SM))
+fold(const GRID_CONSTANT Fold<T> f, const int stages) {
   using Shape = FoldShape<T, WM, WK, MT, NT>;
-  FoldBlock<T, Shape, false> block(f, shared_memory(), tiles, block_y() * Shape::BP, block_z());
-  const int blocks = cdiv(f.M, Shape::BM);
-  for (int m = block_x(); m < blocks; m += blocks_x())
-    block.run(m * Shape::BM, m != block_x(), [&](int m, int p, float sum) {
-      if (f.d && block_z() == 0) sum += static_cast<float>(f.d[p * f.d_p]);
-      if (f.partial) f.partial[(static_cast<int64_t>(block_z()) * f.M + m) * f.P + p] = sum;
+  FoldCta<T, Shape, false> cta(f, smem_base(), stages, cta_y() * Shape::BP, cta_z());
+  const int m_tiles = cdiv(f.M, Shape::BM);
+  for (int m_tile = cta_x(); m_tile < m_tiles; m_tile += grid_x())
+    cta.run(m_tile * Shape::BM, m_tile != cta_x(), [&](int m, int p, float sum) {
+      if (f.d && cta_z() == 0) sum += static_cast<float>(f.d[p * f.d_p]);
+      if (f.partial) f.partial[(static_cast<int64_t>(cta_z()) * f.M + m) * f.P + p] = sum;
       else f.out[static_cast<int64_t>(m) * f.P + p] = static_cast<T>(sum);
     });
 }
@@ -26,16 +26,16 @@ fold(const GRID_CONSTANT Fold<T> f, const int tiles) {
 template <class T, int WM, int WK, int MT, int NT>
 static void run(const Fold<T>& f, Stream stream) {
   using Shape = FoldShape<T, WM, WK, MT, NT>;
-  const int pieces = f.pieces(0, least(f.C, f.per_split), true);
+  const int k_tiles = f.k_tiles(0, least(f.C, f.per_split), true);
   // All tiles, where that is no more than a block may have and further rows would read them again; else what is sent
   // for ahead.
-  const int rows = cdiv(f.M, Shape::BM), columns = cdiv(f.P, Shape::BP), splits = cdiv(f.C, f.per_split);
-  const int blocks = least(rows, cdiv(BLOCKS_AT_ONCE, columns * splits));
-  const bool all = rows > blocks && Shape::shared_bytes(pieces) <= SHARED_BYTES;
-  const int tiles = all && pieces > Shape::AHEAD ? pieces : Shape::AHEAD + 1;
+  const int m_tiles = cdiv(f.M, Shape::BM), p_tiles = cdiv(f.P, Shape::BP), splits = cdiv(f.C, f.per_split);
+  const int wave = least(m_tiles, cdiv(WAVE, p_tiles * splits));
+  const bool resident = m_tiles > wave && Shape::smem_bytes(k_tiles) <= SMEM_LIMIT;
+  const int stages = resident && k_tiles > Shape::PREFETCH ? k_tiles : Shape::PREFETCH + 1;
   const Grid grid{
-      static_cast<unsigned>(all ? blocks : rows), static_cast<unsigned>(columns), static_cast<unsigned>(splits)};
-  launch(&fold<T, WM, WK, MT, NT>, grid, Shape::THREADS, Shape::shared_bytes(tiles), stream, f, tiles);
+      static_cast<unsigned>(resident ? wave : m_tiles), static_cast<unsigned>(p_tiles), static_cast<unsigned>(splits)};
+  launch(&fold<T, WM, WK, MT, NT>, grid, Shape::THREADS, Shape::smem_bytes(stages), stream, f, stages);
 }
 
 template <class T>

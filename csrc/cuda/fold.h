@@ -22,7 +22,7 @@ namespace fasthyper {
 
 template <class T>
 struct Fold {
-  Rows<T> u, v;
+  RowView<T> u, v;
   const T *h, *a, *c, *d;
   int64_t h_c, h_k, h_p, a_p, a_c, c_p, c_k, d_p;
   T* out;
@@ -32,63 +32,64 @@ struct Fold {
   bool v_aligned, u_aligned, tf32;
   Activation activation;  // of u
   // Steps of a tile that have the same c, and how many c it has; of each step, which of them, and where its k begin.
-  int steps, together;
+  int steps_per_c, c_per_tile;
   uint32_t c_of_step, k_of_step;  // a byte each
 
-  void cut() {
-    steps = least(STEPS, cdiv(K, per_step<T>)), together = STEPS / steps;
+  void set_tile_layout() {
+    steps_per_c = least(STEPS, cdiv(K, per_step<T>)), c_per_tile = STEPS / steps_per_c;
     for (int step = 0; step < STEPS; ++step) {
-      c_of_step |= static_cast<uint32_t>(step / steps) << 8 * step;
-      k_of_step |= static_cast<uint32_t>(step % steps * per_step<T>) << 8 * step;
+      c_of_step |= static_cast<uint32_t>(step / steps_per_c) << 8 * step;
+      k_of_step |= static_cast<uint32_t>(step % steps_per_c * per_step<T>) << 8 * step;
     }
   }
-  INLINE int pieces(int first, int last, bool shared) const {
-    const int products = cdiv(K, steps * per_step<T>) * cdiv(last - first, together);
-    return products + (shared && a ? cdiv(C, per_row<T>) : 0) + (shared && c ? cdiv(K, per_row<T>) : 0);
+  INLINE int k_tiles(int c_begin, int c_end, bool plain_terms) const {
+    const int products = cdiv(K, steps_per_c * per_step<T>) * cdiv(c_end - c_begin, c_per_tile);
+    return products + (plain_terms && a ? cdiv(C, per_row<T>) : 0) + (plain_terms && c ? cdiv(K, per_row<T>) : 0);
   }
 };
 
 template <class T, int WM_, int WK_, int MT_, int NT_>
 struct FoldShape {
   static constexpr int WM = WM_, WK = WK_, MT = MT_, NT = NT_;
-  static constexpr int BM = 16 * WM * MT, BP = 8 * NT, THREADS = 32 * WM * WK, TILE = BP * ROW_BYTES, AHEAD = 3;
-  static constexpr int SUMS = (WK - 1) * BM * BP * sizeof(float);  // what the other warps of a row hand over
-  static constexpr int AT_ONCE = WK > 1 && NT < 8 ? 2 : 1;         // blocks side by side that a part has registers for
-  static int shared_bytes(int tiles) { return tiles * TILE + SUMS; }
+  static constexpr int BM = 16 * WM * MT, BP = 8 * NT, THREADS = 32 * WM * WK, TILE_BYTES = BP * ROW_BYTES,
+                       PREFETCH = 3;
+  static constexpr int REDUCTION_BYTES = (WK - 1) * BM * BP * sizeof(float);  // what the other warps of a row hand over
+  static constexpr int MIN_CTAS_PER_SM = WK > 1 && NT < 8 ? 2 : 1;  // blocks side by side that a part has registers for
+  static int smem_bytes(int stages) { return stages * TILE_BYTES + REDUCTION_BYTES; }
 };
 
 // ACTIVE: whether u may be what an activation makes of the rows that are given.
 template <class T, class Shape, bool ACTIVE>
-class FoldBlock {
+class FoldCta {
   static constexpr int WM = Shape::WM, WK = Shape::WK, MT = Shape::MT, NT = Shape::NT, J = STEPS / WK;
   const Fold<T>& f;
-  char* const memory;
-  const int tiles, p0, split, first, last;
+  char* const smem;
+  const int stages, p0, split, c_begin, c_end;
   const int lane = thread() % 32, warp = thread() / 32;
 
   // What a tile is multiplied with: products with c0 and what follows it, or u or v as they are.
-  enum Kind { product, from_u, from_v };
-  struct Piece {
-    Kind kind;
+  enum Term { h_term, a_term, c_term };
+  struct TileCoord {
+    Term term;
     int k0, c0;
   };
 
  public:
   // Columns p0 and on, of the sum over c of this split; `tiles`: tiles that the memory holds.
-  DEVICE FoldBlock(const Fold<T>& f, char* memory, int tiles, int p0, int split)
+  DEVICE FoldCta(const Fold<T>& f, char* smem, int stages, int p0, int split)
       : f(f),
-        memory(memory),
-        tiles(tiles),
+        smem(smem),
+        stages(stages),
         p0(p0),
         split(split),
-        first(split * f.per_split),
-        last(least(f.C, first + f.per_split)) {}
+        c_begin(split * f.per_split),
+        c_end(least(f.C, c_begin + f.per_split)) {}
 
   // Rows m0 and on; `store(m, p, value)` gets the sums that are in range. again: for other rows than before.
-  template <class Store>
-  DEVICE void run(int m0, bool again, Store store) {
-    const int wm = warp % WM, wk = warp / WM, pieces = f.pieces(first, last, split == 0);
-    const bool resident = again && pieces <= tiles;
+  template <class Epilogue>
+  DEVICE void run(int m0, bool again, Epilogue epilogue) {
+    const int wm = warp % WM, wk = warp / WM, k_tiles = f.k_tiles(c_begin, c_end, split == 0);
+    const bool resident = again && k_tiles <= stages;
     float acc[MT][NT][4] = {};
     uint32_t v[J][MT][4], u[J][MT][2], next_u[J][MT][2];
     const T *u_row[MT][2], *v_row[MT][2];
@@ -101,40 +102,40 @@ class FoldBlock {
         v_row[mt][h] = f.v.row(m, f.N);
       }
 
-    sync();  // with the reads of other rows' tiles and sums
-    Piece at{product, 0, first}, ahead = at;
-    Source source = aimed(ahead);
-    int tile_at = 0;
-    const auto bring_next = [&](int k, int tile) {
-      if (k < pieces) bring(ahead, source, memory + tile * Shape::TILE);
-      copy_commit();  // in any case: groups are counted as pieces
-      advance(ahead);
-      aim(source, ahead);
+    sync_threads();  // with the reads of other rows' tiles and sums
+    TileCoord coord{h_term, 0, c_begin}, next_load = coord;
+    TileIterator iterator = iterator_at(next_load);
+    int stage = 0;
+    const auto load_next = [&](int k, int to) {
+      if (k < k_tiles) load_stage(next_load, iterator, smem + to * Shape::TILE_BYTES);
+      cp_async_commit_group();  // in any case: groups are counted as pieces
+      advance(next_load);
+      advance_iterator(iterator, next_load);
     };
-    const auto arrived = [&](int k) {
+    const auto wait_for_tile = [&](int k) {
       if (!resident) {
-        copy_wait<Shape::AHEAD - 1>();
-        sync();
-        const int ahead_of_it = tile_at + Shape::AHEAD;
-        bring_next(k + Shape::AHEAD, ahead_of_it < tiles ? ahead_of_it : ahead_of_it - tiles);
+        cp_async_wait_group<Shape::PREFETCH - 1>();
+        sync_threads();
+        const int to = stage + Shape::PREFETCH;
+        load_next(k + Shape::PREFETCH, to < stages ? to : to - stages);
       }
-      const char* const tile = memory + tile_at * Shape::TILE;
-      tile_at = tile_at + 1 < tiles ? tile_at + 1 : 0;
+      const char* const tile = smem + stage * Shape::TILE_BYTES;
+      stage = stage + 1 < stages ? stage + 1 : 0;
       return tile;
     };
     // Sums over a tile, of what `left_of` makes of the words of each step.
-    const auto accumulate = [&](const char* tile, const Piece& of, auto left_of) {
-      const int lane = WK > 1 && NT == 8 ? anew(this->lane) : this->lane;  // no registers to keep addresses
+    const auto accumulate = [&](const char* tile, const TileCoord& coord, auto make_left) {
+      const int lane = WK > 1 && NT == 8 ? opaque(this->lane) : this->lane;  // no registers to keep addresses
 #pragma unroll
       for (int jj = 0; jj < J; ++jj) {
         const int j = jj * WK + wk;
-        if (beyond(of, j)) continue;
+        if (beyond(coord, j)) continue;
         uint32_t w[NT / 2][4];
 #pragma unroll
-        for (int q = 0; q < NT / 2; ++q) right_words(w[q], tile, 16 * q, j, lane);
+        for (int q = 0; q < NT / 2; ++q) load_right_fragment(w[q], tile, 16 * q, j, lane);
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt) {
-          const auto left = left_of(jj, mt);
+          const auto left = make_left(jj, mt);
 #pragma unroll
           for (int nt = 0; nt < NT; ++nt)
             left.accumulate(acc[mt][nt], w[nt / 2][nt % 2 * 2], w[nt / 2][nt % 2 * 2 + 1], f.tf32);
@@ -142,38 +143,38 @@ class FoldBlock {
       }
     };
 
-    for (int k = 0; k < Shape::AHEAD && !resident; ++k) bring_next(k, k);
-    multipliers(next_u, at, u_row, wk);
+    for (int k = 0; k < Shape::PREFETCH && !resident; ++k) load_next(k, k);
+    load_u(next_u, coord, u_row, wk);
     int k = 0;
-    for (; at.kind == product; ++k) {
-      const char* const tile = arrived(k);
+    for (; coord.term == h_term; ++k) {
+      const char* const tile = wait_for_tile(k);
 #pragma unroll
       for (int jj = 0; jj < J; ++jj)
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
           for (int h = 0; h < 2; ++h) u[jj][mt][h] = next_u[jj][mt][h];
-      if (at.c0 == first) operands(v, at, f.v, v_row, f.K, f.v_aligned, wk);
-      const Piece now = at;
-      advance(at);
-      multipliers(next_u, at, u_row, wk);
-      accumulate(tile, now, [&](int jj, int mt) {
-        Generated<T> left;
+      if (coord.c0 == c_begin) load_fragments(v, coord, f.v, v_row, f.K, f.v_aligned, wk);
+      const TileCoord current = coord;
+      advance(coord);
+      load_u(next_u, coord, u_row, wk);
+      accumulate(tile, current, [&](int jj, int mt) {
+        GeneratedFragment<T> left;
         left.set(v[jj][mt], u[jj][mt][0], u[jj][mt][1]);
         return left;
       });
     }
-    for (; k < pieces; ++k, advance(at)) {
-      const char* const tile = arrived(k);
-      if (at.kind == from_u) operands(v, at, f.u, u_row, f.C, f.u_aligned, wk);
-      else operands(v, at, f.v, v_row, f.K, f.v_aligned, wk);
-      accumulate(tile, at, [&](int jj, int mt) {
-        Plain<T> left;
+    for (; k < k_tiles; ++k, advance(coord)) {
+      const char* const tile = wait_for_tile(k);
+      if (coord.term == a_term) load_fragments(v, coord, f.u, u_row, f.C, f.u_aligned, wk);
+      else load_fragments(v, coord, f.v, v_row, f.K, f.v_aligned, wk);
+      accumulate(tile, coord, [&](int jj, int mt) {
+        PlainFragment<T> left;
         left.set(v[jj][mt]);
         return left;
       });
     }
-    if constexpr (WK > 1) add_warps(acc, wm, wk);
+    if constexpr (WK > 1) reduce_warps(acc, wm, wk);
     if (wk > 0) return;
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt)
@@ -182,120 +183,122 @@ class FoldBlock {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int m = m0 + (wm * MT + mt) * 16 + lane / 4 + 8 * (e >> 1), p = p0 + nt * 8 + lane % 4 * 2 + (e & 1);
-          if (m < f.M && p < f.P) store(m, p, acc[mt][nt][e]);
+          if (m < f.M && p < f.P) epilogue(m, p, acc[mt][nt][e]);
         }
   }
 
  private:
   // All products, k by k, then, in the first split, A and C.
-  DEVICE void advance(Piece& at) const {
-    if (at.kind == product) {
-      at.c0 += f.together;
-      if (at.c0 < last) return;
-      at.c0 = first, at.k0 += f.steps * per_step<T>;
-      if (at.k0 < f.K) return;
-      at = {f.a ? from_u : from_v, 0, 0};
+  DEVICE void advance(TileCoord& coord) const {
+    if (coord.term == h_term) {
+      coord.c0 += f.c_per_tile;
+      if (coord.c0 < c_end) return;
+      coord.c0 = c_begin, coord.k0 += f.steps_per_c * per_step<T>;
+      if (coord.k0 < f.K) return;
+      coord = {f.a ? a_term : c_term, 0, 0};
     } else {
-      at.k0 += per_row<T>;
-      if (at.kind == from_u && at.k0 >= f.C) at = {from_v, 0, 0};
+      coord.k0 += per_row<T>;
+      if (coord.term == a_term && coord.k0 >= f.C) coord = {c_term, 0, 0};
     }
   }
 
-  DEVICE int column(const Piece& at, int step) const {
-    return at.k0 + (at.kind == product ? static_cast<int>(f.k_of_step >> 8 * step & 255) : step * per_step<T>);
+  DEVICE int column(const TileCoord& coord, int step) const {
+    return coord.k0 + (coord.term == h_term ? static_cast<int>(f.k_of_step >> 8 * step & 255) : step * per_step<T>);
   }
-  DEVICE int which_c(const Piece& at, int step) const { return at.c0 + (f.c_of_step >> 8 * step & 255); }
+  DEVICE int c_at(const TileCoord& coord, int step) const { return coord.c0 + (f.c_of_step >> 8 * step & 255); }
 
-  DEVICE bool beyond(const Piece& at, int step) const {
-    if (at.kind != product) return column(at, step) >= (at.kind == from_u ? f.C : f.K);
-    return which_c(at, step) >= least(last, at.c0 + f.together) || column(at, step) >= f.K;
+  DEVICE bool beyond(const TileCoord& coord, int step) const {
+    if (coord.term != h_term) return column(coord, step) >= (coord.term == a_term ? f.C : f.K);
+    return c_at(coord, step) >= least(c_end, coord.c0 + f.c_per_tile) || column(coord, step) >= f.K;
   }
 
   // What a thread copies of a tile of H whose rows are read 16 bytes at a time: from where, of which c, numbers left.
-  struct Source {
+  struct TileIterator {
     const T* from;
     int c, count;
   };
-  DEVICE Source aimed(const Piece& at) const {
-    const Slot<T, Shape::THREADS> slot(0);
-    const int c = which_c(at, slot.step()), j = column(at, slot.step()) + slot.column();
-    return {f.h + (p0 + slot.row) * f.h_p + c * f.h_c + j, c < at.c0 + f.together ? c : last, f.K - j};
+  DEVICE TileIterator iterator_at(const TileCoord& coord) const {
+    const CopySlot<T, Shape::THREADS> slot(0);
+    const int c = c_at(coord, slot.step()), j = column(coord, slot.step()) + slot.column();
+    return {f.h + (p0 + slot.row) * f.h_p + c * f.h_c + j, c < coord.c0 + f.c_per_tile ? c : c_end, f.K - j};
   }
-  DEVICE void aim(Source& source, const Piece& next) const {
-    if (next.c0 == first) {
-      source = aimed(next);
+  DEVICE void advance_iterator(TileIterator& iterator, const TileCoord& next) const {
+    if (next.c0 == c_begin) {
+      iterator = iterator_at(next);
     } else {
-      source.from += f.together * f.h_c;
-      source.c += f.together;
+      iterator.from += f.c_per_tile * f.h_c;
+      iterator.c += f.c_per_tile;
     }
   }
 
-  DEVICE void bring(const Piece& at, const Source& source, char* tile) const {
-    if (at.kind == product && f.h_width == 16) {
+  DEVICE void load_stage(const TileCoord& coord, const TileIterator& iterator, char* tile) const {
+    if (coord.term == h_term && f.h_width == 16) {
 #pragma unroll
       for (int k = 0; k < cdiv(Shape::BP * 8, Shape::THREADS); ++k) {
-        const Slot<T, Shape::THREADS> slot(k);
+        const CopySlot<T, Shape::THREADS> slot(k);
         if (Shape::BP * 8 < Shape::THREADS && slot.row >= Shape::BP) break;
-        const bool there = source.c < last && p0 + slot.row < f.P;
-        slot.copy(tile, source.from + k * (Shape::THREADS / 8) * f.h_p, there ? source.count : 0);
+        const bool in_range = iterator.c < c_end && p0 + slot.row < f.P;
+        slot.copy(tile, iterator.from + k * (Shape::THREADS / 8) * f.h_p, in_range ? iterator.count : 0);
       }
       return;
     }
-    const int64_t row_stride = at.kind == product ? f.h_p : at.kind == from_u ? f.a_p : f.c_p;
-    const int64_t stride = at.kind == product ? f.h_k : at.kind == from_u ? f.a_c : f.c_k;
-    const T* const from = at.kind == product ? f.h : at.kind == from_u ? f.a : f.c;
-    const int width = at.kind == product ? f.h_width : at.kind == from_u ? f.a_width : f.c_width;
-    const int limit = at.kind == from_u ? f.C : f.K;
+    const int64_t row_stride = coord.term == h_term ? f.h_p : coord.term == a_term ? f.a_p : f.c_p;
+    const int64_t stride = coord.term == h_term ? f.h_k : coord.term == a_term ? f.a_c : f.c_k;
+    const T* const from = coord.term == h_term ? f.h : coord.term == a_term ? f.a : f.c;
+    const int width = coord.term == h_term ? f.h_width : coord.term == a_term ? f.a_width : f.c_width;
+    const int limit = coord.term == a_term ? f.C : f.K;
     load_tile<T>(tile, Shape::BP, STEPS, width, stride, thread(), Shape::THREADS, [&](int row, int step) -> Span<T> {
-      if (p0 + row >= f.P || beyond(at, step)) return {nullptr, 0};
-      const int64_t of_c = at.kind == product ? which_c(at, step) * f.h_c : 0;
-      const int j = column(at, step);
-      return {from + of_c + (p0 + row) * row_stride + j * stride, limit - j};
+      if (p0 + row >= f.P || beyond(coord, step)) return {nullptr, 0};
+      const int64_t c_offset = coord.term == h_term ? c_at(coord, step) * f.h_c : 0;
+      const int j = column(coord, step);
+      return {from + c_offset + (p0 + row) * row_stride + j * stride, limit - j};
     });
   }
 
   // What rows are multiplied by in each step of a piece: numbers of u.
-  DEVICE void multipliers(uint32_t (&u)[J][MT][2], const Piece& at, const T* const (&u_row)[MT][2], int wk) const {
+  DEVICE void load_u(uint32_t (&u)[J][MT][2], const TileCoord& coord, const T* const (&u_row)[MT][2], int wk) const {
 #pragma unroll
     for (int jj = 0; jj < J; ++jj) {
-      const int64_t at_c = least(which_c(at, jj * WK + wk), last - 1) * f.u.step;  // beyond it the step is left out
+      const int64_t c_offset =
+          least(c_at(coord, jj * WK + wk), c_end - 1) * f.u.stride;  // beyond it the step is left out
 #pragma unroll
       for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) u[jj][mt][h] = twice(active(u_row[mt][h][at_c]));
+        for (int h = 0; h < 2; ++h) u[jj][mt][h] = replicate(activate_u(u_row[mt][h][c_offset]));
     }
   }
 
-  DEVICE T active(T u) const {
+  DEVICE T activate_u(T u) const {
     if (!ACTIVE || f.activation == Activation::none) return u;
-    return static_cast<T>(activated(static_cast<float>(u), f.activation));
+    return static_cast<T>(activate(static_cast<float>(u), f.activation));
   }
 
   // The words of each step of a piece, of rows of `of`, `limit` numbers each.
-  DEVICE void operands(
-      uint32_t (&words)[J][MT][4], const Piece& at, const Rows<T>& of, const T* const (&row)[MT][2], int limit,
-      bool aligned, int wk) const {
+  DEVICE void load_fragments(
+      uint32_t (&fragment)[J][MT][4], const TileCoord& coord, const RowView<T>& view, const T* const (&row)[MT][2],
+      int limit, bool aligned, int wk) const {
 #pragma unroll
     for (int jj = 0; jj < J; ++jj)
 #pragma unroll
       for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
-          const int j = column(at, jj * WK + wk) + (lane % 4 + 4 * (q >> 1)) * per_word<T>;
-          words[jj][mt][q] = word_at<T>({row[mt][q & 1], limit}, j, of.step, aligned);
-          if (ACTIVE && at.kind == from_u && f.activation != Activation::none)
-            words[jj][mt][q] = active_word(words[jj][mt][q]);
+          const int j = column(coord, jj * WK + wk) + (lane % 4 + 4 * (q >> 1)) * per_word<T>;
+          fragment[jj][mt][q] = word_at<T>({row[mt][q & 1], limit}, j, view.stride, aligned);
+          if (ACTIVE && coord.term == a_term && f.activation != Activation::none)
+            fragment[jj][mt][q] = activate_word(fragment[jj][mt][q]);
         }
   }
 
-  DEVICE uint32_t active_word(uint32_t word) const {
-    if constexpr (per_word<T> == 1) return bits(active(number(word)));
-    else return pair(active(static_cast<T>(half_of(word, 0, T{}))), active(static_cast<T>(half_of(word, 1, T{}))));
+  DEVICE uint32_t activate_word(uint32_t word) const {
+    if constexpr (per_word<T> == 1) return as_uint(activate_u(as_float(word)));
+    else
+      return pack(activate_u(static_cast<T>(unpack(word, 0, T{}))), activate_u(static_cast<T>(unpack(word, 1, T{}))));
   }
 
   // The sums of the warps of a row come together, in order.
-  DEVICE void add_warps(float (&acc)[MT][NT][4], int wm, int wk) {
-    float* const sums = reinterpret_cast<float*>(memory + tiles * Shape::TILE);
+  DEVICE void reduce_warps(float (&acc)[MT][NT][4], int wm, int wk) {
+    float* const reduction = reinterpret_cast<float*>(smem + stages * Shape::TILE_BYTES);
     constexpr int size = MT * NT * 4 * 32;  // of a warp
     if (wk > 0)
 #pragma unroll
@@ -304,8 +307,8 @@ class FoldBlock {
         for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
           for (int e = 0; e < 4; ++e)
-            sums[((wk - 1) * WM + wm) * size + ((mt * NT + nt) * 4 + e) * 32 + lane] = acc[mt][nt][e];
-    sync();
+            reduction[((wk - 1) * WM + wm) * size + ((mt * NT + nt) * 4 + e) * 32 + lane] = acc[mt][nt][e];
+    sync_threads();
     if (wk > 0) return;
     for (int other = 0; other < WK - 1; ++other)
 #pragma unroll
@@ -314,7 +317,7 @@ class FoldBlock {
         for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
           for (int e = 0; e < 4; ++e)
-            acc[mt][nt][e] += sums[(other * WM + wm) * size + ((mt * NT + nt) * 4 + e) * 32 + lane];
+            acc[mt][nt][e] += reduction[(other * WM + wm) * size + ((mt * NT + nt) * 4 + e) * 32 + lane];
   }
 };
 

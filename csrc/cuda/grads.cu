@@ -6,9 +6,9 @@
 namespace fasthyper {
 
 template <class T>
-void launch_grads(const DxDz<T>& rows, const WeightGrad<T>& weight, bool wide, Stream stream) {
-  if (wide || rows.O > DxDzShape<T, 2, 4>::DEPTH) run_grads<T, 8, 1, false>(rows, weight, stream);
-  else run_grads<T, 2, 4, false>(rows, weight, stream);
+void launch_grads(const DxDz<T>& dx_dz, const WeightGrad<T>& weight_grad, bool wide, Stream stream) {
+  if (wide || dx_dz.O > DxDzShape<T, 2, 4>::DEPTH) run_grads<T, 8, 1, false>(dx_dz, weight_grad, stream);
+  else run_grads<T, 2, 4, false>(dx_dz, weight_grad, stream);
 }
 
 template void launch_grads(const DxDz<float>&, const WeightGrad<float>&, bool, Stream);

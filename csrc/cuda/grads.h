@@ -8,40 +8,42 @@ namespace fasthyper {
 
 // Blocks whose registers fit into a multiprocessor side by side: what ptxas does without spilling.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool two_fit = false;
+constexpr bool two_ctas_fit = false;
 #else
-constexpr bool two_fit = true;
+constexpr bool two_ctas_fit = true;
 #endif
 template <class Shape, bool ACTIVE>
-constexpr int blocks_at_once = Shape::KEEPS_G && two_fit && !ACTIVE ? 2 : 1;
+constexpr int min_ctas_per_sm = Shape::G_OPERAND_IN_REGISTERS && two_ctas_fit && !ACTIVE ? 2 : 1;
 
 template <class T, int WM, int WI, bool ACTIVE>
-KERNEL(32 * WM * WI, (blocks_at_once<DxDzShape<T, WM, WI>, ACTIVE>))
+KERNEL(32 * WM * WI, (min_ctas_per_sm<DxDzShape<T, WM, WI>, ACTIVE>))
 grads(
-    const GRID_CONSTANT DxDz<T> rows, const GRID_CONSTANT WeightGrad<T> weight, const int row_blocks,
-    const int weight_blocks) {
+    const GRID_CONSTANT DxDz<T> dx_dz, const GRID_CONSTANT WeightGrad<T> weight_grad, const int dx_dz_ctas,
+    const int weight_grad_ctas) {
   using Shape = DxDzShape<T, WM, WI>;
-  if (block_x() < row_blocks) {
-    const int blocks = cdiv(rows.M, Shape::BM);
-    DxDzBlock<T, Shape, ACTIVE>(rows, shared_memory(), block_x() % blocks, block_x() / blocks).run();
+  if (cta_x() < dx_dz_ctas) {
+    const int m_tiles = cdiv(dx_dz.M, Shape::BM);
+    DxDzCta<T, Shape, ACTIVE>(dx_dz, smem_base(), cta_x() % m_tiles, cta_x() / m_tiles).run();
   } else {
-    const int k = block_x() - row_blocks;
-    WeightGradBlock<T, ACTIVE>(weight, shared_memory(), k % weight_blocks, k / weight_blocks).run();
+    const int k = cta_x() - dx_dz_ctas;
+    WeightGradCta<T, ACTIVE>(weight_grad, smem_base(), k % weight_grad_ctas, k / weight_grad_ctas).run();
   }
 }
 
 template <class T, int WM, int WI, bool ACTIVE>
-void run_grads(const DxDz<T>& rows, const WeightGrad<T>& weight, Stream stream) {
+void run_grads(const DxDz<T>& dx_dz, const WeightGrad<T>& weight_grad, Stream stream) {
   using Shape = DxDzShape<T, WM, WI>;
   static_assert(Shape::THREADS == WeightGradShape<T>::THREADS);
-  const bool of_rows = rows.dx || rows.dz.wanted();
-  const int row_blocks = of_rows ? cdiv(rows.M, Shape::BM) * cdiv(rows.I, rows.per_split) : 0;
-  const int weight_blocks = weight.blocks(), splits = cdiv(weight.M, weight.per_split);
-  int shared = of_rows ? Shape::shared_bytes(rows.O, rows.per_split, rows.dx) : 0;
-  if (weight_blocks && WeightGradShape<T>::SHARED > shared) shared = WeightGradShape<T>::SHARED;
-  const Grid grid{static_cast<unsigned>(row_blocks + weight_blocks * splits)};
+  const bool has_dx_dz = dx_dz.dx || dx_dz.dz.requested();
+  const int dx_dz_ctas = has_dx_dz ? cdiv(dx_dz.M, Shape::BM) * cdiv(dx_dz.I, dx_dz.per_split) : 0;
+  const int weight_grad_ctas = weight_grad.ctas(), splits = cdiv(weight_grad.M, weight_grad.per_split);
+  int smem_bytes = has_dx_dz ? Shape::smem_bytes(dx_dz.O, dx_dz.per_split, dx_dz.dx) : 0;
+  if (weight_grad_ctas && WeightGradShape<T>::SMEM_BYTES > smem_bytes) smem_bytes = WeightGradShape<T>::SMEM_BYTES;
+  const Grid grid{static_cast<unsigned>(dx_dz_ctas + weight_grad_ctas * splits)};
   if (grid.x)
-    launch(&grads<T, WM, WI, ACTIVE>, grid, Shape::THREADS, shared, stream, rows, weight, row_blocks, weight_blocks);
+    launch(
+        &grads<T, WM, WI, ACTIVE>, grid, Shape::THREADS, smem_bytes, stream, dx_dz, weight_grad, dx_dz_ctas,
+        weight_grad_ctas);
 }
 
 }  // namespace fasthyper

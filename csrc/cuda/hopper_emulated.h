@@ -17,8 +17,8 @@
 #include <vector>
 
 #include "device.h"
-#include "hopper_layouts.h"
 #include "emulated.h"
+#include "hopper_layouts.h"
 #include "numbers.h"
 
 #define HOPPER_ONLY(...) __VA_ARGS__
@@ -26,125 +26,128 @@
 namespace fasthyper {
 
 struct TensorMap {
-  Field field;
+  TmaTensor tensor;
 };
 
-inline TensorMap tensor_map(const Field& field) {
-  if (field.base)
-    if (const char* wrong = field.wrong()) throw std::runtime_error(wrong);
-  return {field};
+inline TensorMap tensor_map(const TmaTensor& tensor) {
+  if (tensor.data)
+    if (const char* why = tensor.unsupported()) throw std::runtime_error(why);
+  return {tensor};
 }
 
 namespace emulated {
 
 // A barrier's 64 bits; shared memory as it is at first has not the mark.
-struct BarrierState {
+struct MbarrierState {
   static constexpr uint8_t MARK = 0x5b;
   uint8_t mark, phase, arrivals, pending;
   int32_t bytes;  // expected and not yet come
 };
-static_assert(sizeof(BarrierState) == sizeof(Barrier));
+static_assert(sizeof(MbarrierState) == sizeof(Mbarrier));
 
-struct Box {
-  Barrier* barrier;
+struct TmaLoad {
+  Mbarrier* mbarrier;
   char* to;
-  Field field;
+  TmaTensor tensor;
   int64_t at[3];
 };
 
-struct WgProduct {
+struct Wgmma {
   bool a_in_registers, add, a_transposed, b_transposed;
   int columns;
   uint64_t a_descriptor, b;
-  float (*number)(uint16_t);
+  float (*decode)(uint16_t);
   uint32_t a[WARPGROUP][4];
   float* d[WARPGROUP];
 };
 
 struct Warpgroup {
-  Meeting meeting;
-  std::vector<std::shared_ptr<WgProduct>> open;
-  std::deque<std::vector<std::shared_ptr<WgProduct>>> groups;
-  bool begun = false;
+  Rendezvous rendezvous;
+  std::vector<std::shared_ptr<Wgmma>> uncommitted;
+  std::deque<std::vector<std::shared_ptr<Wgmma>>> groups;
+  bool fenced = false;
   // What sums really are while their registers hold NaNs; of thread and register.
-  std::map<std::pair<int, float*>, std::vector<float>> sums;
+  std::map<std::pair<int, float*>, std::vector<float>> accumulators;
 };
 
 // What a block has beside what emulated.h knows of. A thread more than run marks the block that it is of.
-struct Hopper {
-  std::list<Box> boxes;
+struct HopperState {
+  std::list<TmaLoad> loads;
   std::vector<Warpgroup> warpgroups;
-  bool unready = false;  // barriers initialised, and no fence since
+  bool inits_unfenced = false;  // barriers initialised, and no fence since
   unsigned random = 1;
 };
 
-inline Hopper& hopper_state() {
-  static thread_local Hopper state;
+inline HopperState& hopper_state() {
+  static thread_local HopperState state;
   return state;
 }
 
 // What a block should not end with, or null.
-inline const char* left_over() {
-  if (!hopper_state().boxes.empty()) return "boxes of a block were still on their way when it ended";
+inline const char* unfinished() {
+  if (!hopper_state().loads.empty()) return "boxes of a block were still on their way when it ended";
   for (const auto& group : hopper_state().warpgroups)
-    if (!group.open.empty() || !group.groups.empty()) return "products of a block were never waited for";
+    if (!group.uncommitted.empty() || !group.groups.empty()) return "products of a block were never waited for";
   return nullptr;
 }
 
-inline Hopper& hopper() {
+inline HopperState& hopper() {
   auto& state = hopper_state();
-  if (static_cast<int>(block->all.size()) == block->threads) {
-    if (const char* left = left_over()) fail(left);
+  if (static_cast<int>(cta->thread_states.size()) == cta->threads) {
+    if (const char* left = unfinished()) fail(left);
     const unsigned random = state.random;
     state = {};
     state.random = random;
-    state.warpgroups.resize(block->threads / WARPGROUP);
-    block->all.push_back(std::make_unique<Thread>());
+    state.warpgroups.resize(cta->threads / WARPGROUP);
+    cta->thread_states.push_back(std::make_unique<Thread>());
   }
   return state;
 }
 
-inline BarrierState& state_of(Barrier* barrier) {
-  expect(shared_address(barrier) % 8 == 0, "a barrier at a misaligned address");
-  auto& state = *reinterpret_cast<BarrierState*>(barrier);
-  expect(state.mark == BarrierState::MARK, "a barrier that was never initialised");
+inline MbarrierState& state_of(Mbarrier* mbarrier) {
+  expect(smem_address(mbarrier) % 8 == 0, "a barrier at a misaligned address");
+  auto& state = *reinterpret_cast<MbarrierState*>(mbarrier);
+  expect(state.mark == MbarrierState::MARK, "a barrier that was never initialised");
   return state;
 }
 
-inline void land(const Box& box) {
-  const Field& f = box.field;
-  uint32_t offset = shared_address(box.to);
-  for (int l = 0; l < f.box[2]; ++l)
-    for (int k = 0; k < f.box[1]; ++k)
-      for (int j = 0; j < f.box[0]; ++j, offset += 2) {
-        const int64_t at[3] = {box.at[0] + j, box.at[1] + k, box.at[2] + l};
+inline void complete(const TmaLoad& load) {
+  const TmaTensor& tensor = load.tensor;
+  uint32_t offset = smem_address(load.to);
+  for (int l = 0; l < tensor.box[2]; ++l)
+    for (int k = 0; k < tensor.box[1]; ++k)
+      for (int j = 0; j < tensor.box[0]; ++j, offset += 2) {
+        const int64_t at[3] = {load.at[0] + j, load.at[1] + k, load.at[2] + l};
         bool inside = true;
-        for (int axis = 0; axis < 3; ++axis) inside &= at[axis] >= 0 && at[axis] < f.counts[axis];
-        uint16_t number = 0;
+        for (int axis = 0; axis < 3; ++axis) inside &= at[axis] >= 0 && at[axis] < tensor.dims[axis];
+        uint16_t element = 0;
         if (inside)
           memcpy(
-              &number, static_cast<const char*>(f.base) + (at[0] + at[1] * f.strides[0] + at[2] * f.strides[1]) * 2, 2);
-        memcpy(block->shared + (offset ^ (offset >> 7 & 7) << 4), &number, 2);
+              &element,
+              static_cast<const char*>(tensor.data) +
+                  (at[0] + at[1] * tensor.strides[0] + at[2] * tensor.strides[1]) * 2,
+              2);
+        memcpy(cta->smem + (offset ^ (offset >> 7 & 7) << 4), &element, 2);
       }
 }
 
 // End a barrier's phase if all arrivals and bytes have come; returns whether it could be over, but for `now`.
-inline bool advance(Barrier* barrier, bool now) {
-  auto& state = state_of(barrier);
+inline bool advance(Mbarrier* mbarrier, bool now) {
+  auto& state = state_of(mbarrier);
   if (state.pending > 0) return false;
-  auto& boxes = hopper().boxes;
+  auto& loads = hopper().loads;
   int bytes = 0;
-  for (const auto& box : boxes)
-    if (box.barrier == barrier) bytes += box.field.box_bytes();
+  for (const auto& load : loads)
+    if (load.mbarrier == mbarrier) bytes += load.tensor.box_bytes();
   expect(bytes <= state.bytes, "more bytes come than a barrier expects");
   if (bytes < state.bytes) return false;
   if (bytes > 0 && !now) return true;
-  for (auto box = boxes.begin(); box != boxes.end();) {
-    if (box->barrier == barrier) {
-      land(*box);
-      box = boxes.erase(box);
+  for (auto load = loads.begin(); load != loads.end();) {
+    if (load->mbarrier == mbarrier) {
+      complete(*load);
+      load = loads.erase(load);
     } else {
-      ++box;
+      ++load;
     }
   }
   state.bytes = 0;
@@ -155,11 +158,10 @@ inline bool advance(Barrier* barrier, bool now) {
 
 }  // namespace emulated
 
-inline uint32_t times(uint32_t a, uint32_t b, float16) {
+inline uint32_t mul(uint32_t a, uint32_t b, float16) {
   uint32_t word = 0;
   for (int h = 0; h < 2; ++h)
-    word |= static_cast<uint32_t>(static_cast<float16>(half_of(a, h, float16{}) * half_of(b, h, float16{})).x)
-            << 16 * h;
+    word |= static_cast<uint32_t>(static_cast<float16>(unpack(a, h, float16{}) * unpack(b, h, float16{})).x) << 16 * h;
   return word;
 }
 
@@ -174,35 +176,35 @@ inline uint32_t shuffle(uint32_t v, int from) {
   return lane.out;
 }
 
-inline void barrier_init(Barrier* barrier, int arrivals) {
-  emulated::expect(shared_address(barrier) % 8 == 0, "a barrier at a misaligned address");
+inline void mbarrier_init(Mbarrier* mbarrier, int arrivals) {
+  emulated::expect(smem_address(mbarrier) % 8 == 0, "a barrier at a misaligned address");
   emulated::expect(arrivals > 0 && arrivals < 256, "a barrier of no or too many arrivals");
-  emulated::hopper().unready = true;
+  emulated::hopper().inits_unfenced = true;
   const auto count = static_cast<uint8_t>(arrivals);
-  const emulated::BarrierState state{emulated::BarrierState::MARK, 0, count, count, 0};
-  memcpy(barrier, &state, sizeof state);
+  const emulated::MbarrierState state{emulated::MbarrierState::MARK, 0, count, count, 0};
+  memcpy(mbarrier, &state, sizeof state);
 }
-inline void barriers_ready() { emulated::hopper().unready = false; }
+inline void fence_mbarrier_init() { emulated::hopper().inits_unfenced = false; }
 
-inline void barrier_arrive_expecting(Barrier* barrier, int bytes) {
-  auto& state = emulated::state_of(barrier);
+inline void mbarrier_arrive_expect_tx(Mbarrier* mbarrier, int bytes) {
+  auto& state = emulated::state_of(mbarrier);
   emulated::expect(state.pending > 0, "more arrivals than a barrier expects");
   state.bytes += bytes;
   --state.pending;
-  ++emulated::block->steps;
-  emulated::advance(barrier, false);
+  ++emulated::cta->progress;
+  emulated::advance(mbarrier, false);
 }
-inline void barrier_arrive(Barrier* barrier) { barrier_arrive_expecting(barrier, 0); }
+inline void mbarrier_arrive(Mbarrier* mbarrier) { mbarrier_arrive_expect_tx(mbarrier, 0); }
 
-inline void barrier_wait(Barrier* barrier, int parity) {
+inline void mbarrier_wait(Mbarrier* mbarrier, int parity) {
   emulated::expect(parity == 0 || parity == 1, "a parity that is none");
-  emulated::until(
+  emulated::wait_until(
       [&] {
         auto& random = emulated::hopper().random;
         random = random * 1664525u + 1013904223u;
         const bool late = random >> 30 == 0;
-        if (emulated::advance(barrier, !late)) ++emulated::block->steps;  // it moves, if slowly
-        return emulated::state_of(barrier).phase != parity;
+        if (emulated::advance(mbarrier, !late)) ++emulated::cta->progress;  // it moves, if slowly
+        return emulated::state_of(mbarrier).phase != parity;
       },
       "a barrier's phase");
 }
@@ -211,30 +213,30 @@ inline void sync_warp() {
   emulated::in_warp("a warp's barrier", emulated::self, [](emulated::Thread**) {});
 }
 
-inline void prefetch(const TensorMap&) {}
+inline void prefetch_tensormap(const TensorMap&) {}
 
-inline void load_box(void* to, const TensorMap& map, int j, int k, int l, Barrier* barrier) {
+inline void tma_load(void* to, const TensorMap& map, int j, int k, int l, Mbarrier* mbarrier) {
   auto& hopper = emulated::hopper();
-  emulated::expect(!hopper.unready, "a box is sent for before barriers are ready");
-  emulated::state_of(barrier);
-  emulated::expect(map.field.base != nullptr, "a box of no tensor");
-  emulated::expect(shared_address(to) % PATTERN == 0, "a box to where no pattern begins");
+  emulated::expect(!hopper.inits_unfenced, "a box is sent for before barriers are ready");
+  emulated::state_of(mbarrier);
+  emulated::expect(map.tensor.data != nullptr, "a box of no tensor");
+  emulated::expect(smem_address(to) % SWIZZLE_ATOM_BYTES == 0, "a box to where no pattern begins");
   emulated::expect(
-      shared_address(to) + map.field.box_bytes() <= static_cast<uint32_t>(emulated::block->shared_bytes),
+      smem_address(to) + map.tensor.box_bytes() <= static_cast<uint32_t>(emulated::cta->smem_bytes),
       "a box beyond shared memory");
-  memset(to, 0xff, map.field.box_bytes());
-  hopper.boxes.push_back({barrier, static_cast<char*>(to), map.field, {j, k, l}});
-  ++emulated::block->steps;
+  memset(to, 0xff, map.tensor.box_bytes());
+  hopper.loads.push_back({mbarrier, static_cast<char*>(to), map.tensor, {j, k, l}});
+  ++emulated::cta->progress;
 }
 
 template <int REGISTERS>
-void take_registers() {
+void setmaxnreg_inc() {
   static_assert(REGISTERS % 8 == 0 && REGISTERS >= 24 && REGISTERS <= 256);
   emulated::in_warp("setmaxnreg", emulated::self, [](emulated::Thread**) {});
 }
 template <int REGISTERS>
-void give_registers() {
-  take_registers<REGISTERS>();
+void setmaxnreg_dec() {
+  setmaxnreg_inc<REGISTERS>();
 }
 
 namespace emulated {
@@ -242,21 +244,21 @@ namespace emulated {
 template <class Argument, class Action>
 void in_warpgroup(const char* purpose, Argument* given, Action act) {
   auto& group = hopper().warpgroups[self->index / WARPGROUP];
-  together(group.meeting, WARPGROUP, self->index % WARPGROUP, purpose, given, [&](Argument** all) { act(group, all); });
+  meet(group.rendezvous, WARPGROUP, self->index % WARPGROUP, purpose, given, [&](Argument** all) { act(group, all); });
 }
 
 // An operand's number (mn, k), by its descriptor.
 inline uint16_t operand(uint64_t descriptor, bool transposed, int mn, int k) {
-  const auto field = [&](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; };
-  const uint32_t start = field(0), leading = field(16), stride = field(32);
+  const auto bytes = [&](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; };
+  const uint32_t start = bytes(0), leading = bytes(16), stride = bytes(32);
   const uint32_t row = transposed ? k % 8 : mn % 8;
   const uint32_t linear = transposed ? start + mn / 64 * leading + k / 8 * stride + row * 128 + mn % 64 * 2
                                      : start + mn / 8 * stride + row * 128 + k * 2;
   const uint32_t address = linear ^ (linear & 0x380) >> 3;
-  expect(address + 2 <= static_cast<uint32_t>(block->shared_bytes), "an operand beyond shared memory");
-  uint16_t number;
-  memcpy(&number, block->shared + address, 2);
-  return number;
+  expect(address + 2 <= static_cast<uint32_t>(cta->smem_bytes), "an operand beyond shared memory");
+  uint16_t element;
+  memcpy(&element, cta->smem + address, 2);
+  return element;
 }
 
 inline void check_descriptor(uint64_t descriptor, bool transposed) {
@@ -267,38 +269,36 @@ inline void check_descriptor(uint64_t descriptor, bool transposed) {
   expect((start & 0x7f) % (transposed ? 128 : 32) == 0, "a descriptor that begins within a step");
 }
 
-inline void run(Warpgroup& group, const WgProduct& product) {
-  const int columns = product.columns;
+inline void run(Warpgroup& group, const Wgmma& wgmma) {
+  const int columns = wgmma.columns;
   std::vector<float> a(64 * 16), b(16 * columns), sum(64 * columns);
-  for (int t = 0; t < WARPGROUP && product.a_in_registers; ++t)
+  for (int t = 0; t < WARPGROUP && wgmma.a_in_registers; ++t)
     for (int q = 0; q < 4; ++q)
       for (int e = 0; e < 2; ++e)
         a[(t / 32 * 16 + t % 32 / 4 + q % 2 * 8) * 16 + t % 4 * 2 + e + q / 2 * 8] =
-            product.number(static_cast<uint16_t>(product.a[t][q] >> 16 * e));
-  for (int m = 0; m < 64 && !product.a_in_registers; ++m)
-    for (int k = 0; k < 16; ++k)
-      a[m * 16 + k] = product.number(operand(product.a_descriptor, product.a_transposed, m, k));
+            wgmma.decode(static_cast<uint16_t>(wgmma.a[t][q] >> 16 * e));
+  for (int m = 0; m < 64 && !wgmma.a_in_registers; ++m)
+    for (int k = 0; k < 16; ++k) a[m * 16 + k] = wgmma.decode(operand(wgmma.a_descriptor, wgmma.a_transposed, m, k));
   for (int k = 0; k < 16; ++k)
-    for (int n = 0; n < columns; ++n)
-      b[k * columns + n] = product.number(operand(product.b, product.b_transposed, n, k));
+    for (int n = 0; n < columns; ++n) b[k * columns + n] = wgmma.decode(operand(wgmma.b, wgmma.b_transposed, n, k));
   for (int m = 0; m < 64; ++m)
     for (int k = 0; k < 16; ++k)
       for (int n = 0; n < columns; ++n) sum[m * columns + n] += a[m * 16 + k] * b[k * columns + n];
   for (int t = 0; t < WARPGROUP; ++t) {
-    auto& d = group.sums.at({t, product.d[t]});
+    auto& d = group.accumulators.at({t, wgmma.d[t]});
     for (int r = 0; r < columns / 2; ++r) {
       const int m = t / 32 * 16 + t % 32 / 4 + r % 4 / 2 * 8, n = r / 4 * 8 + t % 4 * 2 + r % 2;
-      d[r] = (product.add ? d[r] : 0.f) + sum[m * columns + n];
+      d[r] = (wgmma.add ? d[r] : 0.f) + sum[m * columns + n];
     }
   }
 }
 
 inline bool in_use(const Warpgroup& group, int t, const float* d) {
   for (const auto& committed : group.groups)
-    for (const auto& product : committed)
-      if (product->d[t] == d) return true;
-  for (const auto& product : group.open)
-    if (product->d[t] == d) return true;
+    for (const auto& wgmma : committed)
+      if (wgmma->d[t] == d) return true;
+  for (const auto& wgmma : group.uncommitted)
+    if (wgmma->d[t] == d) return true;
   return false;
 }
 
@@ -309,51 +309,51 @@ struct Issue {
 };
 
 template <class T>
-float number_of(uint16_t bits) {
-  return half_of(bits, 0, T{});
+float decode(uint16_t bits) {
+  return unpack(bits, 0, T{});
 }
 
-inline void issue(Issue* lane, WgProduct product) {
+inline void issue(Issue* lane, Wgmma wgmma) {
   in_warpgroup("a product", lane, [&](Warpgroup& group, Issue** all) {
-    expect(group.begun, "products that were not begun");
-    product.a_descriptor = all[0]->a_descriptor, product.b = all[0]->b;
-    check_descriptor(product.b, product.b_transposed);
-    if (!product.a_in_registers) check_descriptor(product.a_descriptor, product.a_transposed);
+    expect(group.fenced, "products that were not begun");
+    wgmma.a_descriptor = all[0]->a_descriptor, wgmma.b = all[0]->b;
+    check_descriptor(wgmma.b, wgmma.b_transposed);
+    if (!wgmma.a_in_registers) check_descriptor(wgmma.a_descriptor, wgmma.a_transposed);
     for (int t = 0; t < WARPGROUP; ++t) {
-      expect(all[t]->b == product.b && all[t]->a_descriptor == product.a_descriptor, "descriptors that differ");
-      product.d[t] = all[t]->d;
-      if (product.a_in_registers) memcpy(product.a[t], all[t]->a, sizeof product.a[t]);
-      auto& sums = group.sums[{t, all[t]->d}];
-      if (sums.empty()) {
-        sums.assign(all[t]->d, all[t]->d + product.columns / 2);
-        std::fill_n(all[t]->d, product.columns / 2, NAN);
+      expect(all[t]->b == wgmma.b && all[t]->a_descriptor == wgmma.a_descriptor, "descriptors that differ");
+      wgmma.d[t] = all[t]->d;
+      if (wgmma.a_in_registers) memcpy(wgmma.a[t], all[t]->a, sizeof wgmma.a[t]);
+      auto& accumulators = group.accumulators[{t, all[t]->d}];
+      if (accumulators.empty()) {
+        accumulators.assign(all[t]->d, all[t]->d + wgmma.columns / 2);
+        std::fill_n(all[t]->d, wgmma.columns / 2, NAN);
       }
     }
-    group.open.push_back(std::make_shared<WgProduct>(product));
+    group.uncommitted.push_back(std::make_shared<Wgmma>(wgmma));
   });
 }
 
 }  // namespace emulated
 
-inline void products_begin() {
+inline void wgmma_fence() {
   emulated::in_warpgroup(
-      "wgmma.fence", emulated::self, [](emulated::Warpgroup& group, emulated::Thread**) { group.begun = true; });
+      "wgmma.fence", emulated::self, [](emulated::Warpgroup& group, emulated::Thread**) { group.fenced = true; });
 }
-inline void products_commit() {
+inline void wgmma_commit_group() {
   emulated::in_warpgroup("wgmma.commit_group", emulated::self, [](emulated::Warpgroup& group, emulated::Thread**) {
-    group.groups.push_back(std::move(group.open));
-    group.open.clear();
-    group.begun = false;
+    group.groups.push_back(std::move(group.uncommitted));
+    group.uncommitted.clear();
+    group.fenced = false;
   });
 }
 template <int IN_FLIGHT>
-void products_wait() {
+void wgmma_wait_group() {
   emulated::in_warpgroup("wgmma.wait_group", emulated::self, [](emulated::Warpgroup& group, emulated::Thread**) {
     while (group.groups.size() > IN_FLIGHT) {
-      for (const auto& product : group.groups.front()) emulated::run(group, *product);
+      for (const auto& wgmma : group.groups.front()) emulated::run(group, *wgmma);
       group.groups.pop_front();
     }
-    for (auto at = group.sums.begin(); at != group.sums.end();) {
+    for (auto at = group.accumulators.begin(); at != group.accumulators.end();) {
       float* const d = at->first.second;
       if (emulated::in_use(group, at->first.first, d)) {
         ++at;
@@ -363,34 +363,34 @@ void products_wait() {
         emulated::expect(d[r] != d[r], "sums were changed under a product");
         d[r] = at->second[r];
       }
-      at = group.sums.erase(at);
+      at = group.accumulators.erase(at);
     }
   });
 }
 template <int COUNT>
-void settled(float (&)[COUNT]) {}
+void fence_accumulator(float (&)[COUNT]) {}
 
 template <bool B_TRANSPOSED, int COUNT, class T>
-void product(float (&d)[COUNT], const uint32_t (&a)[4], uint64_t b, T) {
+void wgmma(float (&d)[COUNT], const uint32_t (&a)[4], uint64_t b, T) {
   static_assert(COUNT == 32 || COUNT == 64);
   emulated::Issue lane{d, a, 0, b};
-  emulated::issue(&lane, {true, true, false, B_TRANSPOSED, 2 * COUNT, 0, 0, &emulated::number_of<T>, {}, {}});
+  emulated::issue(&lane, {true, true, false, B_TRANSPOSED, 2 * COUNT, 0, 0, &emulated::decode<T>, {}, {}});
 }
 template <bool ADD, bool A_TRANSPOSED, bool B_TRANSPOSED, int COUNT, class T>
-void product(float (&d)[COUNT], uint64_t a, uint64_t b, T) {
+void wgmma(float (&d)[COUNT], uint64_t a, uint64_t b, T) {
   static_assert(COUNT == 32 || COUNT == 64);
   emulated::Issue lane{d, nullptr, a, b};
-  emulated::issue(&lane, {false, ADD, A_TRANSPOSED, B_TRANSPOSED, 2 * COUNT, 0, 0, &emulated::number_of<T>, {}, {}});
+  emulated::issue(&lane, {false, ADD, A_TRANSPOSED, B_TRANSPOSED, 2 * COUNT, 0, 0, &emulated::decode<T>, {}, {}});
 }
 
-inline int multiprocessors() { return 2; }  // so that blocks have more than one tile
+inline int sm_count() { return 2; }  // so that blocks have more than one tile
 
 template <class... Parameters, class... Arguments>
-void launch_hopper(
-    void (*kernel)(Parameters...), Grid grid, int threads, int shared_bytes, Stream stream, const Arguments&... given) {
+void launch_sm90a(
+    void (*kernel)(Parameters...), Grid grid, int threads, int smem_bytes, Stream stream, const Arguments&... given) {
   emulated::hopper_state() = {};  // an error may have left something
-  launch(kernel, grid, threads, shared_bytes, stream, given...);
-  if (const char* left = emulated::left_over()) throw std::runtime_error(std::string("emulated kernel: ") + left);
+  launch(kernel, grid, threads, smem_bytes, stream, given...);
+  if (const char* left = emulated::unfinished()) throw std::runtime_error(std::string("emulated kernel: ") + left);
 }
 
 }  // namespace fasthyper

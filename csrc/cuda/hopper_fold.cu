@@ -7,68 +7,68 @@
 
 namespace fasthyper {
 
-template <class T, int BN, bool SMALL>
+template <class T, int BN, bool SMALL_K>
 KERNEL(HopperFoldShape<BN>::THREADS, 1)
-hopper_fold(const GRID_CONSTANT HopperFold<T> all) {
-  HOPPER_ONLY(HopperFoldBlock<T, BN, SMALL>(all, shared_memory()).run();)
+hopper_fold(const GRID_CONSTANT HopperFold<T> params) {
+  HOPPER_ONLY(HopperFoldCta<T, BN, SMALL_K>(params, smem_base()).run();)
 }
 
 // c side by side in a tile of H, as many as fill its rows.
 template <class T>
-static int together(const Fold<T>& f) {
+static int c_per_tile(const Fold<T>& f) {
   const bool small = (f.K == 16 || f.K == 32) && f.h_c == f.K && f.C > 1;
   return small ? per_row<T> / f.K : 1;
 }
 
 template <class T>
-static Field field_of_h(const Fold<T>& f, int rows) {
-  if (together(f) > 1) return field_of(f.h, static_cast<int64_t>(f.C) * f.K, 1, 0, f.P, f.h_p, rows);
-  return field_of(f.h, f.K, f.C, f.h_c, f.P, f.h_p, rows);
+static TmaTensor h_tensor(const Fold<T>& f, int rows) {
+  if (c_per_tile(f) > 1) return tma_tensor(f.h, static_cast<int64_t>(f.C) * f.K, 1, 0, f.P, f.h_p, rows);
+  return tma_tensor(f.h, f.K, f.C, f.h_c, f.P, f.h_p, rows);
 }
 template <class T>
-static Field field_of_a(const Fold<T>& f, int rows) {
-  return field_of(f.a, f.C, 1, 0, f.P, f.a_p, rows);
+static TmaTensor a_tensor(const Fold<T>& f, int rows) {
+  return tma_tensor(f.a, f.C, 1, 0, f.P, f.a_p, rows);
 }
 template <class T>
-static Field field_of_c(const Fold<T>& f, int rows) {
-  return field_of(f.c, f.K, 1, 0, f.P, f.c_p, rows);
+static TmaTensor c_tensor(const Fold<T>& f, int rows) {
+  return tma_tensor(f.c, f.K, 1, 0, f.P, f.c_p, rows);
 }
 
 template <class T>
-const char* hopper_misfit(const Fold<T>& f) {
+const char* hopper_unsupported(const Fold<T>& f) {
   if (f.M < 1 || f.C < 1 || f.K < 1 || f.P < 1) return "a side is empty";
   if (f.activation != Activation::none) return "an activation";
   if (static_cast<int64_t>(f.C) * f.K >= int64_t(1) << 31) return "more than 2^31 products in a row";
-  if (!is_near(f.u, f.M, f.N, f.C)) return "more than 2^31 numbers of u";
+  if (!fits_int32(f.u, f.M, f.N, f.C)) return "more than 2^31 numbers of u";
   if (f.per_split < 1 || (f.per_split < f.C && (f.per_split % 8 || !f.partial)))
     return "splits are not of a multiple of 8";
   if (f.h_k != 1 || (f.a && f.a_c != 1) || (f.c && f.c_k != 1)) return "a row of H, A or C is not contiguous";
-  if (const char* wrong = field_of_h(f, 64).wrong()) return wrong;
-  if (const char* wrong = f.a ? field_of_a(f, 64).wrong() : nullptr) return wrong;
-  if (const char* wrong = f.c ? field_of_c(f, 64).wrong() : nullptr) return wrong;
+  if (const char* why = h_tensor(f, 64).unsupported()) return why;
+  if (const char* why = f.a ? a_tensor(f, 64).unsupported() : nullptr) return why;
+  if (const char* why = f.c ? c_tensor(f, 64).unsupported() : nullptr) return why;
   return nullptr;
 }
 
-template <class T, int BN, bool SMALL>
+template <class T, int BN, bool SMALL_K>
 static void run(const Fold<T>& f, Stream stream) {
   using Shape = HopperFoldShape<BN>;
-  const HopperFold<T> all{
-      f, tensor_map(field_of_h(f, BN)), tensor_map(field_of_a(f, BN)), tensor_map(field_of_c(f, BN)), together(f)};
+  const HopperFold<T> params{
+      f, tensor_map(h_tensor(f, BN)), tensor_map(a_tensor(f, BN)), tensor_map(c_tensor(f, BN)), c_per_tile(f)};
   const int tiles = cdiv(f.M, Shape::BM) * cdiv(f.P, BN) * cdiv(f.C, f.per_split);
-  const Grid grid{static_cast<unsigned>(least(tiles, multiprocessors()))};
-  launch_hopper(&hopper_fold<T, BN, SMALL>, grid, Shape::THREADS, Shape::SHARED, stream, all);
+  const Grid grid{static_cast<unsigned>(least(tiles, sm_count()))};
+  launch_sm90a(&hopper_fold<T, BN, SMALL_K>, grid, Shape::THREADS, Shape::SMEM_BYTES, stream, params);
 }
 
 template <class T>
-void launch_on_hopper(const Fold<T>& f, Stream stream) {
-  const bool small = together(f) > 1;
+void launch_hopper(const Fold<T>& f, Stream stream) {
+  const bool small = c_per_tile(f) > 1;
   if (f.P <= 64) small ? run<T, 64, true>(f, stream) : run<T, 64, false>(f, stream);
   else small ? run<T, 128, true>(f, stream) : run<T, 128, false>(f, stream);
 }
 
-template const char* hopper_misfit(const Fold<bfloat16>&);
-template const char* hopper_misfit(const Fold<float16>&);
-template void launch_on_hopper(const Fold<bfloat16>&, Stream);
-template void launch_on_hopper(const Fold<float16>&, Stream);
+template const char* hopper_unsupported(const Fold<bfloat16>&);
+template const char* hopper_unsupported(const Fold<float16>&);
+template void launch_hopper(const Fold<bfloat16>&, Stream);
+template void launch_hopper(const Fold<float16>&, Stream);
 
 }  // namespace fasthyper

@@ -24,52 +24,56 @@ template <class T>
 struct HopperFold {
   Fold<T> f;
   TensorMap h, a, c;
-  int together;  // c to a tile of H, where K is 16 or 32 and they lie side by side; else one
+  int c_per_tile;  // c to a tile of H, where K is 16 or 32 and they lie side by side; else one
 
-  INLINE int steps_of_c() const { return f.K / per_step<T>; }
+  INLINE int steps_per_c() const { return f.K / per_step<T>; }
 };
 
 template <int BN_>
 struct HopperFoldShape {
   static constexpr int BN = BN_, MT = 2, CONSUMERS = 2, BM = CONSUMERS * MT * 64;
-  static constexpr int THREADS = WARPGROUP * (CONSUMERS + 1), TILE = BN * ROW_BYTES, STAGES = BN == 128 ? 6 : 8;
-  static constexpr int AT_ROWS = STAGES * TILE + Ring<STAGES>::BYTES, SHARED = AT_ROWS + CONSUMERS * WARPGROUP * 32;
+  static constexpr int THREADS = WARPGROUP * (CONSUMERS + 1), TILE_BYTES = BN * ROW_BYTES, STAGES = BN == 128 ? 6 : 8;
+  static constexpr int ROW_SCRATCH_OFFSET = STAGES * TILE_BYTES + Pipeline<STAGES>::BYTES,
+                       SMEM_BYTES = ROW_SCRATCH_OFFSET + CONSUMERS * WARPGROUP * 32;
 };
 
-template <class T, int BN, bool SMALL>
-class HopperFoldBlock {
+template <class T, int BN, bool SMALL_K>
+class HopperFoldCta {
   using Shape = HopperFoldShape<BN>;
-  static constexpr int MT = Shape::MT, PER_ROW = per_row<T>, GROUP = 4;  // c whose u is read at a time
+  static constexpr int MT = Shape::MT, PER_ROW = per_row<T>, U_GROUP = 4;  // c whose u is read at a time
   static constexpr bool SCALED = std::is_same_v<T, float16>;
-  const HopperFold<T>& all;
+  const HopperFold<T>& params;
   const Fold<T>& f;
-  char* const memory;
-  Ring<Shape::STAGES> ring;
-  int m_tiles, p_tiles, tiles, product_runs, a_runs, plain_runs;
-  int m0, p0, split, first, last;  // of the tile at hand
+  char* const smem;
+  Pipeline<Shape::STAGES> pipeline;
+  int m_tiles, p_tiles, tiles, product_passes, a_passes, plain_passes;
+  int m0, p0, split, c_begin, c_end;  // of the tile at hand
 
-  enum Kind { product_with_h, from_u, from_v };
-  struct Run {
-    Kind kind;
-    int k0, steps, tiles;
+  enum Term { h_term, a_term, c_term };
+  struct Pass {
+    Term term;
+    int k0, steps, k_tiles;
   };
 
  public:
-  DEVICE HopperFoldBlock(const HopperFold<T>& all, char* memory)
-      : all(all), f(all.f), memory(memory), ring(reinterpret_cast<Barrier*>(memory + Shape::STAGES * Shape::TILE)) {
+  DEVICE HopperFoldCta(const HopperFold<T>& params, char* smem)
+      : params(params),
+        f(params.f),
+        smem(smem),
+        pipeline(reinterpret_cast<Mbarrier*>(smem + Shape::STAGES * Shape::TILE_BYTES)) {
     m_tiles = cdiv(f.M, Shape::BM), p_tiles = cdiv(f.P, BN);
     tiles = m_tiles * p_tiles * cdiv(f.C, f.per_split);
-    product_runs = SMALL ? 1 : cdiv(f.K, PER_ROW);
+    product_passes = SMALL_K ? 1 : cdiv(f.K, PER_ROW);
   }
 
   DEVICE void run() {
-    if (thread() == 0) ring.init(1, 4 * Shape::CONSUMERS);
-    sync();
+    if (thread() == 0) pipeline.init(1, 4 * Shape::CONSUMERS);
+    sync_threads();
     if (thread() < WARPGROUP) {
-      give_registers<24>();
+      setmaxnreg_dec<24>();
       if (thread() == 0) produce();
     } else {
-      take_registers<240>();
+      setmaxnreg_inc<240>();
       consume();
     }
   }
@@ -79,40 +83,40 @@ class HopperFoldBlock {
     m0 = tile % m_tiles * Shape::BM;
     p0 = tile / m_tiles % p_tiles * BN;
     split = tile / m_tiles / p_tiles;
-    first = split * f.per_split;
-    last = least(f.C, first + f.per_split);
-    a_runs = f.a && split == 0 ? cdiv(f.C, PER_ROW) : 0;
-    plain_runs = a_runs + (f.c && split == 0 ? cdiv(f.K, PER_ROW) : 0);
+    c_begin = split * f.per_split;
+    c_end = least(f.C, c_begin + f.per_split);
+    a_passes = f.a && split == 0 ? cdiv(f.C, PER_ROW) : 0;
+    plain_passes = a_passes + (f.c && split == 0 ? cdiv(f.K, PER_ROW) : 0);
   }
 
   // Those of A come first, then those of C, then the products with H.
-  DEVICE Run run_at(int r) const {
-    const Kind kind = r < a_runs ? from_u : r < plain_runs ? from_v : product_with_h;
-    const int k0 = (kind == from_u ? r : kind == from_v ? r - a_runs : r - plain_runs) * PER_ROW;
-    const int left = (kind == from_u ? f.C : f.K) - k0;
-    const int tiles = kind != product_with_h ? 1 : SMALL ? cdiv(last - first, all.together) : last - first;
-    const int steps = SMALL || kind != product_with_h ? STEPS : least(STEPS, cdiv(left, per_step<T>));
-    return {kind, k0, steps, tiles};
+  DEVICE Pass pass_at(int r) const {
+    const Term term = r < a_passes ? a_term : r < plain_passes ? c_term : h_term;
+    const int k0 = (term == a_term ? r : term == c_term ? r - a_passes : r - plain_passes) * PER_ROW;
+    const int left = (term == a_term ? f.C : f.K) - k0;
+    const int k_tiles = term != h_term ? 1 : SMALL_K ? cdiv(c_end - c_begin, params.c_per_tile) : c_end - c_begin;
+    const int steps = SMALL_K || term != h_term ? STEPS : least(STEPS, cdiv(left, per_step<T>));
+    return {term, k0, steps, k_tiles};
   }
 
   DEVICE void produce() {
-    prefetch(all.h);
-    for (int tile = block_x(); tile < tiles; tile += blocks_x()) {
+    prefetch_tensormap(params.h);
+    for (int tile = cta_x(); tile < tiles; tile += grid_x()) {
       begin_tile(tile);
-      for (int r = 0; r < plain_runs + product_runs; ++r) {
-        const Run run = run_at(r);
-        for (int k = 0; k < run.tiles; ++k) {
-          ring.wait_empty();
-          Barrier* const full = ring.full + ring.stage;
-          char* const to = memory + ring.stage * Shape::TILE;
-          barrier_arrive_expecting(full, Shape::TILE);
-          if (run.kind == product_with_h) {
-            if constexpr (SMALL) load_box(to, all.h, (first + k * all.together) * f.K, 0, p0, full);
-            else load_box(to, all.h, run.k0, first + k, p0, full);
+      for (int r = 0; r < plain_passes + product_passes; ++r) {
+        const Pass pass = pass_at(r);
+        for (int k = 0; k < pass.k_tiles; ++k) {
+          pipeline.producer_acquire();
+          Mbarrier* const full = pipeline.full + pipeline.stage;
+          char* const to = smem + pipeline.stage * Shape::TILE_BYTES;
+          mbarrier_arrive_expect_tx(full, Shape::TILE_BYTES);
+          if (pass.term == h_term) {
+            if constexpr (SMALL_K) tma_load(to, params.h, (c_begin + k * params.c_per_tile) * f.K, 0, p0, full);
+            else tma_load(to, params.h, pass.k0, c_begin + k, p0, full);
           } else {
-            load_box(to, run.kind == from_u ? all.a : all.c, run.k0, 0, p0, full);
+            tma_load(to, pass.term == a_term ? params.a : params.c, pass.k0, 0, p0, full);
           }
-          ring.next();
+          pipeline.advance();
         }
       }
     }
@@ -123,7 +127,7 @@ class HopperFoldBlock {
   }
 
   DEVICE void consume() {
-    for (int tile = block_x(); tile < tiles; tile += blocks_x()) {
+    for (int tile = cta_x(); tile < tiles; tile += grid_x()) {
       begin_tile(tile);
       float acc[MT][BN / 2];
 #pragma unroll
@@ -133,134 +137,135 @@ class HopperFoldBlock {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int m = row(mt, h);
-          own_rows()->at[mt][h] = static_cast<int>(f.u.row(least(m, f.M - 1), f.N) - f.u.data);
-          if constexpr (SCALED) own_rows()->exponent[mt][h] = factor_of(m);
+          row_scratch()->u_offset[mt][h] = static_cast<int>(f.u.row(least(m, f.M - 1), f.N) - f.u.data);
+          if constexpr (SCALED) row_scratch()->exponent[mt][h] = row_exponent(m);
         }
       }
       int r = 0;
-      for (; r < plain_runs; ++r) multiply_plainly(acc, run_at(r));
+      for (; r < plain_passes; ++r) multiply_plain(acc, pass_at(r));
       if constexpr (SCALED) scale(acc);
       do {
-        const Run run = run_at(r);
-        if (SMALL || run.steps == STEPS) go_through<true>(acc, run);
-        else go_through<false>(acc, run);
-      } while (++r < plain_runs + product_runs);
-      store(acc);
+        const Pass pass = pass_at(r);
+        if (SMALL_K || pass.steps == STEPS) multiply_pass<true>(acc, pass);
+        else multiply_pass<false>(acc, pass);
+      } while (++r < plain_passes + product_passes);
+      epilogue(acc);
     }
   }
 
   // Where in u a thread's rows begin, those beyond M as the last one, and what power of two they are multiplied by: its
   // own words of shared memory, as registers are few.
-  struct alignas(16) OwnRows {
-    int at[MT][2], exponent[MT][2];
+  struct alignas(16) RowScratch {
+    int u_offset[MT][2], exponent[MT][2];
   };
-  DEVICE OwnRows* own_rows() const {
-    return reinterpret_cast<OwnRows*>(memory + Shape::AT_ROWS) + thread() - WARPGROUP;
+  DEVICE RowScratch* row_scratch() const {
+    return reinterpret_cast<RowScratch*>(smem + Shape::ROW_SCRATCH_OFFSET) + thread() - WARPGROUP;
   }
 
   // u of the four c from `first` + c on: each lane of four has one of them, the last one where there are no more.
-  DEVICE void fetch(T (&u)[MT][2], int c) const {
-    const OwnRows u_row = *own_rows();
-    const int at = least(first + c + thread() % 4, last - 1) * static_cast<int>(f.u.step);
+  DEVICE void load_u(T (&u)[MT][2], int c) const {
+    const RowScratch scratch = *row_scratch();
+    const int c_offset = least(c_begin + c + thread() % 4, c_end - 1) * static_cast<int>(f.u.stride);
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) u[mt][h] = f.u.data[u_row.at[mt][h] + at];
+      for (int h = 0; h < 2; ++h) u[mt][h] = f.u.data[scratch.u_offset[mt][h] + c_offset];
   }
 
   template <bool WHOLE>
-  DEVICE void go_through(float (&acc)[MT][BN / 2], const Run& run) {
+  DEVICE void multiply_pass(float (&acc)[MT][BN / 2], const Pass& pass) {
     uint32_t v[MT][STEPS][4], words[MT][2];
     T next[MT][2];
-    operands(v, run.k0, SMALL ? all.steps_of_c() : STEPS, f.v, f.K, f.v_aligned);
-    fetch(next, 0);
-    const int stride = SMALL ? all.together : 1;
+    load_fragments(v, pass.k0, SMALL_K ? params.steps_per_c() : STEPS, f.v, f.K, f.v_aligned);
+    load_u(next, 0);
+    const int stride = SMALL_K ? params.c_per_tile : 1;
     int k = 0;
     do {
       const int c = k * stride;  // from `first` on
-      if (c % GROUP == 0) {
+      if (c % U_GROUP == 0) {
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
           for (int h = 0; h < 2; ++h) words[mt][h] = scaled(next[mt][h], mt, h);
-        fetch(next, c + GROUP);
+        load_u(next, c + U_GROUP);
       }
       uint32_t u[MT][2];
-      if constexpr (!SMALL) choose(u, words, c);
+      if constexpr (!SMALL_K) select_u(u, words, c);
 #pragma unroll
       for (int j = 0; j < STEPS; ++j) {
-        if (!WHOLE && j > 0 && j >= run.steps) break;
+        if (!WHOLE && j > 0 && j >= pass.steps) break;
         uint32_t a[MT][4];
-        if constexpr (SMALL) choose(u, words, c + j * stride / STEPS);
+        if constexpr (SMALL_K) select_u(u, words, c + j * stride / STEPS);
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
-          for (int q = 0; q < 4; ++q) a[mt][q] = times(v[mt][j][q], u[mt][q & 1], T{});
-        if (j == 0) ring.wait_full();
-        products_begin();
+          for (int q = 0; q < 4; ++q) a[mt][q] = mul(v[mt][j][q], u[mt][q & 1], T{});
+        if (j == 0) pipeline.consumer_wait();
+        wgmma_fence();
 #pragma unroll
-        for (int mt = 0; mt < MT; ++mt) product<false>(acc[mt], a[mt], tile() + j * K16, T{});
-        products_commit();
-        products_wait<1>();  // so the group before is over, and with the first of a tile the tile before
-        if (j == 0 && k > 0 && thread() % 32 == 0) ring.release_last();
+        for (int mt = 0; mt < MT; ++mt) wgmma<false>(acc[mt], a[mt], tile_descriptor() + j * K_MAJOR_STEP, T{});
+        wgmma_commit_group();
+        wgmma_wait_group<1>();  // so the group before is over, and with the first of a tile the tile before
+        if (j == 0 && k > 0 && thread() % 32 == 0) pipeline.consumer_release_previous();
       }
-      if constexpr (!WHOLE) products_wait<0>();  // the next words are made in the same registers
-      ring.next();
-    } while (++k < run.tiles);
-    products_wait<0>();
+      if constexpr (!WHOLE) wgmma_wait_group<0>();  // the next words are made in the same registers
+      pipeline.advance();
+    } while (++k < pass.k_tiles);
+    wgmma_wait_group<0>();
 #pragma unroll
-    for (int mt = 0; mt < MT; ++mt) settled(acc[mt]);
-    if (thread() % 32 == 0) ring.release_last();
+    for (int mt = 0; mt < MT; ++mt) fence_accumulator(acc[mt]);
+    if (thread() % 32 == 0) pipeline.consumer_release_previous();
   }
 
-  DEVICE uint64_t tile() const { return k_rows(shared_address(memory) + ring.stage * Shape::TILE); }
+  DEVICE uint64_t tile_descriptor() const { return k_major(smem_address(smem) + pipeline.stage * Shape::TILE_BYTES); }
 
   // One tile of A or C, with u or v as they are.
-  DEVICE void multiply_plainly(float (&acc)[MT][BN / 2], const Run& run) {
+  DEVICE void multiply_plain(float (&acc)[MT][BN / 2], const Pass& pass) {
     uint32_t a[MT][STEPS][4];
-    if (run.kind == from_u) operands(a, run.k0, STEPS, f.u, f.C, f.u_aligned);
-    else operands(a, run.k0, STEPS, f.v, f.K, f.v_aligned);
-    ring.wait_full();
-    products_begin();
+    if (pass.term == a_term) load_fragments(a, pass.k0, STEPS, f.u, f.C, f.u_aligned);
+    else load_fragments(a, pass.k0, STEPS, f.v, f.K, f.v_aligned);
+    pipeline.consumer_wait();
+    wgmma_fence();
 #pragma unroll
     for (int j = 0; j < STEPS; ++j)
 #pragma unroll
-      for (int mt = 0; mt < MT; ++mt) product<false>(acc[mt], a[mt][j], tile() + j * K16, T{});
-    products_commit();
-    products_wait<0>();
+      for (int mt = 0; mt < MT; ++mt) wgmma<false>(acc[mt], a[mt][j], tile_descriptor() + j * K_MAJOR_STEP, T{});
+    wgmma_commit_group();
+    wgmma_wait_group<0>();
 #pragma unroll
-    for (int mt = 0; mt < MT; ++mt) settled(acc[mt]);
-    if (thread() % 32 == 0) ring.release();
-    ring.next();
+    for (int mt = 0; mt < MT; ++mt) fence_accumulator(acc[mt]);
+    if (thread() % 32 == 0) pipeline.consumer_release();
+    pipeline.advance();
   }
 
   // The number of the c-th after `first`, twice, of the words of its four; zero beyond the last.
-  DEVICE void choose(uint32_t (&u)[MT][2], const uint32_t (&words)[MT][2], int c) const {
+  DEVICE void select_u(uint32_t (&u)[MT][2], const uint32_t (&words)[MT][2], int c) const {
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        u[mt][h] = shuffle(words[mt][h], (thread() & 28) | c % GROUP);
-        if (SMALL && first + c >= last) u[mt][h] = 0;
+        u[mt][h] = shuffle(words[mt][h], (thread() & 28) | c % U_GROUP);
+        if (SMALL_K && c_begin + c >= c_end) u[mt][h] = 0;
       }
   }
 
   // Rows from k0 on, zeros beyond `limit`; every `steps` the same again.
   template <int COUNT>
-  DEVICE void operands(
-      uint32_t (&v)[MT][COUNT][4], int k0, int steps, const Rows<T>& rows, int limit, bool aligned) const {
+  DEVICE void load_fragments(
+      uint32_t (&v)[MT][COUNT][4], int k0, int steps, const RowView<T>& rows, int limit, bool aligned) const {
     if (limit % 2 == 0 && aligned)
-      load_operands(v, k0, steps, rows, [&](const T* row, int k) {
+      load_fragments_with(v, k0, steps, rows, [&](const T* row, int k) {
         return k < limit ? *reinterpret_cast<const uint32_t*>(row + k) : 0;
       });
     else
-      load_operands(v, k0, steps, rows, [&](const T* row, int k) {
-        const T low = k < limit ? row[k * rows.step] : T(0.f);
-        return pair(low, k + 1 < limit ? row[(k + 1) * rows.step] : T(0.f));
+      load_fragments_with(v, k0, steps, rows, [&](const T* row, int k) {
+        const T low = k < limit ? row[k * rows.stride] : T(0.f);
+        return pack(low, k + 1 < limit ? row[(k + 1) * rows.stride] : T(0.f));
       });
   }
   template <int COUNT, class Load>
-  DEVICE void load_operands(uint32_t (&v)[MT][COUNT][4], int k0, int steps, const Rows<T>& rows, Load load) const {
+  DEVICE void load_fragments_with(
+      uint32_t (&v)[MT][COUNT][4], int k0, int steps, const RowView<T>& rows, Load load) const {
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
@@ -278,34 +283,36 @@ class HopperFoldBlock {
   }
 
   // float16: a power of two for each row of u, undone at the end.
-  DEVICE int factor_of(int m) const {
-    float most_u = 0.f, most_v = 0.f;
+  DEVICE int row_exponent(int m) const {
+    float max_u = 0.f, max_v = 0.f;
     if (m < f.M) {
       const T *const u = f.u.row(m, f.N), *const v = f.v.row(m, f.N);
-      for (int c = first + thread() % 4; c < last; c += 4) most_u = larger(most_u, static_cast<float>(u[c * f.u.step]));
-      for (int k = thread() % 4; k < f.K; k += 4) most_v = larger(most_v, static_cast<float>(v[k * f.v.step]));
+      for (int c = c_begin + thread() % 4; c < c_end; c += 4)
+        max_u = finite_max(max_u, static_cast<float>(u[c * f.u.stride]));
+      for (int k = thread() % 4; k < f.K; k += 4) max_v = finite_max(max_v, static_cast<float>(v[k * f.v.stride]));
     }
 #pragma unroll
     for (int by = 1; by < 4; by *= 2) {
-      most_u = fmaxf(most_u, shuffle_xor(most_u, by));
-      most_v = fmaxf(most_v, shuffle_xor(most_v, by));
+      max_u = fmaxf(max_u, shuffle_xor(max_u, by));
+      max_v = fmaxf(max_v, shuffle_xor(max_v, by));
     }
-    return into_range(most_u, most_v);
+    return range_exponent(max_u, max_v);
   }
   DEVICE uint32_t scaled(T u, int mt, int h) const {
-    if constexpr (!SCALED) return twice(u);
-    return twice(static_cast<T>(static_cast<float>(u) * power_of_two(own_rows()->exponent[mt][h])));
+    if constexpr (!SCALED) return replicate(u);
+    return replicate(static_cast<T>(static_cast<float>(u) * power_of_two(row_scratch()->exponent[mt][h])));
   }
   DEVICE void scale(float (&acc)[MT][BN / 2]) const {
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt) {
-      const float by[2] = {power_of_two(own_rows()->exponent[mt][0]), power_of_two(own_rows()->exponent[mt][1])};
+      const float factors[2] = {
+          power_of_two(row_scratch()->exponent[mt][0]), power_of_two(row_scratch()->exponent[mt][1])};
 #pragma unroll
-      for (int k = 0; k < BN / 2; ++k) acc[mt][k] *= by[k / 2 % 2];
+      for (int k = 0; k < BN / 2; ++k) acc[mt][k] *= factors[k / 2 % 2];
     }
   }
 
-  DEVICE void store(const float (&acc)[MT][BN / 2]) const {
+  DEVICE void epilogue(const float (&acc)[MT][BN / 2]) const {
     if (f.partial) store_to(f.partial + static_cast<int64_t>(split) * f.M * f.P, acc);
     else store_to(f.out, acc);
   }
@@ -319,22 +326,22 @@ class HopperFoldBlock {
 #pragma unroll
     for (int j = 0; j < BN / 8; ++j) {
       const int p = p0 + j * 8 + thread() % 4 * 2;
-      const bool first_there = p < f.P, second_there = p + 1 < f.P, add = f.d && split == 0;
-      const float d0 = add && first_there ? static_cast<float>(f.d[p * f.d_p]) : 0.f;
-      const float d1 = add && second_there ? static_cast<float>(f.d[(p + 1) * f.d_p]) : 0.f;
+      const bool in_range0 = p < f.P, in_range1 = p + 1 < f.P, add = f.d && split == 0;
+      const float d0 = add && in_range0 ? static_cast<float>(f.d[p * f.d_p]) : 0.f;
+      const float d1 = add && in_range1 ? static_cast<float>(f.d[(p + 1) * f.d_p]) : 0.f;
 #pragma unroll
       for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int m = row(mt, h);
-          const float back = SCALED ? power_of_two(-own_rows()->exponent[mt][h]) : 1.f;
-          const float low = acc[mt][j * 4 + 2 * h] * back + d0, high = acc[mt][j * 4 + 2 * h + 1] * back + d1;
+          const float unscale = SCALED ? power_of_two(-row_scratch()->exponent[mt][h]) : 1.f;
+          const float low = acc[mt][j * 4 + 2 * h] * unscale + d0, high = acc[mt][j * 4 + 2 * h + 1] * unscale + d1;
           Out* const to = out + static_cast<int64_t>(m) * f.P + p;
           if constexpr (PAIRS) {
-            if (m < f.M && first_there) store_pair(to, low, high);
+            if (m < f.M && in_range0) store_pair(to, low, high);
           } else {
-            if (m < f.M && first_there) to[0] = static_cast<Out>(low);
-            if (m < f.M && second_there) to[1] = static_cast<Out>(high);
+            if (m < f.M && in_range0) to[0] = static_cast<Out>(low);
+            if (m < f.M && in_range1) to[1] = static_cast<Out>(high);
           }
         }
     }

@@ -9,18 +9,18 @@ namespace fasthyper {
 
 // What of a call these kernels do not do, or null.
 template <class T>
-const char* hopper_misfit(const Fold<T>& f);
+const char* hopper_unsupported(const Fold<T>& f);
 template <class T>
-const char* hopper_misfit(const WeightGrad<T>& f);
+const char* hopper_unsupported(const WeightGrad<T>& f);
 template <class T>
-const char* hopper_misfit(const DxDz<T>& f);
+const char* hopper_unsupported(const DxDz<T>& f);
 
 // y or dx; dH alone; dx and dz.
 template <class T>
-void launch_on_hopper(const Fold<T>& f, Stream stream);
+void launch_hopper(const Fold<T>& f, Stream stream);
 template <class T>
-void launch_on_hopper(const WeightGrad<T>& f, Stream stream);
+void launch_hopper(const WeightGrad<T>& f, Stream stream);
 template <class T>
-void launch_on_hopper(const DxDz<T>& f, Stream stream);
+void launch_hopper(const DxDz<T>& f, Stream stream);
 
 }  // namespace fasthyper

@@ -18,23 +18,23 @@
 
 namespace fasthyper {
 
-constexpr int WARPGROUP = 128, PATTERN = 8 * ROW_BYTES;
+constexpr int WARPGROUP = 128, SWIZZLE_ATOM_BYTES = 8 * ROW_BYTES;
 
-using Barrier = uint64_t;
+using Mbarrier = uint64_t;
 
 // Numbers of 16 bits as a tensor of three axes, the first side by side, and the box of them that is brought at a time.
-struct Field {
-  const void* base;
-  int64_t counts[3], strides[2];  // strides of the second and third axis, in numbers
+struct TmaTensor {
+  const void* data;
+  int64_t dims[3], strides[2];  // strides of the second and third axis, in numbers
   int box[3];
 
   INLINE int box_bytes() const { return box[0] * box[1] * box[2] * 2; }
 
   // What is against it, or null.
-  const char* wrong() const {
-    if (reinterpret_cast<uintptr_t>(base) % 16) return "a tensor does not begin at a multiple of 16 bytes";
+  const char* unsupported() const {
+    if (reinterpret_cast<uintptr_t>(data) % 16) return "a tensor does not begin at a multiple of 16 bytes";
     for (int axis = 0; axis < 3; ++axis) {
-      if (counts[axis] < 1 || counts[axis] > int64_t(1) << 32) return "a tensor's side is empty or too long";
+      if (dims[axis] < 1 || dims[axis] > int64_t(1) << 32) return "a tensor's side is empty or too long";
       if (box[axis] < 1 || box[axis] > 256) return "a box has a side of more than 256";
     }
     for (const int64_t stride : strides)
@@ -50,16 +50,16 @@ INLINE uint64_t descriptor(uint32_t address, int lbo, int sbo) {
   return static_cast<uint64_t>(address >> 4) | static_cast<uint64_t>(lbo >> 4) << 16 |
          static_cast<uint64_t>(sbo >> 4) << 32 | uint64_t(1) << 62;
 }
-INLINE uint64_t k_rows(uint32_t address) { return descriptor(address, 16, PATTERN); }
-INLINE uint64_t mn_rows(uint32_t address, int next_64) { return descriptor(address, next_64, PATTERN); }
-constexpr uint64_t K16 = 32 >> 4, K16_TRANSPOSED = 2 * PATTERN >> 4;
+INLINE uint64_t k_major(uint32_t address) { return descriptor(address, 16, SWIZZLE_ATOM_BYTES); }
+INLINE uint64_t mn_major(uint32_t address, int next_64) { return descriptor(address, next_64, SWIZZLE_ATOM_BYTES); }
+constexpr uint64_t K_MAJOR_STEP = 32 >> 4, MN_MAJOR_STEP = 2 * SWIZZLE_ATOM_BYTES >> 4;
 
 // A field of rows: `count` numbers side by side, `middle` and `rows` of them; what has one of an axis has no stride.
-inline Field field_of(
-    const void* base, int64_t count, int64_t middle, int64_t middle_stride, int64_t rows, int64_t row_stride,
+inline TmaTensor tma_tensor(
+    const void* data, int64_t count, int64_t middle, int64_t middle_stride, int64_t rows, int64_t row_stride,
     int box_rows) {
   return {
-      base, {count, middle, rows}, {middle == 1 ? 8 : middle_stride, rows == 1 ? 8 : row_stride}, {64, 1, box_rows}};
+      data, {count, middle, rows}, {middle == 1 ? 8 : middle_stride, rows == 1 ? 8 : row_stride}, {64, 1, box_rows}};
 }
 
 }  // namespace fasthyper

@@ -20,7 +20,7 @@
 
 namespace fasthyper {
 
-DEVICE uint32_t times(uint32_t a, uint32_t b, float16) {
+DEVICE uint32_t mul(uint32_t a, uint32_t b, float16) {
   uint32_t d;
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
@@ -30,26 +30,26 @@ DEVICE uint32_t shuffle(uint32_t v, int from) { return __shfl_sync(~0u, v, from)
 
 // Barriers have phases: one is over when its arrivals have come, and its bytes. Waiting with parity 0 is for the first
 // to be over, with parity 1 for the second, and so on; with parity 1 it is over before the first.
-DEVICE void barrier_init(Barrier* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+DEVICE void mbarrier_init(Mbarrier* mbarrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(mbarrier)), "r"(arrivals) : "memory");
 }
 // After their initialisation and before others use them, which takes a sync as well.
-DEVICE void barriers_ready() {
+DEVICE void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-DEVICE void barrier_arrive(Barrier* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+DEVICE void mbarrier_arrive(Mbarrier* mbarrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(mbarrier)) : "memory");
 }
-DEVICE void barrier_arrive_expecting(Barrier* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+DEVICE void mbarrier_arrive_expect_tx(Mbarrier* mbarrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(mbarrier)), "r"(bytes)
                : "memory");
 }
-DEVICE void barrier_wait(Barrier* barrier, int parity) {
+DEVICE void mbarrier_wait(Mbarrier* mbarrier, int parity) {
   asm volatile(
       "{\n.reg .pred over;\n"
       "again: mbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n"
-      "@over bra on;\n bra again;\n on:\n}" ::"r"(shared_address(barrier)),
+      "@over bra on;\n bra again;\n on:\n}" ::"r"(smem_address(mbarrier)),
       "r"(parity)
       : "memory");
 }
@@ -58,10 +58,10 @@ DEVICE void sync_warp() { __syncwarp(); }
 
 using TensorMap = CUtensorMap;
 
-inline TensorMap tensor_map(const Field& field) {
+inline TensorMap tensor_map(const TmaTensor& tensor) {
   TensorMap map{};
-  if (field.base == nullptr) return map;
-  if (const char* wrong = field.wrong()) throw std::runtime_error(wrong);
+  if (tensor.data == nullptr) return map;
+  if (const char* why = tensor.unsupported()) throw std::runtime_error(why);
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -73,52 +73,52 @@ inline TensorMap tensor_map(const Field& field) {
     if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("this driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
-  cuuint64_t counts[3], strides[2];
+  cuuint64_t dims[3], strides[2];
   cuuint32_t box[3], steps[3] = {1, 1, 1};
-  for (int axis = 0; axis < 3; ++axis) counts[axis] = field.counts[axis], box[axis] = field.box[axis];
-  for (int axis = 0; axis < 2; ++axis) strides[axis] = field.strides[axis] * 2;
+  for (int axis = 0; axis < 3; ++axis) dims[axis] = tensor.dims[axis], box[axis] = tensor.box[axis];
+  for (int axis = 0; axis < 2; ++axis) strides[axis] = tensor.strides[axis] * 2;
   const CUresult result = encode(
-      &map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(field.base), counts, strides, box, steps,
+      &map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(tensor.data), dims, strides, box, steps,
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(result));
   return map;
 }
 
-DEVICE void prefetch(const TensorMap& map) {
+DEVICE void prefetch_tensormap(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
 }
 
 // By one thread: bring the box that begins at (j, k, l), zeros where that is beyond the tensor; the barrier counts the
 // bytes of the whole box.
-DEVICE void load_box(void* to, const TensorMap& map, int j, int k, int l, Barrier* barrier) {
+DEVICE void tma_load(void* to, const TensorMap& map, int j, int k, int l, Mbarrier* mbarrier) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
-      "[%5];" ::"r"(shared_address(to)),
-      "l"(reinterpret_cast<uint64_t>(&map)), "r"(j), "r"(k), "r"(l), "r"(shared_address(barrier))
+      "[%5];" ::"r"(smem_address(to)),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(j), "r"(k), "r"(l), "r"(smem_address(mbarrier))
       : "memory");
 }
 
 // The registers of a warpgroup's threads: some give what others take.
 template <int REGISTERS>
-DEVICE void take_registers() {
+DEVICE void setmaxnreg_inc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 template <int REGISTERS>
-DEVICE void give_registers() {
+DEVICE void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
 // Products run in groups: begin, products, commit; their sums are there, and what they read is free, once the group has
 // been waited for. `settled` then keeps the compiler from reading sums earlier.
-DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int IN_FLIGHT>
-DEVICE void products_wait() {
+DEVICE void wgmma_wait_group() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(IN_FLIGHT) : "memory");
 }
 template <int COUNT>
-DEVICE void settled(float (&d)[COUNT]) {
+DEVICE void fence_accumulator(float (&d)[COUNT]) {
 #pragma unroll
   for (int k = 0; k < COUNT; ++k) asm volatile("" : "+f"(d[k])::"memory");
 }
@@ -129,25 +129,25 @@ DEVICE void settled(float (&d)[COUNT]) {
 #define NAMES_10(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"
 #define NAMES_32 NAMES_10() NAMES_10(1) NAMES_10(2) "%30,%31"
 #define NAMES_64 NAMES_10() NAMES_10(1) NAMES_10(2) NAMES_10(3) NAMES_10(4) NAMES_10(5) "%60,%61,%62,%63"
-#define SUMS_4(k) "+f"(d[k]), "+f"(d[k + 1]), "+f"(d[k + 2]), "+f"(d[k + 3])
-#define SUMS_16(k) SUMS_4(k), SUMS_4(k + 4), SUMS_4(k + 8), SUMS_4(k + 12)
-#define SUMS_32 SUMS_16(0), SUMS_16(16)
-#define SUMS_64 SUMS_32, SUMS_16(32), SUMS_16(48)
+#define ACC_4(k) "+f"(d[k]), "+f"(d[k + 1]), "+f"(d[k + 2]), "+f"(d[k + 3])
+#define ACC_16(k) ACC_4(k), ACC_4(k + 4), ACC_4(k + 8), ACC_4(k + 12)
+#define ACC_32 ACC_16(0), ACC_16(16)
+#define ACC_64 ACC_32, ACC_16(32), ACC_16(48)
 #define WGMMA(N, T, TYPE, COUNT, i0, i1, i2, i3, i4, i5)                                                    \
   template <bool B_TRANSPOSED>                                                                              \
-  DEVICE void product(float (&d)[COUNT], const uint32_t (&a)[4], uint64_t b, T) {                           \
+  DEVICE void wgmma(float (&d)[COUNT], const uint32_t (&a)[4], uint64_t b, T) {                             \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NAMES_##COUNT         \
                  "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4 ", 1, 1, 1, %" #i5 ";"                \
-                 : SUMS_##COUNT                                                                             \
+                 : ACC_##COUNT                                                                              \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(B_TRANSPOSED ? 1 : 0));          \
   }                                                                                                         \
   template <bool ADD, bool A_TRANSPOSED, bool B_TRANSPOSED>                                                 \
-  DEVICE void product(float (&d)[COUNT], uint64_t a, uint64_t b, T) {                                       \
+  DEVICE void wgmma(float (&d)[COUNT], uint64_t a, uint64_t b, T) {                                         \
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #i2                                               \
                  ", 0;\n"                                                                                   \
                  "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NAMES_##COUNT         \
                  "}, %" #i0 ", %" #i1 ", add, 1, 1, %" #i3 ", %" #i4 ";\n}"                                 \
-                 : SUMS_##COUNT                                                                             \
+                 : ACC_##COUNT                                                                              \
                  : "l"(a), "l"(b), "n"(ADD ? 1 : 0), "n"(A_TRANSPOSED ? 1 : 0), "n"(B_TRANSPOSED ? 1 : 0)); \
   }
 WGMMA(64, bfloat16, "bf16", 32, 32, 33, 34, 35, 36, 37)
@@ -155,15 +155,15 @@ WGMMA(64, float16, "f16", 32, 32, 33, 34, 35, 36, 37)
 WGMMA(128, bfloat16, "bf16", 64, 64, 65, 66, 67, 68, 69)
 WGMMA(128, float16, "f16", 64, 64, 65, 66, 67, 68, 69)
 #undef WGMMA
-#undef SUMS_64
-#undef SUMS_32
-#undef SUMS_16
-#undef SUMS_4
+#undef ACC_64
+#undef ACC_32
+#undef ACC_16
+#undef ACC_4
 #undef NAMES_64
 #undef NAMES_32
 #undef NAMES_10
 
-inline int multiprocessors() {
+inline int sm_count() {
   int device, count;
   check(cudaGetDevice(&device));
   check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
@@ -171,9 +171,9 @@ inline int multiprocessors() {
 }
 
 template <class... Parameters, class... Arguments>
-void launch_hopper(
-    void (*kernel)(Parameters...), Grid grid, int threads, int shared_bytes, Stream stream, const Arguments&... given) {
-  launch(kernel, grid, threads, shared_bytes, stream, given...);
+void launch_sm90a(
+    void (*kernel)(Parameters...), Grid grid, int threads, int smem_bytes, Stream stream, const Arguments&... given) {
+  launch(kernel, grid, threads, smem_bytes, stream, given...);
 }
 
 }  // namespace fasthyper

@@ -13,11 +13,11 @@ void launch_fold(const Fold<T>& f, bool wide, Stream stream);
 
 // dx and dz, and all gradients of parameters.
 template <class T>
-void launch_grads(const DxDz<T>& rows, const WeightGrad<T>& weight, bool wide, Stream stream);
+void launch_grads(const DxDz<T>& dx_dz, const WeightGrad<T>& weight_grad, bool wide, Stream stream);
 
 // The same where x is what an activation makes of its rows.
 template <class T>
-void launch_active_grads(const DxDz<T>& rows, const WeightGrad<T>& weight, Stream stream);
+void launch_active_grads(const DxDz<T>& dx_dz, const WeightGrad<T>& weight_grad, Stream stream);
 
 // Two layers and the activation between them. first.out is what the activation is applied to, second.u; where
 // first.partial is given, its sums are there already, in parts.

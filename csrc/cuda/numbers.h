@@ -27,32 +27,32 @@ constexpr int per_row = STEPS * per_step<T>;
 INLINE int cdiv(int a, int b) { return (a + b - 1) / b; }
 INLINE int least(int a, int b) { return a < b ? a : b; }
 
-INLINE uint32_t bits(float v) {
+INLINE uint32_t as_uint(float v) {
   uint32_t word;
   memcpy(&word, &v, 4);
   return word;
 }
 
-INLINE float number(uint32_t word) {
+INLINE float as_float(uint32_t word) {
   float v;
   memcpy(&v, &word, 4);
   return v;
 }
 
 // The number in the low (0) or high (1) half of a word, and words of two numbers.
-INLINE float half_of(uint32_t word, int high, bfloat16) { return number(high ? word & 0xffff0000u : word << 16); }
-INLINE float half_of(uint32_t word, int high, float16) {
+INLINE float unpack(uint32_t word, int high, bfloat16) { return as_float(high ? word & 0xffff0000u : word << 16); }
+INLINE float unpack(uint32_t word, int high, float16) {
   return static_cast<float>(float16(static_cast<uint16_t>(high ? word >> 16 : word & 0xffff), float16::from_bits()));
 }
 
 template <class T>
-INLINE uint32_t pair(T low, T high) {
+INLINE uint32_t pack(T low, T high) {
   static_assert(sizeof(T) == 2);
   return static_cast<uint32_t>(low.x) | static_cast<uint32_t>(high.x) << 16;
 }
 
-INLINE uint32_t twice(bfloat16 v) { return pair(v, v); }
-INLINE uint32_t twice(float16 v) { return pair(v, v); }
-INLINE uint32_t twice(float v) { return bits(v); }
+INLINE uint32_t replicate(bfloat16 v) { return pack(v, v); }
+INLINE uint32_t replicate(float16 v) { return pack(v, v); }
+INLINE uint32_t replicate(float v) { return as_uint(v); }
 
 }  // namespace fasthyper

@@ -14,7 +14,7 @@ namespace fasthyper {
 
 // What the first layer comes to in this block's rows: added up, where it came in parts.
 template <class T>
-DEVICE void add_parts(const Fold<T>& f, int m0, int rows, int threads) {
+DEVICE void add_partials(const Fold<T>& f, int m0, int rows, int threads) {
   constexpr int LANES = 8;  // to a sum, each with every eighth part
   const int splits = cdiv(f.C, f.per_split), lane = thread() % LANES;
   const int64_t size = static_cast<int64_t>(f.M) * f.P;
@@ -30,31 +30,31 @@ DEVICE void add_parts(const Fold<T>& f, int m0, int rows, int threads) {
 }
 
 template <class T, class Shape, bool ACTIVE>
-DEVICE void layer(const Fold<T>& f, int m0, int tiles) {
+DEVICE void run_layer(const Fold<T>& f, int m0, int stages) {
   for (int p0 = 0; p0 < f.P; p0 += Shape::BP)
-    FoldBlock<T, Shape, ACTIVE>(f, shared_memory(), tiles, p0, 0).run(m0, false, [&](int m, int p, float sum) {
+    FoldCta<T, Shape, ACTIVE>(f, smem_base(), stages, p0, 0).run(m0, false, [&](int m, int p, float sum) {
       if (f.d) sum += static_cast<float>(f.d[p * f.d_p]);
       f.out[static_cast<int64_t>(m) * f.P + p] = static_cast<T>(sum);
     });
 }
 
 template <class T, int NT>
-KERNEL(256, (FoldShape<T, 2, 4, 1, NT>::AT_ONCE))
-primary(const GRID_CONSTANT Fold<T> first, const GRID_CONSTANT Fold<T> second, const int tiles) {
+KERNEL(256, (FoldShape<T, 2, 4, 1, NT>::MIN_CTAS_PER_SM))
+primary(const GRID_CONSTANT Fold<T> first, const GRID_CONSTANT Fold<T> second, const int stages) {
   using Shape = FoldShape<T, 2, 4, 1, NT>;
-  const int m0 = block_x() * Shape::BM;
-  if (first.partial) add_parts(first, m0, Shape::BM, Shape::THREADS);
-  else layer<T, Shape, false>(first, m0, tiles);
-  sync();  // the second reads what the first wrote
-  layer<T, Shape, true>(second, m0, tiles);
+  const int m0 = cta_x() * Shape::BM;
+  if (first.partial) add_partials(first, m0, Shape::BM, Shape::THREADS);
+  else run_layer<T, Shape, false>(first, m0, stages);
+  sync_threads();  // the second reads what the first wrote
+  run_layer<T, Shape, true>(second, m0, stages);
 }
 
 template <class T, int NT>
 static void run(const Fold<T>& first, const Fold<T>& second, Stream stream) {
   using Shape = FoldShape<T, 2, 4, 1, NT>;
-  constexpr int tiles = Shape::AHEAD + 1;
+  constexpr int stages = Shape::PREFETCH + 1;
   const Grid grid{static_cast<unsigned>(cdiv(second.M, Shape::BM))};
-  launch(&primary<T, NT>, grid, Shape::THREADS, Shape::shared_bytes(tiles), stream, first, second, tiles);
+  launch(&primary<T, NT>, grid, Shape::THREADS, Shape::smem_bytes(stages), stream, first, second, stages);
 }
 
 template <class T>

@@ -18,26 +18,26 @@ namespace fasthyper {
 using Stream = cudaStream_t;
 
 DEVICE int thread() { return threadIdx.x; }
-DEVICE int block_x() { return blockIdx.x; }
-DEVICE int block_y() { return blockIdx.y; }
-DEVICE int block_z() { return blockIdx.z; }
-DEVICE int blocks_x() { return gridDim.x; }
+DEVICE int cta_x() { return blockIdx.x; }
+DEVICE int cta_y() { return blockIdx.y; }
+DEVICE int cta_z() { return blockIdx.z; }
+DEVICE int grid_x() { return gridDim.x; }
 
 // The same number, unknown to the compiler: what depends on it is computed where it is used, or registers would keep it
 // through the loops around.
-DEVICE int anew(int v) {
+DEVICE int opaque(int v) {
   asm volatile("" : "+r"(v));
   return v;
 }
 
-DEVICE char* shared_memory() {
+DEVICE char* smem_base() {
   extern __shared__ __align__(1024) char memory[];
   return memory;
 }
 
-DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+DEVICE uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-DEVICE void sync() { __syncthreads(); }
+DEVICE void sync_threads() { __syncthreads(); }
 
 DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
 
@@ -49,45 +49,43 @@ DEVICE uint32_t to_tf32(float v) {
 }
 
 // Products of the numbers in two words.
-DEVICE uint32_t times(uint32_t a, uint32_t b, bfloat16) {
+DEVICE uint32_t mul(uint32_t a, uint32_t b, bfloat16) {
   uint32_t d;  // sm_80 has no product of bfloat16, and a·b - 0 is rounded like it
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
   return d;
 }
-DEVICE uint32_t times(uint32_t a, uint32_t b, float) {
-  return __float_as_uint(__uint_as_float(a) * __uint_as_float(b));
-}
+DEVICE uint32_t mul(uint32_t a, uint32_t b, float) { return __float_as_uint(__uint_as_float(a) * __uint_as_float(b)); }
 
 // BYTES (4, 8 or 16, aligned so) from global to shared memory, on the way while the thread goes on: `valid` of them,
 // and zeros.
 template <int BYTES>
-DEVICE void copy_async(void* to, const void* from, int valid) {
+DEVICE void cp_async(void* to, const void* from, int valid) {
   if constexpr (BYTES == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address(to)), "l"(from), "r"(valid)
                  : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(BYTES),
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(smem_address(to)), "l"(from), "n"(BYTES),
                  "r"(valid)
                  : "memory");
 }
-DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+DEVICE void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int IN_FLIGHT>
-DEVICE void copy_wait() {
+DEVICE void cp_async_wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(IN_FLIGHT) : "memory");
 }
 
 // Four matrices of 8 rows of 16 bytes: lane l names row l % 8 of matrix l / 8, and gets word l % 4 of row l / 4 of
 // each; transposed, the 16-bit numbers (2·(l % 4), l / 4) and (2·(l % 4) + 1, l / 4).
-DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
+DEVICE void ldmatrix(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(smem_address(row))
                : "memory");
 }
-DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+DEVICE void ldmatrix_trans(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(smem_address(row))
                : "memory");
 }
 
@@ -116,7 +114,7 @@ inline void check(cudaError_t error) {
 
 // Let a kernel have as much shared memory as a block may, once for a device: to lower it again could fail another
 // thread's launch.
-inline void allow_shared_memory(const void* kernel) {
+inline void allow_max_smem(const void* kernel) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> done;
   int device = 0, most = 0;
@@ -131,14 +129,14 @@ inline void allow_shared_memory(const void* kernel) {
 // Run a kernel on a stream of the current device.
 template <class... Parameters, class... Arguments>
 void launch(
-    void (*kernel)(Parameters...), Grid grid, int threads, int shared_bytes, Stream stream, const Arguments&... given) {
-  if (shared_bytes > 48 << 10) allow_shared_memory(reinterpret_cast<const void*>(kernel));
+    void (*kernel)(Parameters...), Grid grid, int threads, int smem_bytes, Stream stream, const Arguments&... given) {
+  if (smem_bytes > 48 << 10) allow_max_smem(reinterpret_cast<const void*>(kernel));
   std::tuple<Parameters...> arguments{given...};
   std::apply(
       [&](auto&... each) {
         void* pointers[] = {&each...};
         check(cudaLaunchKernel(
-            reinterpret_cast<const void*>(kernel), dim3(grid.x, grid.y, grid.z), dim3(threads), pointers, shared_bytes,
+            reinterpret_cast<const void*>(kernel), dim3(grid.x, grid.y, grid.z), dim3(threads), pointers, smem_bytes,
             stream));
       },
       arguments);

@@ -7,53 +7,54 @@
 namespace fasthyper {
 
 // out[row, column] = Σ over splits and terms of in[split, row, term, column]
-struct Sum {
-  const float* in;
+struct Reduction {
+  const float* partials;
   void* out;
   int64_t rows, terms, columns, splits, split_stride;
 
-  INLINE int64_t numel() const { return in ? rows * columns : 0; }
+  INLINE int64_t numel() const { return partials ? rows * columns : 0; }
 };
 
-struct Sums {
-  static constexpr int MOST = 9, THREADS = 256, AT_ONCE = 8;  // parts of a sum on their way together
-  Sum each[MOST] = {};
+struct Reductions {
+  static constexpr int MAX_COUNT = 9, THREADS = 256, IN_FLIGHT = 8;  // parts of a sum on their way together
+  Reduction items[MAX_COUNT] = {};
   int count = 0;
 
-  void add(const Sum& sum) { each[count++] = sum; }
+  void add(const Reduction& reduction) { items[count++] = reduction; }
   INLINE int64_t numel() const {
     int64_t all = 0;
-    for (int k = 0; k < count; ++k) all += each[k].numel();
+    for (int k = 0; k < count; ++k) all += items[k].numel();
     return all;
   }
 };
 
 template <class T>
-KERNEL(Sums::THREADS, 1)
-reduce(const GRID_CONSTANT Sums sums) {
-  int64_t at = static_cast<int64_t>(block_x()) * Sums::THREADS + thread();
+KERNEL(Reductions::THREADS, 1)
+reduce(const GRID_CONSTANT Reductions reductions) {
+  int64_t index = static_cast<int64_t>(cta_x()) * Reductions::THREADS + thread();
   int k = 0;
-  for (; k < sums.count && at >= sums.each[k].numel(); ++k) at -= sums.each[k].numel();
-  if (k == sums.count) return;
-  const Sum& sum = sums.each[k];
-  const float* const in = sum.in + at / sum.columns * sum.terms * sum.columns + at % sum.columns;
-  float total = 0.f, part[Sums::AT_ONCE];
-  for (int64_t t = 0; t < sum.terms; ++t)
-    for (int64_t s = 0; s < sum.splits; s += Sums::AT_ONCE) {
+  for (; k < reductions.count && index >= reductions.items[k].numel(); ++k) index -= reductions.items[k].numel();
+  if (k == reductions.count) return;
+  const Reduction& reduction = reductions.items[k];
+  const float* const first =
+      reduction.partials + index / reduction.columns * reduction.terms * reduction.columns + index % reduction.columns;
+  float total = 0.f, terms[Reductions::IN_FLIGHT];
+  for (int64_t t = 0; t < reduction.terms; ++t)
+    for (int64_t s = 0; s < reduction.splits; s += Reductions::IN_FLIGHT) {
 #pragma unroll
-      for (int k = 0; k < Sums::AT_ONCE; ++k)
-        part[k] = s + k < sum.splits ? in[(s + k) * sum.split_stride + t * sum.columns] : 0.f;
+      for (int k = 0; k < Reductions::IN_FLIGHT; ++k)
+        terms[k] = s + k < reduction.splits ? first[(s + k) * reduction.split_stride + t * reduction.columns] : 0.f;
 #pragma unroll
-      for (int k = 0; k < Sums::AT_ONCE; ++k) total += part[k];
+      for (int k = 0; k < Reductions::IN_FLIGHT; ++k) total += terms[k];
     }
-  static_cast<T*>(sum.out)[at] = static_cast<T>(total);
+  static_cast<T*>(reduction.out)[index] = static_cast<T>(total);
 }
 
 template <class T>
-void launch_reduce(const Sums& sums, Stream stream) {
-  if (sums.numel() == 0) return;
-  const auto blocks = (sums.numel() + Sums::THREADS - 1) / Sums::THREADS;
-  launch(&reduce<T>, Grid{static_cast<unsigned>(blocks)}, Sums::THREADS, 0, stream, sums);
+void launch_reduce(const Reductions& reductions, Stream stream) {
+  if (reductions.numel() == 0) return;
+  const auto ctas = (reductions.numel() + Reductions::THREADS - 1) / Reductions::THREADS;
+  launch(&reduce<T>, Grid{static_cast<unsigned>(ctas)}, Reductions::THREADS, 0, stream, reductions);
 }
 
 }  // namespace fasthyper

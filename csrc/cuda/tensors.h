@@ -19,14 +19,14 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace fasthyper {
 
 using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
+using OptionalTensor = std::optional<Tensor>;
 
 template <class T>
 T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
 template <class T>
-T* data(const Maybe& t) {
+T* data(const OptionalTensor& t) {
   return t ? data<T>(*t) : nullptr;
 }
 
@@ -34,30 +34,30 @@ inline int size(const Tensor& t, int axis) { return static_cast<int>(t.size(axis
 
 // x or g, (B, N, I), or z, (B, R): its points are one.
 template <class T>
-Rows<T> rows(const Tensor& t) {
+RowView<T> row_view(const Tensor& t) {
   const bool points = t.dim() == 3;
   return {data<T>(t), t.stride(0), points ? t.stride(1) : 0, t.stride(points ? 2 : 1)};
 }
 
 template <class T>
-int width_of(const Rows<T>& rows) {
-  return fasthyper::width_of(rows.data, rows.step, rows.instance, rows.point);
+int copy_width(const RowView<T>& view) {
+  return fasthyper::copy_width(view.data, view.stride, view.instance_stride, view.point_stride);
 }
 
-inline int64_t stride(const Maybe& t, int axis) { return t ? t->stride(axis) : 0; }
+inline int64_t stride(const OptionalTensor& t, int axis) { return t ? t->stride(axis) : 0; }
 
 // The device of a tensor made the current one, and its current stream.
-class On {
+class DeviceScope {
 #ifdef FASTHYPER_EMULATED
  public:
-  explicit On(const Tensor&) {}
+  explicit DeviceScope(const Tensor&) {}
   Stream stream() const { return {}; }
 #else
   const torch::stable::accelerator::DeviceGuard guard;
   const int32_t device;
 
  public:
-  explicit On(const Tensor& t) : guard(t.get_device_index()), device(t.get_device_index()) {}
+  explicit DeviceScope(const Tensor& t) : guard(t.get_device_index()), device(t.get_device_index()) {}
   Stream stream() const {
     void* stream = nullptr;
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "torch was built without CUDA");
@@ -69,7 +69,7 @@ class On {
 
 // Call with a number of the dtype of t.
 template <class Call>
-void by_dtype(const Tensor& t, Call call) {
+void dispatch_dtype(const Tensor& t, Call call) {
   using torch::headeronly::ScalarType;
   switch (t.scalar_type()) {
     case ScalarType::Float:

@@ -12,31 +12,31 @@ namespace fasthyper {
 // Where a chunk of a row lies.
 INLINE int swizzled(int row, int chunk) { return row * ROW_BYTES + ((chunk ^ (row & 7)) << 4); }
 
-template <class T, int WIDTH, class Source>
-DEVICE void copy_tile(char* tile, int rows, int steps, int rank, int threads, Source source) {
+template <class T, int WIDTH, class SpanAt>
+DEVICE void copy_tile(char* tile, int rows, int steps, int rank, int threads, SpanAt span_at) {
   constexpr int units = 32 / WIDTH;  // of a step
 #pragma unroll 1
   for (int k = rank; k < rows * steps * units; k += threads) {
     const int unit = k % units, at = k / units, step = at % steps, row = at / steps;
-    const Span<T> from = source(row, step);
+    const Span<T> from = span_at(row, step);
     const int byte = unit * WIDTH, left = from.count * static_cast<int>(sizeof(T)) - byte;
     char* const to = tile + swizzled(row, 2 * step + byte / 16) + byte % 16;
     const int valid = left < 0 ? 0 : least(left, WIDTH);
-    copy_async<WIDTH>(to, valid ? reinterpret_cast<const char*>(from.first) + byte : nullptr, valid);
+    cp_async<WIDTH>(to, valid ? reinterpret_cast<const char*>(from.first) + byte : nullptr, valid);
   }
 }
 
 // Bring a tile: source(row, step) gives the span that a step of a row begins, its numbers `stride` apart. What is wide
 // enough is on the way when this returns.
-template <class T, class Source>
+template <class T, class SpanAt>
 DEVICE void load_tile(
-    char* tile, int rows, int steps, int width, int64_t stride, int rank, int threads, Source source) {
-  if (width == 16) return copy_tile<T, 16>(tile, rows, steps, rank, threads, source);
-  if (width >= 4 && stride == 1) return copy_tile<T, 4>(tile, rows, steps, rank, threads, source);
+    char* tile, int rows, int steps, int width, int64_t stride, int rank, int threads, SpanAt span_at) {
+  if (width == 16) return copy_tile<T, 16>(tile, rows, steps, rank, threads, span_at);
+  if (width >= 4 && stride == 1) return copy_tile<T, 4>(tile, rows, steps, rank, threads, span_at);
 #pragma unroll 1
   for (int k = rank; k < rows * steps * per_step<T>; k += threads) {
     const int column = k % per_step<T>, at = k / per_step<T>, step = at % steps, row = at / steps;
-    const Span<T> from = source(row, step);
+    const Span<T> from = span_at(row, step);
     const int byte = column * static_cast<int>(sizeof(T));
     *reinterpret_cast<T*>(tile + swizzled(row, 2 * step + byte / 16) + byte % 16) =
         column < from.count ? from.first[column * stride] : T(0.f);
@@ -46,46 +46,48 @@ DEVICE void load_tile(
 // A thread's share of a tile whose rows are read 16 bytes at a time: the same chunks of every tile, so that what is
 // known of them is worked out once.
 template <class T, int THREADS>
-struct Slot {
+struct CopySlot {
   static constexpr int NUMBERS = 16 / sizeof(T);
-  int row, chunk, to;
+  int row, chunk, offset;
 
-  DEVICE explicit Slot(int k)
-      : row((thread() + k * THREADS) / 8), chunk(thread() % 8), to(swizzled(row, thread() % 8)) {}
+  DEVICE explicit CopySlot(int k)
+      : row((thread() + k * THREADS) / 8), chunk(thread() % 8), offset(swizzled(row, thread() % 8)) {}
   DEVICE int step() const { return chunk / 2; }
   DEVICE int column() const { return chunk % 2 * NUMBERS; }  // in its step
   // `count` of the numbers that begin at `from`.
   DEVICE void copy(char* tile, const T* from, int count) const {
-    copy_async<16>(tile + to, from, count <= 0 ? 0 : least(count, NUMBERS) * static_cast<int>(sizeof(T)));
+    cp_async<16>(tile + offset, from, count <= 0 ? 0 : least(count, NUMBERS) * static_cast<int>(sizeof(T)));
   }
 };
 
 // The words of a step as a warp's lanes hold them. Left: 16 rows. Right: 16 columns, words 0 and 1 of the first eight,
 // 2 and 3 of the others. Here the tile's rows are rows of the left or columns of the right operand ...
-DEVICE void left_words(uint32_t (&w)[4], const char* tile, int row0, int step, int lane) {
-  load_matrices(w, tile + swizzled(row0 + lane % 16, 2 * step + lane / 16));
+DEVICE void load_left_fragment(uint32_t (&w)[4], const char* tile, int row0, int step, int lane) {
+  ldmatrix(w, tile + swizzled(row0 + lane % 16, 2 * step + lane / 16));
 }
-DEVICE void right_words(uint32_t (&w)[4], const char* tile, int row0, int step, int lane) {
-  load_matrices(w, tile + swizzled(row0 + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
+DEVICE void load_right_fragment(uint32_t (&w)[4], const char* tile, int row0, int step, int lane) {
+  ldmatrix(w, tile + swizzled(row0 + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
 }
 
 // ... and here the tile's rows are what is summed over: rows k0 and on, for columns j0 to j0 + 15 of the tile.
 template <class T>
-DEVICE uint32_t word_in(const char* tile, int row, int column) {
+DEVICE uint32_t swizzled_word(const char* tile, int row, int column) {
   return *reinterpret_cast<const uint32_t*>(tile + swizzled(row, column / 4) + column % 4 * 4);
 }
 template <class T>
-DEVICE void left_words_transposed(uint32_t (&w)[4], const char* tile, int k0, int j0, int lane) {
+DEVICE void load_left_fragment_transposed(uint32_t (&w)[4], const char* tile, int k0, int j0, int lane) {
   if constexpr (per_word<T> == 2)
-    load_matrices_transposed(w, tile + swizzled(k0 + lane / 16 * 8 + lane % 8, j0 / 8 + lane / 8 % 2));
+    ldmatrix_trans(w, tile + swizzled(k0 + lane / 16 * 8 + lane % 8, j0 / 8 + lane / 8 % 2));
   else
-    for (int q = 0; q < 4; ++q) w[q] = word_in<T>(tile, k0 + lane % 4 + 4 * (q >> 1), j0 + lane / 4 + 8 * (q & 1));
+    for (int q = 0; q < 4; ++q)
+      w[q] = swizzled_word<T>(tile, k0 + lane % 4 + 4 * (q >> 1), j0 + lane / 4 + 8 * (q & 1));
 }
 template <class T>
-DEVICE void right_words_transposed(uint32_t (&w)[4], const char* tile, int k0, int j0, int lane) {
-  if constexpr (per_word<T> == 2) load_matrices_transposed(w, tile + swizzled(k0 + lane % 16, j0 / 8 + lane / 16));
+DEVICE void load_right_fragment_transposed(uint32_t (&w)[4], const char* tile, int k0, int j0, int lane) {
+  if constexpr (per_word<T> == 2) ldmatrix_trans(w, tile + swizzled(k0 + lane % 16, j0 / 8 + lane / 16));
   else
-    for (int q = 0; q < 4; ++q) w[q] = word_in<T>(tile, k0 + lane % 4 + 4 * (q & 1), j0 + lane / 4 + 8 * (q >> 1));
+    for (int q = 0; q < 4; ++q)
+      w[q] = swizzled_word<T>(tile, k0 + lane % 4 + 4 * (q & 1), j0 + lane / 4 + 8 * (q >> 1));
 }
 
 }  // namespace fasthyper

@@ -19,129 +19,132 @@ namespace fasthyper {
 
 template <class T>
 struct WeightGrad {
-  Rows<T> x, z, g;
-  Target<T> head, bias, base_weight, base_bias;  // (O, I, R), (O, R), (O, I), (O), splits before; or null
+  RowView<T> x, z, g;
+  Output<T> head, bias, base_weight, base_bias;  // (O, I, R), (O, R), (O, I), (O), splits before; or null
   int64_t partial_stride;                        // from split to split, of all four
   int M, N, I, O, R, per_split;
   int z_width, g_width;
   bool tf32;
   Activation activation;  // of x
 
-  INLINE int inputs() const { return I + (bias.wanted() || base_bias.wanted()); }
+  INLINE int inputs() const { return I + (bias.requested() || base_bias.requested()); }
   INLINE int r_tiles() const {
-    return (head.wanted() || bias.wanted() ? cdiv(R, per_row<T>) : 0) + (base_weight.wanted() || base_bias.wanted());
+    return (head.requested() || bias.requested() ? cdiv(R, per_row<T>) : 0) +
+           (base_weight.requested() || base_bias.requested());
   }
-  INLINE int blocks() const { return cdiv(inputs(), 4) * r_tiles() * cdiv(O, per_row<T>); }
+  INLINE int ctas() const { return cdiv(inputs(), 4) * r_tiles() * cdiv(O, per_row<T>); }
 };
 
 template <class T>
 struct WeightGradShape {
   static constexpr int WI = 4, HALVES = 2, THREADS = 32 * WI * HALVES, STAGES = 4;
   static constexpr int MT = per_row<T> / 16 / HALVES, NT = per_row<T> / 8, BATCH = per_row<T>;  // rows m at a time
-  static constexpr int TILE = BATCH * ROW_BYTES, XS = WI * BATCH * sizeof(T), STAGE = 2 * TILE + XS;
-  static constexpr int SHARED = STAGES * STAGE;
+  static constexpr int TILE_BYTES = BATCH * ROW_BYTES, X_BYTES = WI * BATCH * sizeof(T),
+                       STAGE_BYTES = 2 * TILE_BYTES + X_BYTES;
+  static constexpr int SMEM_BYTES = STAGES * STAGE_BYTES;
 };
 
 template <class T, bool ACTIVE>
-class WeightGradBlock {
+class WeightGradCta {
   using Shape = WeightGradShape<T>;
   const WeightGrad<T>& f;
-  char* const memory;
-  const int split, first, last;
+  char* const smem;
+  const int split, m_begin, m_end;
   const int rank = thread();
   const int lane = rank % 32, warp = rank / 32, wi = warp % Shape::WI, half = warp / Shape::WI;
   int i0, r0, o0;
   bool z_is_one;
 
  public:
-  DEVICE WeightGradBlock(const WeightGrad<T>& f, char* memory, int block, int split)
-      : f(f), memory(memory), split(split), first(split * f.per_split), last(least(f.M, first + f.per_split)) {
+  DEVICE WeightGradCta(const WeightGrad<T>& f, char* smem, int cta, int split)
+      : f(f), smem(smem), split(split), m_begin(split * f.per_split), m_end(least(f.M, m_begin + f.per_split)) {
     const int r_tiles = f.r_tiles(), o_tiles = cdiv(f.O, per_row<T>);
-    o0 = block % o_tiles * per_row<T>;
-    const int r_tile = block / o_tiles % r_tiles;
-    i0 = block / o_tiles / r_tiles * Shape::WI;
-    z_is_one = r_tile == r_tiles - 1 && (f.base_weight.wanted() || f.base_bias.wanted());
+    o0 = cta % o_tiles * per_row<T>;
+    const int r_tile = cta / o_tiles % r_tiles;
+    i0 = cta / o_tiles / r_tiles * Shape::WI;
+    z_is_one = r_tile == r_tiles - 1 && (f.base_weight.requested() || f.base_bias.requested());
     r0 = z_is_one ? 0 : r_tile * per_row<T>;
   }
 
   DEVICE void run() {
-    const int pieces = cdiv(last - first, Shape::BATCH);
+    const int k_tiles = cdiv(m_end - m_begin, Shape::BATCH);
     float acc[Shape::MT][Shape::NT][4] = {};
     // x comes through a register: it is stored one piece later than it was sent for.
-    T held = x_of(0);
+    T next_x = load_x(0);
     for (int k = 0; k < Shape::STAGES - 1; ++k) {
-      bring(k, pieces);
-      store_x(k, held);
-      held = x_of(k + 1);
+      load_stage(k, k_tiles);
+      store_x(k, next_x);
+      next_x = load_x(k + 1);
     }
-    for (int k = 0; k < pieces; ++k) {
-      copy_wait<Shape::STAGES - 2>();
-      sync();
-      const int ahead = k + Shape::STAGES - 1;
-      bring(ahead, pieces);
-      store_x(ahead, held);
-      held = x_of(ahead + 1);
-      multiply(acc, memory + k % Shape::STAGES * Shape::STAGE);
+    for (int k = 0; k < k_tiles; ++k) {
+      cp_async_wait_group<Shape::STAGES - 2>();
+      sync_threads();
+      const int next = k + Shape::STAGES - 1;
+      load_stage(next, k_tiles);
+      store_x(next, next_x);
+      next_x = load_x(next + 1);
+      multiply(acc, smem + k % Shape::STAGES * Shape::STAGE_BYTES);
     }
-    store(acc);
+    epilogue(acc);
   }
 
  private:
-  DEVICE void bring(int k, int pieces) {
-    if (k < pieces) {
-      char* const to = memory + k % Shape::STAGES * Shape::STAGE;
-      const int m0 = first + k * Shape::BATCH;
-      const auto rows_of = [&](const Rows<T>& from, int column, int limit) {
+  DEVICE void load_stage(int k, int k_tiles) {
+    if (k < k_tiles) {
+      char* const to = smem + k % Shape::STAGES * Shape::STAGE_BYTES;
+      const int m0 = m_begin + k * Shape::BATCH;
+      const auto span_of = [&](const RowView<T>& from, int column, int limit) {
         return [&, column, limit, m0](int row, int step) -> Span<T> {
           const int j = column + step * per_step<T>;
-          if (m0 + row >= last || j >= limit) return {nullptr, 0};
-          return {from.row(m0 + row, f.N) + j * from.step, limit - j};
+          if (m0 + row >= m_end || j >= limit) return {nullptr, 0};
+          return {from.row(m0 + row, f.N) + j * from.stride, limit - j};
         };
       };
       if (!z_is_one)
-        load_tile<T>(to, Shape::BATCH, STEPS, f.z_width, f.z.step, rank, Shape::THREADS, rows_of(f.z, r0, f.R));
+        load_tile<T>(to, Shape::BATCH, STEPS, f.z_width, f.z.stride, rank, Shape::THREADS, span_of(f.z, r0, f.R));
       load_tile<T>(
-          to + Shape::TILE, Shape::BATCH, STEPS, f.g_width, f.g.step, rank, Shape::THREADS, rows_of(f.g, o0, f.O));
+          to + Shape::TILE_BYTES, Shape::BATCH, STEPS, f.g_width, f.g.stride, rank, Shape::THREADS,
+          span_of(f.g, o0, f.O));
     }
-    copy_commit();
+    cp_async_commit_group();
   }
 
   // A thread's number of x of a piece, if it has one: input thread / BATCH, row thread % BATCH.
-  DEVICE T x_of(int piece) const {
-    const int i = i0 + rank / Shape::BATCH, m = first + piece * Shape::BATCH + rank % Shape::BATCH;
-    if (rank >= Shape::WI * Shape::BATCH || m >= last || i > f.I) return T(0.f);
+  DEVICE T load_x(int k_tile) const {
+    const int i = i0 + rank / Shape::BATCH, m = m_begin + k_tile * Shape::BATCH + rank % Shape::BATCH;
+    if (rank >= Shape::WI * Shape::BATCH || m >= m_end || i > f.I) return T(0.f);
     if (i == f.I) return T(1.f);
-    const T x = f.x.row(m, f.N)[i * f.x.step];
+    const T x = f.x.row(m, f.N)[i * f.x.stride];
     return !ACTIVE || f.activation == Activation::none ? x
-                                                       : static_cast<T>(activated(static_cast<float>(x), f.activation));
+                                                       : static_cast<T>(activate(static_cast<float>(x), f.activation));
   }
 
-  DEVICE void store_x(int piece, T x) {
+  DEVICE void store_x(int k_tile, T x) {
     if (rank >= Shape::WI * Shape::BATCH) return;
-    char* const stage = memory + piece % Shape::STAGES * Shape::STAGE;
-    reinterpret_cast<T*>(stage + 2 * Shape::TILE)[rank] = x;
+    char* const stage = smem + k_tile % Shape::STAGES * Shape::STAGE_BYTES;
+    reinterpret_cast<T*>(stage + 2 * Shape::TILE_BYTES)[rank] = x;
   }
 
   DEVICE void multiply(float (&acc)[Shape::MT][Shape::NT][4], const char* stage) {
     const uint32_t* const x =
-        reinterpret_cast<const uint32_t*>(stage + 2 * Shape::TILE + wi * Shape::BATCH * sizeof(T));
+        reinterpret_cast<const uint32_t*>(stage + 2 * Shape::TILE_BYTES + wi * Shape::BATCH * sizeof(T));
     if (i0 + wi >= f.inputs()) return;
-    const int lane = anew(this->lane);  // there are no registers to keep addresses
+    const int lane = opaque(this->lane);  // there are no registers to keep addresses
 #pragma unroll
     for (int j = 0; j < STEPS; ++j) {
       const int m = j * per_step<T>;
       const uint32_t x0 = x[m / per_word<T> + lane % 4], x1 = x[m / per_word<T> + lane % 4 + 4];
-      const int r_here = half * Shape::MT * 16, r_count = (z_is_one ? 1 : f.R) - r0 - r_here;
-      Generated<T> left[Shape::MT];
+      const int r_half = half * Shape::MT * 16, r_count = (z_is_one ? 1 : f.R) - r0 - r_half;
+      GeneratedFragment<T> left[Shape::MT];
 #pragma unroll
       for (int mt = 0; mt < Shape::MT; ++mt) {
         if (16 * mt >= r_count) break;
         uint32_t z[4];
         if (z_is_one) {
 #pragma unroll
-          for (int q = 0; q < 4; ++q) z[q] = lane / 4 == 0 && q % 2 == 0 ? twice(T(1.f)) : 0;
+          for (int q = 0; q < 4; ++q) z[q] = lane / 4 == 0 && q % 2 == 0 ? replicate(T(1.f)) : 0;
         } else {
-          left_words_transposed<T>(z, stage, m, r_here + 16 * mt, lane);
+          load_left_fragment_transposed<T>(z, stage, m, r_half + 16 * mt, lane);
         }
         left[mt].set_columns(z, x0, x1);
       }
@@ -149,7 +152,7 @@ class WeightGradBlock {
       for (int q = 0; q < Shape::NT / 2; ++q) {
         if (o0 + 16 * q >= f.O) break;
         uint32_t right[4];
-        right_words_transposed<T>(right, stage + Shape::TILE, m, 16 * q, lane);
+        load_right_fragment_transposed<T>(right, stage + Shape::TILE_BYTES, m, 16 * q, lane);
 #pragma unroll
         for (int mt = 0; mt < Shape::MT; ++mt) {
           if (16 * mt >= r_count) break;
@@ -160,10 +163,10 @@ class WeightGradBlock {
     }
   }
 
-  DEVICE void store(const float (&acc)[Shape::MT][Shape::NT][4]) {
+  DEVICE void epilogue(const float (&acc)[Shape::MT][Shape::NT][4]) {
     const int i = i0 + wi;
     if (i >= f.inputs()) return;
-    const int64_t part = split * f.partial_stride;
+    const int64_t offset = split * f.partial_stride;
 #pragma unroll
     for (int mt = 0; mt < Shape::MT; ++mt)
 #pragma unroll
@@ -174,17 +177,17 @@ class WeightGradBlock {
           const int o = o0 + nt * 8 + lane % 4 * 2 + (e & 1);
           const float value = acc[mt][nt][e];
           if (o >= f.O || r >= (z_is_one ? 1 : f.R)) continue;
-          const int64_t of_i = static_cast<int64_t>(o) * f.I + i;
+          const int64_t oi = static_cast<int64_t>(o) * f.I + i;
           if (i < f.I) {
             if (z_is_one) {
-              if (f.base_weight.wanted()) f.base_weight.store(part + of_i, value);
-            } else if (f.head.wanted()) {
-              f.head.store(part + of_i * f.R + r, value);
+              if (f.base_weight.requested()) f.base_weight.store(offset + oi, value);
+            } else if (f.head.requested()) {
+              f.head.store(offset + oi * f.R + r, value);
             }
           } else if (z_is_one) {
-            if (f.base_bias.wanted()) f.base_bias.store(part + o, value);
-          } else if (f.bias.wanted()) {
-            f.bias.store(part + static_cast<int64_t>(o) * f.R + r, value);
+            if (f.base_bias.requested()) f.base_bias.store(offset + o, value);
+          } else if (f.bias.requested()) {
+            f.bias.store(offset + static_cast<int64_t>(o) * f.R + r, value);
           }
         }
   }

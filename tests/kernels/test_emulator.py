@@ -24,11 +24,11 @@ SOURCE = r"""
 
 namespace fasthyper {
 
-static float* numbers() { return reinterpret_cast<float*>(shared_memory()); }
+static float* numbers() { return reinterpret_cast<float*>(smem_base()); }
 
 KERNEL(64, 1) neighbours(float* out, float* in) {
   numbers()[thread()] = in[thread()];
-  sync();
+  sync_threads();
   out[thread()] = numbers()[(thread() + 1) % 64];
 }
 KERNEL(64, 1) without_barrier(float* out, float* in) {
@@ -36,30 +36,30 @@ KERNEL(64, 1) without_barrier(float* out, float* in) {
   out[thread()] = numbers()[(thread() + 1) % 64];
 }
 KERNEL(64, 1) copied(float* out, float* in) {
-  copy_async<4>(numbers() + thread(), in + thread(), thread() == 63 ? 0 : 4);
-  copy_commit();
-  copy_wait<0>();
-  sync();
+  cp_async<4>(numbers() + thread(), in + thread(), thread() == 63 ? 0 : 4);
+  cp_async_commit_group();
+  cp_async_wait_group<0>();
+  sync_threads();
   out[thread()] = numbers()[63 - thread()];
 }
 KERNEL(64, 1) copied_and_not_waited_for(float* out, float* in) {
-  copy_async<4>(numbers() + thread(), in + thread(), 4);
-  copy_commit();
-  copy_wait<1>();
-  sync();
+  cp_async<4>(numbers() + thread(), in + thread(), 4);
+  cp_async_commit_group();
+  cp_async_wait_group<1>();
+  sync_threads();
   out[thread()] = numbers()[63 - thread()];
 }
-KERNEL(64, 1) misaligned(float*, float* in) { copy_async<16>(numbers() + 4 * thread(), in + thread(), 16); }
-KERNEL(64, 1) outside(float*, float* in) { copy_async<4>(numbers() + 4096 + thread(), in + thread(), 4); }
+KERNEL(64, 1) misaligned(float*, float* in) { cp_async<16>(numbers() + 4 * thread(), in + thread(), 16); }
+KERNEL(64, 1) outside(float*, float* in) { cp_async<4>(numbers() + 4096 + thread(), in + thread(), 4); }
 KERNEL(64, 1) deadlock(float* out, float*) {
-  if (thread() != 7) sync();
+  if (thread() != 7) sync_threads();
   out[thread()] = 1.f;
 }
 KERNEL(64, 1) parted(float* out, float* in) {
   if (thread() % 2)
     out[thread()] = shuffle_xor(in[thread()], 1);
   else
-    sync();
+    sync_threads();
 }
 KERNEL(64, 1) exchanged(float* out, float* in) { out[thread()] = shuffle_xor(in[thread()], 5); }
 
