@@ -1,4 +1,4 @@
-// The activations between two generated layers, and their derivatives.
+// Activations between two generated layers, and their derivatives.
 #pragma once
 #include <cmath>
 

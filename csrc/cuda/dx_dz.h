@@ -1,12 +1,12 @@
-// dx and dz from one pass: G is made a tile at a time and reduced twice while it is in registers.
+// dx and dz in one pass: each tile of G is computed in registers, and reduced to both.
 //
-//     G[m, r]  = Σ_o g[m, o] H[o, i, r]                     for one i after another
+//     G[m, r]  = Σ_o g[m, o] H[o, i, r]                     for one i at a time
 //     dx[m, i] = Σ_r G[m, r] z[m, r]  +  Σ_o g[m, o] W0[o, i]
 //     dz[m, r] = Σ_i G[m, r] x[m, i]  +  Σ_o g[m, o] bias[o, r]
 //
-// A block has BM rows and a split's range of i; its warps share the rows (WM) and the i of a tile (WI). R is taken a
-// tile's row at a time, and O 64 at a time. bias is H of one more i, for which x is one. Where O is no more than that,
-// g stays in registers, and a pair of eight columns of G is reduced before the next one is made.
+// A CTA computes BM rows for the i of a split. Its warps divide the rows (WM) and the i of a stage (WI). R is divided
+// into tiles of per_row, O into tiles of 64. bias counts as H of one more i, for which x is one. If O is at most 64,
+// fragments of g stay in registers, and 16 columns of G are reduced before the next 16 are computed.
 #pragma once
 #include <cstdint>
 
@@ -25,19 +25,19 @@ struct DxDz {
   const T *h, *bias, *base;
   int64_t h_o, h_i, h_r, bias_o, bias_r, base_o, base_i;
   T* dx;         // (M, I), or null
-  Output<T> dz;  // (M, R), splits before; or null
+  Output<T> dz;  // (M, R), or partial sums (splits, M, R); or null
   int M, N, I, O, R, per_split;
   int g_width, h_width, bias_width, base_width;
   bool z_aligned, tf32;
-  Activation activation;  // of x: the result is then the gradient of what it is applied to
+  Activation activation;  // of x: dx is then the gradient of its argument
 };
 
 template <class T, int WM_, int WI_>
 struct DxDzShape {
   static constexpr int WM = WM_, WI = WI_, BM = 16 * WM, THREADS = 32 * WM * WI, STAGES = 3;
-  static constexpr int NT = per_row<T> / 8;                        // columns of G in a warp, by eight
-  static constexpr int DEPTH = 64, O_STEPS = DEPTH / per_step<T>;  // of O at a time
-  static constexpr bool G_OPERAND_IN_REGISTERS = WM == 2;          // then O is DEPTH at most
+  static constexpr int NT = per_row<T> / 8;                        // columns of G in a warp, divided by eight
+  static constexpr int DEPTH = 64, O_STEPS = DEPTH / per_step<T>;  // of O per tile
+  static constexpr bool G_OPERAND_IN_REGISTERS = WM == 2;          // requires O <= DEPTH
 
   INLINE static int tile_rows(int O) { return least(DEPTH, cdiv(O, per_step<T>) * per_step<T>); }
   INLINE static int g_bytes(int O) { return cdiv(O, per_row<T>) * BM * ROW_BYTES; }
@@ -49,7 +49,7 @@ struct DxDzShape {
   }
 };
 
-// ACTIVE: whether x may be what an activation makes of the rows that are given.
+// ACTIVE: f.activation may apply to x.
 template <class T, class Shape, bool ACTIVE>
 class DxDzCta {
   const DxDz<T>& f;
@@ -57,14 +57,15 @@ class DxDzCta {
   float *const reduction, *const dx;
   const int m0, i_begin, i_end, split;
   const int lane = thread() % 32, wm = thread() / 32 % Shape::WM, wi = thread() / 32 / Shape::WM;
-  const int inputs;  // of this split, with that of bias
+  const int inputs;  // of this split, and one for bias
 
   using Z = uint32_t[Shape::NT * 4 / per_word<T>];
-  using Columns = float[Shape::NT][4];                                                // of 16 rows by a tile's row of R
-  using G16 = float[2][4];                                                            // a pair of eight columns of G
+  using Columns = float[Shape::NT][4];                                                // 16 rows by per_row columns r
+  using G16 = float[2][4];                                                            // 16 rows by 16 columns r
   using Fragments = uint32_t[Shape::G_OPERAND_IN_REGISTERS ? Shape::O_STEPS : 1][4];  // of g
 
-  // A tile for each wi: input i0 + wi, or columns of W0 from i0 + wi·per_row on; rows of O from o0 on.
+  // A stage has one tile for each wi: H of input i0 + wi from r0 on, or W0 from column i0 + wi·per_row on (base); rows
+  // from o0 on.
   struct TileCoord {
     bool base;
     int r0, i0, o0;
@@ -95,7 +96,7 @@ class DxDzCta {
       const int to = stage + tiles;
       if (!done(next_load))
         load_stage(next_load, stages + (to < Shape::STAGES ? to : to - Shape::STAGES) * stage_bytes);
-      cp_async_commit_group();  // in any case: groups are counted as pieces
+      cp_async_commit_group();  // even if empty: one group per stage
     };
     for (int k = 0; k < Shape::STAGES - 1; ++k) load_ahead(k);
 
@@ -144,7 +145,7 @@ class DxDzCta {
   }
 
  private:
-  // O within inputs within rows of R; then W0, O within columns.
+  // The order of stages: o within i within r of H; then o within i of W0.
   DEVICE void advance(TileCoord& coord) const {
     coord.o0 += Shape::DEPTH;
     if (coord.o0 < f.O) return;
@@ -160,7 +161,7 @@ class DxDzCta {
   }
   DEVICE bool done(const TileCoord& coord) const { return coord.base && (!f.base || !f.dx || coord.i0 >= i_end); }
 
-  // x of a lane's two rows and the input of its warp; one for bias.
+  // Load x of a lane's two rows, for the input of its warp; one for bias.
   DEVICE void load_x(float (&x)[2], const TileCoord& coord) const {
     const int i = coord.i0 + wi;
 #pragma unroll
@@ -193,7 +194,7 @@ class DxDzCta {
     else load_tiles(coord, to, rows);
   }
 
-  // Tiles of inputs that are all there, of rows read 16 bytes at a time, which is where time is spent.
+  // The fast path, where time is spent: all WI inputs are in range, and rows are copied 16 bytes at a time.
   DEVICE void load_slots(const TileCoord& coord, char* to, int rows) const {
 #pragma unroll
     for (int k = 0; k < cdiv(Shape::DEPTH * 8, Shape::THREADS); ++k) {
@@ -227,7 +228,7 @@ class DxDzCta {
     }
   }
 
-  // dz of a tile's row of R starts anew, and its z is read, as lanes hold columns of G.
+  // Reset dz for the next tile of R, and load z in the layout of the accumulators.
   DEVICE void begin_r_tile(const TileCoord& coord, Z& z, Columns& dz) const {
 #pragma unroll
     for (int nt = 0; nt < Shape::NT; ++nt)
@@ -248,13 +249,13 @@ class DxDzCta {
     }
   }
 
-  // The number of z beside that of G in column e of a lane's two, row h of its two.
+  // Return z for the element of G in row h and column e of a lane.
   DEVICE float z_at(const Z& z, int nt, int h, int e) const {
     if constexpr (per_word<T> == 1) return as_float(z[(nt * 2 + h) * 2 + e]);
     else return unpack(z[nt * 2 + h], e, T{});
   }
 
-  // Columns of G that a warp has of a piece: of R, or of W0.
+  // Return how many columns, r or i, the tile of this warp has.
   DEVICE int column_count(const TileCoord& coord) const {
     if (coord.base) return i_end - coord.i0 - wi * per_row<T>;
     return coord.i0 + wi < i_begin + inputs ? f.R - coord.r0 : 0;
@@ -268,9 +269,9 @@ class DxDzCta {
       if (j * per_step<T> < f.O) load_left_fragment(g[j], g_tile(j * per_step<T>), 16 * wm, j % STEPS, lane);
   }
 
-  // Columns 16·q and on of G, all of O at once.
+  // Compute 16 columns of G from 16·q on, over all of O.
   DEVICE void multiply(G16& G, const Fragments& g, const char* tile, int q) const {
-    const int lane = opaque(this->lane);  // there are no registers to keep addresses
+    const int lane = opaque(this->lane);  // no registers are free for addresses
 #pragma unroll
     for (int j = 0; j < Shape::O_STEPS; ++j) {
       if (j * per_step<T> >= f.O) break;
@@ -283,7 +284,7 @@ class DxDzCta {
     }
   }
 
-  // All columns of G, a piece of O at a time.
+  // Add one tile of O to all columns of G.
   DEVICE void multiply_all(Columns& G, const TileCoord& coord, const char* tile, int count) const {
     if (coord.o0 == 0)
 #pragma unroll
@@ -308,7 +309,7 @@ class DxDzCta {
     }
   }
 
-  // Reduce columns 16·q and on of G; of W0, they are a part of dx itself.
+  // Reduce 16 columns of G from 16·q on to dx and dz; columns of W0 are terms of dx themselves.
   DEVICE void reduce_columns(
       const G16& G, int q, const TileCoord& coord, const float (&x)[2], const Z& z, Columns& dz, float (&dx_of_i)[2]) {
 #pragma unroll
@@ -326,7 +327,7 @@ class DxDzCta {
       }
   }
 
-  // The four lanes of a row add what they have of an input.
+  // Add the partial sums of the four lanes of a row, for one input.
   DEVICE void add_to_dx(const float (&dx_of_i)[2], const TileCoord& coord) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -337,7 +338,7 @@ class DxDzCta {
     }
   }
 
-  // dz of the warps of a row comes together, in order, and goes out.
+  // Add dz of the WI warps, in order, and store it.
   DEVICE void end_r_tile(const TileCoord& coord, Columns& dz) {
     constexpr int size = Shape::NT * 4 * 32;  // of a warp
     if (wi > 0)

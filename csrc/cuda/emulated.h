@@ -1,9 +1,9 @@
-// A GPU's instructions on a CPU: kernels run as they are written, every thread of a block on a stack of its own, in an
-// order that changes from turn to turn. For tests: what it shows of a kernel is its indices, layouts, masks and
-// barriers; what it cannot show is how fast it is.
+// Instructions of sm_80 and newer, emulated on a CPU for tests. A kernel runs unchanged: each thread of a CTA has a
+// stack of its own, and the order of the threads changes from turn to turn. The emulator checks indices, layouts, masks
+// and barriers; it says nothing about speed.
 //
-// It is unkind where a GPU may be: memory that a copy is on its way to holds NaNs until somebody waits for it, and
-// misaligned addresses, deadlocks and warps that part are errors.
+// It takes every freedom that a GPU has: the destination of an asynchronous copy holds NaNs until the copy is waited
+// for. Misaligned addresses, deadlocks and diverged warps are errors.
 #pragma once
 #undef _FORTIFY_SOURCE  // its longjmp takes a switch of stacks for an overflow
 #include <setjmp.h>
@@ -48,11 +48,11 @@ struct Thread {
   ucontext_t start;
   bool started = false, done = false;
   const char* waiting = "";
-  std::vector<Copy> uncommitted;         // copies since the last commit
-  std::deque<std::vector<Copy>> groups;  // committed ones, oldest first
+  std::vector<Copy> uncommitted;         // since the last commit
+  std::deque<std::vector<Copy>> groups;  // committed, oldest first
 };
 
-// Threads that do something together: all arrive, the last one does it for all.
+// A collective operation of several threads: all arrive, and the last one performs it for all.
 struct Rendezvous {
   int arrived = 0;
   unsigned rounds = 0;
@@ -69,7 +69,7 @@ struct Cta {
   Rendezvous everyone;
   std::function<void()> kernel;
   jmp_buf scheduler;
-  unsigned long progress = 0;  // of any thread: none in a round means that all wait for each other
+  unsigned long progress = 0;  // steps of all threads; a round without one is a deadlock
   std::string error;
 };
 
@@ -78,7 +78,7 @@ inline thread_local Thread* self = nullptr;
 
 [[noreturn]] inline void fail(const std::string& what) {
   if (cta->error.empty())
-    cta->error = what + " (thread " + std::to_string(self->index) + " of block " + std::to_string(cta->index.x) + ", " +
+    cta->error = what + " (thread " + std::to_string(self->index) + " of CTA " + std::to_string(cta->index.x) + ", " +
                  std::to_string(cta->index.y) + ", " + std::to_string(cta->index.z) + ")";
   _longjmp(cta->scheduler, 1);
 }
@@ -87,7 +87,7 @@ inline void expect(bool right, const char* what) {
   if (!right) fail(what);
 }
 
-// Let others run until something is so.
+// Run other threads until the condition holds.
 template <class Condition>
 void wait_until(Condition condition, const char* what) {
   while (!condition()) {
@@ -103,7 +103,7 @@ void meet(Rendezvous& rendezvous, int size, int lane, const char* purpose, Argum
     rendezvous.purpose = purpose;
     rendezvous.given.assign(size, nullptr);
   }
-  expect(rendezvous.purpose == purpose || !strcmp(rendezvous.purpose, purpose), "threads of a warp have parted");
+  expect(rendezvous.purpose == purpose || !strcmp(rendezvous.purpose, purpose), "threads of a warp have diverged");
   rendezvous.given[lane] = given;
   const unsigned before = rendezvous.rounds;
   ++cta->progress;
@@ -128,7 +128,7 @@ inline void enter() {
   _longjmp(cta->scheduler, 1);
 }
 
-// Run what can run, turn by turn, each turn in another order, until all threads are done.
+// Run the threads in turn, each round in another order, until all are done.
 inline void run_cta() {
   static thread_local volatile unsigned random = 1;
   const int n = cta->threads;
@@ -164,14 +164,14 @@ inline char* stacks(int threads, size_t size) {
 
 inline void run(Grid grid, int threads, int smem_bytes, const std::function<void()>& kernel) {
   constexpr size_t stack = 64 << 10;
-  if (smem_bytes > 227 << 10) throw std::runtime_error("emulated kernel: more shared memory than any part has");
+  if (smem_bytes > 227 << 10) throw std::runtime_error("emulated kernel: more shared memory than any GPU has");
   char* const stack_memory = stacks(threads, stack);
   std::vector<char> smem(smem_bytes + 1024);
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
         Cta current{grid, {x, y, z}, threads, smem_bytes};
-        memset(smem.data(), 0xff, smem.size());  // NaNs: nothing is there before it is written
+        memset(smem.data(), 0xff, smem.size());  // NaNs: shared memory is not initialised
         current.smem = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(smem.data()) + 1023) & ~uintptr_t(1023));
         current.kernel = kernel;
         current.warps.resize(threads / 32);
@@ -209,7 +209,7 @@ inline uint32_t smem_address(const void* p) {
 
 inline void sync_threads() {
   emulated::meet(
-      emulated::cta->everyone, emulated::cta->threads, thread(), "the block's barrier", emulated::self,
+      emulated::cta->everyone, emulated::cta->threads, thread(), "the CTA's barrier", emulated::self,
       [](emulated::Thread**) {});
 }
 
@@ -265,14 +265,14 @@ inline const char* checked_row(const void* row) {
   return static_cast<const char*>(row);
 }
 
-// One m16n8 product of K numbers, from the words of 32 lanes.
+// The operands of one lane in an m16n8 mma.
 struct MmaLane {
   float* d;
   const uint32_t* a;
   uint32_t b[2];
 };
 
-// Matrix units round sums towards zero.
+// Tensor cores round sums towards zero.
 inline float truncate(double sum) {
   const float nearest = static_cast<float>(sum);
   return std::isfinite(nearest) && std::fabs(nearest) > std::fabs(sum) ? std::nextafterf(nearest, 0.f) : nearest;
@@ -280,7 +280,7 @@ inline float truncate(double sum) {
 
 template <int K, class Decode>
 void multiply(MmaLane** lanes, Decode decode) {
-  constexpr int per_register = K / 8;  // numbers in a word
+  constexpr int per_register = K / 8;  // elements per register
   float a[16][K], b[K][8];
   for (int l = 0; l < 32; ++l)
     for (int e = 0; e < per_register; ++e) {

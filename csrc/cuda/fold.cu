@@ -1,4 +1,4 @@
-// Kernels of fold, for every dtype and as many columns as there are.
+// Kernels of fold, for all dtypes and several tile shapes.
 #include "fold.h"
 
 #include "instructions.h"
@@ -6,8 +6,8 @@
 
 namespace fasthyper {
 
-constexpr int SMEM_LIMIT = 96 << 10;  // of a block: two of them on sm_90, one on every part since sm_80
-constexpr int WAVE = 2 * 132;         // about as many as run side by side; no result depends on it
+constexpr int SMEM_LIMIT = 96 << 10;  // per CTA: two fit on an SM of sm_90, one on any since sm_80
+constexpr int WAVE = 2 * 132;         // about the CTAs that an H100 runs at once; results do not depend on it
 
 template <class T, int WM, int WK, int MT, int NT>
 KERNEL(32 * WM * WK, (FoldShape<T, WM, WK, MT, NT>::MIN_CTAS_PER_SM))
@@ -27,8 +27,7 @@ template <class T, int WM, int WK, int MT, int NT>
 static void run(const Fold<T>& f, Stream stream) {
   using Shape = FoldShape<T, WM, WK, MT, NT>;
   const int k_tiles = f.k_tiles(0, least(f.C, f.per_split), true);
-  // All tiles, where that is no more than a block may have and further rows would read them again; else what is sent
-  // for ahead.
+  // Keep all tiles of H in shared memory if they fit, and if a CTA would otherwise load them again for further rows.
   const int m_tiles = cdiv(f.M, Shape::BM), p_tiles = cdiv(f.P, Shape::BP), splits = cdiv(f.C, f.per_split);
   const int wave = least(m_tiles, cdiv(WAVE, p_tiles * splits));
   const bool resident = m_tiles > wave && Shape::smem_bytes(k_tiles) <= SMEM_LIMIT;

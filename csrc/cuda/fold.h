@@ -1,4 +1,4 @@
-// x ⊗ z, folded into the K dimension of one product. The generated operand is made in registers, step by step.
+// x ⊗ z, folded into the K dimension of one matrix product. The left operand is generated in registers, per k-step.
 //
 //     out[m, p] = Σ_c Σ_k u[m, c] v[m, k] H(c, k, p)  +  Σ_c u[m, c] A(p, c)  +  Σ_k v[m, k] C(p, k)  +  d[p]
 //
@@ -6,8 +6,8 @@
 //     y    (b, n)     x   z   i   r   o    W0    bias   b0
 //     dx   (b, n)     g   z   o   r   i    W0ᵀ
 //
-// A block has BM rows and BP columns of out; its warps share the rows (WM) and the steps of a tile of H (WK). Blocks go
-// on to further rows with the tiles of H still in shared memory, where all of them fit.
+// A CTA computes BM rows and BP columns of out. Its warps divide the rows (WM) and the k-steps of a tile of H (WK,
+// sliced-K). If all tiles of H fit into shared memory, they stay there, and the CTA goes on to further rows.
 #pragma once
 #include <cstdint>
 
@@ -26,12 +26,12 @@ struct Fold {
   const T *h, *a, *c, *d;
   int64_t h_c, h_k, h_p, a_p, a_c, c_p, c_k, d_p;
   T* out;
-  float* partial;  // where the sum is in parts, of `per_split` c each
+  float* partial;  // (splits, M, P), if the sum over c is split; `per_split` c each
   int M, N, C, K, P, per_split;
-  int h_width, a_width, c_width;  // bytes that may be read at a time
+  int h_width, a_width, c_width;  // bytes per copy
   bool v_aligned, u_aligned, tf32;
   Activation activation;  // of u
-  // Steps of a tile that have the same c, and how many c it has; of each step, which of them, and where its k begin.
+  // A tile of H has c_per_tile c with steps_per_c k-steps each. For each k-step: its c in the tile, and its first k.
   int steps_per_c, c_per_tile;
   uint32_t c_of_step, k_of_step;  // a byte each
 
@@ -53,12 +53,12 @@ struct FoldShape {
   static constexpr int WM = WM_, WK = WK_, MT = MT_, NT = NT_;
   static constexpr int BM = 16 * WM * MT, BP = 8 * NT, THREADS = 32 * WM * WK, TILE_BYTES = BP * ROW_BYTES,
                        PREFETCH = 3;
-  static constexpr int REDUCTION_BYTES = (WK - 1) * BM * BP * sizeof(float);  // what the other warps of a row hand over
-  static constexpr int MIN_CTAS_PER_SM = WK > 1 && NT < 8 ? 2 : 1;  // blocks side by side that a part has registers for
+  static constexpr int REDUCTION_BYTES = (WK - 1) * BM * BP * sizeof(float);  // partial sums of the warps with wk > 0
+  static constexpr int MIN_CTAS_PER_SM = WK > 1 && NT < 8 ? 2 : 1;            // as many as registers allow
   static int smem_bytes(int stages) { return stages * TILE_BYTES + REDUCTION_BYTES; }
 };
 
-// ACTIVE: whether u may be what an activation makes of the rows that are given.
+// ACTIVE: f.activation may apply to u.
 template <class T, class Shape, bool ACTIVE>
 class FoldCta {
   static constexpr int WM = Shape::WM, WK = Shape::WK, MT = Shape::MT, NT = Shape::NT, J = STEPS / WK;
@@ -67,7 +67,7 @@ class FoldCta {
   const int stages, p0, split, c_begin, c_end;
   const int lane = thread() % 32, warp = thread() / 32;
 
-  // What a tile is multiplied with: products with c0 and what follows it, or u or v as they are.
+  // The term of the formula that a tile belongs to: H, with c_per_tile c from c0 on, or A or C.
   enum Term { h_term, a_term, c_term };
   struct TileCoord {
     Term term;
@@ -75,7 +75,7 @@ class FoldCta {
   };
 
  public:
-  // Columns p0 and on, of the sum over c of this split; `tiles`: tiles that the memory holds.
+  // Columns from p0 on, and the c of this split. Shared memory holds `stages` tiles.
   DEVICE FoldCta(const Fold<T>& f, char* smem, int stages, int p0, int split)
       : f(f),
         smem(smem),
@@ -85,7 +85,8 @@ class FoldCta {
         c_begin(split * f.per_split),
         c_end(least(f.C, c_begin + f.per_split)) {}
 
-  // Rows m0 and on; `store(m, p, value)` gets the sums that are in range. again: for other rows than before.
+  // Compute rows from m0 on; call epilogue(m, p, sum) for each result in range. again: this CTA has computed other
+  // rows.
   template <class Epilogue>
   DEVICE void run(int m0, bool again, Epilogue epilogue) {
     const int wm = warp % WM, wk = warp / WM, k_tiles = f.k_tiles(c_begin, c_end, split == 0);
@@ -97,18 +98,18 @@ class FoldCta {
     for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int m = least(m0 + (wm * MT + mt) * 16 + lane / 4 + 8 * h, f.M - 1);  // beyond it nothing is stored
+        const int m = least(m0 + (wm * MT + mt) * 16 + lane / 4 + 8 * h, f.M - 1);  // rows beyond M are not stored
         u_row[mt][h] = f.u.row(m, f.N);
         v_row[mt][h] = f.v.row(m, f.N);
       }
 
-    sync_threads();  // with the reads of other rows' tiles and sums
+    sync_threads();  // the warps may still read tiles and sums of other rows
     TileCoord coord{h_term, 0, c_begin}, next_load = coord;
     TileIterator iterator = iterator_at(next_load);
     int stage = 0;
     const auto load_next = [&](int k, int to) {
       if (k < k_tiles) load_stage(next_load, iterator, smem + to * Shape::TILE_BYTES);
-      cp_async_commit_group();  // in any case: groups are counted as pieces
+      cp_async_commit_group();  // even if empty: one group per tile
       advance(next_load);
       advance_iterator(iterator, next_load);
     };
@@ -123,9 +124,9 @@ class FoldCta {
       stage = stage + 1 < stages ? stage + 1 : 0;
       return tile;
     };
-    // Sums over a tile, of what `left_of` makes of the words of each step.
+    // Multiply a tile by the fragments that make_left returns for its k-steps.
     const auto accumulate = [&](const char* tile, const TileCoord& coord, auto make_left) {
-      const int lane = WK > 1 && NT == 8 ? opaque(this->lane) : this->lane;  // no registers to keep addresses
+      const int lane = WK > 1 && NT == 8 ? opaque(this->lane) : this->lane;  // no registers are free for addresses
 #pragma unroll
       for (int jj = 0; jj < J; ++jj) {
         const int j = jj * WK + wk;
@@ -188,7 +189,7 @@ class FoldCta {
   }
 
  private:
-  // All products, k by k, then, in the first split, A and C.
+  // The order of tiles: c within k of H; then, in the first split, A and C.
   DEVICE void advance(TileCoord& coord) const {
     if (coord.term == h_term) {
       coord.c0 += f.c_per_tile;
@@ -212,7 +213,7 @@ class FoldCta {
     return c_at(coord, step) >= least(c_end, coord.c0 + f.c_per_tile) || column(coord, step) >= f.K;
   }
 
-  // What a thread copies of a tile of H whose rows are read 16 bytes at a time: from where, of which c, numbers left.
+  // The address of a thread's first chunk in a tile of H with 16-byte copies, its c, and the elements left in the row.
   struct TileIterator {
     const T* from;
     int c, count;
@@ -255,12 +256,12 @@ class FoldCta {
     });
   }
 
-  // What rows are multiplied by in each step of a piece: numbers of u.
+  // Load u of a lane's rows for each k-step of a tile.
   DEVICE void load_u(uint32_t (&u)[J][MT][2], const TileCoord& coord, const T* const (&u_row)[MT][2], int wk) const {
 #pragma unroll
     for (int jj = 0; jj < J; ++jj) {
       const int64_t c_offset =
-          least(c_at(coord, jj * WK + wk), c_end - 1) * f.u.stride;  // beyond it the step is left out
+          least(c_at(coord, jj * WK + wk), c_end - 1) * f.u.stride;  // k-steps beyond it are skipped
 #pragma unroll
       for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
@@ -273,7 +274,7 @@ class FoldCta {
     return static_cast<T>(activate(static_cast<float>(u), f.activation));
   }
 
-  // The words of each step of a piece, of rows of `of`, `limit` numbers each.
+  // Load the fragments of each k-step of a tile from rows of `limit` elements.
   DEVICE void load_fragments(
       uint32_t (&fragment)[J][MT][4], const TileCoord& coord, const RowView<T>& view, const T* const (&row)[MT][2],
       int limit, bool aligned, int wk) const {
@@ -296,7 +297,7 @@ class FoldCta {
       return pack(activate_u(static_cast<T>(unpack(word, 0, T{}))), activate_u(static_cast<T>(unpack(word, 1, T{}))));
   }
 
-  // The sums of the warps of a row come together, in order.
+  // Add the accumulators of the WK warps, in order.
   DEVICE void reduce_warps(float (&acc)[MT][NT][4], int wm, int wk) {
     float* const reduction = reinterpret_cast<float*>(smem + stages * Shape::TILE_BYTES);
     constexpr int size = MT * NT * 4 * 32;  // of a warp

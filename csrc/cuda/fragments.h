@@ -1,4 +1,4 @@
-// The left operand of a product as the lanes of a warp hold it, as it is or generated.
+// Fragments of the left operand of mma: loaded as they are, or generated.
 #pragma once
 #include <cstdint>
 
@@ -7,14 +7,14 @@
 
 namespace fasthyper {
 
-// float32 as two numbers of the matrix units' ten bits, whose sum has twenty.
+// Split float32 into two TF32 numbers of ten bits, whose sum has twenty.
 DEVICE void split_tf32(float v, uint32_t& high, uint32_t& low) {
   high = to_tf32(v);
   low = to_tf32(v - as_float(high));
 }
 
-// The left operand of a product, 16 rows by a step, as the lanes of a warp hold it: rows lane/4 and eight below it,
-// words lane%4 and four to the right. `plain` takes it as it lies; `generated` multiplies each row by a number.
+// The left operand of an mma, 16 rows by one k-step. A lane holds rows lane/4 and lane/4 + 8, and words lane%4 and
+// lane%4 + 4 of each. PlainFragment takes the words as they are; GeneratedFragment multiplies them by another operand.
 template <class T>
 struct PlainFragment {
   uint32_t words[4];
@@ -30,8 +30,8 @@ struct PlainFragment<float> {
   DEVICE void set(const uint32_t (&v)[4]) {
     for (int q = 0; q < 4; ++q) split_tf32(as_float(v[q]), high[q], low[q]);
   }
-  // Three products of ten bits give twenty; allowed TF32, one does. Matrix units cut off what a sum is too large for,
-  // so that step by step a long one would drift: each step is summed for itself, and added with rounding.
+  // Three products of ten bits give twenty bits; where TF32 is allowed, one product is enough. Tensor cores truncate
+  // when they add, and a long sum would drift. So each k-step is summed on its own, and added with rounding.
   DEVICE void accumulate(float (&d)[4], uint32_t b0, uint32_t b1, bool tf32) const {
     uint32_t high0, high1, low0, low1;
     split_tf32(as_float(b0), high0, low0);
@@ -47,9 +47,9 @@ struct PlainFragment<float> {
 
 template <class T>
 struct GeneratedFragment : PlainFragment<T> {
-  // u0 and u1 in each half of their words: what rows lane/4 and lane/4 + 8 are multiplied by.
+  // Multiply rows lane/4 and lane/4 + 8 by u0 and u1, which have the same element in both halves.
   DEVICE void set(const uint32_t (&v)[4], uint32_t u0, uint32_t u1) { set(v, {u0, u1, u0, u1}); }
-  // The same for columns: what words lane%4 and lane%4 + 4 are multiplied by.
+  // Multiply words lane%4 and lane%4 + 4 of each row by u0 and u1.
   DEVICE void set_columns(const uint32_t (&v)[4], uint32_t u0, uint32_t u1) { set(v, {u0, u0, u1, u1}); }
   DEVICE void set(const uint32_t (&v)[4], const uint32_t (&u)[4]) {
     uint32_t product[4];
@@ -58,8 +58,8 @@ struct GeneratedFragment : PlainFragment<T> {
   }
 };
 
-// float16 has no range for products: they are made in float32 and rounded to the matrix units' TF32, which has as many
-// digits. Low and high numbers of the words are then two products: the order of a sum is free.
+// Products would leave the range of float16. They are computed in float32 and rounded to TF32, which has as many bits
+// of mantissa. The low and the high elements of the words are then two mma instructions, as the order of a sum is free.
 template <>
 struct GeneratedFragment<float16> {
   uint32_t words[2][4];

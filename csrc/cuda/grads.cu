@@ -1,4 +1,4 @@
-// Kernels of all gradients of a layer, for every dtype.
+// Kernels of all gradients of a layer, for all dtypes.
 #include "grads.h"
 
 #include "launchers.h"

@@ -1,4 +1,4 @@
-// The whole backward in one launch: some blocks have rows of dx and dz, the others tiles of the parameters' gradients.
+// Backward in one launch: some CTAs compute rows of dx and dz, the others tiles of the parameters' gradients.
 #pragma once
 #include "dx_dz.h"
 #include "instructions.h"
@@ -6,7 +6,7 @@
 
 namespace fasthyper {
 
-// Blocks whose registers fit into a multiprocessor side by side: what ptxas does without spilling.
+// CTAs per SM for which ptxas does not spill registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool two_ctas_fit = false;
 #else

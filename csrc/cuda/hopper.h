@@ -1,4 +1,4 @@
-// What the kernels for sm_90a share: their pipeline, stores of pairs, and the range of float16.
+// Shared by the kernels for sm_90a: the pipeline, paired stores, and scales that keep float16 in range.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -8,8 +8,8 @@
 
 namespace fasthyper {
 
-// Stages that a producer fills and consumers empty, round and round. A warp of consumers releases a stage for itself:
-// it may read ahead of, or behind, the others of its warpgroup.
+// A circular buffer of stages: a producer fills them, consumer warps read them. Each consumer warp releases a stage by
+// itself, as it may be ahead of the other warps of its warpgroup, or behind them.
 template <int STAGES>
 struct Pipeline {
   Mbarrier *full, *empty;
@@ -18,7 +18,7 @@ struct Pipeline {
   DEVICE explicit Pipeline(Mbarrier* mbarriers) : full(mbarriers), empty(mbarriers + STAGES) {}
   static constexpr int BYTES = 2 * STAGES * sizeof(Mbarrier);
 
-  // By one thread, before all of the block go on from a sync.
+  // Called by one thread, before a sync_threads of the CTA.
   DEVICE void init(int producers, int consumers) {
     for (int s = 0; s < STAGES; ++s) {
       mbarrier_init(full + s, producers);
@@ -28,7 +28,7 @@ struct Pipeline {
   }
   DEVICE void producer_acquire() const { mbarrier_wait(empty + stage, parity ^ 1); }
   DEVICE void consumer_wait() const { mbarrier_wait(full + stage, parity); }
-  // Consumers: what came before the current stage is free.
+  // Release the stage before the current one.
   DEVICE void consumer_release_previous() const { mbarrier_arrive(empty + (stage == 0 ? STAGES : stage) - 1); }
   DEVICE void consumer_release() const { mbarrier_arrive(empty + stage); }
   DEVICE void advance() {
@@ -36,7 +36,7 @@ struct Pipeline {
   }
 };
 
-// Two numbers side by side, at an address that allows it.
+// Store two adjacent elements, at an address aligned for both.
 DEVICE void store_pair(float* to, float low, float high) {
   struct alignas(8) Pair {
     float low, high;
@@ -48,15 +48,15 @@ DEVICE void store_pair(T* to, float low, float high) {
   *reinterpret_cast<uint32_t*>(to) = pack(static_cast<T>(low), static_cast<T>(high));
 }
 
-// The exponent of a power of two that keeps u times it, and products of that with v, in the range of float16: of their
-// largest absolute values u comes to 2^14 at most, a product to 2^15.
+// Return the exponent of a scale of u, given the largest |u| and |v|. It keeps scaled u, at most 2^14, and its products
+// with v, at most 2^15, in the range of float16.
 DEVICE int range_exponent(float max_u, float max_v) {
   if (!(max_u > 0.f)) return 0;
   const float top_v = ceilf(log2f(max_v)), top_u = ceilf(log2f(max_u));
   return static_cast<int>(fminf(15.f - top_v, 14.f) - top_u);
 }
 DEVICE float power_of_two(int exponent) { return as_float(static_cast<uint32_t>(exponent + 127) << 23); }
-// The larger of most and |t|, of what is finite: the rest spoils its own results and nobody else's.
+// Return the larger of max and |t|, and ignore t if it is not finite: then only its own results are not finite.
 DEVICE float finite_max(float max, float t) {
   const float magnitude = fabsf(t);
   return magnitude < INFINITY && magnitude > max ? magnitude : max;

@@ -1,4 +1,4 @@
-// The kernels of dx and dz for sm_90a, and which calls they are for.
+// Kernels of dx and dz for sm_90a, and the calls that they support.
 #include "hopper_dx_dz.h"
 
 #include "hopper_instructions.h"
@@ -32,16 +32,15 @@ static TmaTensor base_tensor(const DxDz<T>& f, int rows) {
 
 template <class T>
 const char* hopper_unsupported(const DxDz<T>& f) {
-  if (f.M < 1 || f.I < 1 || f.O < 1 || f.R < 1) return "a side is empty";
+  if (f.M < 1 || f.I < 1 || f.O < 1 || f.R < 1) return "an axis is empty";
   if (f.R > 128) return "R of more than 128";
   if (f.O > 256) return "O of more than 256";
   if (f.activation != Activation::none) return "an activation";
-  if (!f.h || !f.dx || !f.dz.requested()) return "dx or dz alone";
-  if (!fits_int32(f.x, f.M, f.N, f.I)) return "more than 2^31 numbers of x";
+  if (!f.h || !f.dx || !f.dz.requested()) return "only one of dx and dz is requested";
+  if (!fits_int32(f.x, f.M, f.N, f.I)) return "x spans 2^31 elements or more";
   if (f.per_split < 1 || ((f.per_split < f.I || f.N > 1) && !f.dz.partial))
-    return "splits or points without parts of dz";
-  if (f.N > 1 && f.M > f.N && f.g.instance_stride != f.N * f.g.point_stride)
-    return "rows of g that do not follow each other";
+    return "splits or points without partial sums of dz";
+  if (f.N > 1 && f.M > f.N && f.g.instance_stride != f.N * f.g.point_stride) return "rows of g have no common stride";
   if ((f.R > 1 && (f.h_r != 1 || (f.bias && f.bias_r != 1))) || (f.O > 1 && f.g.stride != 1) ||
       (f.base && f.I > 1 && f.base_i != 1))
     return "a row of g, H, bias or W0 is not contiguous";

@@ -1,13 +1,13 @@
-// dx and dz for sm_90a from one pass: G of the next i is made while that of the last one is reduced, twice.
+// dx and dz for sm_90a in one pass: wgmma computes G of the next i while this one is reduced to both.
 //
-//     G[m, r]  = Σ_o g[m, o] H[o, i, r]                     for one i after another
+//     G[m, r]  = Σ_o g[m, o] H[o, i, r]                     for one i at a time
 //     dx[m, i] = Σ_r G[m, r] z[m, r]  +  Σ_o g[m, o] W0[o, i]
 //     dz[m, r] = Σ_i G[m, r] x[m, i]  +  Σ_o g[m, o] bias[o, r]
 //
-// Warpgroups of 64 rows m each keep all R of z, dz and G in registers and g in shared memory, and go through a split's
-// i on their own: where there is no room for two G, one reduces while the products of another run. O is filled up with
-// zeros to 16·DEPTH. dx is collected 64 columns at a time; where there is a W0 these begin as its part, a piece like
-// those of H. bias is H of one more i, for which x is one.
+// Each consumer warpgroup has 64 rows m. It keeps all R of z, dz and G in registers and g in shared memory, and
+// iterates over the i of a split on its own. If registers do not suffice for two G, one warpgroup reduces while wgmma
+// of another runs. O is padded with zeros to 16·DEPTH. Shared memory collects 64 columns of dx; with W0, a tile of W0
+// initialises them. bias counts as H of one more i, for which x is one.
 #pragma once
 #include <cstdint>
 
@@ -30,8 +30,8 @@ template <int BR_, int DEPTH>
 struct HopperDxDzShape {
   static constexpr int BR = BR_, CONSUMERS = BR == 64 ? 3 : 2, BM = 64 * CONSUMERS, STAGES = DEPTH > 8 ? 2 : 4;
   static constexpr int THREADS = WARPGROUP * (CONSUMERS + 1), REGISTERS = BR == 64 ? 160 : 240;
-  static constexpr bool DOUBLE_BUFFERED_G = BR == 64 && DEPTH <= 8;  // more would not fit into the registers
-  static constexpr int COLUMNS = 64, DX_STRIDE = COLUMNS + 4, BOX_BYTES = 64 * ROW_BYTES;  // of dx; of g
+  static constexpr bool DOUBLE_BUFFERED_G = BR == 64 && DEPTH <= 8;  // otherwise registers do not suffice
+  static constexpr int COLUMNS = 64, DX_STRIDE = COLUMNS + 4, BOX_BYTES = 64 * ROW_BYTES;  // of dx, dx, g
 
   static constexpr int G_BOXES = (DEPTH + 3) / 4, H_BOX_BYTES = DEPTH * 16 * ROW_BYTES,
                        STAGE_BYTES = BR / 64 * H_BOX_BYTES;
@@ -52,7 +52,7 @@ class HopperDxDzCta {
   Mbarrier* const g_full;
   const int m0, i_begin, i_end, split;
   const int warpgroup =
-      static_cast<int>(shuffle(thread() / WARPGROUP, 0)) - 1;  // so the compiler sees that a warp has one
+      static_cast<int>(shuffle(thread() / WARPGROUP, 0)) - 1;  // shuffle: uniform in a warp, also for the compiler
 
   enum Term { base_term, h_term, bias_term, end };
   struct TileCoord {
@@ -61,7 +61,7 @@ class HopperDxDzCta {
   };
 
  public:
-  // Blocks that run together have other rows, and so share H.
+  // CTAs that run at the same time have other rows, so that they share H in the L2 cache.
   DEVICE HopperDxDzCta(const HopperDxDz<T>& params, char* smem, int cta, int split)
       : params(params),
         f(params.f),
@@ -126,11 +126,11 @@ class HopperDxDzCta {
   DEVICE int row_in_warpgroup(int h) const { return thread() / 32 % 4 * 16 + thread() % 32 / 4 + 8 * h; }
   DEVICE int row(int h) const { return m0 + warpgroup * 64 + row_in_warpgroup(h); }
 
-  // z as lanes hold columns of G: numbers 4·j + 2·h + e.
+  // z and dz in the layout of the accumulators: element 4·j + 2·h + e.
   struct RowState {
     float z[BR / 2], dz[BR / 2], x[2];
     T next_x[2];
-    int x_offset[2];  // where its rows begin
+    int x_offset[2];  // offsets of the rows in x
   };
 
   DEVICE void consume() {
@@ -169,7 +169,7 @@ class HopperDxDzCta {
     store_dz(rows);
   }
 
-  // Send off the next G and reduce this one.
+  // Start the next G, and reduce this one while it runs.
   DEVICE void multiply_next_and_reduce(float (&G)[BR / 2], float (&next)[BR / 2], RowState& rows, TileCoord& coord) {
     multiply(next);
     wgmma_wait_group<1>();
@@ -237,14 +237,14 @@ class HopperDxDzCta {
       store_dx(coord.i - column, column + 1);
   }
 
-  // x of the four i from `first` + n on, one to each lane of four; the last one where there are no more.
+  // Load x of the four i from i_begin + n on: one for each of four lanes, and that of the last i beyond the end.
   DEVICE void load_x(RowState& rows, int n) const {
     const int i_offset = least(i_begin + n + thread() % 4, i_end - 1) * static_cast<int>(f.x.stride);
 #pragma unroll
     for (int h = 0; h < 2; ++h) rows.next_x[h] = f.x.data[rows.x_offset[h] + i_offset];
   }
 
-  // Rows beyond M as the last one: what comes of them is not stored.
+  // Rows beyond M repeat the last row; their results are not stored.
   DEVICE void load_rows(RowState& rows) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -262,7 +262,7 @@ class HopperDxDzCta {
     }
   }
 
-  // `count` columns from i on, of a warp's own rows: half of it has a row, a lane four numbers.
+  // Store `count` columns from i on of this warp's rows: half a warp per row, four elements per lane.
   DEVICE void store_dx(int i, int count) {
     sync_warp();
     const int lane = thread() % 32, column = lane % 16 * 4, row0 = warpgroup * 64 + thread() / 32 % 4 * 16 + lane / 16;

@@ -1,7 +1,8 @@
-// The instructions of sm_90a on a CPU, as emulated.h has those of older parts. Unkind, too: a box is NaNs until
-// somebody has waited for its barrier's phase, at a time of chance; products read shared memory as late as they may,
-// when they are waited for, and their sums are NaNs till then; barriers never initialised, bytes not expected,
-// descriptors that do not fit the layout, registers changed under a product: all errors.
+// Instructions of sm_90a, emulated on a CPU for tests, beside those of emulated.h. It takes every freedom that a GPU
+// has: the destination of a TMA load holds NaNs until its mbarrier's phase completes, at a random time; wgmma reads
+// shared memory as late as possible, when it is waited for, and its accumulators are NaNs until then. Errors are: an
+// mbarrier without initialisation, bytes that no mbarrier expects, a descriptor that does not fit the layout, and
+// accumulators that change while a wgmma is in flight.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -37,11 +38,11 @@ inline TensorMap tensor_map(const TmaTensor& tensor) {
 
 namespace emulated {
 
-// A barrier's 64 bits; shared memory as it is at first has not the mark.
+// The 64 bits of an mbarrier. Uninitialised shared memory does not have the mark.
 struct MbarrierState {
   static constexpr uint8_t MARK = 0x5b;
   uint8_t mark, phase, arrivals, pending;
-  int32_t bytes;  // expected and not yet come
+  int32_t bytes;  // expected, not yet arrived
 };
 static_assert(sizeof(MbarrierState) == sizeof(Mbarrier));
 
@@ -66,15 +67,15 @@ struct Warpgroup {
   std::vector<std::shared_ptr<Wgmma>> uncommitted;
   std::deque<std::vector<std::shared_ptr<Wgmma>>> groups;
   bool fenced = false;
-  // What sums really are while their registers hold NaNs; of thread and register.
+  // By thread and register: the accumulators' values, while the registers hold NaNs.
   std::map<std::pair<int, float*>, std::vector<float>> accumulators;
 };
 
-// What a block has beside what emulated.h knows of. A thread more than run marks the block that it is of.
+// State of a CTA beside that in emulated.h. An extra entry in thread_states marks a CTA that has this state.
 struct HopperState {
   std::list<TmaLoad> loads;
   std::vector<Warpgroup> warpgroups;
-  bool inits_unfenced = false;  // barriers initialised, and no fence since
+  bool inits_unfenced = false;  // mbarriers were initialised, and no fence followed
   unsigned random = 1;
 };
 
@@ -83,11 +84,11 @@ inline HopperState& hopper_state() {
   return state;
 }
 
-// What a block should not end with, or null.
+// Return which operations were not waited for, or null.
 inline const char* unfinished() {
-  if (!hopper_state().loads.empty()) return "boxes of a block were still on their way when it ended";
+  if (!hopper_state().loads.empty()) return "TMA loads of a CTA were in flight when it ended";
   for (const auto& group : hopper_state().warpgroups)
-    if (!group.uncommitted.empty() || !group.groups.empty()) return "products of a block were never waited for";
+    if (!group.uncommitted.empty() || !group.groups.empty()) return "wgmma of a CTA was never waited for";
   return nullptr;
 }
 
@@ -105,9 +106,9 @@ inline HopperState& hopper() {
 }
 
 inline MbarrierState& state_of(Mbarrier* mbarrier) {
-  expect(smem_address(mbarrier) % 8 == 0, "a barrier at a misaligned address");
+  expect(smem_address(mbarrier) % 8 == 0, "an mbarrier at a misaligned address");
   auto& state = *reinterpret_cast<MbarrierState*>(mbarrier);
-  expect(state.mark == MbarrierState::MARK, "a barrier that was never initialised");
+  expect(state.mark == MbarrierState::MARK, "an mbarrier that was never initialised");
   return state;
 }
 
@@ -131,7 +132,7 @@ inline void complete(const TmaLoad& load) {
       }
 }
 
-// End a barrier's phase if all arrivals and bytes have come; returns whether it could be over, but for `now`.
+// Complete an mbarrier's phase if all arrivals and bytes have come. Return true if only `now`, being false, delays it.
 inline bool advance(Mbarrier* mbarrier, bool now) {
   auto& state = state_of(mbarrier);
   if (state.pending > 0) return false;
@@ -139,7 +140,7 @@ inline bool advance(Mbarrier* mbarrier, bool now) {
   int bytes = 0;
   for (const auto& load : loads)
     if (load.mbarrier == mbarrier) bytes += load.tensor.box_bytes();
-  expect(bytes <= state.bytes, "more bytes come than a barrier expects");
+  expect(bytes <= state.bytes, "more bytes arrive than an mbarrier expects");
   if (bytes < state.bytes) return false;
   if (bytes > 0 && !now) return true;
   for (auto load = loads.begin(); load != loads.end();) {
@@ -177,8 +178,8 @@ inline uint32_t shuffle(uint32_t v, int from) {
 }
 
 inline void mbarrier_init(Mbarrier* mbarrier, int arrivals) {
-  emulated::expect(smem_address(mbarrier) % 8 == 0, "a barrier at a misaligned address");
-  emulated::expect(arrivals > 0 && arrivals < 256, "a barrier of no or too many arrivals");
+  emulated::expect(smem_address(mbarrier) % 8 == 0, "an mbarrier at a misaligned address");
+  emulated::expect(arrivals > 0 && arrivals < 256, "an mbarrier with no or too many arrivals");
   emulated::hopper().inits_unfenced = true;
   const auto count = static_cast<uint8_t>(arrivals);
   const emulated::MbarrierState state{emulated::MbarrierState::MARK, 0, count, count, 0};
@@ -188,7 +189,7 @@ inline void fence_mbarrier_init() { emulated::hopper().inits_unfenced = false; }
 
 inline void mbarrier_arrive_expect_tx(Mbarrier* mbarrier, int bytes) {
   auto& state = emulated::state_of(mbarrier);
-  emulated::expect(state.pending > 0, "more arrivals than a barrier expects");
+  emulated::expect(state.pending > 0, "more arrivals than an mbarrier expects");
   state.bytes += bytes;
   --state.pending;
   ++emulated::cta->progress;
@@ -197,16 +198,16 @@ inline void mbarrier_arrive_expect_tx(Mbarrier* mbarrier, int bytes) {
 inline void mbarrier_arrive(Mbarrier* mbarrier) { mbarrier_arrive_expect_tx(mbarrier, 0); }
 
 inline void mbarrier_wait(Mbarrier* mbarrier, int parity) {
-  emulated::expect(parity == 0 || parity == 1, "a parity that is none");
+  emulated::expect(parity == 0 || parity == 1, "a parity that is neither 0 nor 1");
   emulated::wait_until(
       [&] {
         auto& random = emulated::hopper().random;
         random = random * 1664525u + 1013904223u;
         const bool late = random >> 30 == 0;
-        if (emulated::advance(mbarrier, !late)) ++emulated::cta->progress;  // it moves, if slowly
+        if (emulated::advance(mbarrier, !late)) ++emulated::cta->progress;  // a late phase is no deadlock
         return emulated::state_of(mbarrier).phase != parity;
       },
-      "a barrier's phase");
+      "an mbarrier's phase");
 }
 
 inline void sync_warp() {
@@ -217,13 +218,14 @@ inline void prefetch_tensormap(const TensorMap&) {}
 
 inline void tma_load(void* to, const TensorMap& map, int j, int k, int l, Mbarrier* mbarrier) {
   auto& hopper = emulated::hopper();
-  emulated::expect(!hopper.inits_unfenced, "a box is sent for before barriers are ready");
+  emulated::expect(!hopper.inits_unfenced, "a TMA load before fence_mbarrier_init");
   emulated::state_of(mbarrier);
-  emulated::expect(map.tensor.data != nullptr, "a box of no tensor");
-  emulated::expect(smem_address(to) % SWIZZLE_ATOM_BYTES == 0, "a box to where no pattern begins");
+  emulated::expect(map.tensor.data != nullptr, "a TMA load of no tensor");
+  emulated::expect(
+      smem_address(to) % SWIZZLE_ATOM_BYTES == 0, "a TMA load to an address that is not aligned to a swizzle atom");
   emulated::expect(
       smem_address(to) + map.tensor.box_bytes() <= static_cast<uint32_t>(emulated::cta->smem_bytes),
-      "a box beyond shared memory");
+      "a TMA load beyond shared memory");
   memset(to, 0xff, map.tensor.box_bytes());
   hopper.loads.push_back({mbarrier, static_cast<char*>(to), map.tensor, {j, k, l}});
   ++emulated::cta->progress;
@@ -247,7 +249,7 @@ void in_warpgroup(const char* purpose, Argument* given, Action act) {
   meet(group.rendezvous, WARPGROUP, self->index % WARPGROUP, purpose, given, [&](Argument** all) { act(group, all); });
 }
 
-// An operand's number (mn, k), by its descriptor.
+// Read element (mn, k) of an operand by its descriptor.
 inline uint16_t operand(uint64_t descriptor, bool transposed, int mn, int k) {
   const auto bytes = [&](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; };
   const uint32_t start = bytes(0), leading = bytes(16), stride = bytes(32);
@@ -263,10 +265,10 @@ inline uint16_t operand(uint64_t descriptor, bool transposed, int mn, int k) {
 
 inline void check_descriptor(uint64_t descriptor, bool transposed) {
   expect(descriptor >> 62 == 1, "a descriptor of another swizzle than 128 bytes");
-  expect((descriptor & 0x3fffc000c000c000ull) == 0, "a descriptor with bits where none belong");
+  expect((descriptor & 0x3fffc000c000c000ull) == 0, "a descriptor with reserved bits set");
   const uint32_t start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
-  expect((start & 0x380) == 0, "a descriptor that begins within a pattern");
-  expect((start & 0x7f) % (transposed ? 128 : 32) == 0, "a descriptor that begins within a step");
+  expect((start & 0x380) == 0, "a descriptor that begins within a swizzle atom");
+  expect((start & 0x7f) % (transposed ? 128 : 32) == 0, "a descriptor that begins within a k-step");
 }
 
 inline void run(Warpgroup& group, const Wgmma& wgmma) {
@@ -314,13 +316,15 @@ float decode(uint16_t bits) {
 }
 
 inline void issue(Issue* lane, Wgmma wgmma) {
-  in_warpgroup("a product", lane, [&](Warpgroup& group, Issue** all) {
-    expect(group.fenced, "products that were not begun");
+  in_warpgroup("wgmma", lane, [&](Warpgroup& group, Issue** all) {
+    expect(group.fenced, "wgmma without wgmma.fence");
     wgmma.a_descriptor = all[0]->a_descriptor, wgmma.b = all[0]->b;
     check_descriptor(wgmma.b, wgmma.b_transposed);
     if (!wgmma.a_in_registers) check_descriptor(wgmma.a_descriptor, wgmma.a_transposed);
     for (int t = 0; t < WARPGROUP; ++t) {
-      expect(all[t]->b == wgmma.b && all[t]->a_descriptor == wgmma.a_descriptor, "descriptors that differ");
+      expect(
+          all[t]->b == wgmma.b && all[t]->a_descriptor == wgmma.a_descriptor,
+          "descriptors that differ within a warpgroup");
       wgmma.d[t] = all[t]->d;
       if (wgmma.a_in_registers) memcpy(wgmma.a[t], all[t]->a, sizeof wgmma.a[t]);
       auto& accumulators = group.accumulators[{t, all[t]->d}];
@@ -360,7 +364,7 @@ void wgmma_wait_group() {
         continue;
       }
       for (size_t r = 0; r < at->second.size(); ++r) {
-        emulated::expect(d[r] != d[r], "sums were changed under a product");
+        emulated::expect(d[r] != d[r], "accumulators changed while a wgmma was in flight");
         d[r] = at->second[r];
       }
       at = group.accumulators.erase(at);
@@ -383,12 +387,12 @@ void wgmma(float (&d)[COUNT], uint64_t a, uint64_t b, T) {
   emulated::issue(&lane, {false, ADD, A_TRANSPOSED, B_TRANSPOSED, 2 * COUNT, 0, 0, &emulated::decode<T>, {}, {}});
 }
 
-inline int sm_count() { return 2; }  // so that blocks have more than one tile
+inline int sm_count() { return 2; }  // few, so that a CTA computes several tiles
 
 template <class... Parameters, class... Arguments>
 void launch_sm90a(
     void (*kernel)(Parameters...), Grid grid, int threads, int smem_bytes, Stream stream, const Arguments&... given) {
-  emulated::hopper_state() = {};  // an error may have left something
+  emulated::hopper_state() = {};  // a failed launch may have left some
   launch(kernel, grid, threads, smem_bytes, stream, given...);
   if (const char* left = emulated::unfinished()) throw std::runtime_error(std::string("emulated kernel: ") + left);
 }

@@ -1,4 +1,4 @@
-// The kernels of fold for sm_90a, and which calls they are for.
+// Kernels of fold for sm_90a, and the calls that they support.
 #include "hopper_fold.h"
 
 #include "hopper_instructions.h"
@@ -13,7 +13,7 @@ hopper_fold(const GRID_CONSTANT HopperFold<T> params) {
   HOPPER_ONLY(HopperFoldCta<T, BN, SMALL_K>(params, smem_base()).run();)
 }
 
-// c side by side in a tile of H, as many as fill its rows.
+// Return how many c share a row of a tile of H.
 template <class T>
 static int c_per_tile(const Fold<T>& f) {
   const bool small = (f.K == 16 || f.K == 32) && f.h_c == f.K && f.C > 1;
@@ -36,12 +36,12 @@ static TmaTensor c_tensor(const Fold<T>& f, int rows) {
 
 template <class T>
 const char* hopper_unsupported(const Fold<T>& f) {
-  if (f.M < 1 || f.C < 1 || f.K < 1 || f.P < 1) return "a side is empty";
+  if (f.M < 1 || f.C < 1 || f.K < 1 || f.P < 1) return "an axis is empty";
   if (f.activation != Activation::none) return "an activation";
-  if (static_cast<int64_t>(f.C) * f.K >= int64_t(1) << 31) return "more than 2^31 products in a row";
-  if (!fits_int32(f.u, f.M, f.N, f.C)) return "more than 2^31 numbers of u";
+  if (static_cast<int64_t>(f.C) * f.K >= int64_t(1) << 31) return "C times K of 2^31 or more";
+  if (!fits_int32(f.u, f.M, f.N, f.C)) return "u spans 2^31 elements or more";
   if (f.per_split < 1 || (f.per_split < f.C && (f.per_split % 8 || !f.partial)))
-    return "splits are not of a multiple of 8";
+    return "per_split is not a multiple of 8";
   if (f.h_k != 1 || (f.a && f.a_c != 1) || (f.c && f.c_k != 1)) return "a row of H, A or C is not contiguous";
   if (const char* why = h_tensor(f, 64).unsupported()) return why;
   if (const char* why = f.a ? a_tensor(f, 64).unsupported() : nullptr) return why;

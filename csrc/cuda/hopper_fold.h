@@ -1,11 +1,11 @@
-// fold for sm_90a: the formula of fold.h, its generated operand made in registers while products run.
+// fold for sm_90a: the formula of fold.h. Left operands are generated in registers while wgmma runs.
 //
 //     out[m, p] = Σ_c Σ_k u[m, c] v[m, k] H(c, k, p)  +  Σ_c u[m, c] A(p, c)  +  Σ_k v[m, k] C(p, k)  +  d[p]
 //
-// A tile of out has 256 rows, four times 64 in two warpgroups of consumers; a warp of a third one brings tiles of H, BN
-// rows p by 64 k, through a ring. Runs of one k0 keep v in registers and go through c. A and C make runs of one tile
-// each, in which u or v stands for v, and one for u. Blocks go from tile to tile; those that run together have other
-// rows of the same p, and so share H in the L2 cache.
+// A tile of out has 256 rows: two consumer warpgroups with twice 64 each. A producer warp loads tiles of H, BN rows p
+// by 64 k, with TMA into a pipeline. A pass keeps v of one k0 in registers, and iterates over c. A and C are passes of
+// one tile each, with u or v as the left operand. CTAs are persistent. Those that run at the same time have other rows
+// of the same p, so that they share H in the L2 cache.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -24,7 +24,7 @@ template <class T>
 struct HopperFold {
   Fold<T> f;
   TensorMap h, a, c;
-  int c_per_tile;  // c to a tile of H, where K is 16 or 32 and they lie side by side; else one
+  int c_per_tile;  // of H: more than one if K is 16 or 32, and all c are contiguous
 
   INLINE int steps_per_c() const { return f.K / per_step<T>; }
 };
@@ -40,14 +40,14 @@ struct HopperFoldShape {
 template <class T, int BN, bool SMALL_K>
 class HopperFoldCta {
   using Shape = HopperFoldShape<BN>;
-  static constexpr int MT = Shape::MT, PER_ROW = per_row<T>, U_GROUP = 4;  // c whose u is read at a time
+  static constexpr int MT = Shape::MT, PER_ROW = per_row<T>, U_GROUP = 4;  // c whose u is loaded at once
   static constexpr bool SCALED = std::is_same_v<T, float16>;
   const HopperFold<T>& params;
   const Fold<T>& f;
   char* const smem;
   Pipeline<Shape::STAGES> pipeline;
   int m_tiles, p_tiles, tiles, product_passes, a_passes, plain_passes;
-  int m0, p0, split, c_begin, c_end;  // of the tile at hand
+  int m0, p0, split, c_begin, c_end;  // of the current tile
 
   enum Term { h_term, a_term, c_term };
   struct Pass {
@@ -89,7 +89,7 @@ class HopperFoldCta {
     plain_passes = a_passes + (f.c && split == 0 ? cdiv(f.K, PER_ROW) : 0);
   }
 
-  // Those of A come first, then those of C, then the products with H.
+  // The order of passes: A, then C, then H.
   DEVICE Pass pass_at(int r) const {
     const Term term = r < a_passes ? a_term : r < plain_passes ? c_term : h_term;
     const int k0 = (term == a_term ? r : term == c_term ? r - a_passes : r - plain_passes) * PER_ROW;
@@ -153,8 +153,8 @@ class HopperFoldCta {
     }
   }
 
-  // Where in u a thread's rows begin, those beyond M as the last one, and what power of two they are multiplied by: its
-  // own words of shared memory, as registers are few.
+  // Per thread: the offsets of its rows in u, the last row for those beyond M, and the exponents of their scales. They
+  // are in shared memory, as registers are few.
   struct alignas(16) RowScratch {
     int u_offset[MT][2], exponent[MT][2];
   };
@@ -162,7 +162,7 @@ class HopperFoldCta {
     return reinterpret_cast<RowScratch*>(smem + Shape::ROW_SCRATCH_OFFSET) + thread() - WARPGROUP;
   }
 
-  // u of the four c from `first` + c on: each lane of four has one of them, the last one where there are no more.
+  // Load u of the four c from c_begin + c on: one for each of four lanes, and that of the last c beyond the end.
   DEVICE void load_u(T (&u)[MT][2], int c) const {
     const RowScratch scratch = *row_scratch();
     const int c_offset = least(c_begin + c + thread() % 4, c_end - 1) * static_cast<int>(f.u.stride);
@@ -181,7 +181,7 @@ class HopperFoldCta {
     const int stride = SMALL_K ? params.c_per_tile : 1;
     int k = 0;
     do {
-      const int c = k * stride;  // from `first` on
+      const int c = k * stride;  // relative to c_begin
       if (c % U_GROUP == 0) {
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt)
@@ -205,10 +205,10 @@ class HopperFoldCta {
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt) wgmma<false>(acc[mt], a[mt], tile_descriptor() + j * K_MAJOR_STEP, T{});
         wgmma_commit_group();
-        wgmma_wait_group<1>();  // so the group before is over, and with the first of a tile the tile before
+        wgmma_wait_group<1>();  // the previous group is done; after a tile's first group, so is the previous tile
         if (j == 0 && k > 0 && thread() % 32 == 0) pipeline.consumer_release_previous();
       }
-      if constexpr (!WHOLE) wgmma_wait_group<0>();  // the next words are made in the same registers
+      if constexpr (!WHOLE) wgmma_wait_group<0>();  // the next left operands use the same registers
       pipeline.advance();
     } while (++k < pass.k_tiles);
     wgmma_wait_group<0>();
@@ -219,7 +219,7 @@ class HopperFoldCta {
 
   DEVICE uint64_t tile_descriptor() const { return k_major(smem_address(smem) + pipeline.stage * Shape::TILE_BYTES); }
 
-  // One tile of A or C, with u or v as they are.
+  // Multiply one tile of A or C by u or v.
   DEVICE void multiply_plain(float (&acc)[MT][BN / 2], const Pass& pass) {
     uint32_t a[MT][STEPS][4];
     if (pass.term == a_term) load_fragments(a, pass.k0, STEPS, f.u, f.C, f.u_aligned);
@@ -238,7 +238,7 @@ class HopperFoldCta {
     pipeline.advance();
   }
 
-  // The number of the c-th after `first`, twice, of the words of its four; zero beyond the last.
+  // Select u of c_begin + c from the lane that loaded it; zero beyond the last c.
   DEVICE void select_u(uint32_t (&u)[MT][2], const uint32_t (&words)[MT][2], int c) const {
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt)
@@ -249,7 +249,7 @@ class HopperFoldCta {
       }
   }
 
-  // Rows from k0 on, zeros beyond `limit`; every `steps` the same again.
+  // Load fragments of rows from k0 on, with zeros beyond `limit`. They repeat after `steps` k-steps.
   template <int COUNT>
   DEVICE void load_fragments(
       uint32_t (&v)[MT][COUNT][4], int k0, int steps, const RowView<T>& rows, int limit, bool aligned) const {
@@ -282,7 +282,7 @@ class HopperFoldCta {
       }
   }
 
-  // float16: a power of two for each row of u, undone at the end.
+  // float16: return the exponent of a row's scale. The scale multiplies u, and the epilogue divides by it.
   DEVICE int row_exponent(int m) const {
     float max_u = 0.f, max_v = 0.f;
     if (m < f.M) {

@@ -1,4 +1,4 @@
-// The instructions that sm_90a adds, under one set of names: PTX, or its emulation on a CPU.
+// Instructions that sm_90a adds: PTX, or the same functions emulated on a CPU.
 #pragma once
 #ifdef FASTHYPER_EMULATED
 #include "hopper_emulated.h"

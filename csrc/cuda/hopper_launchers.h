@@ -1,4 +1,4 @@
-// What library.cu launches where it can: kernels for sm_90a, of bfloat16 and float16.
+// Launchers of the kernels for sm_90a, in bfloat16 and float16.
 #pragma once
 #include "dx_dz.h"
 #include "fold.h"
@@ -7,7 +7,7 @@
 
 namespace fasthyper {
 
-// What of a call these kernels do not do, or null.
+// Return why the kernel does not support a call, or null.
 template <class T>
 const char* hopper_unsupported(const Fold<T>& f);
 template <class T>
@@ -15,7 +15,7 @@ const char* hopper_unsupported(const WeightGrad<T>& f);
 template <class T>
 const char* hopper_unsupported(const DxDz<T>& f);
 
-// y or dx; dH alone; dx and dz.
+// fold: y or dx. weight_grad: only dH. dx_dz: both dx and dz.
 template <class T>
 void launch_hopper(const Fold<T>& f, Stream stream);
 template <class T>

@@ -1,4 +1,5 @@
-// The instructions of sm_90a; hopper_emulated.h has the same names for a CPU. On other parts kernels trap: ONLY.
+// Instructions of sm_90a in PTX. hopper_emulated.h defines the same functions for a CPU. Compiled for another arch, a
+// kernel is a trap: HOPPER_ONLY.
 #pragma once
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -28,12 +29,13 @@ DEVICE uint32_t mul(uint32_t a, uint32_t b, float16) {
 
 DEVICE uint32_t shuffle(uint32_t v, int from) { return __shfl_sync(~0u, v, from); }
 
-// Barriers have phases: one is over when its arrivals have come, and its bytes. Waiting with parity 0 is for the first
-// to be over, with parity 1 for the second, and so on; with parity 1 it is over before the first.
+// An mbarrier has phases. A phase completes when all its arrivals and all its bytes have come. mbarrier_wait with
+// parity 0 waits for the first phase, with parity 1 for the second, and so on. On a new mbarrier, parity 1 returns at
+// once.
 DEVICE void mbarrier_init(Mbarrier* mbarrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(mbarrier)), "r"(arrivals) : "memory");
 }
-// After their initialisation and before others use them, which takes a sync as well.
+// Make initialised mbarriers visible to TMA. Other threads need sync_threads as well.
 DEVICE void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -89,8 +91,8 @@ DEVICE void prefetch_tensormap(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
 }
 
-// By one thread: bring the box that begins at (j, k, l), zeros where that is beyond the tensor; the barrier counts the
-// bytes of the whole box.
+// Load the box that begins at (j, k, l); one thread issues it. Elements out of bounds are zeros, and the mbarrier
+// counts the bytes of the whole box.
 DEVICE void tma_load(void* to, const TensorMap& map, int j, int k, int l, Mbarrier* mbarrier) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
@@ -99,7 +101,7 @@ DEVICE void tma_load(void* to, const TensorMap& map, int j, int k, int l, Mbarri
       : "memory");
 }
 
-// The registers of a warpgroup's threads: some give what others take.
+// Registers per thread of a warpgroup: consumers take what the producer releases.
 template <int REGISTERS>
 DEVICE void setmaxnreg_inc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
@@ -109,8 +111,9 @@ DEVICE void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-// Products run in groups: begin, products, commit; their sums are there, and what they read is free, once the group has
-// been waited for. `settled` then keeps the compiler from reading sums earlier.
+// wgmma runs asynchronously, in groups: wgmma_fence, wgmma, wgmma_commit_group. After wgmma_wait_group the accumulators
+// are valid, and the operands may be overwritten. fence_accumulator keeps the compiler from moving reads of the
+// accumulator before the wait.
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int IN_FLIGHT>
@@ -123,9 +126,9 @@ DEVICE void fence_accumulator(float (&d)[COUNT]) {
   for (int k = 0; k < COUNT; ++k) asm volatile("" : "+f"(d[k])::"memory");
 }
 
-// d (64 rows by N) += a (64 by 16)·b (16 by N), the left operand in registers, or d = or += with both in shared memory.
-// A thread's sums 4·j + e are of row 16·warp + lane/4 + 8·(e/2) and column 8·j + 2·(lane%4) + e%2; its words are those
-// of `mma`, 16 rows to a warp.
+// d (64 by N) += a (64 by 16)·b (16 by N) with a in registers, or d = or += a·b with both operands in shared memory.
+// Element 4·j + e of a thread's accumulator has row 16·warp + lane/4 + 8·(e/2) and column 8·j + 2·(lane%4) + e%2. A
+// warp holds 16 rows of a, as fragments of `mma`.
 #define NAMES_10(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"
 #define NAMES_32 NAMES_10() NAMES_10(1) NAMES_10(2) "%30,%31"
 #define NAMES_64 NAMES_10() NAMES_10(1) NAMES_10(2) NAMES_10(3) NAMES_10(4) NAMES_10(5) "%60,%61,%62,%63"

@@ -1,4 +1,4 @@
-// The kernels of dH for sm_90a, and which calls they are for.
+// Kernels of dH for sm_90a, and the calls that they support.
 #include "hopper_weight_grad.h"
 
 #include "hopper_instructions.h"
@@ -24,13 +24,13 @@ static TmaTensor g_tensor(const WeightGrad<T>& f) {
 
 template <class T>
 const char* hopper_unsupported(const WeightGrad<T>& f) {
-  if (f.M < 1 || f.I < 1 || f.O < 1 || f.R < 1) return "a side is empty";
+  if (f.M < 1 || f.I < 1 || f.O < 1 || f.R < 1) return "an axis is empty";
   if (f.N != 1) return "more than one point";
   if (f.activation != Activation::none) return "an activation";
   if (!f.head.requested() || f.bias.requested() || f.base_weight.requested() || f.base_bias.requested())
     return "other gradients than dH";
   if (f.per_split < 1 || (f.per_split < f.M && (f.per_split % 64 || !f.head.partial)))
-    return "splits are not of a multiple of 64";
+    return "per_split is not a multiple of 64";
   if ((f.R > 1 && f.z.stride != 1) || (f.O > 1 && f.g.stride != 1)) return "a row of z or g is not contiguous";
   if (const char* why = z_tensor(f).unsupported()) return why;
   return g_tensor(f).unsupported();

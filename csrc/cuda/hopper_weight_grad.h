@@ -1,10 +1,10 @@
-// dH for sm_90a: rows (i, r) are the generated left operand, made in registers; the batch is what is summed over.
+// dH for sm_90a. Rows (i, r) of the left operand are generated in registers; the sum is over the batch.
 //
 //     dH[o, i, r] = Σ_m (x[m, i] z[m, r]) g[m, o]
 //
-// A block has four i, two to a warpgroup of consumers, by 64 r and BN o, of a split of the rows m, 64 of which come at
-// a time: z and g as boxes, x, whose strides are free, through the registers of two warps. z is read transposed, by
-// matrices; both i of a warpgroup use it. g, whose o lie side by side, is the right operand as it is.
+// A CTA computes four i, two per consumer warpgroup, by 64 r by BN o, for the rows m of a split. A stage has 64 rows m:
+// TMA loads z and g; two producer warps load x, which may have any strides, through registers. Consumers read z with
+// ldmatrix_trans, once for both i of a warpgroup. g, whose o are contiguous, is the MN-major right operand.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -39,17 +39,17 @@ template <class T, int BN>
 class HopperWeightGradCta {
   using Shape = HopperWeightGradShape<BN>;
   static constexpr int MT = Shape::MT, BATCH = Shape::BATCH, INPUTS = Shape::INPUTS;
-  static constexpr int X_PREFETCH = 4;  // pieces of x that are on their way to registers
+  static constexpr int X_PREFETCH = 4;  // stages of x that are loaded to registers ahead
   static constexpr bool SCALED = std::is_same_v<T, float16>;
   const HopperWeightGrad<T>& params;
   const WeightGrad<T>& f;
   char* const smem;
   Pipeline<Shape::STAGES> pipeline;
   int i0, r0, o0, split, m_begin, m_end, k_tiles;
-  int exponents[INPUTS] = {};  // float16: of the powers of two by which x is multiplied
+  int exponents[INPUTS] = {};  // float16: of the scales of x
 
  public:
-  // Blocks that run together have other i of the same z and g.
+  // CTAs that run at the same time have other i of the same z and g.
   DEVICE HopperWeightGradCta(const HopperWeightGrad<T>& params, char* smem, int cta)
       : params(params),
         f(params.f),
@@ -98,8 +98,8 @@ class HopperWeightGradCta {
     }
   }
 
-  // x of a row m of each piece. Rows lie so that a consumer finds its eight words, m = 16·j + 8·half + 2·(lane%4) and
-  // the next for all j and halves, side by side.
+  // Store x of one row m of each stage. The order of rows makes the eight words of a consumer lane contiguous: those
+  // with m = 16·j + 8·half + 2·(lane%4) and m + 1, for all j and halves.
   DEVICE void produce_x(int row) {
     const int offset = row / 2 % 4 * 16 + row / 8 * 2 + row % 2;
     T prefetched[X_PREFETCH][INPUTS];
@@ -132,7 +132,8 @@ class HopperWeightGradCta {
     return static_cast<T>(static_cast<float>(x) * power_of_two(exponent));
   }
 
-  // Of the largest |x| of each i and |z| of all r of the block, in its rows m.
+  // Find the scale of each i from its largest |x|, and from the largest |z| of all r of the CTA, over the rows of the
+  // split.
   DEVICE void find_exponents() {
     float maxima[INPUTS + 1] = {};
     for (int m = m_begin + thread() / 32; m < m_end; m += Shape::THREADS / 32) {
@@ -192,7 +193,7 @@ class HopperWeightGradCta {
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt) wgmma<true>(acc[mt], a[mt], g + j * MN_MAJOR_STEP, T{});
         wgmma_commit_group();
-        wgmma_wait_group<1>();  // so the group before is over, and with the first of a piece the piece before
+        wgmma_wait_group<1>();  // the previous group is done; after a stage's first group, so is the previous stage
         if (j == 0 && k > 0 && thread() % 32 == 0) pipeline.consumer_release_previous();
       }
       pipeline.advance();

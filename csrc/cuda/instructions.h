@@ -1,4 +1,4 @@
-// The instructions of a GPU, sm_80 and newer, under one set of names: PTX, or its emulation on a CPU.
+// Instructions of sm_80 and newer: PTX, or the same functions emulated on a CPU.
 #pragma once
 #ifdef FASTHYPER_EMULATED
 #include "emulated.h"

@@ -1,4 +1,4 @@
-// What library.cu launches.
+// Launchers of the kernels for sm_80 and newer.
 #pragma once
 #include "dx_dz.h"
 #include "fold.h"
@@ -7,20 +7,20 @@
 
 namespace fasthyper {
 
-// wide: blocks of 128 rows, not 32.
+// wide: CTAs have 128 rows, otherwise 32.
 template <class T>
 void launch_fold(const Fold<T>& f, bool wide, Stream stream);
 
-// dx and dz, and all gradients of parameters.
+// dx and dz, and the gradients of all parameters.
 template <class T>
 void launch_grads(const DxDz<T>& dx_dz, const WeightGrad<T>& weight_grad, bool wide, Stream stream);
 
-// The same where x is what an activation makes of its rows.
+// The same, where an activation applies to x.
 template <class T>
 void launch_active_grads(const DxDz<T>& dx_dz, const WeightGrad<T>& weight_grad, Stream stream);
 
-// Two layers and the activation between them. first.out is what the activation is applied to, second.u; where
-// first.partial is given, its sums are there already, in parts.
+// Two layers and the activation between them. first.out is second.u, to which the activation applies. If first.partial
+// is given, it already holds the partial sums of the first layer.
 template <class T>
 void launch_primary(const Fold<T>& first, const Fold<T>& second, Stream stream);
 

@@ -1,5 +1,5 @@
-// The operators, as fasthyper/backends/cuda calls them. They check nothing that Python has checked: shapes agree, the
-// dtype is one, results are contiguous.
+// The operators of torch that fasthyper/backends/cuda calls. They rely on Python's checks: shapes agree, all tensors
+// have one dtype, results are contiguous.
 #include <string>
 #include <utility>
 
@@ -20,12 +20,12 @@
 
 namespace fasthyper {
 
-// The parameters of a generated layer: H (O, I, R), bias (O, R), W0 (O, I), b0 (O), and what their gradients go to.
+// The parameters of a generated layer, or their gradients: H (O, I, R), bias (O, R), W0 (O, I), b0 (O).
 struct Layer {
   const OptionalTensor &head, &bias, &base_weight, &base_bias;
 };
 
-// Out (B·N, P) of a fold; A, C and d are W0, bias and b0, in forward.
+// Arguments of fold, with out (B·N, P). In forward A, C and d are W0, bias and b0.
 template <class T>
 static Fold<T> fold_of(
     const Tensor& u, const Tensor& v, const T* h, int64_t h_c, int64_t h_k, int64_t h_p, const OptionalTensor& a,
@@ -58,7 +58,7 @@ static Fold<T> fold_of(
       partial, per_split, tf32);
 }
 
-// Whether a kernel for sm_90a does such a call; then it is launched.
+// Launch the kernel for sm_90a if it supports the call; return whether it does.
 template <class T, template <class> class Call>
 static bool try_launch_hopper(const Call<T>& call, Stream stream) {
   if constexpr (sizeof(T) == 2) {
@@ -69,8 +69,8 @@ static bool try_launch_hopper(const Call<T>& call, Stream stream) {
   return false;
 }
 
-// out = fold of u (B, N, C), v (B, K), H (C, K, P), A (P, C), C (P, K), d (P). hopper: by the kernel for sm_90a, if it
-// does such a call, which is what is returned.
+// out = fold of u (B, N, C), v (B, K), H (C, K, P), A (P, C), C (P, K), d (P). hopper: use the kernel for sm_90a if it
+// supports the call; return whether it did.
 static bool fold_op(
     const Tensor& u, const Tensor& v, const Tensor& h, const OptionalTensor& a, const OptionalTensor& c,
     const OptionalTensor& d, Tensor out, const OptionalTensor& partial, int64_t per_split, bool wide, bool hopper,
@@ -90,7 +90,7 @@ static bool fold_op(
   return hopper;
 }
 
-// dx (B, N, I), and dz (B, R) or its parts, (splits, B·N, R).
+// Arguments for dx (B, N, I), and for dz (B, R) or its partial sums (splits, B·N, R).
 template <class T>
 static DxDz<T> dx_dz_of(
     const Tensor& x, const Tensor& z, const Tensor& g, const Layer& layer, const OptionalTensor& dx,
@@ -107,13 +107,13 @@ static DxDz<T> dx_dz_of(
   f.per_split = static_cast<int>(per_split);
   f.g_width = copy_width(f.g), f.z_aligned = copy_width(f.z) >= 4;
   f.h_width = copy_width(f.h, f.h_r, f.h_o, f.h_i), f.bias_width = copy_width(f.bias, f.bias_r, f.bias_o);
-  // Columns of W0 begin where a split does.
+  // Each split begins at a column of W0 that is a multiple of per_split.
   f.base_width = copy_width(f.base, f.base_i, f.base_o, per_split < f.I ? per_split : 0);
   f.tf32 = tf32, f.activation = static_cast<Activation>(activation);
   return f;
 }
 
-// Gradients of what is in `grads`, or parts of all, (splits, numbers of all), which `sums` then adds up.
+// Arguments for the gradients in `grads`, or for their partial sums (splits, elements of all), which `reductions` adds.
 template <class T>
 static WeightGrad<T> weight_grad_of(
     const Tensor& x, const Tensor& z, const Tensor& g, const Layer& grads, const OptionalTensor& partials,
@@ -140,14 +140,14 @@ static WeightGrad<T> weight_grad_of(
   return f;
 }
 
-// How dz (B, R) comes from parts, (splits, B·N, R).
+// The reduction of partial sums (splits, B·N, R) to dz (B, R).
 static Reduction dz_reduction(const Tensor& x, const Tensor& dz, const Tensor& partials) {
   const int64_t B = x.size(0), N = x.size(1), R = dz.size(1);
   return {data<float>(partials), dz.data_ptr(), B, N, R, partials.numel() / (B * N * R), B * N * R};
 }
 
-// All gradients of a layer. hopper: dx and dz, and dH, by kernels for sm_90a, if they do such a call; returned is how
-// many of the two did.
+// All gradients of a layer. hopper: use the kernels for sm_90a for dx and dz, and for dH, if they support the call;
+// return how many of the two ran.
 static int64_t grads_op(
     const Tensor& x, const Tensor& z, const OptionalTensor& h, const OptionalTensor& bias, const OptionalTensor& base,
     const Tensor& g, const OptionalTensor& dx, const OptionalTensor& dz, const OptionalTensor& dz_partials,
@@ -174,8 +174,8 @@ static int64_t grads_op(
   return hopper_launches;
 }
 
-// The generation of parts whose code runs on the current device, 90 of 9.0; of PTX for an older one, that. It throws
-// where there is none for it.
+// Return the compute capability that the code for the current device was compiled for: 90 for 9.0. It is lower than the
+// device's if the code is PTX of an older arch. Throw if there is no code for the device.
 static int64_t generation_op() {
 #ifdef FASTHYPER_EMULATED
   return 90;
@@ -186,7 +186,7 @@ static int64_t generation_op() {
 #endif
 }
 
-// Bytes of shared memory that a block of `grads` takes.
+// Return the bytes of shared memory of a CTA of `grads`.
 static int64_t grads_shared_op(int64_t O, int64_t inputs_per_split, int64_t itemsize, bool dx, bool wide) {
   const auto bytes = [&](auto zero) -> int64_t {
     using T = decltype(zero);
@@ -229,7 +229,8 @@ static int64_t constant_op(std::string name) {
   STD_TORCH_CHECK(false, "no constant is called ", name);
 }
 
-// a (B, N, J) and y (B, N, O) of two layers; `partial`, where the first one's sums come in parts, (splits, B·N, J).
+// a (B, N, J) and y (B, N, O) of two layers. `partial` (splits, B·N, J) is for partial sums of the first layer, if
+// given.
 static void primary_op(
     const Tensor& x, const Tensor& z, const Tensor& h1, const OptionalTensor& bias1, const OptionalTensor& base1,
     const OptionalTensor& b1, const Tensor& h2, const OptionalTensor& bias2, const OptionalTensor& base2,
@@ -247,8 +248,8 @@ static void primary_op(
   });
 }
 
-// All gradients of both layers. da (B, N, J): that of a; dz_parts (1 + splits, B·N, R): dz of the second layer, then of
-// the first; parts1 and parts2 as in `grads`.
+// All gradients of both layers. da (B, N, J) is the gradient of a. dz_partials (1 + splits, B·N, R) holds dz of the
+// second layer, then of the first. partials1 and partials2 are as in `grads`.
 static void primary_grads_op(
     const Tensor& x, const Tensor& z, const Tensor& h1, const OptionalTensor& bias1, const OptionalTensor& base1,
     const Tensor& h2, const OptionalTensor& bias2, const OptionalTensor& base2, const Tensor& a, const Tensor& g,
@@ -280,7 +281,7 @@ static void primary_grads_op(
 
 }  // namespace fasthyper
 
-// The macros take names as they stand: one level more expands them.
+// torch's macros do not expand their arguments; one more level of macros does.
 #define LIBRARY(ns, m) STABLE_TORCH_LIBRARY(ns, m)
 #define LIBRARY_IMPL(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)
 

@@ -1,4 +1,4 @@
-// Numbers of the three dtypes, two or one to a word of 32 bits, which is what the matrix units take.
+// The three dtypes, and 32-bit words of one or two elements: the registers that mma reads.
 #pragma once
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -13,11 +13,11 @@ namespace fasthyper {
 using bfloat16 = torch::headeronly::BFloat16;
 using float16 = torch::headeronly::Half;
 
-// Numbers in a word.
+// Elements in a 32-bit word.
 template <class T>
 constexpr int per_word = 4 / sizeof(T);
 
-// A step of the matrix units takes 32 bytes of a row: 16 or 8 numbers. A tile's row holds four steps.
+// One k-step, an mma instruction, reads 32 bytes of a row: 16 or 8 elements. A row of a tile holds four k-steps.
 template <class T>
 constexpr int per_step = 8 * per_word<T>;
 constexpr int STEPS = 4, ROW_BYTES = 32 * STEPS;
@@ -39,7 +39,7 @@ INLINE float as_float(uint32_t word) {
   return v;
 }
 
-// The number in the low (0) or high (1) half of a word, and words of two numbers.
+// Read the element in the low (0) or high (1) half of a word; pack two elements into a word.
 INLINE float unpack(uint32_t word, int high, bfloat16) { return as_float(high ? word & 0xffff0000u : word << 16); }
 INLINE float unpack(uint32_t word, int high, float16) {
   return static_cast<float>(float16(static_cast<uint16_t>(high ? word >> 16 : word & 0xffff), float16::from_bits()));

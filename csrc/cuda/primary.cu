@@ -1,10 +1,9 @@
-// A generated primary of two layers: a block takes its rows through both, and nothing waits for another block.
+// A generated primary of two layers. A CTA computes its rows of both, so that no CTA waits for another.
 //
 //     a = x (H1 z + W1)ᵀ + bias1 z + b1          y = σ(a) (H2 z + W2)ᵀ + bias2 z + b2
 //
-// Where x has many features and the batch few rows, the sums of the first layer come in parts from `fold`, and are
-// added here. Backward is grads of the second layer, in which x is σ(a) and dx the gradient of a, then grads of the
-// first.
+// If x has many features and the batch few rows, `fold` computes partial sums of the first layer, and this kernel adds
+// them. Backward is grads of the second layer, where x is σ(a) and dx the gradient of a, then grads of the first.
 #include "fold.h"
 #include "grads.h"
 #include "instructions.h"
@@ -12,10 +11,10 @@
 
 namespace fasthyper {
 
-// What the first layer comes to in this block's rows: added up, where it came in parts.
+// Add the partial sums of the first layer for the rows of this CTA.
 template <class T>
 DEVICE void add_partials(const Fold<T>& f, int m0, int rows, int threads) {
-  constexpr int LANES = 8;  // to a sum, each with every eighth part
+  constexpr int LANES = 8;  // per sum: each adds every eighth partial sum
   const int splits = cdiv(f.C, f.per_split), lane = thread() % LANES;
   const int64_t size = static_cast<int64_t>(f.M) * f.P;
   const int here = least(rows, f.M - m0) * f.P;
@@ -45,7 +44,7 @@ primary(const GRID_CONSTANT Fold<T> first, const GRID_CONSTANT Fold<T> second, c
   const int m0 = cta_x() * Shape::BM;
   if (first.partial) add_partials(first, m0, Shape::BM, Shape::THREADS);
   else run_layer<T, Shape, false>(first, m0, stages);
-  sync_threads();  // the second reads what the first wrote
+  sync_threads();  // the second layer reads the output of the first
   run_layer<T, Shape, true>(second, m0, stages);
 }
 

@@ -1,4 +1,4 @@
-// The instructions of a GPU, sm_80 and newer, as PTX; emulated.h has the same names for a CPU.
+// Instructions of sm_80 and newer in PTX. emulated.h defines the same functions for a CPU.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -23,8 +23,8 @@ DEVICE int cta_y() { return blockIdx.y; }
 DEVICE int cta_z() { return blockIdx.z; }
 DEVICE int grid_x() { return gridDim.x; }
 
-// The same number, unknown to the compiler: what depends on it is computed where it is used, or registers would keep it
-// through the loops around.
+// Return v, and hide its value from the compiler. Expressions of it are then computed where they are used; otherwise
+// the compiler hoists them out of loops and keeps them in registers.
 DEVICE int opaque(int v) {
   asm volatile("" : "+r"(v));
   return v;
@@ -41,23 +41,22 @@ DEVICE void sync_threads() { __syncthreads(); }
 
 DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
 
-// Numbers rounded to ten bits.
+// Round to TF32, which has ten bits of mantissa.
 DEVICE uint32_t to_tf32(float v) {
   uint32_t word;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(word) : "f"(v));
   return word;
 }
 
-// Products of the numbers in two words.
+// Multiply the elements of two words.
 DEVICE uint32_t mul(uint32_t a, uint32_t b, bfloat16) {
-  uint32_t d;  // sm_80 has no product of bfloat16, and a·b - 0 is rounded like it
+  uint32_t d;  // sm_80 has no bfloat16 mul; fma of a·b - 0 rounds in the same way
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
   return d;
 }
 DEVICE uint32_t mul(uint32_t a, uint32_t b, float) { return __float_as_uint(__uint_as_float(a) * __uint_as_float(b)); }
 
-// BYTES (4, 8 or 16, aligned so) from global to shared memory, on the way while the thread goes on: `valid` of them,
-// and zeros.
+// Copy BYTES (4, 8 or 16, with that alignment) asynchronously from global to shared memory: `valid` bytes, then zeros.
 template <int BYTES>
 DEVICE void cp_async(void* to, const void* from, int valid) {
   if constexpr (BYTES == 16)
@@ -74,8 +73,8 @@ DEVICE void cp_async_wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(IN_FLIGHT) : "memory");
 }
 
-// Four matrices of 8 rows of 16 bytes: lane l names row l % 8 of matrix l / 8, and gets word l % 4 of row l / 4 of
-// each; transposed, the 16-bit numbers (2·(l % 4), l / 4) and (2·(l % 4) + 1, l / 4).
+// Load four matrices of 8 rows of 16 bytes. Lane l passes the address of row l % 8 of matrix l / 8, and receives word
+// l % 4 of row l / 4 of each matrix; transposed, the 16-bit elements (2·(l % 4), l / 4) and (2·(l % 4) + 1, l / 4).
 DEVICE void ldmatrix(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -89,7 +88,8 @@ DEVICE void ldmatrix_trans(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
-// d += a·b: 16 rows by a step, a step by 8 columns; the dtype is that of the operands, float meaning TF32.
+// d += a·b, with a of 16 rows and b of 8 columns, over one k-step. The last argument is the dtype of a and b; float is
+// TF32.
 DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bfloat16) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -112,8 +112,8 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
-// Let a kernel have as much shared memory as a block may, once for a device: to lower it again could fail another
-// thread's launch.
+// Set a kernel's shared memory limit to the maximum of a CTA, once per device. A lower limit, set later, could make a
+// launch of another thread fail.
 inline void allow_max_smem(const void* kernel) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> done;
@@ -126,7 +126,7 @@ inline void allow_max_smem(const void* kernel) {
   done.insert({kernel, device});
 }
 
-// Run a kernel on a stream of the current device.
+// Launch a kernel on a stream of the current device.
 template <class... Parameters, class... Arguments>
 void launch(
     void (*kernel)(Parameters...), Grid grid, int threads, int smem_bytes, Stream stream, const Arguments&... given) {

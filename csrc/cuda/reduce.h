@@ -1,4 +1,6 @@
-// The second stage of a sum in parts: they are added in order, so that the same inputs give the same bits.
+// Adds partial sums. Their order is fixed, so that the same inputs give the same bits.
+//
+//     out[row, column] = Σ over splits and terms of partials[split, row, term, column]
 #pragma once
 #include <cstdint>
 
@@ -6,7 +8,6 @@
 
 namespace fasthyper {
 
-// out[row, column] = Σ over splits and terms of in[split, row, term, column]
 struct Reduction {
   const float* partials;
   void* out;
@@ -16,7 +17,7 @@ struct Reduction {
 };
 
 struct Reductions {
-  static constexpr int MAX_COUNT = 9, THREADS = 256, IN_FLIGHT = 8;  // parts of a sum on their way together
+  static constexpr int MAX_COUNT = 9, THREADS = 256, IN_FLIGHT = 8;  // partial sums that a thread loads at once
   Reduction items[MAX_COUNT] = {};
   int count = 0;
 

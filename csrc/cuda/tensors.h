@@ -1,4 +1,4 @@
-// From torch's tensors, by its stable ABI, to what kernels take.
+// Conversions from tensors of torch's stable ABI to arguments of kernels.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -32,7 +32,7 @@ T* data(const OptionalTensor& t) {
 
 inline int size(const Tensor& t, int axis) { return static_cast<int>(t.size(axis)); }
 
-// x or g, (B, N, I), or z, (B, R): its points are one.
+// x or g, (B, N, features), or z, (B, R), whose rows all points share.
 template <class T>
 RowView<T> row_view(const Tensor& t) {
   const bool points = t.dim() == 3;
@@ -46,7 +46,7 @@ int copy_width(const RowView<T>& view) {
 
 inline int64_t stride(const OptionalTensor& t, int axis) { return t ? t->stride(axis) : 0; }
 
-// The device of a tensor made the current one, and its current stream.
+// Makes the device of a tensor the current one, and returns its current stream.
 class DeviceScope {
 #ifdef FASTHYPER_EMULATED
  public:
@@ -67,7 +67,7 @@ class DeviceScope {
 #endif
 };
 
-// Call with a number of the dtype of t.
+// Call with a zero of the dtype of t.
 template <class Call>
 void dispatch_dtype(const Tensor& t, Call call) {
   using torch::headeronly::ScalarType;

@@ -1,5 +1,5 @@
-// Tiles in shared memory: rows of 128 bytes, four steps of the matrix units, whose chunks of 16 bytes are swizzled so
-// that reading one column of eight rows meets every bank once.
+// Tiles in shared memory: rows of 128 bytes, four k-steps. Their 16-byte chunks are swizzled, so that reading one
+// column of eight rows has no bank conflicts.
 #pragma once
 #include <cstdint>
 
@@ -9,12 +9,12 @@
 
 namespace fasthyper {
 
-// Where a chunk of a row lies.
+// Return the offset of a chunk of a row.
 INLINE int swizzled(int row, int chunk) { return row * ROW_BYTES + ((chunk ^ (row & 7)) << 4); }
 
 template <class T, int WIDTH, class SpanAt>
 DEVICE void copy_tile(char* tile, int rows, int steps, int rank, int threads, SpanAt span_at) {
-  constexpr int units = 32 / WIDTH;  // of a step
+  constexpr int units = 32 / WIDTH;  // of a k-step
 #pragma unroll 1
   for (int k = rank; k < rows * steps * units; k += threads) {
     const int unit = k % units, at = k / units, step = at % steps, row = at / steps;
@@ -26,8 +26,8 @@ DEVICE void copy_tile(char* tile, int rows, int steps, int rank, int threads, Sp
   }
 }
 
-// Bring a tile: source(row, step) gives the span that a step of a row begins, its numbers `stride` apart. What is wide
-// enough is on the way when this returns.
+// Load a tile. span_at(row, step) returns the span that begins with a k-step of a row; its elements are `stride` apart.
+// Contiguous copies of four bytes or more are asynchronous: they need a commit and a wait.
 template <class T, class SpanAt>
 DEVICE void load_tile(
     char* tile, int rows, int steps, int width, int64_t stride, int rank, int threads, SpanAt span_at) {
@@ -43,8 +43,8 @@ DEVICE void load_tile(
   }
 }
 
-// A thread's share of a tile whose rows are read 16 bytes at a time: the same chunks of every tile, so that what is
-// known of them is worked out once.
+// The k-th 16-byte chunk of a tile that a thread copies. It is the same chunk in every tile, so that its address is
+// computed once.
 template <class T, int THREADS>
 struct CopySlot {
   static constexpr int NUMBERS = 16 / sizeof(T);
@@ -53,15 +53,16 @@ struct CopySlot {
   DEVICE explicit CopySlot(int k)
       : row((thread() + k * THREADS) / 8), chunk(thread() % 8), offset(swizzled(row, thread() % 8)) {}
   DEVICE int step() const { return chunk / 2; }
-  DEVICE int column() const { return chunk % 2 * NUMBERS; }  // in its step
-  // `count` of the numbers that begin at `from`.
+  DEVICE int column() const { return chunk % 2 * NUMBERS; }  // in its k-step
+  // Copy `count` elements that begin at `from`, at most a chunk, and fill the rest with zeros.
   DEVICE void copy(char* tile, const T* from, int count) const {
     cp_async<16>(tile + offset, from, count <= 0 ? 0 : least(count, NUMBERS) * static_cast<int>(sizeof(T)));
   }
 };
 
-// The words of a step as a warp's lanes hold them. Left: 16 rows. Right: 16 columns, words 0 and 1 of the first eight,
-// 2 and 3 of the others. Here the tile's rows are rows of the left or columns of the right operand ...
+// Load the fragment of one k-step. A left fragment has 16 rows. A right fragment has 16 columns: words 0 and 1 are of
+// the first eight, words 2 and 3 of the others. The rows of the tile are rows of the left or columns of the right
+// operand.
 DEVICE void load_left_fragment(uint32_t (&w)[4], const char* tile, int row0, int step, int lane) {
   ldmatrix(w, tile + swizzled(row0 + lane % 16, 2 * step + lane / 16));
 }
@@ -69,7 +70,7 @@ DEVICE void load_right_fragment(uint32_t (&w)[4], const char* tile, int row0, in
   ldmatrix(w, tile + swizzled(row0 + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
 }
 
-// ... and here the tile's rows are what is summed over: rows k0 and on, for columns j0 to j0 + 15 of the tile.
+// Load a fragment of a tile whose rows are k, the summed axis: rows from k0 on, columns j0 to j0 + 15 of the tile.
 template <class T>
 DEVICE uint32_t swizzled_word(const char* tile, int row, int column) {
   return *reinterpret_cast<const uint32_t*>(tile + swizzled(row, column / 4) + column % 4 * 4);

@@ -1,4 +1,4 @@
-// Views of tensors in global memory: rows that are read, and where results go.
+// Views of tensors in global memory: rows to read, and outputs to write.
 #pragma once
 #include <cstdint>
 
@@ -6,7 +6,7 @@
 
 namespace fasthyper {
 
-// Rows m = (b, n) of x and g, or of z with a point stride of zero.
+// Rows m = (b, n) of x and g, or of z with a point stride of zero. `stride` is that between elements of a row.
 template <class T>
 struct RowView {
   const T* data;
@@ -17,14 +17,15 @@ struct RowView {
   }
 };
 
-// `count` numbers of a row; none, where it is not there.
+// `count` elements of a row; zero or less, where nothing is to be read.
 template <class T>
 struct Span {
   const T* first;
   int count;
 };
 
-// The word of numbers `column` and what follows it in a span; zeros beyond it. aligned: words may be read as such.
+// Return the word that begins with element `column` of a span; elements beyond its end are zero. aligned: a word may be
+// read with one instruction.
 template <class T>
 DEVICE uint32_t word_at(Span<T> span, int column, int64_t stride, bool aligned) {
   if constexpr (per_word<T> == 1) {
@@ -36,8 +37,8 @@ DEVICE uint32_t word_at(Span<T> span, int column, int64_t stride, bool aligned) 
   }
 }
 
-// Bytes that can be read at a time where rows begin at multiples of `strides` and their numbers lie side by side: 16,
-// 8, 4, or those of a number.
+// Return how many bytes one copy may read, where rows begin at multiples of `strides`: 16, 8, 4, or those of an
+// element. Elements that are not contiguous are read one by one.
 template <class T, class... Strides>
 int copy_width(const T* data, int64_t stride, Strides... strides) {
   if (data == nullptr || stride != 1) return sizeof(T);
@@ -46,14 +47,14 @@ int copy_width(const T* data, int64_t stride, Strides... strides) {
   return sizeof(T);
 }
 
-// Whether 31 bits lead to every number of rows of `count`.
+// Return whether int32 offsets reach every element of rows of `count` elements.
 template <class T>
 bool fits_int32(const RowView<T>& view, int M, int N, int64_t count) {
   const int64_t row = (M / N - 1) * view.instance_stride + (N - 1) * view.point_stride;
   return row + (count - 1) * view.stride < int64_t(1) << 31;
 }
 
-// Where a result goes: to the tensor, or as a float32 part of it, one split after another.
+// Where a result is stored: in the tensor, or as float32 partial sums, one split after another.
 template <class T>
 struct Output {
   T* out;

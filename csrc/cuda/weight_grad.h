@@ -1,10 +1,10 @@
-// The gradients of all parameters: rows (i, r) are the generated left operand, the batch is what is summed over.
+// Gradients of all parameters. Rows (i, r) of the left operand are generated; the sum is over the batch.
 //
 //     dH[o, i, r]  = Σ_m (x[m, i] z[m, r]) g[m, o]             m = (b, n)
 //     dbias[o, r], dW0[o, i], db0[o]                           the same with one for x, for z, for both
 //
-// A block has four i, a tile's row of R and one of O, of a split of the rows m; its warps are four by two halves of the
-// row of R. i = I stands for the one in the place of x, the tile after the last of R for the one in that of z.
+// A CTA computes four i by per_row of R by per_row of O, for the rows m of a split. Its warps are four, one per i, by
+// two halves of the r. i = I stands for x = 1, and the r tile after the last for z = 1.
 #pragma once
 #include <cstdint>
 
@@ -20,8 +20,8 @@ namespace fasthyper {
 template <class T>
 struct WeightGrad {
   RowView<T> x, z, g;
-  Output<T> head, bias, base_weight, base_bias;  // (O, I, R), (O, R), (O, I), (O), splits before; or null
-  int64_t partial_stride;                        // from split to split, of all four
+  Output<T> head, bias, base_weight, base_bias;  // (O, I, R), (O, R), (O, I), (O), or partial sums; or null
+  int64_t partial_stride;                        // between splits of the partial sums of all four
   int M, N, I, O, R, per_split;
   int z_width, g_width;
   bool tf32;
@@ -38,7 +38,7 @@ struct WeightGrad {
 template <class T>
 struct WeightGradShape {
   static constexpr int WI = 4, HALVES = 2, THREADS = 32 * WI * HALVES, STAGES = 4;
-  static constexpr int MT = per_row<T> / 16 / HALVES, NT = per_row<T> / 8, BATCH = per_row<T>;  // rows m at a time
+  static constexpr int MT = per_row<T> / 16 / HALVES, NT = per_row<T> / 8, BATCH = per_row<T>;  // rows m per stage
   static constexpr int TILE_BYTES = BATCH * ROW_BYTES, X_BYTES = WI * BATCH * sizeof(T),
                        STAGE_BYTES = 2 * TILE_BYTES + X_BYTES;
   static constexpr int SMEM_BYTES = STAGES * STAGE_BYTES;
@@ -69,7 +69,7 @@ class WeightGradCta {
   DEVICE void run() {
     const int k_tiles = cdiv(m_end - m_begin, Shape::BATCH);
     float acc[Shape::MT][Shape::NT][4] = {};
-    // x comes through a register: it is stored one piece later than it was sent for.
+    // x goes through a register, and is stored to shared memory one stage after its load.
     T next_x = load_x(0);
     for (int k = 0; k < Shape::STAGES - 1; ++k) {
       load_stage(k, k_tiles);
@@ -109,7 +109,7 @@ class WeightGradCta {
     cp_async_commit_group();
   }
 
-  // A thread's number of x of a piece, if it has one: input thread / BATCH, row thread % BATCH.
+  // Load this thread's element of x for a k-tile: input thread / BATCH, row thread % BATCH.
   DEVICE T load_x(int k_tile) const {
     const int i = i0 + rank / Shape::BATCH, m = m_begin + k_tile * Shape::BATCH + rank % Shape::BATCH;
     if (rank >= Shape::WI * Shape::BATCH || m >= m_end || i > f.I) return T(0.f);
@@ -129,7 +129,7 @@ class WeightGradCta {
     const uint32_t* const x =
         reinterpret_cast<const uint32_t*>(stage + 2 * Shape::TILE_BYTES + wi * Shape::BATCH * sizeof(T));
     if (i0 + wi >= f.inputs()) return;
-    const int lane = opaque(this->lane);  // there are no registers to keep addresses
+    const int lane = opaque(this->lane);  // no registers are free for addresses
 #pragma unroll
     for (int j = 0; j < STEPS; ++j) {
       const int m = j * per_step<T>;

@@ -126,7 +126,7 @@ def test_a_race_gives_no_numbers(shown, kernel):
     [
         ("misaligned", "a copy from a misaligned address"),
         ("outside", "an address outside of shared memory"),
-        ("deadlock", "deadlock: a thread waits for the block's barrier"),
+        ("deadlock", "deadlock: a thread waits for the CTA's barrier"),
         ("parted", "deadlock"),
     ],
 )
