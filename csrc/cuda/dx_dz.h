@@ -200,7 +200,7 @@ class DxDzCta {
     for (int k = 0; k < cdiv(Shape::DEPTH * 8, Shape::THREADS); ++k) {
       const CopySlot<T, Shape::THREADS> slot(k);
       if (slot.row >= rows) break;
-      const int r = coord.r0 + slot.chunk * slot.NUMBERS, o = coord.o0 + slot.row;
+      const int r = coord.r0 + slot.chunk * slot.ELEMENTS, o = coord.o0 + slot.row;
       const T* const from = f.h + o * f.h_o + coord.i0 * f.h_i + r;
 #pragma unroll 1
       for (int w = 0; w < Shape::WI; ++w) slot.copy(to + w * rows * ROW_BYTES, from + w * f.h_i, o < f.O ? f.R - r : 0);

@@ -47,16 +47,16 @@ DEVICE void load_tile(
 // computed once.
 template <class T, int THREADS>
 struct CopySlot {
-  static constexpr int NUMBERS = 16 / sizeof(T);
+  static constexpr int ELEMENTS = 16 / sizeof(T);
   int row, chunk, offset;
 
   DEVICE explicit CopySlot(int k)
       : row((thread() + k * THREADS) / 8), chunk(thread() % 8), offset(swizzled(row, thread() % 8)) {}
   DEVICE int step() const { return chunk / 2; }
-  DEVICE int column() const { return chunk % 2 * NUMBERS; }  // in its k-step
+  DEVICE int column() const { return chunk % 2 * ELEMENTS; }  // in its k-step
   // Copy `count` elements that begin at `from`, at most a chunk, and fill the rest with zeros.
   DEVICE void copy(char* tile, const T* from, int count) const {
-    cp_async<16>(tile + offset, from, count <= 0 ? 0 : least(count, NUMBERS) * static_cast<int>(sizeof(T)));
+    cp_async<16>(tile + offset, from, count <= 0 ? 0 : least(count, ELEMENTS) * static_cast<int>(sizeof(T)));
   }
 };
 
