@@ -1,4 +1,4 @@
-"""Every kernel of csrc/cuda compiles for every generation of parts, clean, with no GPU at hand."""
+"""Every kernel of csrc/cuda compiles for every arch without spills, stack or warnings. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
-import cuda_report
-from cuda_report import PARTS, SOURCES, Kernel
+import resource_usage
+from resource_usage import ARCHS, SOURCES, Kernel
 
-pytestmark = pytest.mark.skipif(cuda_report.missing() is not None, reason=str(cuda_report.missing()))
+pytestmark = pytest.mark.skipif(resource_usage.missing() is not None, reason=str(resource_usage.missing()))
 
 
 @pytest.fixture
-def report(request):
-    """Reports, kept from one run to the next for as long as nothing changes that they are of."""
-    cache = request.config.cache.mkdir("cuda_report")
-    return lambda *args: cuda_report.report(*args[:2], cache, *args[2:])
+def usage_of(request):
+    """Return the resource usage of a file, cached between runs until the sources change."""
+    cache = request.config.cache.mkdir("resource_usage")
+    return lambda *args: resource_usage.resource_usage(*args[:2], cache, *args[2:])
 
 
 def _files():
-    """All but the libraries, which have no kernels."""
+    """Return all files with kernels, for each arch."""
     files = [path for path in sorted(SOURCES.glob("*.cu")) if not path.stem.endswith("library")]
-    return [pytest.param(path, part, id=f"{path.stem}-{part}") for path in files for part in PARTS]
+    return [pytest.param(path, arch, id=f"{path.stem}-{arch}") for path in files for arch in ARCHS]
 
 
-@pytest.mark.parametrize(("source", "part"), _files())
-def test_every_kernel_is_clean(source, part, report):
-    made = report(source, part)
-    assert made.kernels or (source.stem.startswith("hopper") and part != "sm_90a")
-    faults = made.faults(part)
+@pytest.mark.parametrize(("source", "arch"), _files())
+def test_every_kernel_is_clean(source, arch, usage_of):
+    usage = usage_of(source, arch)
+    assert usage.kernels or (source.stem.startswith("hopper") and arch != "sm_90a")
+    faults = usage.faults(arch)
     assert not faults, "\n".join(faults)
 
 
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(128) clean(float* x) { x[threadIdx.x] *= 2; }
 
 __global__ void unbound(float* x) { x[threadIdx.x] *= 2; }
 
-// More than there are registers for, wanted twice, after all have read.
+// Needs more registers than there are, as all values are loaded before a barrier and used after it.
 __global__ void __launch_bounds__(1024) spills(float* x) {
   float v[100];
 #pragma unroll
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(1024) spills(float* x) {
   for (int i = 0; i < 100; ++i) x[i * 1024 + threadIdx.x] = v[(i + 37) % 100] * v[i];
 }
 
-// Indexed by what is known only as it runs.
+// An array indexed at run time.
 __global__ void __launch_bounds__(128) stack(float* x, const int* at, int n) {
   float v[32] = {};
   for (int i = 0; i < n; ++i) v[at[i] & 31] += x[i];
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(128) hopper_fold(float* x) { x[threadIdx.x] *=
 }
 """
 
-# A product whose sums are touched before it is waited for, and registers given back by a kernel that never got any.
+# The accumulators are changed before the wait, and setmaxnreg is used without a limit of registers.
 SERIAL = """
 __global__ void __launch_bounds__(128) hopper_serial(float* out, unsigned long a, unsigned long b, int n) {
   float d[4] = {};
@@ -86,38 +86,38 @@ __global__ void __launch_bounds__(128) hopper_serial(float* out, unsigned long a
 """
 
 
-def test_faults_are_seen(report, tmp_path):
+def test_faults_are_seen(usage_of, tmp_path):
     toys = tmp_path / "toys.cu"
     toys.write_text(TOYS)
-    made = report(toys, "sm_90a")
-    faults = {kernel.name: kernel.faults() for kernel in made.kernels}
-    assert made.told == ()
+    usage = usage_of(toys, "sm_90a")
+    faults = {kernel.name: kernel.faults() for kernel in usage.kernels}
+    assert usage.warnings == ()
     assert faults["clean"] == []
     assert faults["unbound"] == ["has no launch bound"]
     assert any("spills" in fault for fault in faults["spills"])
     assert any("stack" in fault for fault in faults["stack"])
     assert faults["fold"] == ["has no HMMA"]
     assert faults["hopper_fold"] == ["has no HGMMA"]
-    assert sum("hopper" in fault for fault in made.faults("sm_90a")) == 1
-    assert not any("hopper" in fault for fault in made.faults("sm_80"))
-    assert report(toys, "sm_90a") == made  # as kept
+    assert sum("hopper" in fault for fault in usage.faults("sm_90a")) == 1
+    assert not any("hopper" in fault for fault in usage.faults("sm_80"))
+    assert usage_of(toys, "sm_90a") == usage  # from the cache
 
 
-def test_warnings_of_ptxas_are_seen(report, tmp_path):
+def test_warnings_of_ptxas_are_seen(usage_of, tmp_path):
     serial = tmp_path / "serial.cu"
     serial.write_text(SERIAL)
-    made = report(serial, "sm_90a")
-    (kernel,) = made.kernels
+    usage = usage_of(serial, "sm_90a")
+    (kernel,) = usage.kernels
     assert kernel.faults() == []
     assert "HGMMA" in kernel.instructions
-    assert any("setmaxnreg" in line for line in made.told)
-    assert any("serialized" in line for line in made.told)
-    assert set(made.told) <= set(made.faults("sm_90a"))
+    assert any("setmaxnreg" in line for line in usage.warnings)
+    assert any("serialized" in line for line in usage.warnings)
+    assert set(usage.warnings) <= set(usage.faults("sm_90a"))
 
 
 def test_too_many_registers_are_seen():
     kernel = Kernel("reduce", "reduce", 168, 512, 0, 0, 0, ())
     assert kernel.faults() == ["takes 168 registers for each of 512 threads"]
     assert kernel._replace(threads=384).faults() == []
-    # Counted, but nothing is left of it in the code.
+    # ptxas counts a spill, but the code has none.
     assert kernel._replace(threads=128, spilled=8).faults() == []
