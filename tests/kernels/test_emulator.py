@@ -1,4 +1,4 @@
-"""What proves the CUDA kernels without a GPU: the emulator runs what is right, and sees what is not."""
+"""The emulator, which tests the CUDA kernels without a GPU: it runs correct kernels, and reports faulty ones."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch.utils.cpp_extension import include_paths
 CSRC = Path(__file__).parents[2] / "csrc" / "cuda"
 pytestmark = [
     pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler"),
-    pytest.mark.skipif(not CSRC.exists(), reason="the sources are not here"),
+    pytest.mark.skipif(not CSRC.exists(), reason="there are no sources"),
 ]
 
-# Every kernel gets 64 threads and an array of as many numbers; main prints what each comes to, or why it fails.
+# Each kernel has 64 threads and gets 64 numbers; main prints a weighted sum of its results, or its error.
 SOURCE = r"""
 #include <cstdio>
 #include "instructions.h"
@@ -55,7 +55,7 @@ KERNEL(64, 1) deadlock(float* out, float*) {
   if (thread() != 7) sync_threads();
   out[thread()] = 1.f;
 }
-KERNEL(64, 1) parted(float* out, float* in) {
+KERNEL(64, 1) diverged(float* out, float* in) {
   if (thread() % 2)
     out[thread()] = shuffle_xor(in[thread()], 1);
   else
@@ -82,7 +82,7 @@ static void show(const char* name, void (*kernel)(float*, float*)) {
 
 static void show_all() {
   SHOW(neighbours), SHOW(without_barrier), SHOW(copied), SHOW(copied_and_not_waited_for), SHOW(misaligned);
-  SHOW(outside), SHOW(deadlock), SHOW(parted), SHOW(exchanged);
+  SHOW(outside), SHOW(deadlock), SHOW(diverged), SHOW(exchanged);
 }
 
 }  // namespace fasthyper
@@ -93,7 +93,7 @@ int main() { fasthyper::show_all(); }
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory) -> dict[str, set[str]]:
-    """What every kernel printed."""
+    """Return the lines that each kernel printed."""
     folder = tmp_path_factory.mktemp("emulator")
     (folder / "toy.cpp").write_text(SOURCE)
     flags = [flag for path in include_paths() for flag in ("-I", path)]
@@ -127,7 +127,7 @@ def test_a_race_gives_no_numbers(shown, kernel):
         ("misaligned", "a copy from a misaligned address"),
         ("outside", "an address outside of shared memory"),
         ("deadlock", "deadlock: a thread waits for the CTA's barrier"),
-        ("parted", "deadlock"),
+        ("diverged", "deadlock"),
     ],
 )
 def test_a_fault_is_an_error(shown, kernel, message):

@@ -1,6 +1,6 @@
-"""The kernels for sm_90a: sizes of no tile, tails, splits, and what must not be touched.
+"""The kernels for sm_90a: partial tiles, splits, strides, and memory that they must not use.
 
-On a GPU where the suite runs on one, else by the emulator of csrc/cuda.
+The tests run on a GPU if FASTHYPER_TEST_DEVICE names one, otherwise with the emulator of csrc/cuda.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ def _normal(seed, *sizes, dtype, scale=1.0):
 
 
 def _close(result, expected, products, dtype):
-    """Each product and the result are rounded once, and the sum of products has their size."""
+    """Assert that errors are those of rounding each product and the result once."""
     eps = torch.finfo(dtype).eps
     scale = expected.abs().max().item() + 1e-30
     assert torch.isfinite(result).all()
     assert (result.double() - expected).abs().max().item() <= 4 * eps * scale, products
 
 
-def _fold(u, v, h, a=None, c=None, d=None, per_split=None, fits=True):
-    """Return (M, P) as the kernel has it, for H as (C, K, P); where a call does not fit, as another kernel has it."""
+def _fold(u, v, h, a=None, c=None, d=None, per_split=None, supported=True):
+    """Return fold (M, P) for H (C, K, P); another kernel computes it if that for sm_90a does not support the call."""
     B, N, C = u.shape
     P = h.shape[2]
     per_split = per_split or C
     out = torch.full((B * N, P), math.nan, dtype=u.dtype)
     splits = -(-C // per_split)
     partial = torch.full((splits, B * N, P), math.nan) if splits > 1 else None
-    assert OPS.fold(u, v, h, a, c, d, out, partial, per_split, True, True, False) == fits
+    assert OPS.fold(u, v, h, a, c, d, out, partial, per_split, True, True, False) == supported
     return out
 
 
@@ -73,7 +73,7 @@ def _expected_fold(u, v, h, a=None, c=None, d=None):
 
 
 def _head(seed, C, K, P, dtype, pad=None):
-    """H(c, k, p) with k contiguous: of (P, C, K), rows of k padded to a multiple of eight."""
+    """Return H (C, K, P) with k contiguous, where rows of k are padded to a multiple of eight."""
     pad = pad or -(-K // 8) * 8
     return _normal(seed, P, C, pad, dtype=dtype)[:, :, :K].permute(1, 2, 0)
 
@@ -90,7 +90,7 @@ FOLDS = {  # B, N, C, K, P, per_split
     "small_16": (50, 1, 19, 16, 60, None),
     "small_32": (50, 1, 13, 32, 72, None),
     "small_splits": (50, 2, 21, 16, 72, 8),
-    "three_tiles_a_block": (520, 1, 2, 24, 72, None),
+    "three_tiles_per_cta": (520, 1, 2, 24, 72, None),
 }
 
 
@@ -118,7 +118,7 @@ def test_fold_with_all_terms(sizes, dtype):
 
 
 def test_fold_of_the_gradient_of_x_and_of_slices():
-    """H as dx takes it, (o, r, i) of (O, I, R); u and v that cannot be read in words."""
+    """H is permuted as for dx, (o, r, i) of (O, I, R); u and v are not aligned to words."""
     dtype = torch.bfloat16
     B, O, inner, R = 30, 13, 19, 32
     weight = _normal(1, O, inner, R, dtype=dtype)
@@ -129,7 +129,7 @@ def test_fold_of_the_gradient_of_x_and_of_slices():
 
 
 def test_fold_in_float16_keeps_its_range():
-    """Products beyond 65504 and below 6e-8 whose sums are numbers of float16."""
+    """Products are above 65504 or below 6e-8, and their sums in the range of float16."""
     dtype = torch.float16
     B, C, K, P = 64, 10, 40, 24
     sizes = 2.0 ** torch.linspace(-14, 14, B)
@@ -149,7 +149,7 @@ def test_fold_in_float16_keeps_its_range():
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("K", [16, 24, 72])
 def test_fold_does_not_touch_neighbours(bad, K):
-    """Beyond K, in rows of u and v that are padded, and in other rows."""
+    """Padding of H, u and v, and other rows, hold NaN or infinity."""
     dtype = torch.bfloat16
     B, C, P = 20, 3, 17
     h_all = torch.full((P, C, K + 8), bad, dtype=dtype)
@@ -168,7 +168,7 @@ def test_fold_does_not_touch_neighbours(bad, K):
 
 
 def test_fold_of_infinite_numbers_is_not_nan():
-    """Beyond the last c, where a tile of H has zeros, the last u is not met."""
+    """Beyond the last c, zeros in a tile of H are not multiplied by the last u."""
     dtype = torch.bfloat16
     u, v = torch.ones(5, 1, 3, dtype=dtype), torch.ones(5, 16, dtype=dtype)
     u[2, 0, 2] = math.inf
@@ -179,22 +179,22 @@ def test_fold_of_infinite_numbers_is_not_nan():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("K", [20, 24])
-def test_fold_of_what_does_not_fit(K, dtype):
-    """Rows of H that are no multiple of 16 bytes, or are not contiguous; another dtype."""
+def test_fold_of_unsupported_calls(K, dtype):
+    """Rows of H are not a multiple of 16 bytes, or not contiguous; or the dtype is float32."""
     u, v = _normal(1, 4, 1, 5, dtype=dtype), _normal(2, 4, K, dtype=dtype)
     h = _normal(3, 6, 5, K, dtype=dtype).permute(1, 2, 0) if K == 20 else _normal(3, 5, K, 8, dtype=dtype)
-    _close(_fold(u, v, h, fits=False), _expected_fold(u, v, h), 5 * K, torch.bfloat16)
+    _close(_fold(u, v, h, supported=False), _expected_fold(u, v, h), 5 * K, torch.bfloat16)
 
 
-def _weight_grad(x, z, g, per_split=None, fits=True):
+def _weight_grad(x, z, g, per_split=None, supported=True):
     (B, N, inner), R, O = x.shape, z.shape[1], g.shape[2]
     per_split = per_split or B * N
     dh = torch.full((O, inner, R), math.nan, dtype=x.dtype)
     splits = -(-B * N // per_split)
-    parts = torch.full((splits, O, inner, R), math.nan) if splits > 1 else None
+    partials = torch.full((splits, O, inner, R), math.nan) if splits > 1 else None
     nothing = (None,) * 3
-    one = OPS.grads(x, z, *nothing, g, *nothing, dh, *nothing, parts, inner, per_split, True, True, False)
-    assert one == fits
+    launches = OPS.grads(x, z, *nothing, g, *nothing, dh, *nothing, partials, inner, per_split, True, True, False)
+    assert launches == supported
     return dh
 
 
@@ -206,7 +206,7 @@ WEIGHT_GRADS = {  # B, I, O, R, rows_per_split
     "one": (1, 1, 8, 8, None),
     "even": (64, 4, 64, 64, None),
     "odd": (77, 5, 72, 104, None),
-    "many_pieces": (700, 3, 40, 24, None),
+    "many_k_tiles": (700, 3, 40, 24, None),
     "wide": (130, 6, 200, 72, None),
     "splits": (333, 3, 64, 16, 128),
     "splits_and_wide": (200, 9, 136, 64, 64),
@@ -222,7 +222,7 @@ def test_weight_grad(name, dtype):
 
 
 def test_weight_grad_of_slices():
-    """Rows of z and g with more beside them than they have; x of any strides; nothing beside them counts."""
+    """z and g are slices of wider tensors, x has strides in all axes, and the elements around them are NaN."""
     dtype, B = torch.bfloat16, 70
     wide_z, wide_g = (torch.full((B, 40), math.nan, dtype=dtype) for _ in range(2))
     z, g = wide_z[:, :21], wide_g[:, :27]
@@ -242,8 +242,8 @@ def test_weight_grad_in_float16_keeps_its_range():
     assert error.max() < 4e-3
 
 
-def test_weight_grad_of_what_does_not_fit():
-    """Splits of no multiple of 64, rows of no multiple of 16 bytes, several points."""
+def test_weight_grad_of_unsupported_calls():
+    """Splits are not a multiple of 64, rows not a multiple of 16 bytes, or there are several points."""
     dtype = torch.bfloat16
     x, z, g = _normal(1, 200, 1, 3, dtype=dtype), _normal(2, 200, 16, dtype=dtype), _normal(3, 200, 1, 16, dtype=dtype)
     for args, per_split in (
@@ -251,18 +251,18 @@ def test_weight_grad_of_what_does_not_fit():
         ((x, z[:, :15].contiguous(), g), None),
         ((x.view(100, 2, 3), z[:100], g.view(100, 2, 16)), None),
     ):
-        _close(_weight_grad(*args, per_split, fits=False), _expected_weight_grad(*args), 200, dtype)
+        _close(_weight_grad(*args, per_split, supported=False), _expected_weight_grad(*args), 200, dtype)
 
 
-def _dx_dz(x, z, h, g, bias=None, base=None, per_split=None, fits=True):
+def _dx_dz(x, z, h, g, bias=None, base=None, per_split=None, supported=True):
     (B, N, inner), R = x.shape, z.shape[1]
     per_split = per_split or inner
     dx, dz = torch.full((B, N, inner), math.nan, dtype=x.dtype), torch.full((B, R), math.nan, dtype=x.dtype)
     splits = -(-inner // per_split)
-    parts = torch.full((splits, B * N, R), math.nan) if splits > 1 or N > 1 else None
+    partials = torch.full((splits, B * N, R), math.nan) if splits > 1 or N > 1 else None
     nothing = (None,) * 5
-    one = OPS.grads(x, z, h, bias, base, g, dx, dz, parts, *nothing, per_split, B * N, True, True, False)
-    assert one == fits
+    launches = OPS.grads(x, z, h, bias, base, g, dx, dz, partials, *nothing, per_split, B * N, True, True, False)
+    assert launches == supported
     return dx, dz
 
 
@@ -279,7 +279,7 @@ def _expected_dx_dz(x, z, h, g, bias=None, base=None):
 DX_DZS = {  # B, N, I, O, R, inputs_per_split, with bias and base
     "one": (1, 1, 1, 8, 8, None, False),
     "odd": (70, 1, 7, 24, 40, None, True),
-    "rows_of_two_blocks": (200, 1, 3, 64, 64, None, True),
+    "two_tiles_of_rows": (200, 1, 3, 64, 64, None, True),
     "wide": (140, 1, 4, 128, 128, None, True),
     "deep": (30, 1, 3, 200, 48, None, True),
     "wide_and_deep": (40, 1, 3, 256, 104, None, True),
@@ -305,7 +305,7 @@ def test_dx_dz(name, dtype):
 
 
 def test_dx_dz_does_not_touch_neighbours():
-    """What is beside R, O and I, and what comes before in shared memory, is not finite; nor is one row."""
+    """Padding of R and O, uninitialised shared memory, and one row of g are not finite."""
     dtype = torch.bfloat16
     B, inner, O, R = 20, 5, 21, 19
     h_all, g_all = (torch.full(s, math.inf, dtype=dtype) for s in ((O, inner, 32), (B, 1, 32)))
@@ -323,26 +323,26 @@ def test_dx_dz_does_not_touch_neighbours():
     assert dx[3].isnan().all()
 
 
-def test_dx_dz_of_what_does_not_fit():
-    """R beyond 128, and rows of g that do not follow each other."""
+def test_dx_dz_of_unsupported_calls():
+    """R is larger than 128, or rows of g have no common stride."""
     dtype = torch.bfloat16
     x, z, g = _normal(1, 6, 2, 3, dtype=dtype), _normal(2, 6, 136, dtype=dtype), _normal(3, 6, 2, 16, dtype=dtype)
     h = _normal(4, 16, 3, 136, dtype=dtype)
     swapped = g.transpose(0, 1).contiguous().transpose(0, 1)
     for args in ((x, z, h, g), (x, z[:, :128], h[:, :, :128], swapped)):
-        for got, expected in zip(_dx_dz(*args, fits=False), _expected_dx_dz(*args), strict=True):
+        for got, expected in zip(_dx_dz(*args, supported=False), _expected_dx_dz(*args), strict=True):
             _close(got, expected, 16 * 136, dtype)
 
 
 def test_all_gradients_in_one_call():
-    """dx and dz, and dH, by two kernels of sm_90a, the others by a third, in parts that are added together."""
+    """Two kernels for sm_90a compute dx and dz, and dH; a third the other gradients; all as partial sums."""
     dtype, (B, inner, O, R) = torch.bfloat16, (150, 21, 40, 24)
     x, z, g = _normal(1, B, 1, inner, dtype=dtype), _normal(2, B, R, dtype=dtype), _normal(3, B, 1, O, dtype=dtype)
     h, bias = _normal(4, O, inner, R, dtype=dtype), _normal(5, O, R, dtype=dtype)
     out = [torch.full(s, math.nan, dtype=dtype) for s in (x.shape, z.shape, h.shape, bias.shape, (O, inner), (O,))]
-    dz_parts = torch.full((3, B, R), math.nan)
-    parts = torch.full((3, sum(t.numel() for t in out[2:])), math.nan)
-    assert OPS.grads(x, z, h, bias, None, g, *out[:2], dz_parts, *out[2:], parts, 8, 64, True, True, False) == 2
+    dz_partials = torch.full((3, B, R), math.nan)
+    partials = torch.full((3, sum(t.numel() for t in out[2:])), math.nan)
+    assert OPS.grads(x, z, h, bias, None, g, *out[:2], dz_partials, *out[2:], partials, 8, 64, True, True, False) == 2
     rows = g[:, 0].double()
     exact = (
         *_expected_dx_dz(x, z, h, g, bias),
