@@ -21,13 +21,13 @@
 #ifdef FASTHYPER_EMULATED
 #define INLINE inline
 #define DEVICE inline
-#define KERNEL(threads, blocks) void
+#define KERNEL(threads, min_ctas) void
 #define GRID_CONSTANT
 #else
 #include <cuda_runtime.h>
 #define INLINE __host__ __device__ __forceinline__
 #define DEVICE __device__ __forceinline__
-#define KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+#define KERNEL(threads, min_ctas) __global__ void __launch_bounds__(threads, min_ctas)
 #define GRID_CONSTANT __grid_constant__
 #endif
 

@@ -76,11 +76,11 @@ inline TensorMap tensor_map(const TmaTensor& tensor) {
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
   cuuint64_t dims[3], strides[2];
-  cuuint32_t box[3], steps[3] = {1, 1, 1};
+  cuuint32_t box[3], element_strides[3] = {1, 1, 1};
   for (int axis = 0; axis < 3; ++axis) dims[axis] = tensor.dims[axis], box[axis] = tensor.box[axis];
   for (int axis = 0; axis < 2; ++axis) strides[axis] = tensor.strides[axis] * 2;
   const CUresult result = encode(
-      &map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(tensor.data), dims, strides, box, steps,
+      &map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(tensor.data), dims, strides, box, element_strides,
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(result));
