@@ -5,6 +5,7 @@
 # make lint       style and types; make format repairs the style
 # make compare    the comparison of methods; make bench measures speed, make report only writes its tables and figures
 # make aot        compile all Triton kernels
+# make docs       the pages of docs/ as HTML, in build/docs
 # make gpu        gpu-test and bench-gpu, on a machine with a GPU, with its own Python; all else runs in .venv
 # make clean      delete .venv and everything that was built
 PYTHON ?= python3
@@ -15,7 +16,7 @@ CPU_SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*)
 SOURCES := $(CPU_SOURCES) $(wildcard csrc/cuda/*)
 
 .PHONY: test interpreted emulated slow held forced sanitize lint format clean
-.PHONY: compare compare-ready bench report aot gpu gpu-test bench-gpu
+.PHONY: compare compare-ready bench report docs aot gpu gpu-test bench-gpu
 
 # One process for each core, with one thread each: the tests are many and small.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
@@ -85,6 +86,10 @@ bench: .venv/ready $(BUILT)
 report: .venv/ready
 	$(BIN)/python -m benchmarks report
 
+# The pages of docs/ as HTML, in build/docs; a warning is an error.
+docs: .venv/docs
+	$(BIN)/python -m sphinx --quiet -W --keep-going --builder html docs build/docs
+
 # The resource usage of every Triton kernel and tile, compiled for every arch; ARCHS="sm_90" for one.
 aot: .venv/ready
 	$(BIN)/python tests/kernels/aot.py $(ARCHS)
@@ -152,6 +157,10 @@ EDITABLE := FASTHYPER_BUILD=later $(INSTALL) --no-build-isolation --editable
 
 .venv/compare: .venv/torch
 	$(EDITABLE) '.[compare]'
+	touch $@
+
+.venv/docs: .venv/compare
+	$(EDITABLE) '.[docs]'
 	touch $@
 
 .venv/ready: .venv/compare
