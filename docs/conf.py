@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from docutils import nodes
@@ -21,6 +22,7 @@ exclude_patterns = ["_build"]
 myst_heading_anchors = 3
 default_role = "py:obj"  # a name between single backticks in a docstring is a link where there is something to link to
 
+napoleon_use_ivar = True
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 100
@@ -56,8 +58,8 @@ class LinkNames(SphinxTransform):
     def apply(self, **kwargs: Any) -> None:
         """Wrap each such literal in a reference, which stays plain code where nothing is found."""
         for literal in list(self.document.findall(nodes.literal)):
-            name = literal.astext().removesuffix("()").removeprefix("@")
-            target = LINKED.get(name, name)
+            name = literal.astext().removesuffix("()")
+            target = public(name)
             inside = (nodes.reference, nodes.title, addnodes.pending_xref)
             if target.startswith(("fasthyper.", "torch.")) and not isinstance(literal.parent, inside):
                 reference = addnodes.pending_xref(
@@ -68,14 +70,56 @@ class LinkNames(SphinxTransform):
                 reference += literal
 
 
-def use_public_name(app: Sphinx, env: Any, node: addnodes.pending_xref, content: Any) -> None:
-    """Look up a class of torch by its public name: signatures have that of the module in which it is defined."""
-    target = node.get("reftarget", "")
-    if target.startswith("torch.nn.modules."):
-        node["reftarget"] = f"torch.nn.{target.rpartition('.')[2]}"
+class TrimExamples(SphinxTransform):
+    """Drop the empty line that an example in Markdown needs at its end, for doctest to find where its output ends."""
+
+    default_priority = 500
+
+    def apply(self, **kwargs: Any) -> None:
+        """Trim each block of code."""
+        for block in self.document.findall(nodes.literal_block):
+            block.children = [nodes.Text(block.astext().rstrip())]
+            block.rawsource = block.astext()
+
+
+def public(name: str) -> str:
+    """Return the full name under which the reference, or torch's, has what is called so."""
+    first, dot, rest = name.partition(".")
+    if name.startswith("torch.nn.modules."):  # where it is defined, as signatures have it
+        return f"torch.nn.{name.rpartition('.')[2]}"
+    return f"torch.{name}" if first == "nn" and dot else LINKED.get(first, first) + dot + rest
+
+
+def resolve(app: Sphinx, env: Any, node: addnodes.pending_xref, content: Any) -> Any:
+    """Look once more, by the public name; what is torch's is then intersphinx's to find."""
+    node["reftarget"] = target = public(node.get("reftarget", ""))
+    python = env.get_domain("py")
+    return python.resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, content)
+
+
+def mark_up(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Say what a docstring means to its reader, and not to napoleon and reStructuredText.
+
+    An indented formula is code, not a quotation; "I." is the size I, not the first item of a list; and what a function
+    returns may be a sentence with a colon, whose beginning is no type. A name may have an s behind it.
+    """
+    found: list[str] = []
+    for number, line in enumerate(lines):
+        before = lines[number - 1] if number else ""
+        in_section = any(re.fullmatch(r"\w+:", earlier) for earlier in found)
+        if line.startswith("    ") and not before.strip() and not in_section:
+            inside = bool(found) and next((t for t in reversed(found) if t.strip()), "").startswith("    ")
+            found += [] if inside else ["::", ""]
+        if before.strip() == "Returns:" and ": " in line:
+            line = re.sub(r"^(\s*)", r"\1: ", line)
+        line = re.sub(r"(?<!`)`([^`]+)`(?=\w)", r"`\1`\\ ", line)
+        found.append(re.sub(r"^(\s+\w+: )([A-Z])(?=[.,])", r"\1\\\2", line))
+    lines[:] = found
 
 
 def setup(app: Sphinx) -> None:
-    """Register both."""
+    """Register them."""
     app.add_transform(LinkNames)
-    app.connect("missing-reference", use_public_name, priority=400)  # before intersphinx, which has 500
+    app.add_transform(TrimExamples)
+    app.connect("autodoc-process-docstring", mark_up, priority=400)  # before napoleon
+    app.connect("missing-reference", resolve, priority=400)  # before intersphinx, which has 500
