@@ -11,6 +11,7 @@ from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 
 import fasthyper
+import fasthyper.experiments
 
 project = "fasthyper"
 author = "The fasthyper authors"
@@ -43,9 +44,9 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 LINKED = {
-    name: f"{module}.{name}"
-    for module, names in (("fasthyper.nn", fasthyper.nn.__all__), ("fasthyper", fasthyper.__all__))
-    for name in names
+    name: f"{module.__name__}.{name}"
+    for module in (fasthyper.experiments, fasthyper.nn, fasthyper)
+    for name in module.__all__
 }
 """Public names that a page or a docstring may write without their module."""
 
