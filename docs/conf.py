@@ -23,8 +23,10 @@ exclude_patterns = ["_build"]
 myst_heading_anchors = 3
 default_role = "py:obj"  # a name between single backticks in a docstring is a link where there is something to link to
 
+napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 100
 
@@ -101,8 +103,9 @@ def resolve(app: Sphinx, env: Any, node: addnodes.pending_xref, content: Any) ->
 def mark_up(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Say what a docstring means to its reader, and not to napoleon and reStructuredText.
 
-    An indented formula is code, not a quotation; "I." is the size I, not the first item of a list; and what a function
-    returns may be a sentence with a colon, whose beginning is no type. A name may have an s behind it.
+    An indented formula is code, not a quotation; "I." is the size I, not the first item of a list. What a function
+    returns, or an attribute is, may be a sentence with a colon, whose beginning is no type. A name may have an s
+    behind it.
     """
     found: list[str] = []
     for number, line in enumerate(lines):
@@ -111,11 +114,16 @@ def mark_up(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: li
         if line.startswith("    ") and not before.strip() and not in_section:
             inside = bool(found) and next((t for t in reversed(found) if t.strip()), "").startswith("    ")
             found += [] if inside else ["::", ""]
-        if before.strip() == "Returns:" and ": " in line:
+        if (before.strip() == "Returns:" or (what == "attribute" and not number)) and ": " in line:
             line = re.sub(r"^(\s*)", r"\1: ", line)
         line = re.sub(r"(?<!`)`([^`]+)`(?=\w)", r"`\1`\\ ", line)
         found.append(re.sub(r"^(\s+\w+: )([A-Z])(?=[.,])", r"\1\\\2", line))
     lines[:] = found
+
+
+def shorten(app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: Any) -> Any:
+    """Leave out defaults that have no literal, such as `<factory>`: Sphinx could not read the signature."""
+    return (re.sub(r"<[^<>]*>", "...", signature), returns) if signature else None
 
 
 def setup(app: Sphinx) -> None:
@@ -123,4 +131,5 @@ def setup(app: Sphinx) -> None:
     app.add_transform(LinkNames)
     app.add_transform(TrimExamples)
     app.connect("autodoc-process-docstring", mark_up, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", shorten)
     app.connect("missing-reference", resolve, priority=400)  # before intersphinx, which has 500
