@@ -108,3 +108,9 @@ def test_no_file_imports_in_a_circle():
 
     for name in GRAPH:
         visit(name, ())
+
+
+def test_what_serves_all_experiments_imports_none_of_them():
+    engine = {name for name in GRAPH if name.startswith("experiments.") and "catalogue" not in name}
+    assert engine
+    assert not {other for name in engine for other in GRAPH[name] if other.startswith("experiments.catalogue")}
