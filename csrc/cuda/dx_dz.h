@@ -49,6 +49,12 @@ struct DxDzShape {
   }
 };
 
+// CTAs of few rows, and of many.
+template <class T>
+using NarrowDxDz = DxDzShape<T, 2, 4>;
+template <class T>
+using WideDxDz = DxDzShape<T, 8, 1>;
+
 // ACTIVE: f.activation may apply to x.
 template <class T, class Shape, bool ACTIVE>
 class DxDzCta {

@@ -9,10 +9,9 @@ namespace fasthyper {
 constexpr int SMEM_LIMIT = 96 << 10;  // per CTA: two fit on an SM of sm_90, one on any since sm_80
 constexpr int WAVE = 2 * 132;         // about the CTAs that an H100 runs at once; results do not depend on it
 
-template <class T, int WM, int WK, int MT, int NT>
-KERNEL(32 * WM * WK, (FoldShape<T, WM, WK, MT, NT>::MIN_CTAS_PER_SM))
+template <class T, class Shape>
+KERNEL(Shape::THREADS, Shape::MIN_CTAS_PER_SM)
 fold(const GRID_CONSTANT Fold<T> f, const int stages) {
-  using Shape = FoldShape<T, WM, WK, MT, NT>;
   FoldCta<T, Shape, false> cta(f, smem_base(), stages, cta_y() * Shape::BP, cta_z());
   const int m_tiles = cdiv(f.M, Shape::BM);
   for (int m_tile = cta_x(); m_tile < m_tiles; m_tile += grid_x())
@@ -23,9 +22,8 @@ fold(const GRID_CONSTANT Fold<T> f, const int stages) {
     });
 }
 
-template <class T, int WM, int WK, int MT, int NT>
+template <class Shape, class T>
 static void run(const Fold<T>& f, Stream stream) {
-  using Shape = FoldShape<T, WM, WK, MT, NT>;
   const int k_tiles = f.k_tiles(0, least(f.C, f.per_split), true);
   // Keep all tiles of H in shared memory if they fit, and if a CTA would otherwise load them again for further rows.
   const int m_tiles = cdiv(f.M, Shape::BM), p_tiles = cdiv(f.P, Shape::BP), splits = cdiv(f.C, f.per_split);
@@ -34,15 +32,15 @@ static void run(const Fold<T>& f, Stream stream) {
   const int stages = resident && k_tiles > Shape::PREFETCH ? k_tiles : Shape::PREFETCH + 1;
   const Grid grid{
       static_cast<unsigned>(resident ? wave : m_tiles), static_cast<unsigned>(p_tiles), static_cast<unsigned>(splits)};
-  launch(&fold<T, WM, WK, MT, NT>, grid, Shape::THREADS, Shape::smem_bytes(stages), stream, f, stages);
+  launch(&fold<T, Shape>, grid, Shape::THREADS, Shape::smem_bytes(stages), stream, f, stages);
 }
 
 template <class T>
 void launch_fold(const Fold<T>& f, bool wide, Stream stream) {
-  if (wide) run<T, 4, 1, 2, 8>(f, stream);
-  else if (f.P > 32) run<T, 2, 4, 1, 8>(f, stream);
-  else if (f.P > 16) run<T, 2, 4, 1, 4>(f, stream);
-  else run<T, 2, 4, 1, 2>(f, stream);
+  if (wide) run<WideFold<T>>(f, stream);
+  else if (f.P > 32) run<NarrowFold<T>>(f, stream);
+  else if (f.P > 16) run<NarrowFold<T, 4>>(f, stream);
+  else run<NarrowFold<T, 2>>(f, stream);
 }
 
 template void launch_fold(const Fold<float>&, bool, Stream);

@@ -58,6 +58,12 @@ struct FoldShape {
   static int smem_bytes(int stages) { return stages * TILE_BYTES + REDUCTION_BYTES; }
 };
 
+// CTAs of few rows and 8·NT columns, and of many rows.
+template <class T, int NT = 8>
+using NarrowFold = FoldShape<T, 2, 4, 1, NT>;
+template <class T>
+using WideFold = FoldShape<T, 4, 1, 2, 8>;
+
 // ACTIVE: f.activation may apply to u.
 template <class T, class Shape, bool ACTIVE>
 class FoldCta {

@@ -7,8 +7,8 @@ namespace fasthyper {
 
 template <class T>
 void launch_grads(const DxDz<T>& dx_dz, const WeightGrad<T>& weight_grad, bool wide, Stream stream) {
-  if (wide || dx_dz.O > DxDzShape<T, 2, 4>::DEPTH) run_grads<T, 8, 1, false>(dx_dz, weight_grad, stream);
-  else run_grads<T, 2, 4, false>(dx_dz, weight_grad, stream);
+  if (wide || dx_dz.O > NarrowDxDz<T>::DEPTH) run_grads<WideDxDz<T>, false>(dx_dz, weight_grad, stream);
+  else run_grads<NarrowDxDz<T>, false>(dx_dz, weight_grad, stream);
 }
 
 template void launch_grads(const DxDz<float>&, const WeightGrad<float>&, bool, Stream);

@@ -15,12 +15,11 @@ constexpr bool two_ctas_fit = true;
 template <class Shape, bool ACTIVE>
 constexpr int min_ctas_per_sm = Shape::G_OPERAND_IN_REGISTERS && two_ctas_fit && !ACTIVE ? 2 : 1;
 
-template <class T, int WM, int WI, bool ACTIVE>
-KERNEL(32 * WM * WI, (min_ctas_per_sm<DxDzShape<T, WM, WI>, ACTIVE>))
+template <class T, class Shape, bool ACTIVE>
+KERNEL(Shape::THREADS, (min_ctas_per_sm<Shape, ACTIVE>))
 grads(
     const GRID_CONSTANT DxDz<T> dx_dz, const GRID_CONSTANT WeightGrad<T> weight_grad, const int dx_dz_ctas,
     const int weight_grad_ctas) {
-  using Shape = DxDzShape<T, WM, WI>;
   if (cta_x() < dx_dz_ctas) {
     const int m_tiles = cdiv(dx_dz.M, Shape::BM);
     DxDzCta<T, Shape, ACTIVE>(dx_dz, smem_base(), cta_x() % m_tiles, cta_x() / m_tiles).run();
@@ -30,9 +29,8 @@ grads(
   }
 }
 
-template <class T, int WM, int WI, bool ACTIVE>
+template <class Shape, bool ACTIVE, class T>
 void run_grads(const DxDz<T>& dx_dz, const WeightGrad<T>& weight_grad, Stream stream) {
-  using Shape = DxDzShape<T, WM, WI>;
   static_assert(Shape::THREADS == WeightGradShape<T>::THREADS);
   const bool has_dx_dz = dx_dz.dx || dx_dz.dz.requested();
   const int dx_dz_ctas = has_dx_dz ? cdiv(dx_dz.M, Shape::BM) * cdiv(dx_dz.I, dx_dz.per_split) : 0;
@@ -42,7 +40,7 @@ void run_grads(const DxDz<T>& dx_dz, const WeightGrad<T>& weight_grad, Stream st
   const Grid grid{static_cast<unsigned>(dx_dz_ctas + weight_grad_ctas * splits)};
   if (grid.x)
     launch(
-        &grads<T, WM, WI, ACTIVE>, grid, Shape::THREADS, smem_bytes, stream, dx_dz, weight_grad, dx_dz_ctas,
+        &grads<T, Shape, ACTIVE>, grid, Shape::THREADS, smem_bytes, stream, dx_dz, weight_grad, dx_dz_ctas,
         weight_grad_ctas);
 }
 

@@ -191,8 +191,7 @@ static int64_t grads_shared_op(int64_t O, int64_t inputs_per_split, int64_t item
   const auto bytes = [&](auto zero) -> int64_t {
     using T = decltype(zero);
     const int o = static_cast<int>(O), inputs = static_cast<int>(inputs_per_split);
-    const int dx_dz =
-        wide ? DxDzShape<T, 8, 1>::smem_bytes(o, inputs, dx) : DxDzShape<T, 2, 4>::smem_bytes(o, inputs, dx);
+    const int dx_dz = wide ? WideDxDz<T>::smem_bytes(o, inputs, dx) : NarrowDxDz<T>::smem_bytes(o, inputs, dx);
     return dx_dz > WeightGradShape<T>::SMEM_BYTES ? dx_dz : WeightGradShape<T>::SMEM_BYTES;
   };
   return itemsize == 4 ? bytes(float{}) : bytes(bfloat16{});
@@ -201,18 +200,17 @@ static int64_t grads_shared_op(int64_t O, int64_t inputs_per_split, int64_t item
 // A constant that the kernels are compiled with, by its name: the sizes of tiles, from which Python computes splits,
 // and the numbers of activations. fasthyper/backends/cuda/library.py describes each.
 static int64_t constant_op(std::string name) {
-  using Fold = FoldShape<float, 2, 4, 1, 8>;
-  using WideFold = FoldShape<float, 4, 1, 2, 8>;
-  using Rows = DxDzShape<float, 2, 4>;
+  using Narrow = NarrowFold<float>;
+  using Wide = WideFold<float>;
   using WeightGrads = WeightGradShape<float>;
   using HopperWeightGrads = HopperWeightGradShape<128>;
-  static_assert(Fold::BP == WideFold::BP && WeightGrads::WI == HopperWeightGrads::INPUTS);
-  static_assert(Fold::BM == Rows::BM && WideFold::BM == DxDzShape<float, 8, 1>::BM);
+  static_assert(Narrow::BP == Wide::BP && WeightGrads::WI == HopperWeightGrads::INPUTS);
+  static_assert(Narrow::BM == NarrowDxDz<float>::BM && Wide::BM == WideDxDz<float>::BM);
   const std::pair<const char*, int64_t> constants[] = {
-      {"rows", Fold::BM},
-      {"wide_rows", WideFold::BM},
-      {"columns", Fold::BP},
-      {"kept_outputs", Rows::DEPTH},
+      {"rows", Narrow::BM},
+      {"wide_rows", Wide::BM},
+      {"columns", Narrow::BP},
+      {"kept_outputs", NarrowDxDz<float>::DEPTH},
       {"inputs", WeightGrads::WI},
       {"row_bytes", ROW_BYTES},
       {"hopper_rows", HopperFoldShape<128>::BM},

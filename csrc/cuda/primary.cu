@@ -38,9 +38,9 @@ DEVICE void run_layer(const Fold<T>& f, int m0, int stages) {
 }
 
 template <class T, int NT>
-KERNEL(256, (FoldShape<T, 2, 4, 1, NT>::MIN_CTAS_PER_SM))
+KERNEL(256, (NarrowFold<T, NT>::MIN_CTAS_PER_SM))
 primary(const GRID_CONSTANT Fold<T> first, const GRID_CONSTANT Fold<T> second, const int stages) {
-  using Shape = FoldShape<T, 2, 4, 1, NT>;
+  using Shape = NarrowFold<T, NT>;
   const int m0 = cta_x() * Shape::BM;
   if (first.partial) add_partials(first, m0, Shape::BM, Shape::THREADS);
   else run_layer<T, Shape, false>(first, m0, stages);
@@ -50,7 +50,7 @@ primary(const GRID_CONSTANT Fold<T> first, const GRID_CONSTANT Fold<T> second, c
 
 template <class T, int NT>
 static void run(const Fold<T>& first, const Fold<T>& second, Stream stream) {
-  using Shape = FoldShape<T, 2, 4, 1, NT>;
+  using Shape = NarrowFold<T, NT>;
   constexpr int stages = Shape::PREFETCH + 1;
   const Grid grid{static_cast<unsigned>(cdiv(second.M, Shape::BM))};
   launch(&primary<T, NT>, grid, Shape::THREADS, Shape::smem_bytes(stages), stream, first, second, stages);
@@ -66,7 +66,7 @@ void launch_primary(const Fold<T>& first, const Fold<T>& second, Stream stream) 
 
 template <class T>
 void launch_active_grads(const DxDz<T>& rows, const WeightGrad<T>& weight, Stream stream) {
-  run_grads<T, 2, 4, true>(rows, weight, stream);
+  run_grads<NarrowDxDz<T>, true>(rows, weight, stream);
 }
 
 template void launch_primary(const Fold<float>&, const Fold<float>&, Stream);
