@@ -1,12 +1,12 @@
 # make test       everything that a change must pass: lint, build, tests, Triton's interpreter, emulator, sanitizers
-# make slow       the tests that take minutes, too
+# make slow       also the tests that take minutes
 # make held       the op family's tests, with torch and oneDNN limited to older instruction sets
 # make sanitize   an hour of random calls under sanitizers
 # make lint       style and types; make format repairs the style
 # make compare    the comparison of methods; make bench measures speed, make report only writes its tables and figures
 # make aot        compile all Triton kernels
 # make docs       the pages of docs/ as HTML, in build/docs
-# make gpu        gpu-test and bench-gpu, on a machine with a GPU, with its own Python; all else runs in .venv
+# make gpu        gpu-test and bench-gpu, on a machine with a GPU, with its own Python; all other targets use .venv
 # make clean      delete .venv and everything that was built
 PYTHON ?= python3
 BIN := .venv/bin
@@ -166,5 +166,5 @@ EDITABLE := FASTHYPER_BUILD=later $(INSTALL) --no-build-isolation --editable
 .venv/ready: .venv/compare
 	$(EDITABLE) '.[dev]'
 	$(INSTALL) --no-deps hyper-nn
-	$(BIN)/python -W ignore -m compileall -qq -j 0 .venv/lib || true  # some files are for other Pythons
+	$(BIN)/python -W ignore -m compileall -qq -j 0 .venv/lib || true  # some files are for other versions of Python
 	touch $@

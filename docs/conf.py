@@ -21,7 +21,7 @@ version = release = fasthyper.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.intersphinx", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3
-default_role = "py:obj"  # a name between single backticks in a docstring is a link where there is something to link to
+default_role = "py:obj"  # a name between single backticks in a docstring is a link if it is documented
 
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
@@ -59,7 +59,7 @@ class LinkNames(SphinxTransform):
     default_priority = 500
 
     def apply(self, **kwargs: Any) -> None:
-        """Wrap each such literal in a reference, which stays plain code where nothing is found."""
+        """Wrap each such literal in a reference; it stays plain code if its target is not found."""
         for literal in list(self.document.findall(nodes.literal)):
             name = literal.astext().removesuffix("()")
             target = public(name)
@@ -74,7 +74,7 @@ class LinkNames(SphinxTransform):
 
 
 class TrimExamples(SphinxTransform):
-    """Drop the empty line that an example in Markdown needs at its end, for doctest to find where its output ends."""
+    """Drop the empty line at the end of an example in Markdown; it is there because doctest needs it."""
 
     default_priority = 500
 
@@ -86,7 +86,7 @@ class TrimExamples(SphinxTransform):
 
 
 def public(name: str) -> str:
-    """Return the full name under which the reference, or torch's, has what is called so."""
+    """Return the full name of an object in our reference, or in torch's."""
     first, dot, rest = name.partition(".")
     if name.startswith("torch.nn.modules."):  # where it is defined, as signatures have it
         return f"torch.nn.{name.rpartition('.')[2]}"
@@ -94,18 +94,18 @@ def public(name: str) -> str:
 
 
 def resolve(app: Sphinx, env: Any, node: addnodes.pending_xref, content: Any) -> Any:
-    """Look once more, by the public name; what is torch's is then intersphinx's to find."""
+    """Resolve a reference by its public name; intersphinx then resolves those of torch."""
     node["reftarget"] = target = public(node.get("reftarget", ""))
     python = env.get_domain("py")
     return python.resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, content)
 
 
 def mark_up(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Say what a docstring means to its reader, and not to napoleon and reStructuredText.
+    """Change the lines of a docstring that napoleon and reStructuredText would read in another sense.
 
-    An indented formula is code, not a quotation; "I." is the size I, not the first item of a list. What a function
-    returns, or an attribute is, may be a sentence with a colon, whose beginning is no type. A name may have an s
-    behind it.
+    An indented formula is code, not a quotation. "I." is the size I, not the first item of a list. The description of
+    a result or of an attribute may contain a colon; the words before it are not a type. A name may be followed by the
+    letter s.
     """
     found: list[str] = []
     for number, line in enumerate(lines):
@@ -127,7 +127,7 @@ def shorten(app: Sphinx, what: str, name: str, obj: Any, options: Any, signature
 
 
 def setup(app: Sphinx) -> None:
-    """Register them."""
+    """Register the transforms and the handlers of events."""
     app.add_transform(LinkNames)
     app.add_transform(TrimExamples)
     app.connect("autodoc-process-docstring", mark_up, priority=400)  # before napoleon
