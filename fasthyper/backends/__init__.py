@@ -1,4 +1,4 @@
-"""Ways to run the op family, and which one a call takes.
+"""The backends, which compute the op family, and the choice of one for each call.
 
 `contract.Backend` describes a backend. To add one, write a module with its names and register it here in one line.
 """
@@ -46,7 +46,7 @@ _process = Choice()
 
 
 class _Thread(threading.local):
-    """Choice of one thread, None where it made none."""
+    """The choice of one thread; None if it has made none."""
 
     choice: Choice | None
 
@@ -128,7 +128,7 @@ class use_backend:
 
 
 def preferred(device: str) -> str:
-    """Return the name of the backend made for a type of device, whether it can run here or not."""
+    """Return the name of the backend that is preferred on a type of device, whether it can run here or not."""
     named = [name for name, backend in BACKENDS.items() if device in backend.PREFERRED_ON]
     return named[-1] if named else FALLBACK
 

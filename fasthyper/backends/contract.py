@@ -1,4 +1,4 @@
-"""What a backend is: a module with the names of `Backend`, and those of `Fusing` if it fuses two layers.
+"""The contract of a backend: a module with the names of `Backend`, and those of `Fusing` if it fuses two layers.
 
 A backend runs the op family with a base and a generated bias,
 
@@ -21,7 +21,7 @@ from ..problem import Problem
 
 
 class Wanted(NamedTuple):
-    """Which gradients are asked for: of x, z, H, bias, W0 and b0, as a backend returns them."""
+    """The requested gradients: of x, z, H, bias, W0 and b0, in the order in which a backend returns them."""
 
     x: bool = False
     z: bool = False
@@ -41,11 +41,11 @@ class Layer(NamedTuple):
 
 
 class Backend(Protocol):
-    """A way to run the op family."""
+    """A module that computes the op family."""
 
     @property
     def DTYPES(self) -> tuple[torch.dtype, ...]:
-        """The dtypes that it has kernels for; it leaves others to another backend."""
+        """The dtypes that it has kernels for; it passes calls in others to another backend."""
 
     @property
     def PREFERRED_ON(self) -> tuple[str, ...]:
@@ -57,7 +57,7 @@ class Backend(Protocol):
 
     @property
     def REMARK(self) -> str:
-        """What `fasthyper info` adds to its name; may be empty."""
+        """A remark that `fasthyper info` adds to its name; may be empty."""
 
     def devices(self) -> tuple[str, ...] | None:
         """Return the types of device that it runs on; None stands for any."""
@@ -66,7 +66,7 @@ class Backend(Protocol):
         """Return why it cannot run here, or None."""
 
     def takes(self, problem: Problem) -> bool:
-        """Return whether it has kernels for these sizes and this dtype. It leaves other calls to another backend."""
+        """Return whether it has kernels for these sizes and this dtype. It passes other calls to another backend."""
 
     def apply(
         self,
@@ -103,16 +103,16 @@ class Backend(Protocol):
         *,
         schedule: str,
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x, z, H, bias, W0 and b0, None for each that is not asked for.
+        """Return the gradients of x, z, H, bias, W0 and b0, None for each that is not requested.
 
         Args:
             x: inputs, (B, N, I).
-            z: features, (B, R); None if only dz is asked for, which does not depend on z.
-            weight: the head H, (O, I, R); None if only dH is asked for, which does not depend on H.
+            z: features, (B, R); may be None if only dz is requested, which does not depend on z.
+            weight: the head H, (O, I, R); may be None if only dH is requested, which does not depend on H.
             bias: (O, R), or None.
             base_weight: W0, (O, I), or None.
             g: gradient of y, (B, N, O).
-            mask: which gradients are asked for, in the order of `Wanted`.
+            mask: which gradients are requested, in the order of `Wanted`.
             schedule: as for `apply`.
         """
 

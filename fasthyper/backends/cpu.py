@@ -1,6 +1,6 @@
 """The compiled CPU kernels of csrc/cpu: float32, bfloat16 and float16, every schedule.
 
-They leave to `aten`: float64, empty problems, and `project` where all instances share x, which is two plain matrix
+`aten` computes the rest: float64, empty problems, and `project` if all instances share x, which is two plain matrix
 products.
 """
 
@@ -23,10 +23,10 @@ _ops = torch.ops.fasthyper_cpu
 
 
 class CpuCosts(Costs):
-    """The compiled kernels read H where it lies, in one call, and have one output almost for free."""
+    """The costs of the compiled kernels: a schedule is one call, H is often read in place, and one output is cheap."""
 
-    _ROWS = 1024  # of (b, n) that meet a packed piece of H
-    _PACKING_G, _PACKING_P = 5.0, 20.0  # passes over H that packing it costs, as measured: for g·H, and for x·H
+    _ROWS = 1024  # rows (b, n) that share a packed block of H
+    _PACKING_G, _PACKING_P = 5.0, 20.0  # the measured cost of packing H, in passes over H: for g·H, and for x·H
 
     def machine(self, device: str, dtype: torch.dtype, threads: int) -> Machine:
         work, rate = (dtype, 400e9) if processor.kernels_multiply(dtype) else (torch.float32, 100e9)
@@ -36,7 +36,10 @@ class CpuCosts(Costs):
         return False
 
     def backward(self, p: Problem) -> tuple[tuple[bool, bool, bool], ...]:
-        """With one point an instance, dH shares nothing with dx and dz: each group has the schedule that suits it."""
+        """Return the groups of gradients that are planned together.
+
+        With one point per instance, dH shares no product with dx and dz, and has its own schedule.
+        """
         dx, dz, dh = p.needs
         if p.points == 1 and dh and (dx or dz):
             return (dx, dz, False), (False, False, True)
@@ -51,7 +54,7 @@ class CpuCosts(Costs):
 
     def grads(self, p: Problem, schedule: str, machine: Machine) -> Cost:
         dx, dz, dh = p.needs
-        if schedule == "project" and dh:  # there is no other dH
+        if schedule == "project" and dh:  # there is no dH by `project`
             rest = self.grads(p._replace(needs=(dx, dz, False)), schedule, machine)
             return rest + self.grads(p._replace(needs=(False, False, True)), "generate", machine)
         if schedule == "project" and self._is_one_output(p):  # x·H and z·Hᵀ, scaled by g as they are written
@@ -63,7 +66,7 @@ class CpuCosts(Costs):
         return super().grads(p, schedule, machine) + self._packing(p, passes, machine)
 
     def _packing(self, p: Problem, passes: float, machine: Machine) -> Cost:
-        """Sums along another axis of H than its last pack it, once for a group of rows."""
+        """Return the cost of packing H, once for each group of rows; sums along its last axis do not need it."""
         if not passes or self._is_one_output(p):
             return Cost()
         groups = max(1.0, p.batch * p.points / self._ROWS)
@@ -71,7 +74,7 @@ class CpuCosts(Costs):
 
     @staticmethod
     def _is_one_output(p: Problem) -> bool:
-        """Whether y, dx and dz are plain products of x, z and H, which is then the cheapest."""
+        """Return whether there is one output and one point: y, dx and dz are then plain products, the cheapest way."""
         small = p.in_features * p.cond_features <= 1 << 18
         return p.dtype == torch.float32 and p.out_features == 1 and p.points == 1 and small
 
@@ -149,7 +152,10 @@ def grads(
     *,
     schedule: str,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, z, H, bias, W0, b0 that the mask asks for; dz alone does not read z; dH, H."""
+    """Return the gradients of x, z, H, bias, W0, b0 where the mask is set.
+
+    z may be None if only dz is needed, and H if only dH is.
+    """
     O = g.shape[2]
     R = (z if weight is None else weight).shape[-1]  # type: ignore[union-attr]
     tensors = (x, z, weight, bias, base_weight, g)

@@ -82,7 +82,7 @@ def takes(problem: Problem) -> bool:
 
 
 class GpuCosts(Costs):
-    """`fold` is kernels that make x ⊗ z and g·H on chip; the other schedules are torch calls on tiles."""
+    """The costs of the GPU backends: kernels that form x ⊗ z and g·H on chip for `fold`, torch calls otherwise."""
 
     def in_tiles(self, schedule: str) -> bool:
         return schedule != "fold"

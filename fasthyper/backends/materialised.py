@@ -1,7 +1,7 @@
 """The usual way: write out W[b] for every instance, read it back, and do the same for the gradients.
 
-``use_backend("materialised")`` takes it, to compare with. The aten backend takes it where all of W is smaller than one
-tile, and there is nothing to cut.
+``use_backend("materialised")`` selects it, for comparison. The aten backend uses it if all of W is smaller than one
+tile.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def grads(
     *,
     schedule: str,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, z, H, bias, W0, b0 that the mask asks for, through W and dW."""
+    """Return the gradients of x, z, H, bias, W0, b0 where the mask is set, through W and dW."""
     dx, dz, dh, dbias, dbase, db0 = mask
-    z, weight = cast(Tensor, z), cast(Tensor, weight)  # None only where no gradient that is asked for reads it
+    z, weight = cast(Tensor, z), cast(Tensor, weight)  # None only if no requested gradient reads it
     out: list[Tensor | None] = [None] * 6
     if dx:
         out[0] = torch.bmm(g, _generate(z, weight, base_weight))

@@ -50,15 +50,15 @@ def tiling_of(plan: Plan) -> Tiling:
 
 
 def _is_one_tile(x: Tensor, weight: Tensor | None, g: Tensor | None, O: int, plan: Plan) -> bool:
-    """Return whether all of W is one tile and no tensor is converted: then loops over tiles only cost time.
+    """Return whether all of W is one tile and no tensor is converted: loops over tiles would then only cost time.
 
-    A W far smaller than a tile is written out whatever the schedule.
+    A W that is far smaller than a tile is written out in every schedule.
     """
     size = x.shape[0] * O * x.shape[2]
     room = plan.tile if plan.schedule == "generate" else plan.tile // _SMALL
     if x.dtype != plan.work_dtype or size > room or (weight is not None and head_matrix(weight) is None):
         return False
-    # A product of many points reads them where they are if they are contiguous, and else copies them.
+    # A product over many points reads contiguous points in place, and copies others.
     return all(t is None or t.is_contiguous() or t.numel() <= room for t in (x, g))
 
 
@@ -95,13 +95,16 @@ def grads(
     *,
     schedule: str,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, z, H, bias, W0, b0 that the mask asks for; dz alone does not read z; dH, H."""
+    """Return the gradients of x, z, H, bias, W0, b0 where the mask is set.
+
+    z may be None if only dz is needed, and H if only dH is.
+    """
     B, N, I = x.shape
     O = g.shape[2]
     z, weight = (
         cast(Tensor, z),
         cast(Tensor, weight),
-    )  # None only where no gradient that is asked for reads it
+    )  # None only if no requested gradient reads it
     R = (z if weight is None else weight).shape[-1]
     plan = planner.plan(Problem.of("grads", x, R, O, (mask[0], mask[1], mask[2])), schedule)
     if schedule == AUTO and _is_one_tile(x, weight, g, O, plan):
@@ -118,7 +121,7 @@ def grads(
     if plan.schedule == "fold":
         fold.grads(x, z, weight, g, dx, dz, dh, into_x, into_z, tiling)
     else:
-        if dx is not None:  # a forward with the head transposed; x is not in it, so that it shares no product
+        if dx is not None:  # a forward with the transposed head; without x, it shares no product with dz and dH
             transposed = weight.transpose(0, 1)
             generate.apply(g, z, transposed, dx, into_x, tiling)
         _SCHEDULES[plan.schedule].grads(x, z, weight, g, dz, dh, into_z, tiling)
@@ -128,14 +131,14 @@ def grads(
 def base_grads(
     x: Tensor, z: Tensor | None, g: Tensor, R: int, mask: tuple[bool, ...], tiling: Tiling
 ) -> tuple[Tensor | None, ...]:
-    """Return dbias = Σ g ⊗ z, dW0 = Σ g ⊗ x, db0 = Σ g, over instances and points, those that the mask asks for."""
+    """Return dbias = Σ g ⊗ z, dW0 = Σ g ⊗ x, db0 = Σ g, over instances and points, where the mask is set."""
     if not any(mask[3:]):
         return None, None, None
     B, N, I = x.shape
     O = g.shape[2]
     shapes = ((O, R), (O, I), (O,))
     outs = tuple(x.new_empty(shape) if k else None for shape, k in zip(shapes, mask[3:], strict=True))
-    z = cast(Tensor, z)  # None only where dbias is not asked for
+    z = cast(Tensor, z)  # None only if dbias is not requested
     wide = max([out.shape[1] for out in outs[:2] if out is not None], default=1)
     for o in blocks(g.shape[2], tiling.elements // max(1, wide)):
         sums = [None if t is None else torch.zeros_like(t[o], dtype=tiling.sum_dtype) for t in outs]

@@ -3,7 +3,7 @@
     y  = U H.view(O, I·R)ᵀ                 dH = gᵀ U
     G  = g H.view(O, I·R), and from it     dx[b,n,i] = Σ_r G z,  dz[b,r] = Σ_{n,i} G x
 
-2·B·N·R·I·O flops each, with dx and dz from one product: this wins at few points per instance when R is under O.
+2·B·N·R·I·O flops each, with dx and dz from one product: the fastest for few points per instance and R below O.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Blocks:
                 yield b, n
 
     def heads(self, weight: Tensor, i: slice, tiling: Tiling) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of H[:, i] as (o, (i, r)) matrices."""
+        """Yield blocks of H[:, i] as (o, (i, r)) matrices."""
         for o in blocks(self.sizes[3], self.outputs):
             yield o, tiling.work(weight[o, i]).flatten(1)
 
@@ -51,14 +51,14 @@ def _copies(weight: Tensor, tiling: Tiling) -> bool:
 
 
 def _folded(x: Tensor, z: Tensor, tiling: Tiling) -> Tensor:
-    """U for a block: x (B, N, I), z (B, R) -> (B·N, I·R)."""
+    """Return U (B·N, I·R) for a block of x (B, N, I) and z (B, R)."""
     u = torch.empty(*x.shape, z.shape[1], dtype=tiling.dtype, device=x.device)
     torch.mul(tiling.work(x).unsqueeze(3), tiling.work(z)[:, None, None, :], out=u)
     return u.view(x.shape[0] * x.shape[1], x.shape[2] * z.shape[1])
 
 
 def apply(x: Tensor, z: Tensor, weight: Tensor, y: Tensor, affine: Affine, tiling: Tiling) -> None:
-    """y = T(x, z, H) + affine."""
+    """Compute y = T(x, z, H) + affine."""
     B, N, I = x.shape
     O, _, R = weight.shape
     cut = _Blocks(B, N, I, O, R, _copies(weight, tiling), tiling)

@@ -3,8 +3,8 @@
     y[b]  = x[b] W[b]ᵀ          dx[b] = g[b] W[b]
     dz[b] = Σ_{o,i} dW[b] H     dH    = Σ_b dW[b] ⊗ z[b]
 
-2·B·R·I·O + 2·B·N·I·O flops each: the points share what was generated, so this wins when N is large, or when
-O or I is so small that a folded product would be skinny.
+2·B·R·I·O + 2·B·N·I·O flops each: the points of an instance share its W, so this is the fastest if N is large, or if
+O or I is so small that the product of `fold` would be narrow.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _copied(weight: Tensor, tiling: Tiling) -> bool | None:
 
 
 def apply(x: Tensor, z: Tensor, weight: Tensor, y: Tensor, affine: Affine, tiling: Tiling) -> None:
-    """y = T(x, z, H) + affine."""
+    """Compute y = T(x, z, H) + affine."""
     B, N, I = x.shape
     O, _, R = weight.shape
     instances, outputs = _shape(B, N, O, I, R, _copied(weight, tiling), tiling)
@@ -70,13 +70,13 @@ def grads(
     affine: Affine,
     tiling: Tiling,
 ) -> None:
-    """Compute those of dz and dH that are given, from one dW where one loop over its tiles serves both."""
+    """Compute those of dz and dH that are given, both from the same tiles of dW if one loop can do so."""
     shared = False
     if dz is not None:
         (B, N, I), O, R = x.shape, g.shape[2], weight.shape[2]
         copied = tiling.dtype != tiling.sum_dtype or _copied(weight, tiling)  # sums convert their operands
         instances, outputs = _shape(B, N, O, I, R, copied, tiling)
-        # dz sums over blocks of outputs, dH over blocks of instances: one loop serves both if one is a single block
+        # dz sums over blocks of outputs, dH over blocks of instances: one loop computes both if one is a single block
         shared = dh is not None and B > 0 and (outputs >= O or instances >= B)
         if dh is not None and dh.dtype != tiling.sum_dtype:
             shared = shared and min(O, outputs) * I * R <= tiling.elements
@@ -99,7 +99,7 @@ def grads(
 
 def _weight_grad(x: Tensor, z: Tensor, g: Tensor, dh: Tensor, tiling: Tiling) -> None:
     O, I, R = dh.shape
-    # Where sums cannot be kept in dH itself, the block of dH is a tile, too.
+    # If dH itself cannot hold the sums, the block of dH is a tile, too.
     inputs = I if dh.dtype == tiling.sum_dtype else max(1, min(I, tiling.elements // max(1, R)))
     _, outputs = _shape(len(x), x.shape[1], O, inputs, R, dh.dtype != tiling.sum_dtype, tiling)
     for o in blocks(O, outputs):

@@ -3,7 +3,7 @@
     y[b,n,o] = Σ_r A[o,bn,r] z[b,r]        dz[b,r] = Σ_{n,o} A[o,bn,r] g[b,n,o]
     Q[o,n,r] = Σ_b g[b,n,o] z[b,r]         dH[o,i,r] = Σ_n x[n,i] Q[o,n,r]
 
-2·X·R·I·O flops for X distinct rows of x, and 2·B·N·R·O more: this wins when instances share x.
+2·X·R·I·O flops for X distinct rows of x, and 2·B·N·R·O more: the fastest if instances share x.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _tiles_of_products(x: Tensor, weight: Tensor, tiling: Tiling) -> Iterator[tu
 
 
 def apply(x: Tensor, z: Tensor, weight: Tensor, y: Tensor, affine: Affine, tiling: Tiling) -> None:
-    """y = T(x, z, H) + affine."""
+    """Compute y = T(x, z, H) + affine."""
     for b, n, o, shared, a in _tiles_of_products(x, weight, tiling):
         zb = tiling.work(z[b])
         if shared:
@@ -133,7 +133,7 @@ def _weight_grad(x: Tensor, z: Tensor, g: Tensor, dh: Tensor, tiling: Tiling) ->
 
 
 def _sum_over_instances(z: Tensor, g: Tensor, instances: int, tiling: Tiling) -> Tensor:
-    """Q[o,n,r] = Σ_b g[b,n,o] z[b,r]."""
+    """Return Q[o,n,r] = Σ_b g[b,n,o] z[b,r]."""
     B, points, outputs = g.shape
     q = torch.zeros(outputs * points, z.shape[1], dtype=tiling.sum_dtype, device=z.device)
     for b in blocks(B, instances):

@@ -1,4 +1,4 @@
-"""What the schedules share: blocks, tiles in the work dtype, sums in float32, and the bias and base."""
+"""Shared by the schedules: blocks, tiles in the work dtype, sums in float32, and the bias and base."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Head:
     """A block (O, I, R) of the head, as a matrix that a product with z or with dW reads without a copy.
 
     Rows are (o, i), or (i, o) where the block is the transposed view of a head. A block in another dtype or with other
-    strides is copied: at once if it is at most a tile, else piece by piece.
+    strides is copied: at once if it is at most a tile, else a range of inputs of one output at a time.
     """
 
     def __init__(self, weight: Tensor, tiling: Tiling):
@@ -68,7 +68,7 @@ class Head:
                 yield o, i, self._tiling.work(self._weight[o, i])
 
     def weights(self, z: Tensor) -> Tensor:
-        """W[b,o,i] = Σ_r H[o,i,r] z[b,r] for a block of instances."""
+        """Return W[b,o,i] = Σ_r H[o,i,r] z[b,r] for a block of instances."""
         O, I, _ = self._weight.shape
         if self._rows is not None:
             w = torch.mm(z, self._rows.T)
@@ -79,7 +79,7 @@ class Head:
         return w
 
     def contract(self, total: Tensor, dw: Tensor) -> None:
-        """total[b,r] += Σ_{o,i} dW[b,o,i] H[o,i,r]."""
+        """Compute total[b,r] += Σ_{o,i} dW[b,o,i] H[o,i,r]."""
         if self._rows is not None:
             return accumulate(total, (dw.mT if self._swapped else dw).flatten(1), self._rows)
         for o, i, h in self._pieces():
@@ -93,7 +93,7 @@ def put(out: Tensor, tile: Tensor) -> None:
 
 
 def outer(g: Tensor, x: Tensor, tiling: Tiling) -> Tensor:
-    """dW[b,o,i] = Σ_n g[b,n,o] x[b,n,i] for a block of instances."""
+    """Return dW[b,o,i] = Σ_n g[b,n,o] x[b,n,i] for a block of instances."""
     B, N, O = g.shape
     I = x.shape[2]
     if N == 1:  # several times faster than a batched product with K = 1
@@ -107,7 +107,7 @@ def outer(g: Tensor, x: Tensor, tiling: Tiling) -> Tensor:
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
-    """Total = beta·total + a·b, added in total's dtype even where that of a and b is shorter."""
+    """Compute total = beta·total + a·b; the sum has the dtype of total, even if a and b have fewer bits."""
     if a.dtype == b.dtype == total.dtype:
         total.addmm_(a, b, beta=beta)
     elif total.is_cuda and a.dtype == b.dtype:
@@ -139,7 +139,7 @@ class Sum:
 
 
 class Affine(NamedTuple):
-    """The terms beside T(x, z, H), by tiles: W0 x + bias·z + b0."""
+    """The terms that are added to T(x, z, H), tile by tile: W0 x + bias·z + b0."""
 
     x: Tensor
     z: Tensor

@@ -20,9 +20,9 @@ from .. import aten, gpu, triton
 from . import launch, library, primaries
 
 DTYPES, takes = gpu.DTYPES, gpu.takes
-REMARK = "only use_backend takes it: its kernels have never run on a GPU, they are proven by an emulator"
+REMARK = "only use_backend selects it: its kernels have never run on a GPU, and are tested by an emulator"
 """A remark for `fasthyper info`."""
-PREFERRED_ON = ()  # no GPU has shown it to be right and fast
+PREFERRED_ON = ()  # never chosen automatically: not yet tested or measured on a GPU
 COSTS = gpu.GpuCosts()
 emulating = library.emulating
 

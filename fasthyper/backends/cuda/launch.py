@@ -17,12 +17,12 @@ from ..gpu import Device, cdiv
 from . import library
 from .library import tile_sizes
 
-_HOPPER_WORK = 1 << 31  # flops from which on the kernels for sm_90a are faster: predicted, not measured
-_LEAST_WORK = 256  # rows of the batch, or numbers of K, that are worth a block of their own
+_HOPPER_WORK = 1 << 31  # the kernels for sm_90a are faster from this many flops on: predicted, not measured
+_LEAST_WORK = 256  # rows of the batch, or numbers of K: with fewer, a block of its own is not worthwhile
 _MOST_SPLITS = 32
 _ALIGNED = 8  # inputs: a split begins at a multiple, as matrices are read 16 bytes at a time
 _SPLIT_COST = 1.2  # time of a split sum, relative to one that is not split: predicted
-_LEAST_GAIN = 1.05  # from which on a second launch is worth its time: predicted
+_LEAST_GAIN = 1.05  # a second launch must be faster by this factor: predicted
 HOPPER_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -157,7 +157,7 @@ def _grads_launch(
 
 
 def _dz_partial_sums(N: int, I: int, inputs_per_split: int) -> int:
-    """Return how many partial sums dz has for each row; none where it has one split and each instance one point."""
+    """Return how many partial sums dz has for each row; 0 if there is one split and each instance has one point."""
     splits = cdiv(I, inputs_per_split)
     return splits if N > 1 or splits > 1 else 0
 

@@ -69,5 +69,5 @@ def tile_sizes() -> TileSizes:
 
 @functools.cache
 def activation(name: str) -> int:
-    """Return the number by which the operators know an activation."""
+    """Return the number that stands for an activation in calls of the operators."""
     return ops().constant(name)

@@ -25,7 +25,7 @@ def fuses(x: Tensor, z: Tensor, first: _Layer, second: _Layer, activation: str) 
     (J, _, R), O = first[0].shape, second[0].shape[0]
     if activation not in ACTIVATIONS or x.dtype not in DTYPES or 0 in (B, N, I, J, R, O):
         return False
-    if max(J, O) > tile_sizes().kept_outputs:  # a block takes its rows through both layers
+    if max(J, O) > tile_sizes().kept_outputs:  # a block computes both layers for its rows
         return False
     limit = planner.get_workspace_limit()
     return _launches(B, N, R, I, J, O, x.dtype, (True,) * 10, library.device(x), limit) is not None

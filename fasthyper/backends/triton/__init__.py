@@ -1,8 +1,8 @@
 """The Triton kernels of `fasthyper.kernels`: x ⊗ z and G = g·H are formed and reduced on chip, on NVIDIA and AMD GPUs.
 
 They compute the schedule `fold` in float32, bfloat16 and float16. `aten` computes the rest: float64, empty problems,
-and the schedules `generate` and `project`, which are products of cuBLAS on chunks of the workspace, and faster where
-many points share the weights of an instance. With TRITON_INTERPRET=1 the kernels run on the CPU, slowly: the tests
+and the schedules `generate` and `project`, which are cuBLAS products on chunks in the workspace, and faster if an
+instance has many points. With TRITON_INTERPRET=1 the kernels run on the CPU, slowly: the tests
 use that.
 """
 
@@ -22,7 +22,7 @@ from .. import aten, gpu
 from .tiles import dx_dz_tiles
 
 DTYPES, takes = gpu.DTYPES, gpu.takes
-REMARK = "its kernels have never run on a GPU: proven by Triton's interpreter and by compiling ahead of time"
+REMARK = "its kernels have never run on a GPU; they are tested by Triton's interpreter and compiled ahead of time"
 """A remark for `fasthyper info`."""
 PREFERRED_ON = ("cuda",)
 _OLDEST_TRITON = (3, 6)

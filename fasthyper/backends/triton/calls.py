@@ -74,7 +74,7 @@ class _HeadLayout(NamedTuple):
 def _head_layout(h: Tensor, columns: int, depth: int, tail: int, cb: int, arch: str) -> _HeadLayout:
     C, K, P = h.shape
     sc, sk, sp = h.stride()
-    layouts = {  # whether H has it; the descriptor's shape and row stride; whether its rows are p; c_stride
+    layouts = {  # whether H has this layout; the descriptor's shape and row stride; whether its rows are p; c_stride
         "p_ck": (sk == 1 and sc == K and sc * h.element_size() % 16 == 0, [P, C * K], sp, True, K),
         "cp_k": (sk == 1 and sc == P * sp and cb == 1, [C * P, K], sp, True, P),
         "ck_p": (sp == 1 and sc == K * sk, [C * K, P], sk, False, K),
@@ -126,7 +126,7 @@ def fold_tiles(v: Tensor, h: Tensor, P: int, arch: str) -> tuple[Tile, ...]:
 
 
 def dx_dz_tiles(z: Tensor, h: Tensor, R: int, O: int, arch: str) -> tuple[Tile, ...]:
-    """Return the tiles that dx and dz in one pass may take; none where two folds are faster."""
+    """Return the tiles that dx and dz in one pass may take; empty if two folds are faster."""
     return tiles.dx_dz_tiles(arch, z.element_size() * 8, R, O) if wide_loads(z, h) else ()
 
 

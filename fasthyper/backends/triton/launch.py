@@ -67,7 +67,7 @@ def grads(
 
 
 def _share() -> int:
-    """Return how many bytes padded copies may take, and rows of dz, too."""
+    """Return the bytes of one share of the workspace: padded copies have one share, rows of dz another."""
     return gpu.partial_sums_limit() // 2
 
 
@@ -90,7 +90,7 @@ def _instances(B: int, N: int, z: Tensor, dz_itemsize: int) -> Iterator[slice]:
 def _padded_blocks(
     z: Tensor | None, weight: Tensor, blocks: Iterator[slice]
 ) -> Iterator[tuple[slice, Tensor | None, Tensor]]:
-    """Yield each block with its z and with H, padded along R; both as they are where a copy of H does not fit."""
+    """Yield each block with its z and with H, padded along R; both unchanged if a copy of H does not fit."""
     padded_h: Tensor | None = None
     for b in blocks:
         z_b = None if z is None else z[b]
@@ -106,7 +106,7 @@ def _fits(t: Tensor) -> bool:
 
 
 def _padded(z: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Return z and H with R padded to a multiple of 16, for wide loads; each as it is where its copy does not fit."""
+    """Return z and H with R padded to a multiple of 16, for wide loads; each unchanged if its copy does not fit."""
     out: list[Tensor | None] = [None, None]
     for i, t in enumerate((z, weight)):
         if t is not None and t.shape[-1] % 16 and _fits(t):
@@ -186,7 +186,7 @@ def _tuned(
     """Launch a call with the fastest tile, and add its partial sums if the sum is split.
 
     Args:
-        key: identifies the call for tuning, beside its dtype and precision.
+        key: identifies the call for tuning, together with its dtype and precision.
         allowed: the tiles that the call may take.
         x: a factor, for its device and dtype.
         out: the output.

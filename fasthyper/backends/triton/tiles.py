@@ -40,7 +40,7 @@ def power_of_two(n: int, least: int = 16) -> int:
 
 @functools.cache
 def nearest(arch: str) -> str:
-    """Return the arch whose tiles a GPU takes: the newest of `ARCHS` that is no newer; gfx942 for every AMD GPU.
+    """Return the arch whose tiles a GPU takes: the newest in `ARCHS` up to its own; gfx942 for every AMD GPU.
 
     sm_120 takes the tiles of sm_80: it has neither wgmma nor tcgen05.
     """
@@ -100,7 +100,7 @@ def weight_grad_tiles(arch: str, bits: int, O: int) -> tuple[Tile, ...]:
 
 
 def dx_dz_tiles(arch: str, bits: int, R: int, O: int) -> tuple[Tile, ...]:
-    """Return the tiles of `dx_dz`: none where R and O exceed a tile, or where O is so small that `fold` is faster."""
+    """Return the tiles of `dx_dz`: none if R and O exceed a tile, or if O is so small that `fold` is faster."""
     r, o = power_of_two(R), power_of_two(O)
     tile = lambda rows, stages: Tile(rows, r, o, 8, stages)
     if arch == INTERPRETER:

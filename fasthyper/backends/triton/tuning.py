@@ -25,7 +25,7 @@ from ..gpu import INTERPRETER, Device
 from .tiles import Tile
 
 _MOST_TIMED = 3
-_RUNS, _SLEEP = 5, 4_000_000  # clock cycles, about two milliseconds, during which Python launches the runs
+_RUNS, _SLEEP = 5, 4_000_000  # timed runs; clock cycles, about two milliseconds, in which Python queues these runs
 _chosen: dict[tuple[str, str], Tile] = {}  # by the device's name and the key as text
 
 
@@ -139,7 +139,7 @@ def _read(device: Device) -> dict[tuple[str, str], Tile]:
     try:
         stored = json.loads(path(device).read_text())
         return {(device.name, key): Tile(*numbers) for key, numbers in stored.items()}
-    except (OSError, ValueError, TypeError, AttributeError):  # no file, or not one of ours
+    except (OSError, ValueError, TypeError, AttributeError):  # no file, or one with other content
         return {}
 
 
