@@ -35,8 +35,8 @@ _current = _Current()
 def _backward_id() -> int | None:
     """Return the id of the running backward pass: -1 outside of any, None in compiled code, where it is unknown.
 
-    A checkpoint inside a primary is recomputed in a backward pass. That pass may run during the forward of another
-    Hypernetwork, and must not use the z of that one.
+    A checkpoint inside a primary is recomputed in a backward pass. This pass may run during the forward of another
+    Hypernetwork, and must not use the z of the other one.
     """
     return None if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
@@ -49,7 +49,7 @@ def _may_be_same_backward(backward_id: int | None) -> bool:
 
 @contextmanager
 def use_z(z: Tensor | dict[nn.Module, Tensor]) -> Iterator[None]:
-    """Make z, or the z of each layer, current in this thread; the previous one returns at the end."""
+    """Make z, or the z of each layer, current in this thread, and restore the previous one at the end."""
     outer = _current.z, _current.backward_id
     _current.z, _current.backward_id = z, _backward_id()
     try:

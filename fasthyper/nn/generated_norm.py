@@ -1,4 +1,4 @@
-"""The squared norm of generated weights, without keeping the weights."""
+"""The squared norm of generated weights, without storing all of them."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def hyperize(
 
     Ties are preserved:
 
-    - A layer in two places becomes one HyperLinear. It is chosen if any of its names is.
+    - A layer in two places becomes one HyperLinear. It is chosen if any of its names is chosen.
     - Linears that share a parameter share its base and its head.
     - A Linear that shares its weight with another module, such as an Embedding, shares its base with that module.
 
@@ -57,9 +57,9 @@ def hyperize(
     Raises:
         TypeError: ``module`` is not a module, or a pattern is not a string.
         ValueError: a pattern matches no Linear, no Linear is chosen, a size is negative, ``init`` is unknown, or a
-            chosen Linear cannot be generated. This is a Linear that its owner reads without calling it (the out_proj
-            of :class:`torch.nn.MultiheadAttention`), that has hooks or a forward of its own, that is parametrized, or
-            that is lazy and not initialised.
+            chosen Linear cannot be generated. A Linear cannot be generated if another module reads its weights without
+            calling it (the out_proj of :class:`torch.nn.MultiheadAttention`), if it has hooks or a forward of its own,
+            if it is parametrized, or if it is lazy and not initialised.
 
     Warns:
         UserWarning: a chosen Linear is part of a transformer layer with ``batch_first=False``, whose inputs have time
@@ -86,14 +86,14 @@ def hyperize(
     heads: dict[int, nn.Parameter] = {}
     for name in chosen:
         linear = root.get_submodule(name)
-        if isinstance(linear, nn.Linear):  # else it was converted before, under another of its names
+        if isinstance(linear, nn.Linear):  # else it is already converted, under another of its names
             _convert(linear, cond_features, bias, base, init, heads)
     _adapt_transformers(root)
     return root
 
 
 def ungenerated(module: nn.Module) -> list[str]:
-    """Return the names of the parameters that are not part of a HyperLinear: z has no influence on them.
+    """Return the names of the parameters that are not part of a HyperLinear, and so do not depend on z.
 
     Args:
         module: any module, such as a result of :func:`~fasthyper.nn.hyperize`.
@@ -178,7 +178,7 @@ def _convert(
 
 
 def _adapt_transformers(root: nn.Module) -> None:
-    """Disable the fast path of transformers for inference, which reads the weights of their Linears and calls none."""
+    """Disable the fast path of transformers for inference: it reads weights of their Linears without calling them."""
     for name, module in root.named_modules():
         if not any(isinstance(child, HyperLinear) for child in module.modules()):
             continue

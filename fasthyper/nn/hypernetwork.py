@@ -34,7 +34,7 @@ class Hypernetwork(nn.Module):
 
     Args:
         trunk: maps cond to z, ``(B, R)``, or to a dict with one z for each HyperLinear of the primary. The keys are
-            the names in ``primary.named_modules()``; a layer with several names has one z, under any one of them.
+            the names in ``primary.named_modules()``; a layer with several names has one z, under any of its names.
         primary: the network, with at least one HyperLinear. Its other parameters are ordinary parameters, shared by
             all instances; the repr of the Hypernetwork lists them.
 
@@ -98,7 +98,7 @@ class Hypernetwork(nn.Module):
             return self.primary(x, *args, **kwargs)
 
     def _z_by_layer(self, z: dict[str, Tensor]) -> dict[nn.Module, Tensor]:
-        # Not cached: the modules may be replicas, or may have been replaced since the last call.
+        # Not cached, because the modules may be replicas, or may have been replaced since the last call.
         layers = dict(_generated_layers(self.primary))
         by_layer: dict[nn.Module, Tensor] = {}
         for name, value in z.items():
@@ -136,7 +136,7 @@ def _generated_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str
 def _fusable_layers(primary: nn.Module) -> tuple[Layer, Layer, str] | None:
     """Return the parameters of a primary's two layers and the name of the activation between them.
 
-    Return None if a call of the primary does anything else. This is not cached: all of it may change between calls.
+    Return None if a call of the primary does anything else. The result is not cached, because modules may change.
     """
     if type(primary) is not nn.Sequential or len(primary._modules) != 3 or _has_global_hook():
         return None

@@ -104,7 +104,7 @@ class HyperLinear(nn.Module):
                 ``"hyperfan_out"`` the variance of gradients (:func:`~fasthyper.nn.hyperfan_out_`); both set the base
                 to zero. ``"bias_hyper"`` sets the head to zero and initialises the base like a linear layer
                 (:func:`~fasthyper.nn.bias_hyper_`). None means the ``init`` of the constructor.
-            z_second_moment: E[z²] of one feature of z: 1 for a standard normal z, 0.5 after a ReLU of one.
+            z_second_moment: E[z²] of one feature of z: 1 for a standard normal z, 0.5 for the ReLU of such a z.
             nonlinearity: the function that follows the layer, by its name in :func:`torch.nn.init.calculate_gain`.
 
         Raises:
@@ -145,8 +145,8 @@ class HyperLinear(nn.Module):
             Frozen parameters stay frozen.
 
         Raises:
-            TypeError: ``head`` is not a :class:`torch.nn.Linear`, or it is one that computes more than its weight and
-                bias say (parametrized, with hooks, or of a subclass with a forward of its own).
+            TypeError: ``head`` is not a :class:`torch.nn.Linear`, or it computes more than ``x @ weight.T + bias``
+                (parametrized, with hooks, or of a subclass with a forward of its own).
             ValueError: the head's out_features are neither O * I nor O * I + O, or a size is negative.
 
         Example:
@@ -191,8 +191,8 @@ class HyperLinear(nn.Module):
 
         Args:
             x: ``(B, I)`` or ``(B, *, I)``.
-            z: ``(B, R)``. If None, the layer takes the z of the :class:`~fasthyper.nn.Hypernetwork` inside whose
-                primary it is called.
+            z: ``(B, R)``. If None, the layer takes the z of the running :class:`~fasthyper.nn.Hypernetwork`, of whose
+                primary it is a part.
 
         Returns:
             ``(B, O)`` or ``(B, *, O)``.
@@ -251,8 +251,8 @@ class HyperLinear(nn.Module):
             z: ``(B, R)``.
 
         Returns:
-            ``(B,)``, never negative. It is computed in float64 if z or the parameters are, else in float32, with or
-            without autocast: in float16 it would overflow at a norm of 256. Where the base nearly cancels the
+            ``(B,)``, never negative. It is computed in float64 if z or the parameters are in float64, else in float32,
+            also under autocast: in float16 it would overflow at a norm of 256. If the base nearly cancels the
             generated weights, the result loses digits, as any difference does.
 
         Raises:

@@ -17,7 +17,7 @@ class ParameterReport:
     """Numbers of parameters of a model; a shared parameter counts once.
 
     The letters are those of Galanti and Wolf: a hypernetwork is a network f that generates the weights of g, and the
-    embedding method a network q that reads an embedding e. The numbers of the other method are None.
+    embedding method is a network q that reads an embedding e. The numbers of the other method are None.
 
     Attributes:
         n_f: trainable parameters of f: the trunk and all HyperLinears, bases included.

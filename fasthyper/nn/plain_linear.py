@@ -1,4 +1,4 @@
-"""Check that an `nn.Linear` computes `x @ weight.T + bias` and no more, so that other code may use its parameters."""
+"""Check that an `nn.Linear` computes only `x @ weight.T + bias`, so that other code may use its parameters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HOOKS = (
 
 
 def why_not_plain(linear: nn.Linear) -> str | None:
-    """Return why this Linear may compute more than its weight and bias say, or None if it does not."""
+    """Return why this Linear may compute more than `x @ weight.T + bias`, or None if it does not."""
     if is_lazy(linear.weight):
         return "it is lazy and not initialised yet: call its network once first"
     if isinstance(linear, NonDynamicallyQuantizableLinear):
