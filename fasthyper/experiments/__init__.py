@@ -7,12 +7,12 @@ The modules, in the order in which they build on each other:
 
     methods        the methods that are compared
     setting        the settings of runs
-    experiment     the vocabulary in which an experiment is declared: start here to write one
+    experiment     the types that declare an experiment: start here to write one
     comparison     chosen studies of an experiment, and the runs that they need
     training       one run
     results        the statistics of one study
-    claims         the claims that are judged from them
-    catalogue      the experiments, and the table in which they are found by name
+    claims         the claims that are judged from these statistics
+    catalogue      the experiments, and the table of them by name
     summary        the results and findings of a comparison
     figures, report                    the summary as CSV and as one HTML page
     files, store, distributed, runner  all runs of a comparison, in several processes, and the file of finished runs

@@ -1,4 +1,4 @@
-"""The usual claims about a study, and how each is judged from its results."""
+"""The usual claims about a study, each with its rule of judgement."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Wins(Claim):
         over: the upper line.
         least: judge only the values from this one on.
         at: judge only this value.
-        margin: the smallest difference that is a win, or ratio if the study compares by ratios; None: any.
+        margin: the smallest difference (or ratio, if the study compares by ratios) that is a win; None: any difference.
     """
 
     rule = (
@@ -33,7 +33,7 @@ class Wins(Claim):
     margin: float | None = None
 
     def judge(self, results: Results) -> Finding | None:
-        """Judge the claim: no if a whole interval lies below the margin."""
+        """Judge the claim: the verdict is no if a whole interval lies below the margin."""
         study = results.study
         values = [v for v in study.values if self.at in (None, v) and (self.least is None or v >= self.least)]
         if not results.has(self.line, self.over) or not values:
@@ -66,7 +66,7 @@ class Improves(Claim):
     line: str = HYPERNETWORK
 
     def judge(self, results: Results) -> Finding | None:
-        """Judge the claim: no if the interval excludes a fall that is not negligible."""
+        """Judge the claim: the verdict is no if the interval excludes a fall that is not negligible."""
         if not results.has(self.line):
             return None
         trend = results.trend(self.line)
@@ -82,7 +82,7 @@ class Flat(Claim):
     line: str = EMBEDDING
 
     def judge(self, results: Results) -> Finding | None:
-        """Judge the claim: no if the interval lies below zero."""
+        """Judge the claim: the verdict is no if the interval lies below zero."""
         if not results.has(self.line):
             return None
         trend = results.trend(self.line)
@@ -98,7 +98,7 @@ class FallsAtEachStep(Claim):
     line: str
 
     def judge(self, results: Results) -> Finding | None:
-        """Judge the claim: no if the whole interval of one step lies above zero."""
+        """Judge the claim: the verdict is no if the whole interval of one step lies above zero."""
         if not results.has(self.line) or len(results.study.values) < 2:
             return None
         line, values = results.line(self.line), results.study.values
@@ -122,7 +122,7 @@ class WellBelow(Claim):
     share: float = 0.5
 
     def judge(self, results: Results) -> Finding | None:
-        """Judge the claim: no if a whole interval lies above the share."""
+        """Judge the claim: the verdict is no if a whole interval lies above the share."""
         if not results.has(self.line, self.than):
             return None
         advantages = {value: results.advantage(self.line, self.than, value) for value in results.study.values}
@@ -153,7 +153,7 @@ class Exponent(Claim):
     at_least_as_steep: bool
 
     def judge(self, results: Results) -> Finding | None:
-        """Judge the claim: no if the whole interval lies on the other side of the bound."""
+        """Judge the claim: the verdict is no if the whole interval lies on the other side of the bound."""
         if not results.has(self.line) or len(results.study.values) < 2:
             return None
         fitted = results.exponent(self.line)
@@ -173,7 +173,7 @@ class Steeper(Claim):
     than: str = EMBEDDING
 
     def judge(self, results: Results) -> Finding | None:
-        """Judge the claim: no if the interval lies above zero."""
+        """Judge the claim: the verdict is no if the interval lies above zero."""
         if not results.has(self.line, self.than) or len(results.study.values) < 2:
             return None
         difference = results.exponent_difference(self.line, self.than)

@@ -50,7 +50,7 @@ class Comparison:
         device: str = "auto",
         **settings: Any,
     ) -> Comparison:
-        """Choose studies of an experiment and change their settings; None leaves a value as in the preset.
+        """Choose studies of an experiment and change their settings; None keeps the value of the preset.
 
         Args:
             experiment: the experiment.
@@ -186,7 +186,7 @@ def _text(value: Any) -> str:
 
 
 def _with(study: Study, settings: Mapping[str, Any]) -> Study:
-    """Return the study with the settings that it has changed; the field of its axis is not changed."""
+    """Return the study with changed settings, as far as it has them; the field of its axis stays unchanged."""
     types = {f.name: type(getattr(study.setting, f.name)) for f in fields(study.setting)}
     changes = {}
     for name, value in settings.items():

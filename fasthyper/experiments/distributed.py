@@ -1,4 +1,4 @@
-"""Processes that share the runs of a comparison: workers of one machine, or those that torchrun has started."""
+"""Processes that share the runs of a comparison: workers of one machine, or processes that torchrun has started."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class WorkerFailed(RuntimeError):
     Attributes:
         rank: the number of the process, from 0.
         size: the number of processes.
-        run: the name of its current run; None if it had none, or if it is not known.
+        run: the name of its current run; None if there is none, or if it is unknown.
         reason: the error, the signal or the exit code that it ended with, in one line.
         details: its traceback; empty if there is none.
     """
@@ -53,7 +53,7 @@ def in_one_line(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Group:
-    """The processes that share the runs of a comparison, seen from one of them.
+    """The processes that share the runs of a comparison, from the view of one of them.
 
     Attributes:
         rank: the number of this process, from 0.
@@ -125,7 +125,7 @@ def torchrun(device: str, fingerprint: str) -> Iterator[Group]:
 
 
 def launch(fn: Callable[..., Any], workers: int, device: str, progress: Callable[..., None], *arguments: Any) -> None:
-    """Call `fn(group, progress, *arguments)` in new processes, and pass their progress on to `progress` in this one.
+    """Call `fn(group, progress, *arguments)` in new processes, and pass their progress to `progress` in this one.
 
     The last argument of each progress message is the name of the current run. If one process fails, all are stopped;
     they are stopped as well if this process ends.
@@ -166,7 +166,7 @@ def launch(fn: Callable[..., Any], workers: int, device: str, progress: Callable
 def _root_cause(
     codes: Sequence[int | None], failures: Sequence[WorkerFailed], last_runs: dict[int, str]
 ) -> WorkerFailed:
-    """Return the failure of a process that ended without a message, or the first message: others may follow from it."""
+    """Return the failure of a process that ended without a message, else the first message: it may cause the others."""
     senders = [failure.rank for failure in failures]
     for rank, code in enumerate(codes):
         if code and rank not in senders:

@@ -1,4 +1,4 @@
-"""The vocabulary in which an experiment is declared.
+"""The types that declare an experiment.
 
 An `Experiment` has studies and a task. A `Study` is one figure: it trains several methods at each value of one `Axis`,
 with several seeds, compares a `Measure` of their test errors, and judges each `Claim` from it. A `Run` is one training
@@ -49,7 +49,7 @@ def stream(seed: int, purpose: str) -> int:
 
     Args:
         seed: the seed of the run.
-        purpose: `"weights"`, `"order"` (of the training examples, and what is drawn for them), `"test"` or `"task"`.
+        purpose: `"weights"`, `"order"` (of the training examples, and random values for them), `"test"` or `"task"`.
     """
     return len(_PURPOSES) * seed + _PURPOSES.index(purpose)
 
@@ -73,9 +73,9 @@ class Examples:
     """Examples that are numbered from 0.
 
     Attributes:
-        count: how many there are.
-        draw: called with the numbers of some, `(B,)`, and a generator on the CPU; returns their `Batch`. What it draws
-            at random may differ from call to call.
+        count: the number of examples.
+        draw: called with the numbers of some examples, `(B,)`, and a generator on the CPU; returns their `Batch`.
+            Random values may differ from call to call.
     """
 
     count: int
@@ -94,7 +94,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Task:
-    """What one run learns.
+    """The task of one run.
 
     Attributes:
         train: the training examples.
@@ -182,10 +182,10 @@ class Finding:
 
     Attributes:
         claim: its text.
-        whose: who makes the claim.
+        whose: the source of the claim, see `Claim`.
         verdict: for a claim of a paper `"reproduced"` or `"not reproduced"`, for one of this library `"holds"` or
             `"does not hold"`, for a theorem `"in line"` or `"not in line"`; for all of them `"undecided"`.
-        evidence: the numbers that the verdict rests on.
+        evidence: the numbers behind the verdict.
         rule: the condition under which the verdict is yes.
     """
 
@@ -204,7 +204,7 @@ class Claim:
 
     Attributes:
         text: the statement.
-        whose: who makes it: `PAPER`, `ASKED` (this library), `THEOREM`, or the name of another paper.
+        whose: its source: `PAPER`, `ASKED` (this library), `THEOREM`, or the name of another paper.
     """
 
     text: str
@@ -243,9 +243,9 @@ class Study:
         seeds: runs of each method at each value.
         measure: the number that is compared.
         claims: the claims to judge.
-        levels: (name in `Task.levels`, label) of the levels that are drawn as dashed lines.
-        also: (name, heading) of further measures and levels, for the table only.
-        lines: the lines to draw, if not one for each method.
+        levels: (name in `Task.levels`, label) of each level to draw as a dashed line.
+        also: (name, heading) of each further measure or level, for the table only.
+        lines: the lines to draw; by default one for each method.
         published: published values of the measure, by method and value.
         note: a sentence below the figure.
     """
@@ -282,7 +282,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: exactly what decides its results. A finished run is found again by it."""
+    """One training run: all values that decide its results, which also identify it among the finished runs."""
 
     experiment: str
     protocol: int
@@ -306,7 +306,7 @@ class Experiment:
     """An experiment, declared. Training, statistics and reports are the same for all experiments.
 
     Attributes:
-        name: how the command line and the stored runs call it.
+        name: its name on the command line and in stored runs.
         protocol: a version number. Raise it with every change of the code that changes results: stored runs of another
             protocol are not used.
         title: its heading.

@@ -1,15 +1,15 @@
-"""The methods that are compared: ways for a condition I to decide what a small network does with x.
+"""The methods that are compared: ways to condition a small network of x on I.
 
     hypernetwork   g(x; f(I))       all weights of g are generated
     embedding      q(x, e(I))       q gets an encoding of I in addition to x
     film           q(x; γ(I), β(I)) the hidden units of a shared q are scaled and shifted
     biases         q(x; b(I))       only the biases of a shared q are generated
     deeponet       <t(x), b(I)>     only the weights of the last layer are generated
-    plain          p(x, I)          one network of both
+    plain          p(x, I)          one network of x and I together
 
 All are built from the same `Architecture` and differ in nothing else. Variants of the embedding method have as many
-trained parameters in total as the hypernetwork (embedding_parameters), as much training time (embedding_time), or ten
-times the E (embedding_tenfold). A pair is two equal networks of x alone.
+trained parameters in total as the hypernetwork (embedding_parameters), as much training time (embedding_time), or an E
+that is ten times as large (embedding_tenfold). A pair is two equal networks of x alone.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ class Method:
     Attributes:
         label: its name in figures and tables.
         build: returns its model.
-        colour: of its line in figures: one of Okabe and Ito's, which colour-blind readers can tell apart.
+        colour: of its line in figures, from the palette of Okabe and Ito, which colour-blind readers can distinguish.
         marker: of its line in figures.
-        as_long_as: a method. This one is trained for as many steps as fit into the training time of that one.
+        as_long_as: another method. This method is trained for as many steps as fit into the training time of the other.
         embeds: whether the model depends on E.
     """
 
@@ -116,7 +116,7 @@ def embedding(a: Architecture) -> EmbeddingNetwork:
 
 
 def embedding_tenfold(a: Architecture) -> EmbeddingNetwork:
-    """Build the embedding method with ten times the E."""
+    """Build the embedding method with an E that is ten times as large."""
     return embedding(replace(a, embedding=10 * a.embedding))
 
 
@@ -172,7 +172,7 @@ class Plain(nn.Module):
         self.primary = primary
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        """`(B, *, I)` and `(B, C)` to `(B, *, O)`."""
+        """Return `(B, *, O)` for x `(B, *, I)` and cond `(B, C)`."""
         return self.primary(torch.cat([x, _over_points(cond, x).expand(*x.shape[:-1], -1)], dim=-1))
 
 
@@ -211,7 +211,7 @@ class Modulated(nn.Module):
         self.activation = ACTIVATIONS[a.activation]()
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        """`(B, *, I)` and `(B, C)` to `(B, *, O)`."""
+        """Return `(B, *, O)` for x `(B, *, I)` and cond `(B, C)`."""
         shifts = _over_points(self.context(cond), x)
         if self.film:
             scales, shifts = shifts.chunk(2, dim=-1)

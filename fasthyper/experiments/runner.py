@@ -65,7 +65,7 @@ def run_comparison(
     Raises:
         ValueError: `out` cannot be written to, or another process is writing there, or `workers` is below 1.
         DatasetUnavailable: the data are not on this machine and cannot be downloaded. Nothing has been written.
-        WorkerFailed: one of several processes raised an error or was killed; under torchrun, raised in that process. A
+        WorkerFailed: one of several processes raised an error or was killed; under torchrun, this process raises it. A
             single process raises its own errors.
     """
     out = Path(out)
@@ -116,7 +116,7 @@ def versions(device: str) -> dict[str, str]:
 
 
 def _monotone(progress: Progress) -> Progress:
-    """Return a callback that never goes back, although messages of several processes may overtake each other."""
+    """Return a callback whose count never decreases, although messages of several processes may arrive out of order."""
     furthest = 0.0
 
     def monotone(done: float, total: int, run: str) -> None:
@@ -174,7 +174,7 @@ def _train_missing(
                     progress(done(thousandths - counted) / 1000, len(missing), label)
                     counted = thousandths
 
-                on_epoch(0.0)  # from here on, a failure belongs to this run
+                on_epoch(0.0)  # a failure is now one of this run
                 try:
                     metrics = train(comparison.experiment, run, dataset, on_epoch)
                 except Exception as error:

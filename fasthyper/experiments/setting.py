@@ -14,7 +14,7 @@ SCHEDULES = ("constant", "cosine")
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """All that decides a run, except the method and the seed. Each experiment has a subclass with further fields.
+    """All values that decide a run, except the method and the seed. Each experiment has a subclass with further fields.
 
     Annotate numbers as `int` or `float`: `int` fields are at least 1 (`depth`: 2), `float` fields finite and not
     negative. Name in `DEFINING` the fields that the titles and claims of a study refer to: `Comparison.of` refuses to

@@ -42,7 +42,7 @@ class RunStore:
     Args:
         path: the file; it need not exist.
         expected: entries that the `config` of every record must have. Records without them are skipped.
-        metrics: the names that the `metrics` of every record must have; None: any.
+        metrics: the names that the `metrics` of every record must have; None accepts any.
 
     Example:
         >>> import tempfile
@@ -69,7 +69,7 @@ class RunStore:
 
     @contextmanager
     def locked(self, attempts: int = _ATTEMPTS) -> Iterator[None]:
-        """Lock the file against writing by other processes. The lock ends with this process at the latest.
+        """Lock the file against writing by other processes. The end of this process releases the lock, too.
 
         Raises:
             ValueError: another process is writing.
@@ -148,7 +148,7 @@ class RunStore:
 
 
 def _is_record_start(line: bytes) -> bool:
-    """Return whether a line begins, as far as it goes, like a record."""
+    """Return whether a line, which may be torn, begins like a record."""
     return line[: len(_RECORD_START)] == _RECORD_START[: len(line)]
 
 

@@ -14,7 +14,7 @@ from fasthyper.experiments.store import Record, config_key
 
 @dataclass(frozen=True)
 class Summary:
-    """All that the tables, the figures and the report show.
+    """The content of the tables, the figures and the report.
 
     Attributes:
         comparison: the comparison.
@@ -33,7 +33,7 @@ def summarise(comparison: Comparison, records: Sequence[Record]) -> Summary:
     """Summarise the records of a comparison, exactly one for each run.
 
     Raises:
-        ValueError: a run is missing, or there is another one.
+        ValueError: a run is missing, or there is an extra one.
     """
     by_run = {config_key(record["config"]): record for record in records}
     wanted = {config_key(run.config()) for run in comparison.runs()}

@@ -40,7 +40,7 @@ class Metrics:
         run_seconds: time of the whole run.
         peak_temporary_bytes: temporary memory of a forward and backward pass, without outputs and gradients.
         fused_seconds: median time of a hypernetwork's step, taken in turns with `materialised_seconds`; None for other
-            methods, as the next two.
+            methods, as are the next two.
         materialised_seconds: the same for steps that write the weights of each instance out.
         materialised_bytes: `peak_temporary_bytes` of such a step.
     """
@@ -64,8 +64,8 @@ def train(
 ) -> Metrics:
     """Train one model and test it once, after the last epoch.
 
-    The seed decides the initial weights, the order of the examples, and everything that is drawn at random. The last
-    two do not depend on the method: methods with the same seed can be compared in pairs.
+    The seed decides the initial weights, the order of the examples, and all random values in them. The last two do not
+    depend on the method, so methods with the same seed can be compared in pairs.
 
     Args:
         experiment: the experiment.
@@ -154,7 +154,7 @@ def batches(run: Run, examples: Examples, generator: torch.Generator) -> Iterato
 
 @torch.no_grad()
 def evaluate(run: Run, task: Task, model: nn.Module) -> dict[str, float]:
-    """Return the means of the measures over the test examples. What is drawn for them depends on the seed only."""
+    """Return the means of the measures over the test examples. Random values for them depend only on the seed."""
     generator = torch.Generator().manual_seed(stream(run.seed, "test"))
     training = model.training
     model.eval()

@@ -1,17 +1,17 @@
-"""The experiments: one module for each, and the table in which they are found by name.
+"""The experiments, one module each, and the table of them by name.
 
-A module of the catalogue holds, in the words of `fasthyper.experiments.experiment`:
+A module of the catalogue has, with the types of `fasthyper.experiments.experiment`:
 
-    a subclass of `Setting`        the numbers that decide a run, beside the method and the seed
+    a subclass of `Setting`        the numbers that decide a run, except the method and the seed
     `architecture(run)`            the sizes of the networks, the same for all methods
     `task(run, dataset)`           training and test examples, the loss, and the measures on the test examples
     `studies(preset, data)`        the figures, each with an axis, its values, the methods and the claims
-    `load(data, data_home)`        the data set, where there is one to load
+    `load(data, data_home)`        the data set, if there is one to load
     an `Experiment`                all of these, with its name, its source, its question and the choices made here
 
-Training, statistics and reports are in `fasthyper.experiments` and the same for all. To add an experiment, write such a
-module and add its `Experiment` to the table below. An experiment of your own needs no entry: pass it to
-`fasthyper.experiments.Comparison.of`.
+Training, statistics and reports are in `fasthyper.experiments` and the same for all experiments. To add an experiment,
+write such a module and add its `Experiment` to the table below. An experiment outside of this package needs no entry:
+pass it to `fasthyper.experiments.Comparison.of`.
 """
 
 from fasthyper.experiments.catalogue.assumptions import ASSUMPTIONS
@@ -26,4 +26,4 @@ EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (ROTATION, SYNTHETIC, COLORIZATION, OPERATOR_LEARNING, SCALING, ASSUMPTIONS)
 }
-"""By name, in the order in which `fasthyper compare all` runs them."""
+"""The experiments by name, in the order in which `fasthyper compare all` runs them."""

@@ -26,7 +26,7 @@ from fasthyper.experiments.setting import Setting
 
 CLASSES = 10
 SIZE = 28
-"""The size of the noise, and of the enlarged digits: the convolutions of the paper need it."""
+"""The height and width of the noise and of the enlarged digits: the convolutions of the paper need this size."""
 NOISE = "noise"
 
 

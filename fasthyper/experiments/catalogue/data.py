@@ -40,7 +40,7 @@ class Images:
         train: training images.
         test: test images.
         pixel_max: the value of white.
-        openml: its name and number at OpenML, always version 1; None if it comes with scikit-learn.
+        openml: name and number of the data set at OpenML, always version 1; None if it comes with scikit-learn.
     """
 
     channels: int

@@ -9,8 +9,8 @@ frequency like those of functions that are exactly r times differentiable (in th
 The primary is x -> h -> 1 with biases, with different h. The setting has the sizes of f and e.
 
 Theorems 2 to 5 of Galanti and Wolf, On the Modularity of Hypernetworks, NeurIPS 2020 (arXiv 2002.10006). They bound
-the worst target of a whole class: a single target may do better, and training may do worse. Targets have no terms
-beyond a highest frequency: fitted exponents are those of primaries that do not resolve it yet.
+the error for the worst target of a whole class: it may be smaller for a single target, and larger after training.
+Targets have no terms beyond a highest frequency, so exponents are fitted to primaries that do not resolve it yet.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class ScalingSetting(ContextSetting):
         frequency: the highest frequency in each direction.
         instances: instances in an epoch, each with N = 32 points.
         hidden: h.
-        grows: whether f and e grow with h: their `width` is that for h = 1.
+        grows: whether f and e grow with h: `width` is then their width for h = 1.
     """
 
     DEFINING: ClassVar[tuple[str, ...]] = ("kind", "smoothness", "grows")

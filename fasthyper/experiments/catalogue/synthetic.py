@@ -78,7 +78,7 @@ def target(kind: str, d: int, generator: torch.Generator) -> Callable[[Tensor, T
 
 @torch.no_grad()
 def task(run: Run, dataset: Any) -> Task:
-    """Return the task: examples drawn for the seed. The levels are errors of predictors that know less.
+    """Return the task: examples drawn for the seed. Its levels are the errors of simpler predictors.
 
     The best predictor that ignores I has the error E[Var(y | x)]. It is estimated from several I for each x.
     """
