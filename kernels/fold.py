@@ -93,7 +93,7 @@ def add_plain_product(acc, row, a_ptr, in_rows, p0, J, P, s_j, sa_p, sa_j,
 def largest(row, in_rows, first, last, s_j, BM: tl.constexpr):
     """Return the largest absolute value of each row in the columns [first, last).
 
-    It goes column by column, as the loop over c reads u. A reduction over tiles would fix the layout of v, which then
+    It reads one column at a time, as the loop over c does. A reduction over tiles would fix the layout of v, which then
     would not stay in registers.
     """
     most = tl.zeros((BM,), tl.float32)

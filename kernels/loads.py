@@ -8,7 +8,7 @@ import triton.language as tl
 def row_offsets(m, N, s_instance, s_point, POINTS: tl.constexpr):
     """Return the offsets of rows m = (b, n) of x or g, or of z with a point stride of 0.
 
-    They have 64 bits, as B·N·I may exceed 2^31. POINTS: whether N > 1.
+    They have 64 bits, because B·N·I may exceed 2^31. POINTS: whether N > 1.
     """
     if POINTS:
         return (m // N).to(tl.int64) * s_instance + (m % N).to(tl.int64) * s_point
@@ -43,6 +43,6 @@ def into_range(most_u, most_v):
 
 @triton.jit
 def larger(most, t):
-    """Return the larger of most and |t|, without infinities and NaN, which would change the factor of a whole row."""
+    """Return the larger of most and |t|, or most if t is not finite: it would change the factor of the whole row."""
     size = tl.abs(t.to(tl.float32))
     return tl.maximum(most, tl.where(size < float("inf"), size, 0.0))

@@ -1,4 +1,4 @@
-"""Copies of z and H in one launch, whose rows are padded with zeros from R to W: each row then starts aligned."""
+"""Copy z and H in one launch, and pad their rows with zeros from R to W: each row then starts at an aligned address."""
 
 import triton
 import triton.language as tl

@@ -2,8 +2,8 @@
 
     dH[o, i, r] = Σ_m (x[m, i] z[m, r]) g[m, o]             m = (b, n)
 
-Each split of the batch writes partial sums in float32, which `reduce` adds in order: there are no atomics, and the bits
-of the result are the same every time.
+Each split of the batch writes partial sums in float32, and `reduce` adds them in order. There are no atomics, so the
+result has the same bits every time.
 """
 
 import triton
