@@ -1,4 +1,4 @@
-"""Apply weights generated per instance, and train what generates them, without ever writing them out."""
+"""Apply weights that are generated per instance, and train their generators, without ever writing the weights out."""
 
 from . import nn, ops
 from ._version import __version__

@@ -42,14 +42,14 @@ app = typer.Typer(
 
 @app.command()
 def compare(
-    name: Annotated[str, typer.Argument(help="An experiment, `all` of them, or `list`.")],
+    name: Annotated[str, typer.Argument(help="The name of an experiment, `all`, or `list`.")],
     preset: Annotated[str, typer.Option(help="quick: minutes on two cores; paper: the full protocol.")] = "quick",
     data: Annotated[str | None, typer.Option(help="The data set; the default needs no network.")] = None,
     data_home: Annotated[str | None, typer.Option(help="Folder of scikit-learn's downloads.")] = None,
-    studies: Annotated[str | None, typer.Option(help="Only these figures, as depth,rate.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Only these methods, as hypernetwork,film.")] = None,
+    studies: Annotated[str | None, typer.Option(help="Only these figures, such as depth,rate.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Only these methods, such as hypernetwork,film.")] = None,
     depths: Annotated[
-        str | None, typer.Option(help="Only the figure over depth, with these layers of f and e: 2-9 or 2,4,8.")
+        str | None, typer.Option(help="Only the figure over depth, with these depths of f and e: 2-9 or 2,4,8.")
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Runs of each method at each value.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training examples.")] = None,

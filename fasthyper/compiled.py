@@ -1,4 +1,4 @@
-"""Loading the compiled libraries, if they were built, for the torch that is here.
+"""Load the compiled libraries, if they were built for the installed torch.
 
 ``FASTHYPER_COMPILED`` names another folder of libraries, such as those built under sanitizers.
 """
@@ -21,7 +21,7 @@ def load(name: str) -> str | None:
     try:
         record = json.loads((FOLDER / "build.json").read_text())
     except FileNotFoundError:
-        return "not built: the build could not see torch, or was told not to; pip install --no-build-isolation lets it"
+        return "not built: the build could not see torch, or was disabled; install with pip's --no-build-isolation"
     if "error" in record:
         return f"not built: {record['error']}"
     if record["torch"] != torch.__version__:

@@ -1,6 +1,6 @@
-"""What a schedule costs: flops, bytes of tiles, torch calls, and the seconds that follow from a machine's rates.
+"""The costs of a schedule: flops, bytes of tiles, torch calls, and the seconds that follow from a machine's rates.
 
-`Costs` predicts torch's own operations on tiles. A backend overrides what differs in a subclass.
+`Costs` predicts torch's own operations on tiles. A backend with other costs overrides its methods in a subclass.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ class Cost(NamedTuple):
 
 
 def gemm(m: float, n: float, k: float, machine: Machine, times: float = 1.0) -> Cost:
-    """2·m·n·k flops, slower if a side is too short to fill the registers of a matrix unit."""
+    """Return the cost of 2·m·n·k flops, which are slower if a side is too short to fill a matrix unit's registers."""
     flops = 2.0 * times * m * n * k
     short = math.prod(side / (side + machine.short_side) for side in (m, n, k)) if flops else 1.0
     return Cost(flops, 0.0, flops / (machine.flops * short), 1)
 
 
 def moved(elements: float, passes: float, machine: Machine) -> Cost:
-    """Elements of a tile that are written or read `passes` times, in cache."""
+    """Return the cost of writing or reading the elements of a tile `passes` times, in cache."""
     nbytes = elements * passes * machine.work_dtype.itemsize
     return Cost(0.0, nbytes, nbytes / machine.cache_bandwidth, 1)
 
 
 def _instances(B: int, N: int, m: int, n: int, machine: Machine) -> Cost:
-    """B small products of N rows. At N = 1, reading the tile dominates, and `moved` counts it."""
+    """Return the cost of B small products of N rows. At N = 1, reading the tile dominates, and `moved` counts it."""
     return gemm(N, m, n, machine, B) if N > 1 else Cost(2.0 * B * m * n, 0.0, 0.0, 1)
 
 
 class Costs:
-    """The costs of the op family by torch's own operations, tile by tile."""
+    """The costs of the op family in torch's own operations, tile by tile."""
 
     def machine(self, device: str, dtype: torch.dtype, threads: int) -> Machine:
         """Return typical rates of a type of device. Only their ratios matter, so that rough values suffice."""

@@ -1,4 +1,4 @@
-"""The planner's decision in words and numbers: what ``fasthyper plan`` prints."""
+"""The planner's decision in words and numbers: the text that ``fasthyper plan`` prints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def explain(
     dtype: str = "float32",
     device: str = "cpu",
 ) -> str:
-    """Say what every schedule is predicted to cost, which one is taken, and why.
+    """Return, as text, the predicted cost of every schedule, the schedule that is taken, and the reason.
 
     Args:
         batch: B, instances.
@@ -74,7 +74,7 @@ def explain(
 
 
 def _backend(problem: Problem) -> str:
-    """Return the backend that runs a problem by default: on a device that is not here, the one that is made for it."""
+    """Return the backend that runs a problem by default: for a device that is absent here, the preferred one."""
     here = problem.device == "cpu" or torch.get_device_module(problem.device).is_available()
     name = backends.automatic(problem.device) if here else backends.preferred(problem.device)
     return name if backends.BACKENDS[name].takes(problem) else backends.FALLBACK
@@ -102,7 +102,7 @@ def _table(plans: list[Plan]) -> list[str]:
 
 
 def _reason(first: Plan, second: Plan) -> str:
-    """Say why the first is taken: the larger of its two savings, or the shapes of its products."""
+    """Return the reason for the first plan: the larger of its two savings, or the shapes of its products."""
     flops, moved = _ratio(second.flops, first.flops), _ratio(second.bytes, first.bytes)
     why = {
         f"{second.schedule} does {flops:.2f} times its flops": flops,

@@ -1,4 +1,4 @@
-"""`hyper_linear`, the function under every layer: casts under autocast, flattens the points, calls the op."""
+"""`hyper_linear`, which every layer calls: it casts under autocast, flattens the points, and calls the op."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def hyper_linear(
 
     ``y[b] = x[b] (weight·z[b] + base_weight)ᵀ + bias·z[b] + base_bias``
 
-    Under autocast, the arguments are cast to the region's dtype, float64 ones excepted. Differentiable to any
-    order, in reverse and forward mode, under `torch.func`, `torch.compile` and `torch.export`.
+    Under autocast, the arguments are cast to the region's dtype, except for float64. The function is differentiable to
+    any order, in reverse and forward mode, under `torch.func`, `torch.compile` and `torch.export`.
 
-    An infinite or NaN x or z affects its own instance alone. Whether a result is infinite or NaN depends on the
+    An infinite or NaN x or z affects only its own instance. Whether a result is infinite or NaN depends on the
     schedule. For an infinite x and a z of zero, ``fold`` (which multiplies x with z first) and ``project`` (x with the
     head) give NaN; ``generate``, like W written out, gives infinity. The same holds for an infinite gradient.
 
@@ -44,7 +44,7 @@ def hyper_linear(
         ``(B, O)`` or ``(B, *, O)``, contiguous.
 
     Raises:
-        TypeError: if an argument is no floating point tensor, or the dtypes differ.
+        TypeError: if an argument is not a floating point tensor, or the dtypes differ.
         ValueError: if a rank or a size does not match, or the devices differ.
 
     Example:
@@ -60,7 +60,7 @@ def hyper_linear(
         x, z, weight, bias, base_weight, base_bias = map(autocast.follow, (x, z, weight, bias, base_weight, base_bias))
     try:
         y = _op(shapes.flatten_points(x), z, weight, bias, base_weight, base_bias, *backends.current())
-    except Exception:  # if the op refused the arguments, report the caller's shapes
+    except Exception:  # if the arguments are wrong, report the caller's shapes
         given = {
             "x": x, "z": z, "weight": weight, "bias": bias, "base_weight": base_weight, "base_bias": base_bias
         }  # fmt: skip

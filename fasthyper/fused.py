@@ -29,7 +29,7 @@ def may_fuse(x: Any) -> bool:
 
 
 def _fused(x: Any, z: Any, first: Layer, second: Layer, activation: str) -> Tensor | None:
-    """Run the op; None if no backend fuses the call, or if its arguments are wrong: the layers raise the error."""
+    """Run the op. Return None if no backend fuses the call, or if its arguments are wrong: the layers then raise."""
     if not may_fuse(x) or x.dim() < 2 or any(type(t) not in _EXACT_TYPES for t in (x, z, *first, *second)):
         return None
     args = primary.Primary(shapes.flatten_points(x), z, *first, *second, activation, *backends.current())
@@ -50,14 +50,14 @@ def hyper_primary(x: Tensor, z: Tensor, first: Layer, second: Layer, activation:
         z: features of the hypernetwork, ``(B, R)``.
         first: weight ``(J, I, R)``, bias ``(J, R)``, base_weight ``(J, I)`` and base_bias ``(J,)`` of the first
             layer; each of the last three may be None.
-        second: those of the second layer, ``(O, J, R)``, ``(O, R)``, ``(O, J)`` and ``(O,)``.
+        second: the parameters of the second layer, ``(O, J, R)``, ``(O, R)``, ``(O, J)`` and ``(O,)``.
         activation: σ, ``"relu"``, ``"tanh"``, ``"sigmoid"``, ``"silu"`` or ``"gelu"``.
 
     Returns:
         ``(B, O)`` or ``(B, *, O)``, contiguous.
 
     Raises:
-        TypeError: if an argument is no floating point tensor, or the dtypes differ.
+        TypeError: if an argument is not a floating point tensor, or the dtypes differ.
         ValueError: if a rank or a size does not match, the devices differ, or the activation is unknown.
 
     Example:

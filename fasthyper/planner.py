@@ -1,6 +1,6 @@
 """Problem -> Plan: predict the cost of every schedule and take the cheapest that fits the workspace.
 
-A pure function of sizes and rates: no tensor and no device is touched, so every decision can be tested
+The planner is a pure function of sizes and rates and uses no tensor and no device, so every decision can be tested
 and printed (``fasthyper plan``).
 """
 
@@ -15,13 +15,14 @@ import torch
 from .costs import Costs
 from .problem import AUTO, SCHEDULES, Machine, Plan, Problem
 
-# A tile, its operands in the work dtype, an accumulator, the packed operand of a matrix product: each at most a share.
+# Shares of the workspace. A tile, its operands in the work dtype, an accumulator and the packed operand of a product
+# take at most one share each.
 _SHARES = 8
 _MIN_LIMIT = 1 << 20
 _limit = 32 << 20
 _costs = {"": Costs()}  # by the backend that a problem names
 on_forget: list[Callable[[], object]] = []
-"""Functions to call when plans are forgotten: a backend that keeps plans itself adds one."""
+"""Functions to call when plans are forgotten. A backend with its own cache of plans adds one."""
 
 
 def set_workspace_limit(limit: int) -> None:
@@ -72,7 +73,7 @@ def machine(device: str, dtype: torch.dtype, threads: int = 1, backend: str = ""
 
 
 def tile_elements(problem: Problem, mach: Machine, limit: int) -> int:
-    """Return how many elements a tile may hold: a share of the workspace, and no more than stays in cache.
+    """Return how many elements a tile may hold: a share of the workspace, and at most as many as stay in cache.
 
     With one point per instance a tile is read once, and a small tile stays in the nearer cache. With many points the
     products with a tile dominate, and a larger tile gives larger products. Operands that are converted are tiles
@@ -86,7 +87,7 @@ def tile_elements(problem: Problem, mach: Machine, limit: int) -> int:
 
 
 def cost(problem: Problem, schedule: str, mach: Machine, limit: int) -> Plan:
-    """Predict one schedule."""
+    """Return the plan of one schedule, with its predicted cost."""
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     p, costs = problem, costs_of(problem)

@@ -1,4 +1,4 @@
-"""The vocabulary of planning: what is asked for (`Problem`), on what (`Machine`), how it is done (`Plan`)."""
+"""The types of the planner: the call (`Problem`), the rates of a device (`Machine`), the way to compute it (`Plan`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SCHEDULES = ("fold", "generate", "project")
 """The orders of contraction: x ⊗ z first, z · H first, x · H first."""
 
 AUTO = "auto"
-"""Let the planner choose: a choice like any other; the empty string means that nobody chose yet."""
+"""The choice to let the planner decide. The empty string, in contrast, means that no choice was made yet."""
 
 
 class Problem(NamedTuple):
@@ -20,7 +20,7 @@ class Problem(NamedTuple):
     A tuple, because it is hashed on every call and tuples hash fastest.
 
     Args:
-        op: ``"apply"`` or ``"grads"`` (of which ``cond_grad`` and ``weight_grad`` are parts).
+        op: ``"apply"`` or ``"grads"`` (which includes ``cond_grad`` and ``weight_grad``).
         batch: B, instances, each with its own z.
         points: N, points per instance.
         cond_features: R, features of z.
@@ -29,7 +29,7 @@ class Problem(NamedTuple):
         dtype: dtype of all tensors.
         device: device type, such as ``"cpu"``.
         shared_x: whether all instances have the same x (a batch stride of zero).
-        needs: for ``grads``, which of dx, dz, dH are asked for.
+        needs: for ``grads``, which of dx, dz, dH are requested.
         backend: the backend whose costs count; empty for torch's own operations on tiles.
     """
 
@@ -55,7 +55,7 @@ class Problem(NamedTuple):
         needs: tuple[bool, bool, bool] = (True,) * 3,
         backend: str = "",
     ) -> Problem:
-        """The problem of a call with x (B, N, I)."""
+        """Return the problem of a call with x (B, N, I)."""
         B, N, I = x.shape
         return cls(op, B, N, R, I, O, x.dtype, x.device.type, B > 1 and x.stride(0) == 0, needs, backend)
 
@@ -79,7 +79,7 @@ class Machine:
         cache_bandwidth: rate at which a tile is written and read back, byte/s.
         memory_bandwidth: rate of main memory, byte/s.
         launch: cost of one torch call, s.
-        tile_bytes: largest tile that is worth having, so that it stays in cache.
+        tile_bytes: the size of the largest tile that stays in cache.
         work_dtype: dtype in which tiles are computed and summed.
         short_side: length at which a side of a matrix product halves its rate.
     """
@@ -95,7 +95,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a problem will be computed, and what that is predicted to cost.
+    """The way to compute a problem, and its predicted cost.
 
     Args:
         schedule: one of `SCHEDULES`.

@@ -1,7 +1,7 @@
-"""What the processor decides: which compiled kernels run, and whether they multiply in 16 bits.
+"""Choices that depend on the processor: which compiled kernels run, and whether they multiply in 16 bits.
 
-Two environment variables force another answer for the whole process. Tests use them for instruction sets that the
-machine does not have; a user may avoid one that misbehaves.
+Two environment variables override these choices for the whole process. Tests use them for instruction sets that the
+machine does not have; a user may avoid an instruction set that causes errors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def kernels() -> str:
     ``width8``, ``width16``, which every processor can run.
 
     Raises:
-        ValueError: if ``FASTHYPER_CPU`` is another name.
+        ValueError: if ``FASTHYPER_CPU`` has another value.
     """
     forced = os.environ.get("FASTHYPER_CPU")
     if forced and forced not in _KNOWN:
@@ -31,7 +31,7 @@ def kernels() -> str:
 
 @functools.cache
 def has_fast(dtype: torch.dtype) -> bool:
-    """Return whether oneDNN has fast products of a 16-bit dtype. Where it has not, float32 is tens of times faster."""
+    """Return whether oneDNN has fast products of a 16-bit dtype. If not, float32 is tens of times faster."""
     probe = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     try:
         return bool(getattr(torch.ops.mkldnn, probe)())
@@ -41,12 +41,12 @@ def has_fast(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def kernels_multiply(dtype: torch.dtype) -> bool:
-    """Return whether the compiled kernels multiply in a 16-bit dtype: bfloat16, if the processor has instructions.
+    """Return whether the compiled kernels multiply in a 16-bit dtype: bfloat16, if the processor supports it.
 
     ``FASTHYPER_BFLOAT16`` forces it, ``1`` or ``0``. Kernels that cannot multiply bfloat16 compute in float32 anyway.
 
     Raises:
-        ValueError: if ``FASTHYPER_BFLOAT16`` is neither.
+        ValueError: if ``FASTHYPER_BFLOAT16`` has another value.
     """
     if dtype != torch.bfloat16:
         return False

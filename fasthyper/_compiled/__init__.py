@@ -1,1 +1,1 @@
-"""Where the build puts the compiled libraries, and its record of them: see `fasthyper.compiled`."""
+"""The folder of the compiled libraries and of the record of their build: see `fasthyper.compiled`."""

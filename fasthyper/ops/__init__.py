@@ -1,12 +1,12 @@
-"""The custom ops of torch, ``torch.ops.fasthyper``, and the functions of the family that call them.
+"""The custom ops, ``torch.ops.fasthyper``, and the functions of the family that call them.
 
 shapes.py     the axes of every tensor: the check, its message, the shapes of results
 register.py   `define` registers an op; torch's private names
 rules.py      the table of derivatives and of vmap
 family.py     apply, cond_grad, weight_grad, and grads, the gradients of apply
 linear.py     hyper_linear: the family with a generated bias and a base added in place
-primary.py    primary: two of those and the activation between them
-reference.py  the definition, one einsum for each
+primary.py    primary: two hyper_linear and the activation between them
+reference.py  the definition of each op, as one einsum
 """
 
 from .family import apply, cond_grad, grads, weight_grad

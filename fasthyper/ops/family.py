@@ -3,7 +3,7 @@
     apply        y[b,n,o]  = Σ_{i,r}   H[o,i,r] x[b,n,i] z[b,r]
     cond_grad    dz[b,r]   = Σ_{n,i,o} H[o,i,r] x[b,n,i] g[b,n,o]
     weight_grad  dH[o,i,r] = Σ_{b,n}   x[b,n,i] z[b,r] g[b,n,o]
-    grads        dx, dz, dH of `apply`, those that are asked for
+    grads        the requested gradients of `apply`: dx, dz, dH
 
 Every op ends in two strings, the backend and the schedule (see `register.choice`).
 """
@@ -106,7 +106,7 @@ def _weight_grad(args: WeightGrad) -> Tensor | None:
 
 
 def _define(name: str, arguments: type, kernel: Op) -> None:
-    """Define a member of the family: its derivatives are a row of the table of rules."""
+    """Define an op of the family, with its derivatives from the table of rules."""
     factors, result = rules.INPUTS[name], rules.RESULT[name]
 
     def factors_of(args: Any, **more: Any) -> dict[str, Tensor]:
@@ -115,7 +115,7 @@ def _define(name: str, arguments: type, kernel: Op) -> None:
     def backward(args: Any, wanted: dict[str, bool], g: Tensor) -> Gradients:
         t = factors_of(args, **{result: g})
         if name == "apply":
-            mask = [wanted[f] for f in factors]  # one call for all, which share products
+            mask = [wanted[f] for f in factors]  # one call for all gradients, because they share products
             return dict(zip(factors, ops.grads(t["x"], t["z"], t["weight"], g, mask, *choice(args)), strict=True))
         return {f: rules.derivative(f, t, *choice(args)) for f in factors if wanted[f]}
 
@@ -162,7 +162,7 @@ define(
 if MISSING:
     warnings.warn(
         f"fasthyper runs in plain torch operations, since torch {torch.__version__} has no {MISSING}. Results are "
-        "right, but each call writes out the generated weights and has their memory and time.",
+        "right, but each call writes out the generated weights, which takes memory and time.",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -241,17 +241,17 @@ def weight_grad(x: Tensor, z: Tensor, g: Tensor) -> Tensor:
 def grads(
     x: Tensor, z: Tensor, weight: Tensor, g: Tensor, mask: tuple[bool, bool, bool] = (True, True, True)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `apply` in one call, which computes what they share once.
+    """Return the gradients of `apply` in one call, which computes shared products once.
 
     Args:
         x: inputs, ``(B, N, I)``.
         z: features of the hypernetwork, ``(B, R)``.
         weight: the head H, ``(O, I, R)``.
         g: gradient of the output, ``(B, N, O)``.
-        mask: which of the three are asked for.
+        mask: which of the three are requested.
 
     Returns:
-        dx ``(B, N, I)``, dz ``(B, R)``, dH ``(O, I, R)``; an empty tensor ``(0,)`` for each not asked for.
+        dx ``(B, N, I)``, dz ``(B, R)``, dH ``(O, I, R)``; an empty tensor ``(0,)`` for each that is not requested.
 
     Raises:
         TypeError: if the dtypes differ or are not floating point.

@@ -1,9 +1,9 @@
-"""The op under `fasthyper.hyper_linear`: the family, with a base and a generated bias added in place.
+"""The op that `fasthyper.hyper_linear` calls: `apply` of the family, with a base and a generated bias added in place.
 
     y[b,n] = (H·z[b] + W0) x[b,n] + bias·z[b] + b0
 
-It is T with x and z each extended by a one, [x, 1] and [z, 1], and H by a row and a column, so there is no new
-derivative: the composites below use the op family and torch's own operations, and run in second order, in forward mode
+It is T with x and z each extended by a one, [x, 1] and [z, 1], and H by a row and a column, so it needs no new
+derivatives. The composites below use the op family and torch's own operations, and run in second order, in forward mode
 and under every transform. The kernels avoid the temporaries of the composites: one of the size of the output for each
 term, in forward and in backward.
 """

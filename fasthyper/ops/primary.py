@@ -7,7 +7,7 @@ It is `hyper_linear` twice, with torch's own σ between: the composites below co
 order, in forward mode, under every transform, and where no backend fuses the two layers. `a` is a result because
 backward reads it. It has derivatives like any other result: second-order gradients pass through it.
 
-A backend that fuses has the three functions of `backends.contract.Fusing`.
+A backend that fuses two layers has the three functions of `backends.contract.Fusing`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _aten = torch.ops.aten
 
 
 class Activation(NamedTuple):
-    """σ: its module, the function, and g·σ'(a) as a function of (g, a, σ(a)) that torch can differentiate."""
+    """An activation σ: module, function, and g·σ'(a) as a function of (g, a, σ(a)) that torch can differentiate."""
 
     module: type[nn.Module]
     forward: Callable[[Tensor], Tensor]
@@ -54,7 +54,7 @@ _OF_MODULE = {activation.module: name for name, activation in ACTIVATIONS.items(
 
 
 def activation_of(module: Any) -> str | None:
-    """Return the name of the activation that a module is, or None."""
+    """Return the name of the activation that a module computes, or None."""
     name = _OF_MODULE.get(type(module))
     return None if name == "gelu" and module.approximate != "none" else name
 
@@ -120,17 +120,17 @@ class PrimaryGrads(NamedTuple):
 
 
 TENSORS = Primary._fields[:10]
-"""The tensors of a call, which are also those that have gradients."""
+"""The tensors of a call; the same ones have gradients."""
 
 
 def are_valid(args: Primary) -> bool:
-    """Return whether the arguments of a call are right, without an error message."""
+    """Return whether the arguments of a call are valid; raise nothing."""
     given = dict(zip(TENSORS, args, strict=False))
     return all(given[name] is not None for name in ("z", "weight1", "weight2")) and agree(PRIMARY, given)
 
 
 def backend_that_may_fuse(x: Tensor, backend: str, schedule: str) -> Fusing | None:
-    """Return the backend of a call, if it can fuse. It may not under a forced schedule, which applies to one layer."""
+    """Return the backend of a call if it can fuse, else None: also if a schedule, which is for one layer, is forced."""
     if schedule != AUTO or not backends.runs_on(backend, x.device):
         return None
     module = backends.backend(backend, x.device)

@@ -1,4 +1,4 @@
-"""The definition: every op of the family as one einsum. Tests and benchmarks compare with this, in float64.
+"""The definition of every op of the family, as one einsum. Tests and benchmarks compare with it, in float64.
 
 T(x, z, H, g) = Σ_{b,n,r,i,o} x[b,n,i] z[b,r] H[o,i,r] g[b,n,o], and each op is T with one factor taken out.
 """
@@ -10,17 +10,17 @@ from torch import Tensor
 
 
 def apply(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
-    """y[b,n,o] = Σ_{i,r} H[o,i,r] x[b,n,i] z[b,r], by writing out W[b] = H·z[b]."""
+    """Return y[b,n,o] = Σ_{i,r} H[o,i,r] x[b,n,i] z[b,r], by writing out W[b] = H·z[b]."""
     return torch.einsum("bni,boi->bno", x, torch.einsum("br,oir->boi", z, weight))
 
 
 def cond_grad(x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
-    """dz[b,r] = Σ_{n,i,o} H[o,i,r] x[b,n,i] g[b,n,o], by writing out dW[b] = g[b]ᵀ x[b]."""
+    """Return dz[b,r] = Σ_{n,i,o} H[o,i,r] x[b,n,i] g[b,n,o], by writing out dW[b] = g[b]ᵀ x[b]."""
     return torch.einsum("boi,oir->br", torch.einsum("bno,bni->boi", g, x), weight)
 
 
 def weight_grad(x: Tensor, z: Tensor, g: Tensor) -> Tensor:
-    """dH[o,i,r] = Σ_{b,n} x[b,n,i] z[b,r] g[b,n,o], by writing out dW[b] = g[b]ᵀ x[b]."""
+    """Return dH[o,i,r] = Σ_{b,n} x[b,n,i] z[b,r] g[b,n,o], by writing out dW[b] = g[b]ᵀ x[b]."""
     return torch.einsum("boi,br->oir", torch.einsum("bno,bni->boi", g, x), z)
 
 
@@ -32,7 +32,7 @@ def hyper_linear(
     base_weight: Tensor | None = None,
     base_bias: Tensor | None = None,
 ) -> Tensor:
-    """y[b,n] = (H·z[b] + W0) x[b,n] + bias·z[b] + b0."""
+    """Return y[b,n] = (H·z[b] + W0) x[b,n] + bias·z[b] + b0."""
     w = torch.einsum("br,oir->boi", z, weight)
     if base_weight is not None:
         w = w + base_weight

@@ -1,10 +1,10 @@
-"""How an op is registered with torch: `define`. No other module uses torch's private names.
+"""Register ops with torch: `define`. No other module uses torch's private names.
 
 ``torch.library.register_autograd`` makes torch.func raise and forward mode silently wrong; an ``autograd.Function``
 around the op makes compiled second order silently wrong. A kernel for the Autograd key is right everywhere: it calls
-a single-level Function, whose forward redispatches below autograd. It needs names that torch does not promise to keep.
+a single-level Function, and the forward of this Function redispatches below autograd. It needs private names of torch.
 If one is missing, `MISSING` names it, and every op runs its definition in torch's own operations, which writes out the
-weights and which every transform understands.
+weights and works under every transform.
 """
 
 from __future__ import annotations
@@ -98,15 +98,15 @@ def define(
     Args:
         name: name of the op in ``torch.ops.fasthyper``.
         arguments: a NamedTuple class: the names and the types of the arguments make the schema. An argument ``mask``
-            has an entry for each result: which results are wanted.
+            has an entry for each result: whether it is requested.
         results: the name and the axes of each tensor that is returned.
         axes: the table of axes, for the check and for the shapes of results.
-        kernel: computes the results below autograd. None stands for a result that is not wanted.
+        kernel: computes the results below autograd. None stands for a result that is not requested.
         composite: computes the same by other ops. It runs under transforms, in forward mode, and under autograd if
             there is no `backward`.
-        definition: computes the same by torch's own operations, where there is no composite.
-        backward: ``(args, wanted, *g)`` returns gradients by name. `wanted` says of each argument whether its gradient
-            is asked for. If an op has several results, g is None for a result without a gradient.
+        definition: computes the same by torch's own operations, if there is no composite.
+        backward: ``(args, wanted, *g)`` returns gradients by name. `wanted` has, for each argument, whether its
+            gradient is requested. If an op has several results, g is None for a result without a gradient.
         jvp: ``(args, tangents)`` returns the tangent of the result from the tangents of some arguments, by name.
         vmap: ``(info, dims, *arguments)``, as for `torch.library.register_vmap`.
         not_saved: arguments that backward does not read.
@@ -145,7 +145,7 @@ def define(
 
 
 class _Signature:
-    """The names, types and axes of an op: its schema, the check of its arguments, the shapes of its results."""
+    """The names, types and axes of an op, and what follows from them: schema, check of arguments, shapes of results."""
 
     def __init__(
         self, name: str, arguments: Any, results: Mapping[str, str], axes: shapes.Axes, validate: Op | None
@@ -209,7 +209,7 @@ def _below_autograd(op: Op, keys: Any, args: Sequence[Any]) -> Any:
 
 
 def _wanted(ctx: Any) -> tuple[bool, ...]:
-    """Return which gradients this pass asks for; needs_input_grad only says which inputs require one."""
+    """Return which gradients this pass requests; needs_input_grad only has the inputs that require one."""
     nodes = iter(ctx.next_functions)
     needed = ctx.needs_input_grad[1:]
     return tuple(t and _will_run(next(nodes)[0]) and n for t, n in zip(ctx.is_tensor, needed, strict=True))
@@ -220,7 +220,7 @@ def _will_run(node: Any) -> bool:
         return False
     try:
         return _will_engine_execute_node(node)
-    except RuntimeError:  # torch raises for a leaf that autograd.grad asks for
+    except RuntimeError:  # torch raises for a leaf among the inputs of autograd.grad
         return True
 
 

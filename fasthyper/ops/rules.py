@@ -1,4 +1,4 @@
-"""The one table of rules: the derivatives and the vmap of the op family.
+"""The table of rules: the derivatives and the vmap of the op family.
 
 T(x, z, H, g) = Σ x[b,n,i] z[b,r] H[o,i,r] g[b,n,o] has four factors, and each op is T with one taken out:
 
@@ -40,9 +40,9 @@ def derivative(factor: str, t: Mapping[str, Tensor], *choice: str) -> Tensor:
     return ops.apply(t["x"], t["z"], t["weight"], *choice)
 
 
-# A batched dimension v is merged into an axis of the op that every batched argument has and that is in the result:
-# the op then sees one dimension. Arguments without v that have the axis are repeated along it. Listed by the batched
-# factors. With other combinations no axis can hold v, and the op runs once for each v.
+# The axis that a batched dimension v is merged into, by the batched factors: every batched argument and the result have
+# this axis, so that the op runs once. Arguments without v that have the axis are repeated along it. For other
+# combinations of factors there is no such axis, and the op runs once for each v.
 MERGE: dict[str, dict[tuple[str, ...], str]] = {
     "apply": {("x",): "N", ("z",): "B", ("x", "z"): "B", ("weight",): "O"},
     "cond_grad": {("x",): "B", ("g",): "B", ("x", "g"): "B", ("weight",): "R"},

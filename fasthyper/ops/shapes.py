@@ -6,7 +6,7 @@
 | N      | points that share an instance    | I      | in features of the layer           |
 | R      | features of z                    | J      | features between two layers        |
 
-csrc/eager.cpp checks by the same table, which `ops/linear.py` passes to it.
+csrc/eager.cpp uses the same table, which `ops/linear.py` passes to it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Axes = Mapping[str, str]
-"""Letters by argument. The first argument with a letter fixes its size; an error blames a later one that differs."""
+"""Letters by argument. The first argument with a letter fixes its size; errors name a later argument that differs."""
 
 LINEAR: Axes = {
     "weight": "OIR",
@@ -49,7 +49,7 @@ PRIMARY: Axes = {
 
 
 def agree(axes: Axes, tensors: Mapping[str, Any]) -> bool:
-    """Return whether all tensors have one known dtype, one device, and sizes that agree, without an error message."""
+    """Return whether all tensors have one known dtype, one device, and sizes that agree; raise nothing."""
     x = tensors["x"]
     dtype, device = x.dtype, x.device
     if dtype not in DTYPES:
@@ -138,7 +138,7 @@ def _pair_letters(letters: str, shape: Sequence[int]) -> list[tuple[str, int]] |
 
 
 def _format_axes(axes: Sequence[str]) -> str:
-    """Return axes as a reader writes a shape: (B, R), or (O,), or (B, I) or (B, *, I)."""
+    """Return axes in the notation of a shape: (B, R), or (O,), or (B, I) or (B, *, I)."""
     if "*" in axes:
         return f"{_format_axes([axis for axis in axes if axis != '*'])} or ({', '.join(axes)})"
     return f"({', '.join(axes)})" if len(axes) > 1 else f"({axes[0]},)"
