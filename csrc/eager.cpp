@@ -1,9 +1,9 @@
-// The plain case of fasthyper::hyper_linear on CPU tensors without a step through Python, which is most of the time of
-// a small problem.
+// Plain calls of fasthyper::hyper_linear on CPU tensors, without a step through Python. That step takes most of the
+// time of a small problem.
 //
-// Plain is eager reverse mode and nothing else: no torch.func transform, no dual numbers, no gradient of a gradient; no
-// backend and no schedule is forced, and the problem was planned before. Any other call goes on to the kernels that
-// fasthyper/ops registers for every device and every autograd key, and that these kernels shadow on the CPU.
+// A call is plain in eager reverse mode: no torch.func transform, no dual numbers, no gradient of a gradient, no forced
+// backend or schedule, and a problem that was planned before. All other calls continue to the kernels that
+// fasthyper/ops registers for every device and every autograd key, and that the kernels here shadow on the CPU.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/Parallel.h>
@@ -41,7 +41,7 @@ const auto& backward_op() {
   return op;
 }
 
-// The shadowed kernels stand for every autograd key, AutogradOther too.
+// The shadowed kernels are registered for every autograd key, AutogradOther included.
 DispatchKeySet shadowed(DispatchKeySet keys) {
   return (keys & c10::after_autograd_keyset) | DispatchKeySet(c10::DispatchKey::AutogradOther);
 }
@@ -54,19 +54,19 @@ bool dual(const Tensor& t) { return torch::autograd::isFwGradDefined(t); }
 
 bool dual(const Maybe& t) { return t && dual(*t); }
 
-// torch.func includes its keys for as long as a transform is in force.
+// torch.func includes its keys while a transform is active.
 bool transformed() {
   return c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
-// Whether the backend has been chosen, and no transform looks on.
+// Whether backend and schedule have been chosen, and no transform or forward mode is active.
 template <class... Tensors>
 bool plain(string_view backend, string_view schedule, const Tensors&... tensors) {
   return !backend.empty() && !schedule.empty() && !transformed() && !(dual(tensors) || ...);
 }
 
 struct HyperLinear : torch::autograd::Function<HyperLinear> {
-  static constexpr bool is_traceable = true;  // by compiled autograd: backward calls one op
+  static constexpr bool is_traceable = true;  // compiled autograd may trace backward, which calls one op
 
   static Tensor forward(
       torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& z, const Tensor& weight, const Maybe& bias,
@@ -88,7 +88,7 @@ struct HyperLinear : torch::autograd::Function<HyperLinear> {
     const bool is_there[] = {
         true, true, true, bias.has_value(), base_weight.has_value(), ctx->saved_data["base_bias"].toBool()};
     Mask mask{};
-    size_t edge = 0;  // there is one for each tensor that was given
+    size_t edge = 0;  // one for each tensor that is not absent
     for (size_t i = 0; i < mask.size(); ++i) mask[i] = is_there[i] && ctx->needs_input_grad(edge++);
     const auto out = backward_op().call(
         saved[0], saved[1], saved[2], bias, base_weight, grad[0], mask, ctx->saved_data["backend"].toStringView(),
@@ -130,7 +130,7 @@ Six hyper_linear_grads(
 
 // --- Below autograd -------------------------------------------------------------------------------------------------
 
-// A problem as the planner in Python knows it; what it decided is remembered here.
+// A problem of the planner in Python. Its plans are stored here.
 struct Problem {
   int64_t B, N, R, I, O, dtype, needs, threads;
   bool shared_x;
@@ -186,7 +186,7 @@ Problem problem_of(const Tensor& x, int64_t R, int64_t O, int64_t needs) {
 
 int64_t needs_of(const Mask& mask) { return mask[0] | mask[1] << 1 | mask[2] << 2; }
 
-// The letters of the axes of each argument, and which of them the ops below have, as fasthyper/ops/shapes.py has them.
+// The letters of the axes of each argument, from the table in fasthyper/ops/shapes.py, in the order of the arguments.
 struct Axes {
   static constexpr const char* FORWARD[] = {"x", "z", "weight", "bias", "base_weight", "base_bias"};
   static constexpr const char* BACKWARD[] = {"x", "z", "weight", "bias", "base_weight", "g"};
@@ -210,7 +210,7 @@ const Tensor* given(const Tensor& t) { return &t; }
 
 const Tensor* given(const Maybe& t) { return t ? &*t : nullptr; }
 
-// Whether the tensors, of which some may be absent, have one dtype, are on the CPU, and have sizes that agree.
+// Whether the tensors have one dtype, are on the CPU, and have sizes that agree. Some may be absent.
 template <class... Tensors>
 bool agree(const std::array<std::string, 6>& letters, const Tensor& x, const Tensors&... others) {
   if (!axes.declared) return false;
@@ -231,7 +231,8 @@ bool agree(const std::array<std::string, 6>& letters, const Tensor& x, const Ten
   return true;
 }
 
-// The kernels that fasthyper/ops registers for every device, shadowed here for the CPU: they check, plan and remember.
+// The key of the kernels that fasthyper/ops registers for every device, which are shadowed here for the CPU. They check
+// the arguments, make a plan and store it here.
 const DispatchKeySet any_device(c10::DispatchKey::PrivateUse1);
 
 bool chosen_here(string_view backend, string_view schedule) {

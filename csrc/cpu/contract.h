@@ -1,9 +1,9 @@
-// The two orders of contracting H with factors of a group of rows:
+// The two orders in which H is contracted with the factors of a group of rows:
 //
 //   contract    t[p,q] = Σ_c H[p,q,c] u_c[c]      out_p[p] += Σ_q t[p,q] u_q[q]      out_q[q] += Σ_p t[p,q] u_p[p]
 //   fold        out[p] += Σ_{q,c} H[p,q,c] (u_q[q] u_c[c])
 //
-// H has an axis for each factor: i for x, r for z, o for g. Here the axes are called p, q and c, in any order. Factors
+// H has one axis for each factor: i for x, r for z, o for g. Here p, q and c are these axes, in any order. Factors
 // and sums are in blocks of lanes. All blocks of a group use a tile of H while it is in cache.
 #pragma once
 
@@ -46,7 +46,7 @@ void reduce(const float* t, int64_t np, int64_t nq, const float* up, const float
 
 constexpr int64_t TILE_ROWS = tile_size(256);
 constexpr int64_t FOLD_DEPTH = tile_size(256);
-constexpr int64_t PACKED_NUMBERS = tile_size(1 << 17);  // most numbers of H that are packed at a time
+constexpr int64_t PACKED_NUMBERS = tile_size(1 << 17);  // numbers of H that are packed at a time, at most
 
 // The number of rows or columns, of `each` numbers, that are packed at a time: at most `wanted`, whole cache lines.
 inline int64_t packed_count(int64_t wanted, int64_t each) {

@@ -13,9 +13,9 @@ namespace fasthyper {
 constexpr int64_t VECS = std::min<int64_t>(4, LANES / WIDTH);  // vectors of lanes in registers at the same time
 constexpr int64_t COLS = 12 / VECS;  // columns q in registers: twelve sums hide the latency of an addition
 constexpr int64_t TILE_NUMBERS = tile_size(1 << 14);  // numbers of a tile of H, which stays in cache for all blocks
-constexpr int64_t TILE_DEPTH = tile_size(128);        // most c of a tile
+constexpr int64_t TILE_DEPTH = tile_size(128);        // c of a tile, at most
 constexpr int64_t NEAR_FEATURES = tile_size(192);     // features in the nearest cache: those of u_c, u_q and out_q
-constexpr int64_t FEW_BLOCKS = 8;                     // too few for packing H to be worth it
+constexpr int64_t FEW_BLOCKS = 8;                     // with at most so many blocks, H is not packed
 
 // A tile of H, with the strides of p, of COLS columns q, of q and of c.
 struct HeadTile {
@@ -41,7 +41,7 @@ inline F* lane(F* lanes, int64_t feature, int64_t l) {
   return lanes ? lanes + feature * LANES + l : nullptr;
 }
 
-// Adds Q columns from q on of one p, for V vectors of lanes from l on. `sum` collects out_p[p].
+// Adds Q columns of one p, beginning at q, for V vectors of lanes, beginning at l. `sum` collects out_p[p].
 template <int Q, int V, bool OutP, bool OutQ>
 inline void contract_columns(
     const HeadTile& h, const float* from, const BlockLanes& block, int64_t p, int64_t q, int64_t l, Vec (&sum)[V]) {
@@ -124,7 +124,7 @@ inline int64_t equal_size(int64_t size, int64_t most, int64_t step) {
   return std::min(size, round_up(ceil_div(size, tiles), step));
 }
 
-// Whether to read H in place: if rows of c do not evict each other from the cache, and few blocks read them.
+// Whether to read H in place: rows of c do not evict each other from the cache, and only few blocks read them.
 template <class S>
 bool read_in_place(const Head<S>& h, const Group& group) {
   if (!std::is_same_v<S, float>) return false;

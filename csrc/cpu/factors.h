@@ -32,7 +32,7 @@ struct Factors {
   Head<S> roi() const { return {h, R, O, I, sr, so, si}; }
 };
 
-// A ratio of work as a number of tasks, slices or threads.
+// Converts a ratio of work to a number of tasks, slices or threads.
 inline int64_t to_count(double ratio) { return int64_t(std::min(ratio, 1e9)); }
 
 // A range of indices of an axis.
@@ -60,7 +60,7 @@ Head<S> cut_q(Head<S> h, Range r) {
   return h;
 }
 
-// The least number of tasks for one thread.
+// The least number of tasks that one thread should run.
 inline int64_t tasks_per_thread(int64_t tasks, double multiplications) {
   return ceil_div(tasks, std::clamp<int64_t>(to_count(multiplications / THREAD_WORK), 1, tasks));
 }

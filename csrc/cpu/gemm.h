@@ -14,8 +14,8 @@
 
 namespace fasthyper {
 
-// One product of oneDNN. A build for tests has plain loops instead: sanitizers see their every access, and they
-// multiply 16-bit operands on any processor.
+// One product of oneDNN. A build for tests has plain loops instead: sanitizers see all of their accesses, and
+// they multiply 16-bit operands on any processor.
 template <class T>
 inline void product(
     int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc,
@@ -34,7 +34,7 @@ inline void product(
 #endif
 }
 
-// Rows of T at this distance that one product can address; at least one, whose distance does not matter.
+// The number of rows of T, `ld` apart, that one product can address; at least one.
 template <class T>
 inline int64_t rows_in_reach(int64_t ld) {
   return std::max<int64_t>(1, (REACH - 1) / int64_t(sizeof(T)) / std::max<int64_t>(1, ld));

@@ -1,10 +1,10 @@
-// `generate` where an instance has many points: W is written to memory, in chunks that stay in cache.
+// `generate` for instances with many points: W is written to memory, in chunks that stay in cache.
 //
 //   W[b,o,i] = Σ_r H[o,i,r] z[b,r] + base[o,i]     y[b] = x[b] W[b]ᵀ + bias z[b] + base_bias     dx[b] = g[b] W[b]
 //
 // Two parallel regions alternate: one computes a chunk of W for a group of instances, the other applies it. W is stored
-// as right operands of T: rounded to bfloat16 if products take it, as in a W that torch computes. All sums are float32.
-// Sizes alone decide how sums are split, so that results do not depend on the number of threads.
+// as right operands of T: if products are computed in bfloat16, W is rounded to it, as in torch. All sums are float32.
+// Splits of sums depend only on sizes, so that results do not depend on the number of threads.
 #pragma once
 
 #include <atomic>
@@ -130,8 +130,8 @@ void load_z(const Factors<S>& f, const Group& group, int64_t b0, Span<T> z) {
 struct Chunks {
   int64_t P, panels, pitch, each, at_once, lanes;
 
-  // A panel has K rows of floats. Each group reads all of H, and each chunk reads x again: take the number of instances
-  // that reads least.
+  // A panel has K rows of floats. Each group reads all of H, and each chunk reads x again: the number of instances
+  // minimises these reads.
   template <class S>
   Chunks(const Factors<S>& f, int64_t K, int64_t room) {
     P = std::min(SQUARE * K * PANEL > room ? SQUARE : PANEL, whole_squares(f.O));
@@ -165,7 +165,7 @@ void apply_many_points(
   const int64_t lanes = cut.lanes;
   const Scratch<float> w(at_once * lanes * pitch);
   const Scratch<T> z(whole_lanes(each) * depth_z);
-  // Units divide H along its slower axis, so that each has contiguous rows.
+  // Units divide H along its slower axis, so that each unit has contiguous rows.
   const int64_t ow = f.so < f.si ? P : SQUARE, iw = std::min(f.I, GENERATED_ROWS / ow / K_STEP<T> * K_STEP<T>);
   const int64_t o_units = ceil_div(P, ow), i_units = ceil_div(f.I, iw) + shifted;
   const bool direct = std::is_same_v<S, float> && f.O >= P;

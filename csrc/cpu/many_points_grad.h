@@ -1,4 +1,4 @@
-// Gradients where an instance has many points. dx is `apply` with the roles of o and i swapped; the others come from
+// Gradients for instances with many points. dx is `apply` with the roles of o and i swapped; the others come from
 // the gradient of W, which is written to memory in chunks that stay in cache.
 //
 //   dW[b] = g[b]ᵀ x[b]       dz[b,r] = Σ_{o,i} dW[b,o,i] H[o,i,r]       dH[o,i,r] = Σ_b dW[b,o,i] z[b,r]
@@ -11,10 +11,10 @@
 
 namespace fasthyper {
 
-constexpr int64_t PRODUCT_POINTS = tile_size(256, LANES);  // most points of one product
+constexpr int64_t PRODUCT_POINTS = tile_size(256, LANES);  // points of one product, at most
 
-// A chunk of dW: instances from b0 on, rows o from o0 on, columns i from i0 on. Each instance has `pitch` numbers: os ×
-// is of dW, then, if `summed`, os of Σ_n g, which dz needs if `biased`.
+// A chunk of dW: instances from b0 on, rows o from o0 on, columns i from i0 on. Each instance has `pitch` numbers:
+// first os × is numbers of dW, then, if `summed`, os numbers of Σ_n g, which dz needs if `biased`.
 struct GradChunk {
   int64_t b0, instances, o0, os, i0, is, pitch;
   bool summed, biased;
@@ -98,9 +98,9 @@ void compute_dW(const Factors<S>& f, const GradChunk& dw, int64_t workspace) {
       });
 }
 
-// dz[b,r] += Σ_j dW[b,j] H[j,r] for M instances from b on and a range of slices of j = (o, i), each `depth` long. The j
-// after those of dW are Σ_n g, and their rows of H are those of bias. `sums` is (B, R). `own` holds a slice of H in
-// panels, two rows of it, and M rows of dW.
+// dz[b,r] += Σ_j dW[b,j] H[j,r] for M instances from b on and a range of slices of j = (o, i), each `depth` long. After
+// the numbers of dW, j continues with Σ_n g, and rows of bias take the place of rows of H. `sums` is (B, R). `own`
+// holds a slice of H in panels, two rows of it, and M rows of dW.
 template <class S, class T>
 void add_to_dz(
     const Factors<S>& f, const GradChunk& dw, int64_t b, int64_t M, Range slices, int64_t depth, bool add,
@@ -218,9 +218,9 @@ inline void add_to_base_grads(
   }
 }
 
-// The division of dW into chunks of `instances` × `o_size` × `i_size`: `groups` groups of instances, each in `chunks`
-// chunks. For dz, the sum over j = (o, i) of a chunk has `splits` partial sums, of products of `depth` numbers j. One
-// unit adds to one partial sum of `unit_instances` instances.
+// The division of dW into chunks of `instances` × `o_size` × `i_size`: there are `groups` groups of instances with
+// `chunks` chunks each. For dz, the sum over j = (o, i) of a chunk has `splits` partial sums; each product sums `depth`
+// numbers j. One unit adds to one partial sum of `unit_instances` instances.
 struct GradChunks {
   bool summed, biased, separate;  // Σ_n g is computed; dz needs it; dH is summed in float32 in memory of its own
   int64_t instances, o_size, i_size, pitch;
@@ -254,7 +254,7 @@ struct GradChunks {
   }
 
  private:
-  // Halves o_size or i_size, usually the larger, until their product is at most `most` or neither exceeds its least.
+  // Halves o_size or i_size, usually the larger one, until their product is at most `most` or both are at their least.
   void halve(int64_t most, int64_t least_o, int64_t least_i) {
     while (o_size * i_size > most && (o_size > least_o || i_size > least_i)) {
       if (o_size > least_o && (o_size >= i_size || i_size <= least_i)) o_size = ceil_div(o_size, 2);
@@ -281,7 +281,7 @@ class GradsFromdW {
         two_rows_(2 * PANEL),
         z_(dh || bases.bias ? panels_ * round_k<T>(cut.instances) * PANEL : 0) {}
 
-  // The chunks of a group are consecutive if there is a dz to sum over them, else the groups of a chunk.
+  // With dz, which sums over chunks, all chunks of a group are consecutive; otherwise all groups of a chunk.
   void run() const {
     for (int64_t step = 0; step < cut_.groups * cut_.chunks; ++step) {
       const int64_t group = dz_.data ? step / cut_.chunks : step % cut_.groups;

@@ -12,7 +12,7 @@ namespace fasthyper {
 
 constexpr int64_t TILE_INSTANCES = tile_size(64);
 constexpr int64_t TILE_COLUMNS = tile_size(128, WIDTH);
-constexpr int64_t LARGEST_HEAD = 1 << 18;  // numbers of an H for which this file is used
+constexpr int64_t LARGEST_HEAD = 1 << 18;  // this file is used for an H of at most so many numbers
 
 inline float dot(const float* a, const float* b, int64_t n) {
   Vec sums[4] = {};
@@ -39,7 +39,7 @@ class RightMatrix {
     data_ = to;
   }
 
-  // tile = u · columns from c on, for rows of k numbers. Returns the number of columns.
+  // tile = u · (columns of the matrix from c on), for rows of k numbers. Returns the number of columns.
   int64_t multiply(const Left<float>& u, int64_t rows, int64_t k, int64_t c, float* tile) const {
     const int64_t width = std::min(TILE_COLUMNS, n - c);
     gemm(rows, whole_registers(width), k, u.data, u.ld, data_ + c, ld_, tile, TILE_COLUMNS, false);

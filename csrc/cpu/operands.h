@@ -1,7 +1,7 @@
 // The operands of products: strided views of x, z, g and H, and the layouts that they are packed into.
 //
 // A row q = b·N + n is one point of one instance. A block is LANES rows with the row as the fastest axis, (features,
-// LANES). One vector instruction then computes several rows, whatever the sizes of the problem, and a block is a right
+// LANES). One vector instruction then computes several rows for any sizes of the problem, and a block is a right
 // operand without packing. A left operand has rows with contiguous k.
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace fasthyper {
 
-// The rows q of x, g or y, or of z, where all points of an instance have the same row.
+// The rows q of x, g or y, or of z: all points of an instance have the same row of z.
 template <class S>
 struct Rows {
   S* data;
@@ -44,7 +44,7 @@ void load_lanes(
   for (int64_t f = 0; f < t.features; ++f) std::fill(to + f * width + (q1 - q0), to + f * width + filled, T(0.f));
 }
 
-// The reverse of load_lanes; rows of an output are contiguous.
+// The inverse of load_lanes; rows of an output are contiguous.
 template <class S>
 void store_lanes(Span<const float> lanes, const Rows<S>& t, int64_t q0, int64_t q1) {
   const float* const from = lanes.at(0, t.features * LANES);
@@ -105,8 +105,8 @@ Left<T> left_operand(const S* src, int64_t row_stride, int64_t k_stride, int64_t
   return {packed.at(0, rows * ld), ld};
 }
 
-// A right operand of T from rows (k, n) of floats, written to `out`: rows of n pairs, out[k / 2][n][k % 2], for 16-bit
-// numbers. Rows of floats are one without packing.
+// A right operand of T from rows (k, n) of floats, written to `out`: for 16-bit numbers, rows of n pairs,
+// out[k / 2][n][k % 2]. Rows of floats are a right operand without packing.
 inline const float* right_operand(const float* rows, Span<float>, int64_t, int64_t) { return rows; }
 
 inline const BFloat16* right_operand(const float* rows, Span<BFloat16> out, int64_t k, int64_t n) {

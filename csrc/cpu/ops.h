@@ -62,7 +62,7 @@ void grads_of_factors(const Factors<S>& f, Rows<S> dx, Rows<S> dz, Schedule sche
   grads_rows<S, T>(f, dx, dz, schedule, workspace);
 }
 
-// Whether a tensor's data is aligned for its dtype; a view of bytes need not be.
+// Whether a tensor's data is aligned for its dtype; a view of bytes may not be aligned.
 bool aligned(const at::Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % t.element_size() == 0; }
 
 bool aligned(const std::optional<at::Tensor>& t) { return !t || aligned(*t); }
@@ -102,8 +102,8 @@ at::Tensor apply(
 
 using SixTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// Gradients of x, z, H, bias, base weight and base bias, as the mask selects. Those of the last three are undefined
-// unless a sum that is computed anyway includes them, even if the mask selects them.
+// Gradients of x, z, H, bias, base weight and base bias where the mask is set. Those of the last three may be undefined
+// even if the mask is set: they are computed only together with a sum that is computed anyway.
 SixTensors grads(
     const at::Tensor& x, const std::optional<at::Tensor>& z, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& base_weight, const at::Tensor& g,

@@ -41,7 +41,7 @@ inline float sum(const float* p, int64_t n) {
   return total;
 }
 
-// Copies n contiguous numbers. A call of memcpy would take longer than the copy: rows are short.
+// Copies n contiguous numbers. Rows are short, so a call of memcpy would take longer than the copy.
 template <class V>
 inline void copy(const V* src, V* dst, int64_t n) {
   constexpr int64_t each = sizeof(Vec) / sizeof(V);

@@ -1,4 +1,5 @@
-// `apply`, and dx and dz of `grads`, where points share nothing: each row q = (b, n) has its own x, z and g.
+// `apply`, and dx and dz of `grads`, without products that the points of an instance share: each row q = (b, n) has its
+// own x, z and g.
 //
 //   fold       y = H·(x ⊗ z)                    G = g·H,   dx = G z,   dz = G x
 //   generate   W = z·H,   y = W x,   dx = W g   dz = H·(g ⊗ x)
@@ -24,8 +25,8 @@ struct Tasks {
   template <class S>
   Tasks(const Factors<S>& f, int64_t axis, bool summed, int64_t workspace) {
     const int64_t rows = f.B * f.N, blocks = ceil_div(rows, LANES), threads = at::get_num_threads();
-    // If an instance has several points, groups split the sums over points; then groups, too, must not depend on the
-    // number of threads.
+    // If an instance has several points, groups split the sums over points. The groups must then not depend on the
+    // number of threads, either.
     const int64_t least_groups = f.N > 1 ? 16 : 2 * threads;
     const int64_t floats = std::clamp<int64_t>(workspace / least_groups, 1 << 18, 1 << 22) / int64_t(sizeof(float));
     const int64_t features = f.R + f.I + f.O, fit = std::max<int64_t>(1, floats / (3 * features * LANES));
@@ -36,7 +37,7 @@ struct Tasks {
       const int64_t wanted = summed ? std::min<int64_t>(16, f.I * f.O / tile_size(1024)) : 4;
       const int64_t room = summed ? workspace / 4 / (f.B * f.R * int64_t(sizeof(float))) : 4;
       slices = std::max<int64_t>(1, std::min({wanted, axis, with_enough_work, room}));
-      slices = std::bit_floor(uint64_t(slices));  // 2, 4 or 8 threads get the same number each
+      slices = std::bit_floor(uint64_t(slices));  // a power of two, so that 2, 4 or 8 threads get equal numbers
     }
     int64_t groups_wanted = round_up(ceil_div(blocks, 32), threads);
     if (slices > 1) groups_wanted = f.N > 1 ? 1 : ceil_div(threads, slices);
@@ -64,7 +65,7 @@ struct Tasks {
   }
 };
 
-// A factor or a result of a group, in blocks of lanes; a factor also as a right operand of T.
+// A factor or a result of a group, in blocks of lanes. A factor is also available as a right operand of T.
 template <class T>
 class Lanes {
  public:
@@ -185,7 +186,7 @@ void grads_rows(const Factors<S>& f, Rows<S> dx, Rows<S> dz, Schedule schedule, 
           Lanes<T> z(group, f.z, q);
           contract<S, T>(cut_q(f.oir(), i), group, z.right(), g.all(), {}, {}, out_x.all());
         }
-        if (dz.data && r.size()) {  // I may have more slices than z has features
+        if (dz.data && r.size()) {  // there may be more slices of I than features of z
           Lanes<T> x(group, f.x, q);
           if (schedule == Schedule::generate) fold<S, T>(cut_p(f.roi(), r), group, g.all(), x.all(), out_z.all());
           else contract<S, T>(cut_q(f.ori(), r), group, x.right(), g.all(), {}, {}, out_z.all());

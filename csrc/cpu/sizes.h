@@ -1,5 +1,5 @@
-// Every size that follows from the processor, or from the layouts that its instructions need, and the arithmetic of
-// rounding up to them. Buffers and tails in this folder are computed from these names, never from bare numbers.
+// All sizes that depend on the processor or on the layouts of its instructions, and functions that round up to them.
+// Buffers and tails in this folder are computed from these names, never from literal numbers.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -43,7 +43,7 @@ constexpr int64_t REACH = FASTHYPER_REACH;
 constexpr int64_t REACH = int64_t(1) << 31;
 #endif
 
-// Multiplications that are worth starting a thread for.
+// The least number of multiplications for which a thread is started.
 #if !defined(FASTHYPER_THREAD_WORK)
 #define FASTHYPER_THREAD_WORK (1 << 19)
 #endif
@@ -71,7 +71,7 @@ constexpr int64_t round_k(int64_t k) {
   return round_up(k, K_STEP<T>);
 }
 
-// Floats that take as much memory as so many numbers of T, rounded up.
+// The number of floats that take as much memory as `numbers` numbers of T, rounded up.
 template <class T>
 constexpr int64_t floats_for(int64_t numbers) {
   return ceil_div(numbers, K_STEP<T>);

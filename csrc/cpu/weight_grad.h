@@ -10,8 +10,8 @@
 
 namespace fasthyper {
 
-constexpr int64_t DH_DEPTH = tile_size(128, LANES);    // most q of one product
-constexpr int64_t DH_COLUMNS = tile_size(128, LANES);  // most columns of one product
+constexpr int64_t DH_DEPTH = tile_size(128, LANES);    // q of one product, at most
+constexpr int64_t DH_COLUMNS = tile_size(128, LANES);  // columns of one product, at most
 constexpr int64_t DH_SLICE = tile_size(1 << 16);       // floats of a slice of dH, which stays in cache
 
 // The rows q0 to q1 with contiguous features, padded with zeros to (depth, ld).
@@ -26,7 +26,7 @@ void load_rows(const Rows<const S>& t, int64_t q0, int64_t q1, Span<float> to, i
 }
 
 // A slice of dH in float32: in place if possible, else in its own memory and stored at the end. Rows of dH are `ld`
-// apart. The slice has `run` of every `pitch` rows; the others belong to other slices. `at_once`: the caller computes
+// apart. Of every `pitch` rows, the slice has `run`; the others belong to other slices. `at_once`: the caller computes
 // each row once and passes it to `store`, so the slice needs no memory.
 template <class S>
 class Slice {
@@ -174,7 +174,7 @@ template <class S, class T>
 void weight_grad(const Factors<S>& f, S* dh, Schedule schedule, int64_t workspace) {
   const double work = f.multiplications();
   const int64_t tasks = std::clamp<int64_t>(to_count(work / THREAD_WORK), 1, at::get_num_threads());
-  // q of one product: fewer if R is so large that their z would fill the workspace.
+  // The q of one product: fewer if R is so large that z of these q would fill the workspace.
   const int64_t rows_of_z = workspace / 8 / int64_t(sizeof(float)) / (f.R + DH_COLUMNS);
   const int64_t deepest = std::clamp(rows_of_z / LANES * LANES, LANES, DH_DEPTH);
   const int64_t together = std::max<int64_t>(1, workspace / 2 / (4 * (3 * DH_SLICE + 2 * DH_DEPTH * f.R)));

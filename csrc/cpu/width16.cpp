@@ -1,5 +1,5 @@
 // For tests on any processor: vectors of 16 floats, full tile sizes, and plain loops as products.
-// Operands of some KiB are split, and little work gets threads.
+// Operands of some KiB are split, and threads start for little work.
 #define FASTHYPER_WIDTH 16
 #define FASTHYPER_TILE_DIVISOR 1
 #define FASTHYPER_REACH (1 << 16)

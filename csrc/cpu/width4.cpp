@@ -1,5 +1,5 @@
 // For tests on any processor: vectors of 4 floats, tile sizes divided by 16, and plain loops as products.
-// Operands of some KiB are split, and little work gets threads.
+// Operands of some KiB are split, and threads start for little work.
 #define FASTHYPER_WIDTH 4
 #define FASTHYPER_TILE_DIVISOR 16
 #define FASTHYPER_REACH (1 << 14)
