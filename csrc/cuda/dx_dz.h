@@ -5,8 +5,8 @@
 //     dz[m, r] = Σ_i G[m, r] x[m, i]  +  Σ_o g[m, o] bias[o, r]
 //
 // A CTA computes BM rows for the i of a split. Its warps divide the rows (WM) and the i of a stage (WI). R is divided
-// into tiles of per_row, O into tiles of 64. bias counts as H of one more i, for which x is one. If O is at most 64,
-// fragments of g stay in registers, and 16 columns of G are reduced before the next 16 are computed.
+// into tiles of per_row, O into tiles of 64. bias is treated as H of one more i, for which x is one. If O is at most
+// 64, fragments of g stay in registers, and 16 columns of G are reduced before the next 16 are computed.
 #pragma once
 #include <cstdint>
 
@@ -167,7 +167,7 @@ class DxDzCta {
   }
   DEVICE bool done(const TileCoord& coord) const { return coord.base && (!f.base || !f.dx || coord.i0 >= i_end); }
 
-  // Load x of a lane's two rows, for the input of its warp; one for bias.
+  // Load x of a lane's two rows, for the input of its warp; for bias, x is one.
   DEVICE void load_x(float (&x)[2], const TileCoord& coord) const {
     const int i = coord.i0 + wi;
 #pragma unroll
@@ -200,7 +200,7 @@ class DxDzCta {
     else load_tiles(coord, to, rows);
   }
 
-  // The fast path, where time is spent: all WI inputs are in range, and rows are copied 16 bytes at a time.
+  // The fast path, which takes most of the time: all WI inputs are in range, and rows are copied 16 bytes at a time.
   DEVICE void load_slots(const TileCoord& coord, char* to, int rows) const {
 #pragma unroll
     for (int k = 0; k < cdiv(Shape::DEPTH * 8, Shape::THREADS); ++k) {
@@ -261,7 +261,7 @@ class DxDzCta {
     else return unpack(z[nt * 2 + h], e, T{});
   }
 
-  // Return how many columns, r or i, the tile of this warp has.
+  // Return the number of columns, r or i, in the tile of this warp.
   DEVICE int column_count(const TileCoord& coord) const {
     if (coord.base) return i_end - coord.i0 - wi * per_row<T>;
     return coord.i0 + wi < i_begin + inputs ? f.R - coord.r0 : 0;
@@ -277,7 +277,7 @@ class DxDzCta {
 
   // Compute 16 columns of G from 16·q on, over all of O.
   DEVICE void multiply(G16& G, const Fragments& g, const char* tile, int q) const {
-    const int lane = opaque(this->lane);  // no registers are free for addresses
+    const int lane = opaque(this->lane);  // keeps addresses out of registers: none are free
 #pragma unroll
     for (int j = 0; j < Shape::O_STEPS; ++j) {
       if (j * per_step<T> >= f.O) break;

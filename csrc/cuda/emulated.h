@@ -1,11 +1,11 @@
 // Instructions of sm_80 and newer, emulated on a CPU for tests. A kernel runs unchanged: each thread of a CTA has a
 // stack of its own, and the order of the threads changes from turn to turn. The emulator checks indices, layouts, masks
-// and barriers; it says nothing about speed.
+// and barriers; it cannot measure speed.
 //
-// It takes every freedom that a GPU has: the destination of an asynchronous copy holds NaNs until the copy is waited
-// for. Misaligned addresses, deadlocks and diverged warps are errors.
+// It delays all effects as long as a GPU may: the destination of an asynchronous copy holds NaNs until the copy is
+// waited for. Misaligned addresses, deadlocks and diverged warps are errors.
 #pragma once
-#undef _FORTIFY_SOURCE  // its longjmp takes a switch of stacks for an overflow
+#undef _FORTIFY_SOURCE  // its longjmp mistakes a switch of stacks for an overflow
 #include <setjmp.h>
 #include <ucontext.h>
 

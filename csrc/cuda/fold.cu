@@ -7,7 +7,7 @@
 namespace fasthyper {
 
 constexpr int SMEM_LIMIT = 96 << 10;  // per CTA: two fit on an SM of sm_90, one on any since sm_80
-constexpr int WAVE = 2 * 132;         // about the CTAs that an H100 runs at once; results do not depend on it
+constexpr int WAVE = 2 * 132;         // about as many CTAs as an H100 runs at once; results do not depend on it
 
 template <class T, class Shape>
 KERNEL(Shape::THREADS, Shape::MIN_CTAS_PER_SM)
@@ -25,7 +25,7 @@ fold(const GRID_CONSTANT Fold<T> f, const int stages) {
 template <class Shape, class T>
 static void run(const Fold<T>& f, Stream stream) {
   const int k_tiles = f.k_tiles(0, least(f.C, f.per_split), true);
-  // Keep all tiles of H in shared memory if they fit, and if a CTA would otherwise load them again for further rows.
+  // Keep all tiles of H in shared memory if they fit, and if a CTA would otherwise load them again for more rows.
   const int m_tiles = cdiv(f.M, Shape::BM), p_tiles = cdiv(f.P, Shape::BP), splits = cdiv(f.C, f.per_split);
   const int wave = least(m_tiles, cdiv(WAVE, p_tiles * splits));
   const bool resident = m_tiles > wave && Shape::smem_bytes(k_tiles) <= SMEM_LIMIT;

@@ -26,7 +26,7 @@ struct Fold {
   const T *h, *a, *c, *d;
   int64_t h_c, h_k, h_p, a_p, a_c, c_p, c_k, d_p;
   T* out;
-  float* partial;  // (splits, M, P), if the sum over c is split; `per_split` c each
+  float* partial;  // (splits, M, P), if the sum over c is split; each split sums over `per_split` c
   int M, N, C, K, P, per_split;
   int h_width, a_width, c_width;  // bytes per copy
   bool v_aligned, u_aligned, tf32;
@@ -132,7 +132,7 @@ class FoldCta {
     };
     // Multiply a tile by the fragments that make_left returns for its k-steps.
     const auto accumulate = [&](const char* tile, const TileCoord& coord, auto make_left) {
-      const int lane = WK > 1 && NT == 8 ? opaque(this->lane) : this->lane;  // no registers are free for addresses
+      const int lane = WK > 1 && NT == 8 ? opaque(this->lane) : this->lane;  // keeps addresses out of registers
 #pragma unroll
       for (int jj = 0; jj < J; ++jj) {
         const int j = jj * WK + wk;

@@ -30,7 +30,7 @@ struct PlainFragment<float> {
   DEVICE void set(const uint32_t (&v)[4]) {
     for (int q = 0; q < 4; ++q) split_tf32(as_float(v[q]), high[q], low[q]);
   }
-  // Three products of ten bits give twenty bits; where TF32 is allowed, one product is enough. Tensor cores truncate
+  // Three products of ten bits give twenty bits; if TF32 is allowed, one product is enough. Tensor cores truncate
   // when they add, and a long sum would drift. So each k-step is summed on its own, and added with rounding.
   DEVICE void accumulate(float (&d)[4], uint32_t b0, uint32_t b1, bool tf32) const {
     uint32_t high0, high1, low0, low1;
@@ -58,8 +58,9 @@ struct GeneratedFragment : PlainFragment<T> {
   }
 };
 
-// Products would leave the range of float16. They are computed in float32 and rounded to TF32, which has as many bits
-// of mantissa. The low and the high elements of the words are then two mma instructions, as the order of a sum is free.
+// Products could leave the range of float16. They are computed in float32 and rounded to TF32, which has as many bits
+// of mantissa as float16. The low and the high elements of the words are then two mma instructions, as the order of a
+// sum is free.
 template <>
 struct GeneratedFragment<float16> {
   uint32_t words[2][4];

@@ -9,7 +9,7 @@
 namespace fasthyper {
 
 // A circular buffer of stages: a producer fills them, consumer warps read them. Each consumer warp releases a stage by
-// itself, as it may be ahead of the other warps of its warpgroup, or behind them.
+// itself, because it may be ahead of the other warps of its warpgroup, or behind them.
 template <int STAGES>
 struct Pipeline {
   Mbarrier *full, *empty;
@@ -56,7 +56,7 @@ DEVICE int range_exponent(float max_u, float max_v) {
   return static_cast<int>(fminf(15.f - top_v, 14.f) - top_u);
 }
 DEVICE float power_of_two(int exponent) { return as_float(static_cast<uint32_t>(exponent + 127) << 23); }
-// Return the larger of max and |t|, and ignore t if it is not finite: then only its own results are not finite.
+// Return the larger of max and |t|, or max if t is not finite: t then affects only its own results, not the scale.
 DEVICE float finite_max(float max, float t) {
   const float magnitude = fabsf(t);
   return magnitude < INFINITY && magnitude > max ? magnitude : max;

@@ -1,4 +1,4 @@
-// Kernels of dx and dz for sm_90a, and the calls that they support.
+// Kernels of dx and dz for sm_90a, and the check whether they support a call.
 #include "hopper_dx_dz.h"
 
 #include "hopper_instructions.h"

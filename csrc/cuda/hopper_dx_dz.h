@@ -1,13 +1,13 @@
-// dx and dz for sm_90a in one pass: wgmma computes G of the next i while this one is reduced to both.
+// dx and dz for sm_90a in one pass: wgmma computes G of the next i while G of the current i is reduced to both.
 //
 //     G[m, r]  = Σ_o g[m, o] H[o, i, r]                     for one i at a time
 //     dx[m, i] = Σ_r G[m, r] z[m, r]  +  Σ_o g[m, o] W0[o, i]
 //     dz[m, r] = Σ_i G[m, r] x[m, i]  +  Σ_o g[m, o] bias[o, r]
 //
 // Each consumer warpgroup has 64 rows m. It keeps all R of z, dz and G in registers and g in shared memory, and
-// iterates over the i of a split on its own. If registers do not suffice for two G, one warpgroup reduces while wgmma
-// of another runs. O is padded with zeros to 16·DEPTH. Shared memory collects 64 columns of dx; with W0, a tile of W0
-// initialises them. bias counts as H of one more i, for which x is one.
+// iterates over the i of a split on its own. If there are too few registers for two G, one warpgroup reduces while
+// wgmma of another runs. O is padded with zeros to 16·DEPTH. Shared memory collects 64 columns of dx; with W0, a tile
+// of W0 initialises them. bias is treated as H of one more i, for which x is one.
 #pragma once
 #include <cstdint>
 
@@ -30,7 +30,7 @@ template <int BR_, int DEPTH>
 struct HopperDxDzShape {
   static constexpr int BR = BR_, CONSUMERS = BR == 64 ? 3 : 2, BM = 64 * CONSUMERS, STAGES = DEPTH > 8 ? 2 : 4;
   static constexpr int THREADS = WARPGROUP * (CONSUMERS + 1), REGISTERS = BR == 64 ? 160 : 240;
-  static constexpr bool DOUBLE_BUFFERED_G = BR == 64 && DEPTH <= 8;  // otherwise registers do not suffice
+  static constexpr bool DOUBLE_BUFFERED_G = BR == 64 && DEPTH <= 8;  // otherwise there are too few registers
   static constexpr int COLUMNS = 64, DX_STRIDE = COLUMNS + 4, BOX_BYTES = 64 * ROW_BYTES;  // of dx, dx, g
 
   static constexpr int G_BOXES = (DEPTH + 3) / 4, H_BOX_BYTES = DEPTH * 16 * ROW_BYTES,
@@ -52,7 +52,7 @@ class HopperDxDzCta {
   Mbarrier* const g_full;
   const int m0, i_begin, i_end, split;
   const int warpgroup =
-      static_cast<int>(shuffle(thread() / WARPGROUP, 0)) - 1;  // shuffle: uniform in a warp, also for the compiler
+      static_cast<int>(shuffle(thread() / WARPGROUP, 0)) - 1;  // shuffle: so the compiler knows it is uniform in a warp
 
   enum Term { base_term, h_term, bias_term, end };
   struct TileCoord {
@@ -61,7 +61,7 @@ class HopperDxDzCta {
   };
 
  public:
-  // CTAs that run at the same time have other rows, so that they share H in the L2 cache.
+  // CTAs that run at the same time have different rows, and share H in the L2 cache.
   DEVICE HopperDxDzCta(const HopperDxDz<T>& params, char* smem, int cta, int split)
       : params(params),
         f(params.f),
@@ -237,7 +237,7 @@ class HopperDxDzCta {
       store_dx(coord.i - column, column + 1);
   }
 
-  // Load x of the four i from i_begin + n on: one for each of four lanes, and that of the last i beyond the end.
+  // Load x of the four i from i_begin + n on: one for each of four lanes; beyond the end, x of the last i.
   DEVICE void load_x(RowState& rows, int n) const {
     const int i_offset = least(i_begin + n + thread() % 4, i_end - 1) * static_cast<int>(f.x.stride);
 #pragma unroll

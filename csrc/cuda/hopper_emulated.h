@@ -1,5 +1,5 @@
-// Instructions of sm_90a, emulated on a CPU for tests, beside those of emulated.h. It takes every freedom that a GPU
-// has: the destination of a TMA load holds NaNs until its mbarrier's phase completes, at a random time; wgmma reads
+// Instructions of sm_90a, emulated on a CPU for tests, in addition to those of emulated.h. Effects are as late as a GPU
+// allows: the destination of a TMA load holds NaNs until its mbarrier's phase completes, at a random time; wgmma reads
 // shared memory as late as possible, when it is waited for, and its accumulators are NaNs until then. Errors are: an
 // mbarrier without initialisation, bytes that no mbarrier expects, a descriptor that does not fit the layout, and
 // accumulators that change while a wgmma is in flight.
@@ -71,7 +71,7 @@ struct Warpgroup {
   std::map<std::pair<int, float*>, std::vector<float>> accumulators;
 };
 
-// State of a CTA beside that in emulated.h. An extra entry in thread_states marks a CTA that has this state.
+// State of a CTA, in addition to that in emulated.h. An extra entry in thread_states marks a CTA that has this state.
 struct HopperState {
   std::list<TmaLoad> loads;
   std::vector<Warpgroup> warpgroups;
@@ -84,7 +84,7 @@ inline HopperState& hopper_state() {
   return state;
 }
 
-// Return which operations were not waited for, or null.
+// Return a message about operations that were not waited for, or null.
 inline const char* unfinished() {
   if (!hopper_state().loads.empty()) return "TMA loads of a CTA were in flight when it ended";
   for (const auto& group : hopper_state().warpgroups)
@@ -132,7 +132,8 @@ inline void complete(const TmaLoad& load) {
       }
 }
 
-// Complete an mbarrier's phase if all arrivals and bytes have come. Return true if only `now`, being false, delays it.
+// Complete an mbarrier's phase if all arrivals and bytes have come; with loads, only if `now` is true. Return true if
+// only `now` is missing.
 inline bool advance(Mbarrier* mbarrier, bool now) {
   auto& state = state_of(mbarrier);
   if (state.pending > 0) return false;
@@ -204,7 +205,7 @@ inline void mbarrier_wait(Mbarrier* mbarrier, int parity) {
         auto& random = emulated::hopper().random;
         random = random * 1664525u + 1013904223u;
         const bool late = random >> 30 == 0;
-        if (emulated::advance(mbarrier, !late)) ++emulated::cta->progress;  // a late phase is no deadlock
+        if (emulated::advance(mbarrier, !late)) ++emulated::cta->progress;  // a delayed phase is not a deadlock
         return emulated::state_of(mbarrier).phase != parity;
       },
       "an mbarrier's phase");
@@ -392,7 +393,7 @@ inline int sm_count() { return 2; }  // few, so that a CTA computes several tile
 template <class... Parameters, class... Arguments>
 void launch_sm90a(
     void (*kernel)(Parameters...), Grid grid, int threads, int smem_bytes, Stream stream, const Arguments&... given) {
-  emulated::hopper_state() = {};  // a failed launch may have left some
+  emulated::hopper_state() = {};  // a failed launch may have left state behind
   launch(kernel, grid, threads, smem_bytes, stream, given...);
   if (const char* left = emulated::unfinished()) throw std::runtime_error(std::string("emulated kernel: ") + left);
 }

@@ -1,4 +1,4 @@
-// Kernels of fold for sm_90a, and the calls that they support.
+// Kernels of fold for sm_90a, and the check whether they support a call.
 #include "hopper_fold.h"
 
 #include "hopper_instructions.h"

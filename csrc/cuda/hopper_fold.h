@@ -2,10 +2,10 @@
 //
 //     out[m, p] = Σ_c Σ_k u[m, c] v[m, k] H(c, k, p)  +  Σ_c u[m, c] A(p, c)  +  Σ_k v[m, k] C(p, k)  +  d[p]
 //
-// A tile of out has 256 rows: two consumer warpgroups with twice 64 each. A producer warp loads tiles of H, BN rows p
+// A tile of out has 256 rows: twice 64 for each of two consumer warpgroups. A producer warp loads tiles of H, BN rows p
 // by 64 k, with TMA into a pipeline. A pass keeps v of one k0 in registers, and iterates over c. A and C are passes of
-// one tile each, with u or v as the left operand. CTAs are persistent. Those that run at the same time have other rows
-// of the same p, so that they share H in the L2 cache.
+// one tile each, with u or v as the left operand. CTAs are persistent. CTAs that run at the same time have different
+// rows of the same p, and share H in the L2 cache.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -154,7 +154,7 @@ class HopperFoldCta {
   }
 
   // Per thread: the offsets of its rows in u, the last row for those beyond M, and the exponents of their scales. They
-  // are in shared memory, as registers are few.
+  // are in shared memory, because registers are few.
   struct alignas(16) RowScratch {
     int u_offset[MT][2], exponent[MT][2];
   };
@@ -162,7 +162,7 @@ class HopperFoldCta {
     return reinterpret_cast<RowScratch*>(smem + Shape::ROW_SCRATCH_OFFSET) + thread() - WARPGROUP;
   }
 
-  // Load u of the four c from c_begin + c on: one for each of four lanes, and that of the last c beyond the end.
+  // Load u of the four c from c_begin + c on: one for each of four lanes; beyond the end, u of the last c.
   DEVICE void load_u(T (&u)[MT][2], int c) const {
     const RowScratch scratch = *row_scratch();
     const int c_offset = least(c_begin + c + thread() % 4, c_end - 1) * static_cast<int>(f.u.stride);

@@ -1,5 +1,5 @@
-// Instructions of sm_90a in PTX. hopper_emulated.h defines the same functions for a CPU. Compiled for another arch, a
-// kernel is a trap: HOPPER_ONLY.
+// Instructions of sm_90a in PTX. hopper_emulated.h defines the same functions for a CPU. HOPPER_ONLY makes a kernel a
+// trap on any other arch.
 #pragma once
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -126,7 +126,7 @@ DEVICE void fence_accumulator(float (&d)[COUNT]) {
   for (int k = 0; k < COUNT; ++k) asm volatile("" : "+f"(d[k])::"memory");
 }
 
-// d (64 by N) += a (64 by 16)·b (16 by N) with a in registers, or d = or += a·b with both operands in shared memory.
+// With a in registers: d (64 by N) += a (64 by 16)·b (16 by N). With both operands in shared memory: d = or += a·b.
 // Element 4·j + e of a thread's accumulator has row 16·warp + lane/4 + 8·(e/2) and column 8·j + 2·(lane%4) + e%2. A
 // warp holds 16 rows of a, as fragments of `mma`.
 #define NAMES_10(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"

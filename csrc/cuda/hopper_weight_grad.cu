@@ -1,4 +1,4 @@
-// Kernels of dH for sm_90a, and the calls that they support.
+// Kernels of dH for sm_90a, and the check whether they support a call.
 #include "hopper_weight_grad.h"
 
 #include "hopper_instructions.h"

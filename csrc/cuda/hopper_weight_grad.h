@@ -49,7 +49,7 @@ class HopperWeightGradCta {
   int exponents[INPUTS] = {};  // float16: of the scales of x
 
  public:
-  // CTAs that run at the same time have other i of the same z and g.
+  // CTAs that run at the same time have different i of the same z and g.
   DEVICE HopperWeightGradCta(const HopperWeightGrad<T>& params, char* smem, int cta)
       : params(params),
         f(params.f),

@@ -15,7 +15,7 @@ void launch_fold(const Fold<T>& f, bool wide, Stream stream);
 template <class T>
 void launch_grads(const DxDz<T>& dx_dz, const WeightGrad<T>& weight_grad, bool wide, Stream stream);
 
-// The same, where an activation applies to x.
+// The same, if an activation applies to x.
 template <class T>
 void launch_active_grads(const DxDz<T>& dx_dz, const WeightGrad<T>& weight_grad, Stream stream);
 

@@ -175,7 +175,7 @@ static int64_t grads_op(
 }
 
 // Return the compute capability that the code for the current device was compiled for: 90 for 9.0. It is lower than the
-// device's if the code is PTX of an older arch. Throw if there is no code for the device.
+// device's own if the code is PTX of an older arch. Throw if there is no code for the device.
 static int64_t generation_op() {
 #ifdef FASTHYPER_EMULATED
   return 90;

@@ -1,4 +1,4 @@
-// A generated primary of two layers. A CTA computes its rows of both, so that no CTA waits for another.
+// A generated primary of two layers. A CTA computes both layers for its rows, so that no CTA waits for another.
 //
 //     a = x (H1 z + W1)ᵀ + bias1 z + b1          y = σ(a) (H2 z + W2)ᵀ + bias2 z + b2
 //
@@ -14,7 +14,7 @@ namespace fasthyper {
 // Add the partial sums of the first layer for the rows of this CTA.
 template <class T>
 DEVICE void add_partials(const Fold<T>& f, int m0, int rows, int threads) {
-  constexpr int LANES = 8;  // per sum: each adds every eighth partial sum
+  constexpr int LANES = 8;  // per sum: each lane adds every eighth partial sum
   const int splits = cdiv(f.C, f.per_split), lane = thread() % LANES;
   const int64_t size = static_cast<int64_t>(f.M) * f.P;
   const int here = least(rows, f.M - m0) * f.P;

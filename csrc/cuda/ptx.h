@@ -23,8 +23,8 @@ DEVICE int cta_y() { return blockIdx.y; }
 DEVICE int cta_z() { return blockIdx.z; }
 DEVICE int grid_x() { return gridDim.x; }
 
-// Return v, and hide its value from the compiler. Expressions of it are then computed where they are used; otherwise
-// the compiler hoists them out of loops and keeps them in registers.
+// Return v, and hide its value from the compiler. Otherwise the compiler would hoist expressions of v out of loops and
+// keep them in registers.
 DEVICE int opaque(int v) {
   asm volatile("" : "+r"(v));
   return v;

@@ -43,8 +43,8 @@ DEVICE void load_tile(
   }
 }
 
-// The k-th 16-byte chunk of a tile that a thread copies. It is the same chunk in every tile, so that its address is
-// computed once.
+// The k-th 16-byte chunk of a tile that a thread copies. It is the same chunk in every tile, so its address is computed
+// only once.
 template <class T, int THREADS>
 struct CopySlot {
   static constexpr int ELEMENTS = 16 / sizeof(T);
@@ -61,8 +61,8 @@ struct CopySlot {
 };
 
 // Load the fragment of one k-step. A left fragment has 16 rows. A right fragment has 16 columns: words 0 and 1 are of
-// the first eight, words 2 and 3 of the others. The rows of the tile are rows of the left or columns of the right
-// operand.
+// the first eight columns, words 2 and 3 of the others. The rows of the tile are rows of the left or columns of the
+// right operand.
 DEVICE void load_left_fragment(uint32_t (&w)[4], const char* tile, int row0, int step, int lane) {
   ldmatrix(w, tile + swizzled(row0 + lane % 16, 2 * step + lane / 16));
 }

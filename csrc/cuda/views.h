@@ -17,7 +17,7 @@ struct RowView {
   }
 };
 
-// `count` elements of a row; zero or less, where nothing is to be read.
+// `count` elements of a row. If `count` is zero or less, nothing is read.
 template <class T>
 struct Span {
   const T* first;
@@ -37,7 +37,7 @@ DEVICE uint32_t word_at(Span<T> span, int column, int64_t stride, bool aligned) 
   }
 }
 
-// Return how many bytes one copy may read, where rows begin at multiples of `strides`: 16, 8, 4, or those of an
+// Return how many bytes one copy may read, if rows begin at multiples of `strides`: 16, 8, 4, or the size of one
 // element. Elements that are not contiguous are read one by one.
 template <class T, class... Strides>
 int copy_width(const T* data, int64_t stride, Strides... strides) {

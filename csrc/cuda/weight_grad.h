@@ -1,10 +1,10 @@
 // Gradients of all parameters. Rows (i, r) of the left operand are generated; the sum is over the batch.
 //
 //     dH[o, i, r]  = Σ_m (x[m, i] z[m, r]) g[m, o]             m = (b, n)
-//     dbias[o, r], dW0[o, i], db0[o]                           the same with one for x, for z, for both
+//     dbias[o, r], dW0[o, i], db0[o]                           the same, with x = 1, with z = 1, with both
 //
-// A CTA computes four i by per_row of R by per_row of O, for the rows m of a split. Its warps are four, one per i, by
-// two halves of the r. i = I stands for x = 1, and the r tile after the last for z = 1.
+// A CTA computes four i by per_row of R by per_row of O, for the rows m of a split. It has eight warps: two for
+// each i, one for each half of the r. i = I stands for x = 1, and the r tile after the last for z = 1.
 #pragma once
 #include <cstdint>
 
@@ -129,7 +129,7 @@ class WeightGradCta {
     const uint32_t* const x =
         reinterpret_cast<const uint32_t*>(stage + 2 * Shape::TILE_BYTES + wi * Shape::BATCH * sizeof(T));
     if (i0 + wi >= f.inputs()) return;
-    const int lane = opaque(this->lane);  // no registers are free for addresses
+    const int lane = opaque(this->lane);  // keeps addresses out of registers: none are free
 #pragma unroll
     for (int j = 0; j < STEPS; ++j) {
       const int m = j * per_step<T>;
