@@ -15,4 +15,4 @@ def test_the_experiment_in_the_docs_runs(tmp_path):
     done = subprocess.run([sys.executable, "waves.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "['undecided']"
-    assert "Who draws a wave?" in (tmp_path / "results" / "waves" / "report.html").read_text()
+    assert "Which method learns waves best?" in (tmp_path / "results" / "waves" / "report.html").read_text()
