@@ -31,7 +31,7 @@ constexpr int64_t LINE = 16;   // floats in a cache line
 
 static_assert(LANES % WIDTH == 0 && LANES % SQUARE == 0 && (WIDTH & (WIDTH - 1)) == 0);
 
-// A register of floats, of the compiler's own vector type: the same source serves every instruction set.
+// A register of floats, of the compiler's own vector type: one source compiles for every instruction set.
 typedef float Vec __attribute__((vector_size(WIDTH * sizeof(float))));
 typedef float Vec8 __attribute__((vector_size(SQUARE * sizeof(float))));
 

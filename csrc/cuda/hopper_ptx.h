@@ -101,7 +101,7 @@ DEVICE void tma_load(void* to, const TensorMap& map, int j, int k, int l, Mbarri
       : "memory");
 }
 
-// Registers per thread of a warpgroup: consumers take what the producer releases.
+// Registers per thread of a warpgroup: consumers take the registers that the producer releases.
 template <int REGISTERS>
 DEVICE void setmaxnreg_inc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
