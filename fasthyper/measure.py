@@ -1,4 +1,4 @@
-"""Measure what a call costs: its time, and the temporary memory that it needs."""
+"""Measure the costs of a call: its time, and its temporary memory."""
 
 from __future__ import annotations
 

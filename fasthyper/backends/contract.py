@@ -141,4 +141,4 @@ class Fusing(Protocol):
         g: Tensor,
         mask: tuple[bool, ...],
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x, z, the four of first and the four of second, None for each not asked for."""
+        """Return the gradients of x, z, the four of first and the four of second; None if not requested."""

@@ -96,7 +96,7 @@ class Comparison:
         settings = {name: value for name, value in settings.items() if value is not None}
         for name in settings:
             if any(name in s.setting.DEFINING for s in chosen):
-                raise ValueError(f"{name}: it says what a study is about and cannot be changed")
+                raise ValueError(f"{name}: titles and claims of a study refer to it, so it cannot be changed")
         chosen = tuple(_with(s, settings) for s in chosen)
         for name in settings:
             if not any(hasattr(s.setting, name) and s.axis.field != name for s in chosen):
@@ -175,7 +175,7 @@ def resolve_device(device: str) -> str:
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device: expected auto, cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: cuda was asked for, but torch finds no CUDA device")
+        raise ValueError("device: cuda was requested, but torch finds no CUDA device")
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device

@@ -112,7 +112,7 @@ def fused_table(results: Results) -> list[list[str]]:
 
 
 def report_html(summaries: Sequence[Summary]) -> str:
-    """Return one page about one or several comparisons, for a reader who does not know them."""
+    """Return one page about one or several comparisons, for a reader without knowledge of them."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def enabled(device: str) -> bool:
-    """Return whether autocast is on for a type of device. torch raises if asked for the meta device."""
+    """Return whether autocast is on for a type of device. torch raises for the meta device."""
     return device != "meta" and torch.is_autocast_enabled(device)
 
 

@@ -13,7 +13,7 @@ sys.path.insert(0, HERE)
 
 @pytest.fixture
 def no_notice():
-    """A `notify` that fails the test."""
+    """Return a `notify` that fails the test."""
 
     def notify(problem):
         raise AssertionError(problem)

@@ -17,7 +17,7 @@ from fasthyper.experiments.experiment import ASKED, PAPER, UNDECIDED, Axis
 
 YES, NO = "reproduced", "not reproduced"
 WIDE = 0.2 * np.array([[-1.0, 1.0], [0.0, 0.0], [1.0, -1.0]])
-"""Of three seeds and two values: no mean and no slope is sure."""
+"""Noise for three seeds and two values, so large that no mean and no slope is certain."""
 LOW, HIGH = JITTER * [1, 1] + 0.2, JITTER * [1, -1] + 0.5
 
 
@@ -34,7 +34,7 @@ def verdict(claim, *errors, values=(2, 3), **options):
         (0.3 + WIDE, 0.3 - WIDE, UNDECIDED),
         # Better at one depth and worse at the other is no win.
         (JITTER * [1, 1] + [0.2, 0.6], JITTER * [1, -1] + 0.4, NO),
-        # Better at one depth and unsure at the other decides nothing.
+        # Better at one depth and uncertain at the other is undecided.
         (0.3 + WIDE * [0, 1], 0.31 + JITTER * [1, 0], UNDECIDED),
         (LOW[:1], HIGH[:1], UNDECIDED),
         (LOW * [1, np.nan], HIGH, UNDECIDED),
@@ -69,7 +69,7 @@ BARELY = JITTER * [1, 1] + [0.3, 0.296]
         (UP, NO, YES),
         (LEVEL, NO, YES),
         (0.3 + WIDE, UNDECIDED, UNDECIDED),
-        # Less than a point per step: it falls, and is flat for all that anybody would notice.
+        # Less than a point per step: it falls, but so little that it also counts as flat.
         (BARELY, YES, YES),
         (DOWN[:1], UNDECIDED, UNDECIDED),
         (DOWN * [1, np.nan], UNDECIDED, UNDECIDED),
@@ -102,7 +102,7 @@ def test_a_trend_over_ratios_is_judged_per_doubling():
     [
         (JITTER * [1, 2, 1] + [0.3, 0.2, 0.1], YES),
         (JITTER * [1, 2, 1] + [0.3, 0.1, 0.2], NO),
-        # The mean rises, but not for sure.
+        # The mean rises, but not certainly.
         (np.array([[0.3, 0.2, 0.1], [0.3, 0.2, 0.4], [0.3, 0.2, 0.2]]), UNDECIDED),
         (JITTER * [1, 2, 1] + [0.3, np.nan, 0.1], UNDECIDED),
     ],
@@ -163,7 +163,7 @@ def test_well_below(share, expected):
 
 
 def test_well_below_an_error_of_zero():
-    """One seed in which the other line is exactly zero: the interval is wider than any number can say."""
+    """In one seed, the other line is exactly zero: the interval is wider than floating point can represent."""
     line, than = np.full((2, 1), 0.1), np.array([[0.2], [0.0]])
     finding = WellBelow(text="t", line="hypernetwork", than="embedding").judge(
         results_of(pair(line, than), (2,), measure=LOG)

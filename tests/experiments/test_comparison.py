@@ -90,7 +90,7 @@ def test_depths_need_a_study_over_depth():
 def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device("auto") == "cpu"
-    with pytest.raises(ValueError, match="device: cuda was asked for"):
+    with pytest.raises(ValueError, match="device: cuda was requested"):
         resolve_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert resolve_device("auto") == resolve_device("cuda") == "cuda"

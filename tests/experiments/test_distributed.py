@@ -124,7 +124,7 @@ def test_the_first_that_fails_ends_all_and_is_heard_of(tmp_path):
 
 
 def test_torchrun_twice_in_the_same_processes(tmp_path):
-    """One group after the other, as in `compare all`: the second shares nothing with the first."""
+    """Two groups, one after the other, as in `compare all`: the second shares nothing with the first."""
     process = torchrun_of("parallel", tmp_path, "same")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
@@ -149,7 +149,7 @@ def test_torchrun_of_different_comparisons_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """The results of the tiny comparison with three seeds, trained by this process alone, on one thread."""
+    """Return the results of the tiny comparison with three seeds, trained in this process alone, on one thread."""
     out = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fasthyper.experiments.runner._cores", lambda: 1)
@@ -166,7 +166,7 @@ def line_counts(out):
 
 
 def begun(monkeypatch, tmp_path):
-    """Log the configurations of the runs that are begun from now on, in all processes."""
+    """Log the configurations of the runs that start from now on, in all processes."""
     log = tmp_path / "log"
     monkeypatch.setenv("TINY_LOG", str(log))
     return lambda: log.read_text().splitlines() if log.exists() else []
@@ -214,7 +214,7 @@ def test_torchrun_killed_and_gone_on_alone(tmp_path, monkeypatch, uninterrupted)
     process = torchrun_of("tiny_experiment", out, "--seeds", 3)
     wait_for(lambda: len(line_counts(out)) == 2 and min(line_counts(out).values()) > 0, process)
     workers = children(process.pid)
-    os.kill(process.pid, signal.SIGKILL)  # only torchrun: its workers have to notice
+    os.kill(process.pid, signal.SIGKILL)  # kills only torchrun: its workers must notice
     process.wait()
     wait_for(lambda: not any(map(alive, workers)))
     kept = line_counts(out)

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("plain_figures")
 
 
 def compare(out, fault, *options, under=()):
-    """Run the command line in a new process, whose last run has the fault."""
+    """Run the command line in a new process; its last run has the fault."""
     command = [sys.executable, *under, "-m", "tiny_experiment", "compare", "tiny", *OPTIONS, *options, "--out", out]
     env = {**os.environ, "PYTHONPATH": HERE, "TINY_FAULT": fault, "OMP_NUM_THREADS": "1"}
     return subprocess.run([str(word) for word in command], capture_output=True, text=True, env=env, timeout=600)
@@ -38,7 +38,7 @@ def compare(out, fault, *options, under=()):
 
 @pytest.mark.parametrize("fault", ["ValueError", "MemoryError", "SIGSEGV", "SIGABRT"])
 def test_what_a_worker_dies_of_is_one_exception(tmp_path, monkeypatch, fault):
-    """It is the error of the first worker, not those of the others, which fail because it is gone."""
+    """It is the error of the first worker that fails; the others fail because the first has ended."""
     monkeypatch.setenv("TINY_FAULT", fault)
     with pytest.raises(WorkerFailed) as caught:
         run_comparison(comparison_of(depths="2"), tmp_path, workers=2)

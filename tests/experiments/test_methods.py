@@ -51,14 +51,14 @@ def act(name):
 
 
 def context_of(a, model, cond):
-    """f or e written out: the hidden layers, each with its activation, of these modules."""
+    """Compute f or e without the model: the hidden layers in these modules, each with its activation."""
     for layer in linears(model):
         cond = act(a.context_activation)(F.linear(cond, layer.weight, layer.bias))
     return cond
 
 
 def through(a, layers, x):
-    """A network written out: an activation between any two layers."""
+    """Apply layers, with an activation between any two."""
     for number, layer in enumerate(layers):
         x = act(a.activation)(layer(x)) if number + 1 < len(layers) else layer(x)
     return x

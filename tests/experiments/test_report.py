@@ -37,7 +37,7 @@ def summary():
 
 
 class Page(HTMLParser):
-    """A page taken apart: its text, its addresses; tags that are left open or closed twice are errors."""
+    """The text and the links of a page; a tag that is left open or closed twice is an error."""
 
     def __init__(self, html):
         super().__init__()
@@ -246,7 +246,7 @@ def test_figures_and_pages_of_all_sorts(errors, values, study, monkeypatch):
 
 
 def axes_of(monkeypatch, results):
-    """What the figure holds, before it becomes a PNG."""
+    """Return the axes of a figure before it becomes a PNG."""
     from matplotlib.figure import Figure
 
     kept = []

@@ -18,7 +18,7 @@ DEPTHS = (2, 3, 5)
 
 
 def interval(values):
-    """Mean and 95 % interval, by scipy."""
+    """Return mean and 95 % interval, by scipy."""
     low, high = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
     return np.mean(values), low, high
 
@@ -118,7 +118,7 @@ WIDTHS = Axis("width", "width", count="primary_parameters")
 
 
 def count(run):
-    """Parameters that differ from seed to seed, as those of learnt sizes do."""
+    """Return a number of parameters that differs from seed to seed, as with fitted sizes."""
     return run.setting.width**2 * (3 if run.method == "embedding" else 5) + run.seed
 
 

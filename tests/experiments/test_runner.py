@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("plain_figures")
 
 @pytest.fixture
 def trained(tmp_path_factory, monkeypatch):
-    """Returns the configurations of the runs that were begun, in all processes."""
+    """Return a function that returns the configurations of the runs that started, in all processes."""
     log = tmp_path_factory.mktemp("log") / "trained"
     monkeypatch.setenv("TINY_LOG", str(log))
     return lambda: log.read_text().splitlines() if log.exists() else []
@@ -266,7 +266,7 @@ def test_an_exception_while_training_reaches_the_caller(tmp_path, monkeypatch):
 
 
 def rank_file_of(comparison, out, number, runs):
-    """Write the file that process `number` of a killed torchrun leaves."""
+    """Write the file that process `number` leaves if torchrun is killed."""
     store = RunStore(out / f"runs.{number}.jsonl", {})
     for run in runs:
         metrics = vars(train(comparison.experiment, run, None))

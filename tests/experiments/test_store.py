@@ -51,7 +51,7 @@ def test_a_file_cut_anywhere_keeps_its_whole_lines_and_goes_on(store):
     for cut in range(len(whole)):
         store.path.write_bytes(whole[:cut])
         loaded = store.load()
-        # A line that lacks only its end is whole: nothing of it is missing.
+        # A line without its line end is still a whole record.
         expected = [0] * (cut >= first - 1) + [1] * (cut >= len(whole) - 1)
         assert seeds(store) == expected
         torn = cut not in (0, first - 1, first, len(whole) - 1)

@@ -86,7 +86,7 @@ def primary_grads(
     (B, N, I), (J, _, R), O = x.shape, first[0].shape, second[0].shape[0]
     limit = planner.get_workspace_limit()
     configs = _launches(B, N, R, I, J, O, x.dtype, tuple(mask), library.device(x), limit)
-    assert configs is not None  # `fuses` has asked for all gradients
+    assert configs is not None  # `fuses` has requested all gradients
     config1, config2 = configs
     of_layer = lambda J, I: ((J, I, R), (J, R), (J, I), (J,))
     shapes = ((B, N, I), (B, R), *of_layer(J, I), *of_layer(O, J))

@@ -251,7 +251,7 @@ def test_what_a_study_is_about_cannot_be_changed():
         ("scaling", "smoothness", 2),
         ("operators", "operator", "x"),
     ):
-        with pytest.raises(ValueError, match=f"^{field}: it says what a study is about"):
+        with pytest.raises(ValueError, match=f"^{field}: titles and claims of a study refer to it"):
             of(name, **{field: value})
 
 

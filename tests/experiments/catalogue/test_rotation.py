@@ -24,7 +24,7 @@ def run_of(data="digits", method="hypernetwork", depth=2, seed=0, **options):
 
 
 def draw(pixels, generator, pixel_max=16):
-    """A batch of all of these images."""
+    """Return a batch of all of these images."""
     return examples(pixels, pixel_max).draw(torch.arange(len(pixels)), generator)
 
 
