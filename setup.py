@@ -1,7 +1,7 @@
-"""Build the compiled kernels, as far as this machine can; pyproject.toml has everything else about the package.
+"""Build the compiled kernels that this machine can build; pyproject.toml has everything else about the package.
 
 All kernels need torch at build time; those for CPUs need a C++ compiler; those for CUDA need nvcc, but no GPU. The
-package works without a library that cannot be built. The console and `fasthyper info` say why it is missing.
+package works without a library that cannot be built. pip's output and `fasthyper info` have the reason.
 
 FASTHYPER_BUILD           0 builds no kernels; 1 fails where a library cannot be built; later leaves the libraries and
                           their record as they are, for a `setup.py build_ext --inplace` that follows
@@ -49,7 +49,7 @@ COMPILER = shlex.split(os.environ.get("CXX", "c++"))
 CUDA_HOMES = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
 NVCC_FOLDERS = [*(f"{home}/bin" for home in CUDA_HOMES), os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
 NVCC = shutil.which("nvcc", path=os.pathsep.join(NVCC_FOLDERS))
-ARCHS = ("8.0", "9.0a", "10.0")  # one for each generation of GPUs; PTX of the last serves later generations
+ARCHS = ("8.0", "9.0a", "10.0")  # one for each generation of GPUs; PTX of the last also runs on later generations
 
 
 def why_no_build():
@@ -138,7 +138,7 @@ class CudaLibrary(Extension):
     def nvcc(self):
         """Return nvcc's commands to compile and to link.
 
-        Symbols that only a torch for CUDA has are resolved on loading; so the library can be built beside any torch.
+        Symbols that only a torch for CUDA has are resolved on loading; so the library can be built with any torch.
         """
         host = "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-psabi,-Wno-unknown-pragmas"
         threads = -(-jobs() // max(1, len(self.files)))  # spare cores compile a file for several architectures at once
@@ -191,7 +191,7 @@ def arch_flags():
             continue  # the lists of containers have older ones, which lack bfloat16 and asynchronous copies
         arch = f"{major}{minor}{'a' if (major, minor) == ('9', '0') else letter}"  # wgmma needs 9.0a
         flags.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
-        if ptx:  # without the letter: PTX of 9.0a serves no later GPU
+        if ptx:  # without the letter: PTX of 9.0a runs on no later GPU
             flags.append(f"-gencode=arch=compute_{major}{minor},code=compute_{major}{minor}")
     if not flags:
         raise RuntimeError("TORCH_CUDA_ARCH_LIST names no architecture from 8.0 on")

@@ -39,11 +39,11 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     measure = commands.add_parser(
         "measure",
         help="measure time and memory on this machine",
-        description="Measure time and memory on this machine. A LIST has commas between its names.",
+        description="Measure time and memory on this machine. In a LIST, separate names by commas.",
     )
     option = measure.add_argument
     option("--device", choices=["cpu", "cuda"], default="cpu", help="where to run (default: cpu)")
-    option("--only", metavar="NAME", help="measure only workloads whose name contains NAME, and no other study")
+    option("--only", metavar="NAME", help="measure only workloads with NAME in their name, and no other study")
     axes = [axis.name for axis in AXES]
     _add_list(measure, "--studies", studies.STUDIES, studies.STUDIES, "what to measure")
     _add_list(measure, "--dtypes", DTYPES, DTYPES[:2], "dtypes of the workloads")

@@ -1,4 +1,4 @@
-"""What the records of a file say: best peers, speed-ups, noise, shares of the machine's ceilings, and labels."""
+"""Derive from the records of a file: best peers, speed-ups, noise, shares of the machine's ceilings, and labels."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ class Results:
         return roofline.bound(subject.record, product, copy) if product and copy else None
 
     def share(self, subject: Subject) -> float | None:
-        """Return fasthyper's flop/s over the bound; None for a training step, whose other work is not counted."""
+        """Return fasthyper's flop/s over the bound; None for a training step, because its other work is not counted."""
         if subject.record.mode == TRAINING_STEP:
             return None
         return quotient(quotient(roofline.flops(subject.record), subject.seconds), self.bound(subject))

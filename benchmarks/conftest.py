@@ -24,15 +24,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--dtypes",
         metavar="LIST",
         default="float32",
-        help="dtypes with commas between them: float32, bfloat16, float16 (default: float32)",
+        help="dtypes, separated by commas: float32, bfloat16, float16 (default: float32)",
     )
     group.addoption(
         "--modes",
         metavar="LIST",
         default=FORWARD_BACKWARD,
-        help=f"what one step computes, with commas between: {', '.join(MODES)} (default: {FORWARD_BACKWARD})",
+        help=f"modes of a step, separated by commas: {', '.join(MODES)} (default: {FORWARD_BACKWARD})",
     )
-    group.addoption("--compiled", action="store_true", help="also measure with torch.compile, which takes seconds each")
+    group.addoption("--compiled", action="store_true", help="also measure ways with torch.compile, seconds each")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> Iterator[CPU | GPU]:
-    """The device, with two threads on a CPU, as in `make bench`."""
+    """Return the device, with two threads on a CPU, as in `make bench`."""
     threads = torch.get_num_threads()
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     yield CPU() if pytestconfig.getoption("device") == "cpu" else GPU()
@@ -51,7 +51,7 @@ def device(pytestconfig: pytest.Config) -> Iterator[CPU | GPU]:
 
 @pytest.fixture
 def report_memory(pytestconfig: pytest.Config) -> Callable[[str, str, int], None]:
-    """A function of (group, way, bytes) that adds a line to the summary of memory."""
+    """Return a function of (group, way, bytes) that adds a line to the summary of memory."""
 
     def add(group: str, way: str, size: int) -> None:
         pytestconfig.stash[MEMORY].setdefault(group, {})[way] = size

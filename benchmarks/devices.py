@@ -30,7 +30,7 @@ class Ceiling(NamedTuple):
 
 
 class CPU:
-    """Times calls by the system's clock. Each call takes other tensors than the last, so that no cache holds them."""
+    """Times calls by the system's clock. Consecutive calls take different tensors, so that no cache holds them."""
 
     kind = "cpu"
     max_bytes = 4 << 30  # of memory that a peer may keep
@@ -47,7 +47,7 @@ class CPU:
         return call, ""
 
     def synchronous(self, call: Call) -> Call:
-        """Return a call that has finished when it returns, for other clocks than `seconds`."""
+        """Return a call that waits for its own end, for clocks other than `seconds`."""
         return call
 
     def seconds(self, call: Call) -> float:
@@ -68,7 +68,7 @@ class CPU:
 
     @contextmanager
     def memory_limit(self) -> Iterator[None]:
-        """Make allocations beyond the available memory fail, rather than swap or end the process."""
+        """Make allocations beyond the available memory fail, instead of swapping or killing the process."""
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         now, free = _proc("/proc/self/status", "VmSize:"), self.available_bytes()
         if now and free:
@@ -84,7 +84,7 @@ class CPU:
 
 
 class GPU:
-    """Times replays of CUDA graphs between two events, so without Python, after the L2 cache was overwritten."""
+    """Times replays of CUDA graphs between two events, without Python. The L2 cache is overwritten before each one."""
 
     kind = "cuda"
     max_bytes = 40 << 30
@@ -120,7 +120,7 @@ class GPU:
         return graph.replay
 
     def synchronous(self, call: Call) -> Call:
-        """Return a call that has finished when it returns, for other clocks. It does not overwrite the L2 cache."""
+        """Return a call that waits for its own end, for other clocks. It does not overwrite the L2 cache."""
 
         def synchronised() -> None:
             call()

@@ -67,7 +67,7 @@ def inputs(w: Workload, dtype: torch.dtype, device: str = "cpu", seed: int = 0) 
 
 
 class Sets(tuple[Inputs, ...]):
-    """Sets of tensors that all ways of a comparison share. Every call, of any way, takes the next set."""
+    """Sets of tensors that all ways of a comparison share. Every call of any way takes the next set."""
 
     _at = 0
 

@@ -1,7 +1,7 @@
-"""The layer by other libraries, each in its fastest form: their hypernetwork generates W, and their layer uses it.
+"""The layer in other libraries, each in its fastest form: their hypernetwork generates W, and their layer uses it.
 
-None of the three hypernetwork libraries has a batched product for per-instance weights, so `torch.func.vmap` maps their
-layer over the instances. The heads have no biases; their only parameter is the given `weight`. A package is imported
+The three hypernetwork libraries have no batched product for per-instance weights, so `torch.func.vmap` maps their layer
+over the instances. The heads have no biases; their only parameter is the given `weight`. A package is imported
 where it is used, so that the others can be measured without it.
 """
 
@@ -18,7 +18,7 @@ from .workloads import Workload
 
 
 def hypnettorch(w: Workload, device: str) -> Function:
-    """hypnettorch 0.0.4: an `HMLP` without hidden layers generates the weights of an `MLP` without its own weights."""
+    """Use hypnettorch 0.0.4: an `HMLP` without hidden layers generates the weights of an `MLP` without own weights."""
     from hypnettorch.hnets import HMLP
     from hypnettorch.mnets import MLP
 
@@ -42,7 +42,7 @@ def hypnettorch(w: Workload, device: str) -> Function:
 
 
 def hyperlight(w: Workload, device: str) -> Function:
-    """hyperlight 0.0.5: a `HyperNet` without hidden layers sets the weights of a `HyperLinear`."""
+    """Use hyperlight 0.0.5: a `HyperNet` without hidden layers sets the weights of a `HyperLinear`."""
     import hyperlight as hl
 
     network = hl.HyperLinear(w.I, w.O, bias=False)
@@ -68,7 +68,7 @@ def hyperlight(w: Workload, device: str) -> Function:
 
 
 def hyper_nn(w: Workload, device: str) -> Function:
-    """hyper-nn 0.2.2: a `TorchHyperNetwork` whose weights a linear layer of this module generates from z."""
+    """Use hyper-nn 0.2.2: a `TorchHyperNetwork` that takes its weights from a linear layer of this module."""
     from hypernn.torch import TorchHyperNetwork
 
     with warnings.catch_warnings():
@@ -85,7 +85,7 @@ def hyper_nn(w: Workload, device: str) -> Function:
 
 
 def nnconv(w: Workload, device: str) -> Function:
-    """PyTorch Geometric's `NNConv`, which sums over incoming edges. Its head is `(I, O, R)`."""
+    """Use PyTorch Geometric's `NNConv`, which sums over incoming edges. Its head is `(I, O, R)`."""
     from torch_geometric.nn import NNConv
 
     head = nn.Linear(w.R, w.I * w.O, bias=False, device=device)

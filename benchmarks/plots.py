@@ -57,7 +57,7 @@ def _style(dtype: str, mode: str) -> dict[str, Any]:
 
 
 def speedups(records: Iterable[Record]) -> Figure:
-    """Speed-up over the best peer: bars for forward + backward in float32, markers for other modes and dtypes."""
+    """Draw speed-ups over the best peer: bars for forward + backward in float32, markers for other modes and dtypes."""
     results = Results(records)
     rows: dict[str, dict[tuple[str, str], Subject]] = {}
     for subject in results.select("workloads"):
@@ -101,7 +101,7 @@ def axis_title(record: Record) -> str:
 
 
 def scaling(records: Iterable[Record]) -> Figure:
-    """Time and temporary memory along each axis: fasthyper with the planner's choices, each schedule, the peers."""
+    """Draw time and memory along each axis: fasthyper with the planner's choices, each schedule, and the peers."""
     results = Results(records)
     columns = max(1, max(sum(key[0] == dtype for key in results.curves) for dtype in results.dtypes))
     dtypes = [dtype for dtype in results.dtypes if any(key[0] == dtype for key in results.curves)]
@@ -215,7 +215,7 @@ class Dot(NamedTuple):
 
 
 def roofline(records: Iterable[Record]) -> Figure:
-    """Achieved flop/s over intensity, under the machine's ceilings; one panel per dtype."""
+    """Draw achieved flop/s over intensity, under the machine's ceilings; one panel per dtype."""
     results = Results(records)
     subjects = [s for s in results.select("workloads") if s.seconds]
     numbers: dict[str, int] = {}
@@ -315,7 +315,7 @@ def _numbered(axes: Axes, dots: list[Dot]) -> None:
 
 
 def training(records: Iterable[Record]) -> Figure:
-    """The least loss so far over seconds of training, one line per way, and the loss that all reach."""
+    """Draw the least loss so far over seconds of training, one line per way, and the loss that all reach."""
     results = Results(records)
     subjects = [(s, curves) for s in results.select("training") if (curves := loss_curves(s))]
     columns = max(1, min(3, len(subjects)))

@@ -28,7 +28,7 @@ class Record:
         study: `"workloads"`, `"scaling"` or `"training"`.
         workload: the name in `workloads.py`, or of a training example.
         B, N, R, I, O: sizes; see `workloads.Workload`.
-        neighbours: instances that share one x; 1 if none do.
+        neighbours: number of instances that share one x; 1 if each has its own.
         hidden: units between the two layers of a generated network; 0 for a single layer.
         axis: of `scaling`, the size that grows: `"B"`, `"N"`, `"R"` or `"width"`.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`.
@@ -39,10 +39,10 @@ class Record:
         q1, median, q3: seconds of one call; only the median if there was one call.
         rounds: how many calls were timed; 1 for a peer that was tried once and was too slow.
         rate: of a ceiling, flop/s or byte/s.
-        compile: seconds of the first call, if it compiles.
+        compile: seconds of the first call, if this call compiles.
         temporary: peak temporary bytes by torch's allocator, without outputs and gradients.
         resident: the same by the operating system.
-        note: why there are no times, or only one.
+        note: the reason why there are no times, or only one.
         plan: of fasthyper, the schedules that the planner chooses for forward and backward.
         step: of a training example, the steps taken so far; `median` is their total time.
         loss: of a training example, the loss after these steps.

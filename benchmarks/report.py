@@ -26,7 +26,7 @@ DOCUMENTS = {"README.md": sections.short, "docs/performance.md": sections.full}
 
 
 def write_all(folder: Path = RESULTS, root: Path = ROOT) -> list[Path]:
-    """Write everything and return the paths, of documents only those with a marked section.
+    """Write everything and return the written paths. Of the documents, only those with a marked section are written.
 
     Args:
         folder: the files of results.
@@ -55,7 +55,7 @@ def write_all(folder: Path = RESULTS, root: Path = ROOT) -> list[Path]:
 
 
 def _draw(found: list[Record], source: Path) -> list[Path]:
-    """Draw the figures that there are records for, and delete old ones that there are none for."""
+    """Draw each figure that has records, and delete old figures that have none."""
     results, written = Results(found), []
     for name, (draw, study) in FIGURES.items():
         path = source.with_name(f"{source.stem}-{name}.png")

@@ -1,4 +1,4 @@
-"""Peak resident memory of a step of fasthyper, in its own process. It includes what C++ allocates without torch.
+"""Peak resident memory of a step of fasthyper, in its own process. It includes memory that C++ allocates itself.
 
     python -m benchmarks.resident DTYPE BACKEND THREADS B,N,R,I,O ...
 

@@ -24,8 +24,8 @@ def step(function: Function, mode: str, sets: Sets, layout: Layout = DEFAULT) ->
 
     - `"forward"` returns y, computed without gradients.
     - `"forward + backward"` returns y and the gradients of x, z and the head, in the head's layout.
-    - `"training step"` computes z by a trunk, takes the mean squared error of y, and lets Adam update trunk and head,
-      both from the first set. x stands for the output of a layer below. It returns the loss and the gradients of x,
+    - `"training step"` computes z by a trunk, takes the mean squared error of y, and updates trunk and head, both from
+      the first set, by Adam. x stands for the output of a previous layer. It returns the loss and the gradients of x,
       trunk and head.
 
     Args:

@@ -30,8 +30,8 @@ Groups = Iterator[list[Record]]
 def select(only: str | None, large: bool, kind: str) -> list[Workload]:
     """Return the workloads whose label contains `only`, or all.
 
-    On a CPU, large ones are left out unless `large`. On a GPU, they have as many instances as published, and those that
-    have floors come first, in case the time budget ends.
+    On a CPU, large workloads are left out unless `large`. On a GPU, all have as many instances as published, and those
+    that have floors come first, in case the time runs out.
     """
     found = [w for w in WORKLOADS if (only or "").lower() in w.label.lower()]
     if kind == "cpu":
@@ -52,7 +52,7 @@ def is_current(record: Record) -> bool:
 
 
 def planned_schedules(w: Workload, dtype: torch.dtype, context: Context) -> str:
-    """Return the planner's schedules for forward and backward; backward has two if the head's gradient is apart."""
+    """Return the planner's schedules for forward and backward; backward has two if the head's gradient has its own."""
     problem = partial(
         Problem,
         batch=w.B,
@@ -83,7 +83,7 @@ def measure_workloads(
 ) -> Groups:
     """Compare fasthyper with all peers on each workload.
 
-    A training step is compared only with the peers that are near the best in forward + backward.
+    In a training step, only peers that are near the best in forward + backward are measured.
 
     Args:
         workloads: to measure.
@@ -95,8 +95,8 @@ def measure_workloads(
             float32 are measured only on the README's workloads, and so are libraries that do the same as
             `vmap(functional_call)`; 16-bit dtypes are measured only in forward + backward and without torch.compile.
         compiled: whether to measure the ways that use torch.compile.
-        until: `time.monotonic()` after which no comparison starts.
-        compile_until: `time.monotonic()` after which nothing is compiled.
+        until: the `time.monotonic()` after which no comparison starts.
+        compile_until: the `time.monotonic()` after which nothing is compiled.
     """
     all_modes = device.kind == "cuda" or every
     for dtype in dtypes:

@@ -1,4 +1,4 @@
-"""The summary of a file of results: means and extremes over all workloads, beside the project's floors."""
+"""The summary of a file of results: means and extremes over all workloads, compared with the project's floors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Line(NamedTuple):
     """A line of the summary.
 
     Attributes:
-        metric: what was averaged or compared.
+        metric: the quantity that was averaged or compared.
         dtype: of the subjects.
         value: None if no subject counts.
         floor: such as `"≥ 2.0"`, empty if there is none.
@@ -89,7 +89,7 @@ _EXTRA = {w.name for w in WORKLOADS if w.extra}
 
 
 def published(record: Record) -> bool:
-    """Whether it is a single layer of a published network, not of a graph. Means are over these."""
+    """Return whether it is a single layer of a published network, not of a graph. Means are over these records."""
     return record.neighbours == 1 and not record.hidden and record.workload not in _EXTRA
 
 

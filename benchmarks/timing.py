@@ -1,4 +1,4 @@
-"""Compare ways on one workload: check each, then time all in turns. Each gives one record."""
+"""Compare ways on one workload: check each way, then time all of them in turns. Each way gives one record."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def compare(
         dtype: of all tensors.
         device: where to run.
         ways: fasthyper, with `role` "ours", first, then the others. One that fails, or is far slower than the fastest,
-            is not timed further; its record says why.
+            is not timed further; its record has the reason.
         context: for the records.
         limits: how many rounds.
         max_bytes: the memory that a way may keep; by default `device.max_bytes`.

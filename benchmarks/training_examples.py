@@ -3,8 +3,8 @@
 **"qm9 network"**: the edge-conditioned message passing network of Gilmer et al., "Neural Message Passing for Quantum
 Chemistry" (ICML 2017, arXiv 1704.01212), in the sizes of PyTorch Geometric's `examples/qm9_nn_conv.py`. The five
 features of an edge generate 64 × 64 weights, which transform its message. Graphs are complete. Three rounds use the
-same weights, and each round generates them again, as in PyTorch Geometric, unless the network has `kept` set: then they
-are written out once. Nothing is downloaded. Molecules are drawn at random: 18 atoms of five elements, uniform in a ball
+same weights. Each round generates them again, as in PyTorch Geometric; if the network has `kept` set, they are written
+out once. Nothing is downloaded. Molecules are drawn at random: 18 atoms of five elements, uniform in a ball
 of random size, with bonds between close atoms. The target is their standardised energy, the sum of q q' / √(1 + d²)
 over all pairs; half of its variance comes from the elements, half from the distances. No molecule is used twice, and
 the loss is over molecules that are not trained on.
@@ -113,7 +113,7 @@ class Set2Set(nn.Module):
         self.passes = passes
 
     def forward(self, nodes: Tensor) -> Tensor:
-        """`(graphs, nodes, features)` -> `(graphs, 2 · features)`."""
+        """Return `(graphs, 2 · features)` for nodes `(graphs, nodes, features)`."""
         read = nodes.new_zeros(len(nodes), 2 * nodes.shape[2])
         state = None
         for _ in range(self.passes):
@@ -209,7 +209,7 @@ def tiles(picture: Tensor, side: int) -> Tensor:
 
 
 def photograph(shrink: int) -> Tensor:
-    """scikit-learn's `china.jpg`, `(height, width, 3)` in [-1, 1], each pixel the mean of `shrink`² of them."""
+    """Return scikit-learn's `china.jpg`, `(height, width, 3)` in [-1, 1]; each pixel is a mean of `shrink`² pixels."""
     from sklearn.datasets import load_sample_image
 
     picture = torch.tensor(load_sample_image("china.jpg"), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""All ways to compute y[b,n,o] = Σ_i Σ_r H[o,i,r] x[b,n,i] z[b,r] that are measured: fasthyper's own and its peers.
+"""The measured ways to compute y[b,n,o] = Σ_i Σ_r H[o,i,r] x[b,n,i] z[b,r]: fasthyper's own and its peers.
 
 The functions come first, then the class `Way` and the list of all ways. Other libraries are in `libraries.py`.
 """
@@ -37,7 +37,7 @@ def materialised(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
 
 
 def einsum(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
-    """One einsum. opt_einsum, if installed, chooses the order; otherwise it is from left to right: x ⊗ z first."""
+    """Call one einsum. opt_einsum, if installed, chooses the order; otherwise it is from left to right: x ⊗ z first."""
     return torch.einsum("bni,br,oir->bno", x, z, weight)
 
 
@@ -60,12 +60,12 @@ def functional(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
 
 
 def bilinear(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
-    """PyTorch's function for this sum at N = 1."""
+    """Call PyTorch's function for this sum at N = 1."""
     return torch.nn.functional.bilinear(x[:, 0], z, weight).unsqueeze(1)
 
 
 class _InChunks(torch.autograd.Function):
-    """Write out W for a chunk of instances that fits in cache, and again in backward: materialising in least memory."""
+    """Write out W for a chunk of instances that fits in cache, and again in backward: W in the least memory."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, z: Tensor, weight: Tensor, instances: int) -> Tensor:
@@ -103,7 +103,7 @@ def in_chunks(x: Tensor, z: Tensor, weight: Tensor, size: int) -> Tensor:
 
 
 def with_bases(x: Tensor, z: Tensor, layer: tuple[Tensor, ...]) -> Tensor:
-    """A layer with generated and shared weights and biases, W written out."""
+    """Apply a layer with generated and shared weights and biases, W written out."""
     weight, bias, base_weight, base_bias = layer
     O, I, R = weight.shape
     W = torch.addmm(base_weight.flatten(), z, weight.view(O * I, R).T).view(-1, O, I)
@@ -111,7 +111,7 @@ def with_bases(x: Tensor, z: Tensor, layer: tuple[Tensor, ...]) -> Tensor:
 
 
 def primary(x: Tensor, z: Tensor, *layers: Tensor) -> Tensor:
-    """Two layers and a ReLU, W written out."""
+    """Apply two layers and a ReLU, W written out."""
     return with_bases(torch.relu(with_bases(x, z, layers[:4])), z, layers[4:])
 
 
@@ -184,7 +184,7 @@ class Way:
         form: `Workload.form` of the workloads that it computes.
         compiled: whether it runs through torch.compile.
         per_sample: whether it works at N = 1 only.
-        folds: whether it writes out x ⊗ z of every point, which is many times the work if N is large.
+        folds: whether it writes out x ⊗ z of every point, which takes much more work if N is large.
         casts: whether it casts to float32, for processors without 16-bit matrix products.
         layout: the order in which its head has the axes O, I, R.
         library: the package that it needs.
@@ -223,7 +223,7 @@ class Way:
 
 
 def fused(x: Tensor, z: Tensor, *head: Tensor) -> Tensor:
-    """fasthyper."""
+    """Call fasthyper."""
     if len(head) == 1:
         return fasthyper.hyper_linear(x, z, *head)
     return hyper_primary(x, z, head[:4], head[4:], "relu")
@@ -277,7 +277,7 @@ def _over_edges(way: Way) -> Way:
     return replace(way, make=lambda w, device: over_edges(way.make(w, device), w, device), form="graph")
 
 
-# The compiled peer on graphs is x · H first, which is faster than any way that computes edge by edge.
+# On graphs, the only compiled peer is x · H first: it is faster than any way that computes edge by edge.
 _EDGES = tuple(_over_edges(way) for way in _LAYERS if not (way.library or way.compiled))
 PEERS = (*_LAYERS, *_EDGES, *_GRAPHS, *_PRIMARIES)
 
