@@ -69,7 +69,7 @@ def nothing_forced():
 
 @pytest.fixture(scope="session", params=HOWS, ids=["-".join(filter(None, how)) for how in HOWS])
 def how(request) -> tuple[str, str | None]:
-    """Arguments of `use_backend`: every backend with every schedule."""
+    """Return arguments of `use_backend`: every backend with every schedule."""
     return request.param
 
 
@@ -78,7 +78,7 @@ def dtype(request) -> torch.dtype:
     return request.param
 
 
-# B, N, R, I, O of a small problem. All differ, so that swapped axes are found.
+# B, N, R, I, O of a small problem. All differ, so that tests notice swapped axes.
 SIZES = (4, 2, 5, 3, 6)
 AXES = {"x": "bni", "z": "br", "weight": "oir", "g": "bno", "bias": "or", "base_weight": "oi", "base_bias": "o"}
 FACTORS = ("x", "z", "weight", "g")
@@ -224,13 +224,13 @@ def _planning(module=planner, **replaced) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiles():
-    """`with tiles(7):` limits tiles to 7 elements, so that every loop over tiles runs more than once."""
+    """Return `tiles`: `with tiles(7):` limits tiles to 7 elements, so that loops over tiles run more than once."""
     return lambda elements: _planning(tile_elements=lambda problem, mach, limit: elements)
 
 
 @pytest.fixture(scope="session")
 def native_low_precision():
-    """`with native_low_precision(True):` computes tiles in 16 bits, as a CPU with 16-bit matrix products does."""
+    """Return a context manager: given True, tiles are computed in 16 bits, as on a CPU with 16-bit products."""
     return lambda native: _planning(processor, has_fast=lambda dtype: native)
 
 

@@ -173,7 +173,7 @@ def test_checkpoint_recomputes_by_the_same_backend(factors):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The masks of needed gradients that reach the backend."""
+    """Return the masks of needed gradients that reach the backend."""
     masks = []
     original = fasthyper.backends.BACKENDS["aten"].grads
 

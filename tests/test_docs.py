@@ -1,4 +1,4 @@
-"""The pages say what is there: names in the sources, public names, links; and they build without a warning."""
+"""The pages agree with the sources: variables, macros, public names, links; and they build without a warning."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ CPP = ("csrc/**/*.h", "csrc/**/*.cpp", "csrc/**/*.cu")
 
 
 def in_sources(*patterns: str) -> set[str]:
-    """Names that begin as all of ours do, in the files of these patterns."""
+    """Return all names that begin with FASTHYPER_ in the files of these patterns."""
     paths = {path for pattern in patterns for path in ROOT.glob(pattern) if path.name != Path(__file__).name}
     return set(re.findall(r"\bFASTHYPER_[A-Z0-9_]+", "\n".join(path.read_text() for path in sorted(paths))))
 
 
 def in_table(heading: str) -> set[str]:
-    """Names in the first column of the table below a heading."""
+    """Return the names in the first column of the table below a heading."""
     (section,) = re.findall(rf"^#+ {heading}\n(.*?)(?=^#|\Z)", (DOCS / "environment.md").read_text(), re.S | re.M)
     rows = re.findall(r"^\| (.*?) \|", section, re.M)
     return {name for row in rows for name in re.findall(r"`(FASTHYPER_[A-Z0-9_]+)`", row)}
@@ -66,7 +66,7 @@ def test_the_readme_is_short_beside_its_results():
 
 
 def test_the_readme_names_what_is_run():
-    """`.ci/run` does nothing that the README does not say."""
+    """`.ci/run` runs only a command that the README describes."""
     *_, command = (ROOT / ".ci" / "run").read_text().splitlines()
     assert re.search(rf"^{re.escape(command)} ", (ROOT / "README.md").read_text(), re.M)
 

@@ -1,4 +1,4 @@
-"""Imports go down only, from the command line to the types that the planner uses, and never in a circle."""
+"""Imports only go down, from the command line to the types of the planner, and never in a circle."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FLOORS = (
     ("costs",),
     ("problem", "processor", "_version"),
 )
-"""The components of the package, highest first: a component imports from itself and from the floors below it."""
+"""The floors of the package, highest first: a component imports only from itself and from lower floors."""
 
 FLOOR = {name: height for height, names in enumerate(reversed(FLOORS)) for name in names}
 

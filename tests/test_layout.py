@@ -15,7 +15,7 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 
 
 def python(code: str, *path: Path) -> str:
-    """Run Python in the root of the repository; return what it prints."""
+    """Run Python in the root of the repository; return its output."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -30,7 +30,7 @@ def test_the_package_reaches_the_kernels_through_a_relative_link():
 
 
 def test_the_folder_is_no_package_of_its_own():
-    """`import kernels` from the root runs none of our code, and an installed package of that name is found first.
+    """`import kernels` from the root runs no code of ours, and finds an installed package of that name first.
 
     A folder without __init__.py is a namespace package: Python imports it, but it is empty.
     """

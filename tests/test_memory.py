@@ -97,8 +97,8 @@ def test_every_schedule(sizes, schedule):
     assert twice - once < MIB
 
 
-# Skewed sizes at which the compiled kernels once exceeded the limit: by the features of z beside a slice of dH, by one
-# instance beside a register of instances, by z along a product's depth.
+# Skewed sizes at which the compiled kernels once exceeded the limit: because of z next to a slice of dH, of padding one
+# instance to a whole register, or of z for the depth of one product.
 VERY_SKEWED = [
     (32 * MIB, (130, 5, 16384, 32, 32), torch.float16),
     (32 * MIB, (20, 100, 2, 262144, 1), torch.float32),
@@ -118,7 +118,7 @@ def test_very_skewed_sizes(limit, sizes, dtype):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bits_do_not_grow_with_the_batch(dtype, schedule, native, native_low_precision):
-    """On any processor. Outputs are few, since a processor without 16-bit products is slow."""
+    """Outputs are few, because a processor without 16-bit products is slow."""
     sizes = (40000, 1, 64, 4, 4, dtype)  # several tiles of every operand
     with native_low_precision(native), fasthyper.use_backend("aten", schedule):
         once, twice = temporary(*sizes), temporary(*doubled(*sizes))
@@ -136,7 +136,7 @@ def test_skewed_sizes(sizes, schedule):
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_16_bits(schedule, native, native_low_precision):
-    """A head of 32 MiB, which would be 64 MiB in float32, beside few instances."""
+    """Few instances, and a head of 32 MiB, which would be 64 MiB in float32."""
     sizes = (1, 4, 256, 256, 256, torch.bfloat16)
     with native_low_precision(native), fasthyper.use_backend("aten", schedule):
         assert temporary(*sizes) < LIMIT
@@ -152,14 +152,14 @@ HEADS = {
 @pytest.mark.parametrize("schedule", [None, *SCHEDULES])
 @pytest.mark.parametrize("head", HEADS)
 def test_heads_of_other_strides(head, schedule):
-    """A head of 64 MiB that no schedule may copy whole."""
+    """No schedule may copy a head of 64 MiB as a whole."""
     with fasthyper.use_backend("aten", schedule):
         assert temporary(8, 8, 256, 256, 256, torch.float32, HEADS[head]) < LIMIT
 
 
 @pytest.mark.parametrize("schedule", [None, *SCHEDULES])
 def test_inputs_of_other_strides(schedule):
-    """x of 16 and 32 MiB, transposed or expanded, that no schedule may copy whole."""
+    """No schedule may copy x of 16 or 32 MiB, transposed or expanded, as a whole."""
     for layout in (lambda x: x.mT.contiguous().mT, lambda x: x[:1].expand_as(x)):
         with fasthyper.use_backend("aten", schedule):
             once, twice = (temporary(b, 1024, 4, 128, 8, torch.float32, x_layout=layout) for b in (32, 64))

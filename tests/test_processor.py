@@ -10,7 +10,7 @@ from fasthyper import info, planner, processor
 
 @pytest.fixture
 def setenv(monkeypatch):
-    """A function that sets an environment variable; nothing computed under other variables is cached."""
+    """Return a function that sets an environment variable, and clear the caches that depend on such variables."""
     monkeypatch.delenv("FASTHYPER_CPU", raising=False)
     monkeypatch.delenv("FASTHYPER_BFLOAT16", raising=False)
     clear_caches = (processor.kernels_multiply.cache_clear, planner.forget)

@@ -12,12 +12,12 @@ from fasthyper import backends, hyper_linear, planner, set_backend, use_backend
 from fasthyper.backends import cpu
 from fasthyper.problem import SCHEDULES
 
-AUTO = "aten" if cpu.unavailable() else "cpu"  # what auto takes for CPU tensors
+AUTO = "aten" if cpu.unavailable() else "cpu"  # the backend that auto chooses for CPU tensors
 
 
 @pytest.fixture
 def ran(monkeypatch):
-    """The calls that ran, as (backend, method, schedule), without those that one backend passes on to another.
+    """Return the calls that ran, as (backend, method, schedule), without those that one backend passes to another.
 
     No plan is remembered here, because a call with a remembered plan bypasses Python (see test_cpu.py).
     """

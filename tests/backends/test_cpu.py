@@ -73,7 +73,7 @@ def test_any_sizes_and_strides(sizes, dtype, strides, schedule, factors, oracle)
 @pytest.mark.parametrize("strides", ["transposed", "swapped", "sliced", "expanded"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_one_output_of_any_strides(schedule, strides, factors, oracle):
-    # In an expanded tensor, all terms of a sum are equal and round the same way: n/4 eps at worst, and 16 eps must do.
+    # In an expanded tensor, all terms of a sum are equal and round the same way: n/4 eps at worst; 16 eps are allowed.
     args = factors((66, 1, 24, 40, 1), torch.float32, NAMES, strides)
     oracle.check_linear(args, everything(*args, schedule))
 

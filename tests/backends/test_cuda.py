@@ -23,14 +23,14 @@ ALL = (True,) * 6
 
 
 def everything(x, z, weight, bias, base_weight, g):
-    """y, dx, dz, dH and the gradients of bias, W0, b0."""
+    """Return y, dx, dz, dH and the gradients of bias, W0, b0."""
     y = cuda.apply(x, z, weight, bias, base_weight, schedule="fold")
     return y, *cuda.grads(x, z, weight, bias, base_weight, g, ALL, schedule="fold")
 
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The calls of the operators that launch kernels, by name and arguments."""
+    """Return the calls of the operators that launch kernels, by name and arguments."""
     seen, ops = [], library.ops()
 
     class Ops:
@@ -71,7 +71,7 @@ def constants(monkeypatch):
     ("sizes", "count"),
     [
         ((33, 1, 20, 60, 10), 64),  # the sums of y, dz and the parameters' gradients are split
-        ((6, 50, 70, 40, 33), 64),  # of several points, too
+        ((6, 50, 70, 40, 33), 64),  # the same with several points
         ((300, 1, 100, 5, 70), 2),  # blocks of many rows
         ((5, 60, 30, 40, 12), 2),
     ],
@@ -107,7 +107,7 @@ def test_every_mask(mask, factors):
 
 @ready
 def test_one_call_is_one_launch_each_way(factors, launches):
-    """One call of an operator has bias and base, and one all six gradients."""
+    """One call of an operator computes y with bias and base, and another all six gradients."""
     args = factors((40, 1, 16, 5, 6), torch.float32, (*NAMES[:5], "base_bias", "g"))
     tensors = [t.requires_grad_() for t in args[:-1]]
     x, z, weight, bias, base_weight, base_bias = tensors
@@ -137,7 +137,7 @@ def test_float32_is_as_exact_as_torch_is_asked_to_be(factors):
 @ready
 @pytest.mark.parametrize("neighbour", ["before", "behind"])
 def test_numbers_beside_a_factor_are_not_read(neighbour, factors, oracle):
-    """They are NaN, and would show even if they were multiplied by zero."""
+    """They are NaN: they would change results even if they were multiplied by zero."""
     args = []
     for t in factors((20, 1, 20, 7, 9), torch.bfloat16, NAMES):
         room = t.new_full((t.numel() + 64,), float("nan"))
@@ -166,7 +166,7 @@ def test_auto_does_not_take_it(monkeypatch):
 
 
 def test_constants_are_those_of_the_library(constants):
-    """Each has a name there. No activation is 0, which stands for none."""
+    """The library has each of them by name. No activation has the number 0, which stands for none."""
     assert all(size > 0 for size in library.tile_sizes())
     numbers = [library.ops().constant(name) for name in primaries.ACTIVATIONS]
     assert sorted(numbers) == list(range(1, len(numbers) + 1))
@@ -269,7 +269,7 @@ class TestPrimary:
 
     @ready
     def test_any_strides(self):
-        """Those of a, too: a hook may have stored it in another layout."""
+        """Also those of a: a hook may have stored it in another layout."""
         torch.manual_seed(0)
         made = lambda *shapes: tuple(torch.randn(s).to(device) for s in shapes)
         device = "cuda" if torch.cuda.is_available() else "cpu"

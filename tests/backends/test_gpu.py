@@ -125,7 +125,7 @@ def test_a_side_stream():
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        torch.cuda._sleep(100_000_000)  # a kernel on another stream would run before its inputs are there
+        torch.cuda._sleep(100_000_000)  # a kernel on another stream would run before its inputs are ready
         fresh = [t.detach().neg().requires_grad_() for t in tensors]
         results = step(fresh, g)
     torch.cuda.current_stream().wait_stream(side)

@@ -38,7 +38,7 @@ SIZES = [
 
 @pytest.fixture(scope="session", params=["triton", "cuda"])
 def kernels(request):
-    """The module of a backend whose kernels can run here."""
+    """Return the module of a backend with kernels that can run here."""
     module = BACKENDS[request.param]
     if module.unavailable() is not None:
         pytest.skip(f"{request.param} kernels: {module.unavailable()}")
@@ -113,7 +113,7 @@ def test_float16_is_precise_over_its_range(kernels, large, small, factors, oracl
     """Neither an instance with large values nor a small gradient makes other results less precise."""
     x, z, weight, g = factors((16, 1, 6, 7, 10), torch.float16)  # few outputs: dx by a fold
     x, z, g = x * 0.05, z * 0.05, g * small
-    g[0] = 0  # as for an instance that is masked out: it adds nothing to dH
+    g[0] = 0  # like an instance that is masked out, which adds nothing to dH
     if large in ("x", "both"):
         x[0] = 60000
     if large in ("z", "both"):

@@ -1,4 +1,4 @@
-"""The aten backend cut into tiles: whatever the tile, the sizes and the strides, the result is that of the einsum."""
+"""The aten backend with tiles of any size: for any sizes and strides, the result is that of the einsum."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ ALL = (True,) * 6
 
 
 def check(factors, oracle, backend, schedule, sizes, dtype, strides):
-    torch.manual_seed(0)  # for every example: a failure must come back when it is replayed
+    torch.manual_seed(0)  # for every example, so that a failure can be reproduced
     x, z, weight, bias, base_weight, base_bias, g = factors(sizes, dtype, (*factors.AFFINE, "g"), strides)
     args = (x, z, weight, bias, base_weight, base_bias)
     y = backend.apply(*args, schedule=schedule)
     oracle.check_all([y], lambda *ts: [oracle.linear(*(t.double() for t in ts))], *args)
     out = backend.grads(x, z, weight, bias, base_weight, g, ALL, schedule=schedule)
     oracle.check_all(out, oracle.linear_grads, x, z, weight, bias, base_weight, g)
-    # what the family's pure ops ask for: z is not there for dz alone, nor H for dH alone
+    # as the ops of the family call it: without z for dz alone, and without H for dH alone
     alone = backend.grads(x, None, weight, None, None, g, (False, True, *[False] * 4), schedule=schedule)
     oracle.check_op("cond_grad", alone[1], x, g, weight)
     alone = backend.grads(x, z, None, None, None, g, (False, False, True, *[False] * 3), schedule=schedule)
@@ -105,7 +105,7 @@ def test_inputs_are_left_as_they_were(schedule, factors, tiles):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_each_schedule_contracts_in_its_own_order(schedule, factors, monkeypatch):
-    """A schedule that is asked for is the one that runs."""
+    """A forced schedule is the one that runs."""
     ran = []
     for name in SCHEDULES:
         module = getattr(aten, name)

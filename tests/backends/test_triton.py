@@ -21,7 +21,7 @@ NAMES = ("x", "z", "weight", "bias", "base_weight", "g")
 
 
 def everything(x, z, weight, bias, base_weight, g, schedule="fold"):
-    """y, dx, dz, dH and the gradients of bias, W0, b0."""
+    """Return y, dx, dz, dH and the gradients of bias, W0, b0."""
     y = triton.apply(x, z, weight, bias, base_weight, schedule=schedule)
     return y, *triton.grads(x, z, weight, bias, base_weight, g, ALL, schedule=schedule)
 
@@ -39,7 +39,7 @@ def everything(x, z, weight, bias, base_weight, g, schedule="fold"):
     ids=str,
 )
 def test_little_workspace(room, sizes, factors, oracle, monkeypatch):
-    """No room for partial sums, or for padded copies; NaN stands in memory behind H."""
+    """There is no room for partial sums, or for padded copies; memory after H holds NaN."""
     monkeypatch.setattr(gpu, "partial_sums_limit", lambda: room)
     args = factors(sizes, torch.float32, NAMES)
     behind = torch.full((args[2].numel() + 1000,), float("nan"), device=args[2].device)
@@ -166,7 +166,7 @@ class TestTuning:
 
 
 class TestPrecision:
-    """float32 is multiplied as torch's own products are allowed to."""
+    """float32 is multiplied with the precision that torch allows for its own products."""
 
     @pytest.fixture
     def calls(self):

@@ -1,4 +1,4 @@
-"""A backend in one file: it writes the generated weights out. docs/add-a-backend.md shows this file."""
+"""A backend in one file, which writes the generated weights out, like the one in docs/add-a-backend.md."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def marked(document, *kinds):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Empty figures, for tests of the text."""
+    """Leave figures empty, for tests of the text."""
     empty = {name: (lambda found: Figure(figsize=(1, 1)), study) for name, (_, study) in report.FIGURES.items()}
     monkeypatch.setattr(report, "FIGURES", empty)
 

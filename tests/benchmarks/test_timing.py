@@ -1,4 +1,4 @@
-"""Comparisons: records are complete, slow ways are seen, and ways that fail are left out with a reason."""
+"""Comparisons: records are complete, slow ways are found, and ways that fail are left out with a reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training examples: all ways train the same network, and it is the one of the docstring."""
+"""The training examples: all ways train the same network, which is the one that the docstring describes."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def _type(value: Any) -> str:
 
 
 def source(call: Call) -> ASTSource:
-    """Return the source as the launch gives it to the compiler.
+    """Return the source in the form that a launch passes to the compiler.
 
     Arguments that are 1 or None are constants, and multiples of 16 are marked.
     """

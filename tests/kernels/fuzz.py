@@ -2,8 +2,8 @@
 
     python tests/kernels/fuzz.py fasthyper/_compiled/cpu_avx2.so --cases 1000 --seed 0
 
-Each case is printed before it runs: if the process dies, the last line is the case that killed it. `--case N` runs one
-case alone. The seed and the number determine a case, on every machine.
+Each case is printed before it runs: if the process dies, the last line is the case that killed it. `--case N` runs
+only this case. Its seed and its number determine a case, on every machine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ AXES = {"x": "bni", "z": "br", "weight": "oir", "bias": "or", "base_weight": "oi
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCHEDULES = ("fold", "generate", "project")
 MOST_WORK = 200_000  # multiplications of a case
-# Sizes around the edges of vectors, blocks and panels; other sizes are random.
+# Sizes near those of vectors, blocks and panels; other sizes are random.
 EDGE = (1, 1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 25, 31, 32, 33, 40, 48, 63, 64, 65, 100, 127, 128, 129, 257, 300)
 
 
@@ -89,7 +89,7 @@ def draw(rng: random.Random) -> Case:
     given = tuple(rng.random() < 0.5 for _ in range(3))
     every = ("contiguous", "contiguous", "permuted", "sliced", "expanded", "padded", "far")
     layouts = [rng.choice(every) for _ in AXES]
-    if layouts.count("expanded") > 1:  # equal terms round the same way, so errors add up
+    if layouts.count("expanded") > 1:  # equal terms round the same way, so their errors add up
         layouts = [layout if layout != "expanded" or rng.random() < 0.3 else "far" for layout in layouts]
         layouts[-1] = layouts[-1].replace("expanded", "permuted")
     return Case(

@@ -76,7 +76,7 @@ class Kernel(NamedTuple):
     instructions: tuple[str, ...]
 
     def faults(self) -> list[str]:
-        """Return what is wrong with the kernel."""
+        """Return the faults of the kernel."""
         found = []
         has = set(self.instructions)
         # For sm_100, ptxas may count a few bytes of spills that the final code does not have.

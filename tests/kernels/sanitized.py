@@ -43,7 +43,7 @@ def primary(B: int, N: int, R: int, I: int, O: int, dtype: torch.dtype) -> None:
 
 def main() -> None:
     """Run all sizes in all dtypes, and wait for the GPU."""
-    launch._HOPPER_WORK = 0  # the kernels for sm_90a serve small sizes, too
+    launch._HOPPER_WORK = 0  # the kernels for sm_90a then compute small sizes, too
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for sizes in SIZES:
             layer(*sizes, dtype)

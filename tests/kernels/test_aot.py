@@ -25,7 +25,7 @@ def _parameters():
             if allow_tf32 and arch.startswith("gfx"):
                 continue  # the same as without
             for shape in aot.shape_names():
-                # Every tile for one shape; for more with sm_90, whose registers are the scarcest.
+                # Every tile for one shape; more shapes on sm_90, which has the fewest registers to spare.
                 fast = shape in aot.FAST_SHAPES if arch == "sm_90" and dtype == torch.bfloat16 else shape == "even"
                 name = f"{arch}-{str(dtype).removeprefix('torch.')}{'-tf32' if allow_tf32 else ''}-{shape}"
                 marks = () if fast else pytest.mark.slow
@@ -52,7 +52,7 @@ def test_every_tile_is_clean(arch, dtype, allow_tf32, shape):
 
 
 def test_a_fault_is_seen():
-    """A tile that is far too large spills; each other fault shows in the numbers that it belongs to."""
+    """A tile that is far too large spills; each other fault is found in made-up numbers."""
     case = next(aot.cases("sm_80", torch.bfloat16, False, "even"))
     call = case.call
     wide = call._replace(constants={**call.constants, "BM": 512}, warps=4)

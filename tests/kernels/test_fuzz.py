@@ -1,4 +1,4 @@
-"""Random calls of the compiled CPU kernels: as built for this machine, and at every vector width under sanitizers.
+"""Random calls of the compiled CPU kernels: those built for this machine, and every vector width under sanitizers.
 
 Each library runs fuzz.py in a process of its own, so that a crash is a test failure.
 """

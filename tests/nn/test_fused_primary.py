@@ -261,7 +261,7 @@ def test_after_an_exception(net, fusing, monkeypatch):
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_not_fused_after_a_change(change, net, fusing):
-    """A change after the first call counts, too: the modules run one by one, with the results of an unfused network."""
+    """After a change, even after the first call, the modules run one by one, with the results of an unfused network."""
     net(*doubled())
     assert fusing.ran == ["primary"]
     fusing.calls.clear()

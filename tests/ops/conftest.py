@@ -1,4 +1,4 @@
-"""Makes the helpers of this folder importable by name, and has the fixtures of the tests of `primary`."""
+"""Make the helpers of this folder importable by name; fixtures of the tests of `primary`."""
 
 from __future__ import annotations
 

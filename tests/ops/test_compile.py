@@ -65,7 +65,7 @@ def test_any_number_of_point_axes(shape, factors, oracle):
 
 
 def test_a_compiled_region_around_the_op(factors, oracle):
-    """Inductor compiles the operations around the op, and gives the op buffers with strides of its own choice."""
+    """Inductor compiles the operations around the op, and passes buffers with strides that it chooses."""
     x, z, weight, _ = factors(strides="transposed")
     region = lambda f: lambda x, z, w: torch.relu(f(x.sin(), z * 2, w)).cos()
     torch.testing.assert_close(
@@ -106,7 +106,7 @@ def test_the_output_is_contiguous_as_traced(strides, f, factors, oracle):
     torch.testing.assert_close(compiled(*args), oracle.linear(*args).reshape(-1) * 2)
 
 
-# Each of these is silently wrong, or raises, with one of the other ways to register an op.
+# Each of these is silently wrong, or raises, if the op is registered in one of the other ways.
 TRANSFORMS = {
     "grad": lambda f: grad(squared(f), ALL),
     "jacrev": lambda f: jacrev(f, ALL),

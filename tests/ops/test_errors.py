@@ -33,7 +33,7 @@ def make(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(params=["public", "raw", "fake"])
 def surface(request):
-    """The public function, the raw op, and the raw op on fake tensors, as torch.compile traces it."""
+    """Return the public function, the raw op, or the raw op on fake tensors, as torch.compile traces it."""
     if request.param == "fake":
         with FakeTensorMode():
             yield request.param

@@ -1,4 +1,4 @@
-"""torch's private names: torch has them all; if one is missing, fasthyper warns and stays right."""
+"""torch's private names: torch has all of them; if one is missing, fasthyper warns, and results stay right."""
 
 from __future__ import annotations
 

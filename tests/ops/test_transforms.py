@@ -35,7 +35,7 @@ def affine(x, z, weight, bias, base_weight, base_bias):
     return hyper_linear(x, z, weight, bias, base_weight=base_weight, base_bias=base_bias)
 
 
-# Each op is linear in each argument: of higher orders, only mixed derivatives are not zero.
+# Each op is linear in each argument, so in higher orders only mixed derivatives are not zero.
 ALL = (0, 1, 2)
 TRANSFORMS = {
     "grad": lambda f, wrt: grad(squared(f), wrt),
