@@ -118,6 +118,7 @@ def plan(
     out: Annotated[int, typer.Option(help="O: out features.")],
     dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    backend: Annotated[str, typer.Option(help="A name that `fasthyper info` lists, or auto.")] = "auto",
 ) -> None:
     """Print the cost of each order of contraction, the one that is chosen, and why."""
     from fasthyper.explain import explain
@@ -131,6 +132,7 @@ def plan(
             out_features=out,
             dtype=dtype,
             device=device,
+            backend=backend,
         )
     except ValueError as error:
         _fail(error)

@@ -32,6 +32,9 @@ class Cost(NamedTuple):
             self.calls + other.calls,
         )
 
+    def __mul__(self, times: int) -> Cost:  # type: ignore[override]
+        return Cost(self.flops * times, self.bytes * times, self.seconds * times, self.calls * times)
+
 
 def gemm(m: float, n: float, k: float, machine: Machine, times: float = 1.0) -> Cost:
     """Return the cost of 2·m·n·k flops, which are slower if a side is too short to fill a matrix unit's registers."""

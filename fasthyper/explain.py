@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import backends, planner
-from .problem import Plan, Problem
+from .problem import AUTO, Plan, Problem
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 _GRADIENTS = ("x", "z", "the head")
@@ -25,6 +25,7 @@ def explain(
     out_features: int,
     dtype: str = "float32",
     device: str = "cpu",
+    backend: str | None = None,
 ) -> str:
     """Return, as text, the predicted cost of every schedule, the schedule that is taken, and the reason.
 
@@ -36,9 +37,10 @@ def explain(
         out_features: O.
         dtype: ``"float64"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         device: a device type, such as ``"cpu"`` or ``"cuda"``.
+        backend: the name of a backend, whether it can run here or not; None for the current choice.
 
     Raises:
-        ValueError: if a size is negative, or the dtype or the device type is unknown.
+        ValueError: if a size is negative, or the dtype, the device type or the backend is unknown.
 
     Example:
         >>> print(explain(batch=4800, points=1, cond=128, in_features=64, out_features=64))
@@ -58,7 +60,7 @@ def explain(
         raise ValueError(f"device must be a device type such as cpu or cuda, got {device!r}") from error
     sizes_of = (batch, points, cond, in_features, out_features)
     forward = Problem("apply", *sizes_of, DTYPES[dtype], device)
-    backend = _backend(forward)
+    backend = _backend(forward, backend or backends.current().backend)
     forward = forward._replace(backend=backend)
     written_out = batch * in_features * out_features * DTYPES[dtype].itemsize
     lines = [
@@ -73,10 +75,14 @@ def explain(
     return "\n".join(lines)
 
 
-def _backend(problem: Problem) -> str:
-    """Return the backend that runs a problem by default: for a device that is absent here, the preferred one."""
-    here = problem.device == "cpu" or torch.get_device_module(problem.device).is_available()
-    name = backends.automatic(problem.device) if here else backends.preferred(problem.device)
+def _backend(problem: Problem, name: str) -> str:
+    """Return the backend that computes a problem; for `auto` on a device that is absent here, the preferred one."""
+    if name == AUTO:
+        module = getattr(torch, problem.device, None)
+        here = module is None or module.is_available()
+        name = backends.automatic(problem.device) if here else backends.preferred(problem.device)
+    elif name not in backends.BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join([AUTO, *backends.BACKENDS])}, got {name!r}")
     return name if backends.BACKENDS[name].takes(problem) else backends.FALLBACK
 
 

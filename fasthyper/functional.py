@@ -60,10 +60,13 @@ def hyper_linear(
         x, z, weight, bias, base_weight, base_bias = map(autocast.follow, (x, z, weight, bias, base_weight, base_bias))
     try:
         y = _op(shapes.flatten_points(x), z, weight, bias, base_weight, base_bias, *backends.current())
-    except Exception:  # if the arguments are wrong, report the caller's shapes
+    except Exception:
         given = {
             "x": x, "z": z, "weight": weight, "bias": bias, "base_weight": base_weight, "base_bias": base_bias
         }  # fmt: skip
-        shapes.check(_AXES, given, optional=("bias", "base_weight", "base_bias"))
+        try:
+            shapes.check(_AXES, given, optional=("bias", "base_weight", "base_bias"))
+        except (TypeError, ValueError) as wrong:  # the op has seen flattened points; these are the caller's shapes
+            raise wrong from None
         raise
     return shapes.restore_points(y, x)

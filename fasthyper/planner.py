@@ -57,8 +57,9 @@ def get_workspace_limit() -> int:
 
 
 def register(name: str, costs: Costs) -> None:
-    """Use these costs for the problems that name a backend."""
+    """Use these costs for the problems that name a backend, from now on."""
     _costs[name] = costs
+    forget()
 
 
 def costs_of(problem: Problem) -> Costs:

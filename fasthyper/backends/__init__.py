@@ -19,11 +19,22 @@ FALLBACK = "aten"
 """The backend that runs any call on any device."""
 BACKENDS: dict[str, Backend] = {}
 """The backends by name, in the order of `fasthyper info`."""
+_NAMES = [name for name in vars(Backend) if not name.startswith("_")]
 _PLACES = {"cpu": "the cpu", "cuda": "a GPU"}
 
 
 def register(name: str, backend: Backend) -> None:
-    """Add a backend under a name."""
+    """Add a backend under a name, or replace the one of that name.
+
+    Raises:
+        TypeError: if it lacks names of `contract.Backend`.
+        ValueError: if the name is empty or ``"auto"``.
+    """
+    if name in ("", AUTO):
+        raise ValueError(f"name must be the name of a backend, got {name!r}")
+    missing = [attribute for attribute in _NAMES if not hasattr(backend, attribute)]
+    if missing:
+        raise TypeError(f"backend {name!r} lacks {', '.join(missing)}: see fasthyper.backends.contract.Backend")
     BACKENDS[name] = backend
     planner.register(name, backend.COSTS)
 

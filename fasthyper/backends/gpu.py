@@ -104,8 +104,7 @@ class GpuCosts(Costs):
             return super().grads(p, schedule, machine)
         dx, dz, dh = p.needs
         cost = gemm(p.batch * p.points, p.in_features * p.cond_features, p.out_features, machine)
-        products = (1 if dx and dz and self.one_pass(p) else dx + dz) + dh
-        return Cost(cost.flops * products, 0.0, cost.seconds * products, products)
+        return cost * ((1 if dx and dz and self.one_pass(p) else dx + dz) + dh)
 
 
 def allows_tf32() -> bool:

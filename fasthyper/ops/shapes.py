@@ -105,8 +105,8 @@ def check(axes: Axes, tensors: Mapping[str, Any], optional: Iterable[str] = ()) 
             expected, other = fixed.setdefault(letter, (size, name))
             if size != expected:
                 raise ValueError(
-                    f"{_wrong_shape(name, letters, t, fixed)}; {name} must have {letter} = {expected}, as {other} "
-                    f"{_format_axes(axes[other])} of shape {tuple(tensors[other].shape)} has{_shared_z(name, tensors)}"
+                    f"{_wrong_shape(name, letters, t, fixed)}; {name} must have {letter} = {expected}: {other} "
+                    f"{_format_axes(axes[other])} has shape {tuple(tensors[other].shape)}{_shared_z(name, tensors)}"
                 )
 
 

@@ -78,3 +78,45 @@ def test_info_and_explain_name_it(toy):
     assert "backend toy" in explain(batch=4, points=1, cond=5, in_features=3, out_features=6)
     half = explain(batch=4, points=1, cond=5, in_features=3, out_features=6, dtype="bfloat16")
     assert "backend aten" in half
+
+
+def test_calls_that_it_does_not_take_go_to_aten(toy, factors, oracle):
+    for sizes, dtype in (((4, 2, 5, 3, 6), torch.bfloat16), ((4, 0, 5, 3, 6), torch.float64)):
+        args = factors(sizes, dtype, ("x", "z", "weight"))
+        with fasthyper.use_backend("toy"):
+            oracle.check_op("apply", fasthyper.ops.apply(*args), *args)
+
+
+def test_new_costs_count_at_once(toy):
+    problem = Problem("apply", 8192, 1, 8, 64, 128, backend="toy")
+    assert planner.plan(problem).schedule == "fold"
+
+    class Changed(type(toy.COSTS)):
+        def apply(self, p, schedule, machine):
+            return super().apply(p, schedule, machine) * (1 if schedule == "project" else 1000)
+
+    toy.COSTS = Changed()
+    backends.register("toy", toy)
+    assert planner.plan(problem).schedule == "project"
+
+
+@pytest.mark.parametrize("name", ["", "auto"])
+def test_a_name_that_is_none(toy, name):
+    with pytest.raises(ValueError, match=f"name must be the name of a backend, got {name!r}"):
+        backends.register(name, toy)
+
+
+def test_a_backend_without_the_names_of_the_contract():
+    with pytest.raises(TypeError, match=r"'half' lacks .*COSTS.*apply.*contract"):
+        backends.register("half", object())
+    assert "half" not in backends.BACKENDS
+
+
+def test_a_plan_can_be_asked_for(toy):
+    sizes = {"batch": 4, "points": 1, "cond": 5, "in_features": 3, "out_features": 6}
+    assert "backend toy" in explain(**sizes, backend="toy")
+    assert "backend triton" in explain(**sizes, backend="triton")
+    with fasthyper.use_backend("materialised"):
+        assert "backend materialised" in explain(**sizes)
+    with pytest.raises(ValueError, match=r"backend must be one of auto, aten.*toy, got 'nope'"):
+        explain(**sizes, backend="nope")

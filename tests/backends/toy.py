@@ -1,10 +1,12 @@
-"""A backend in one file, which writes the generated weights out, like the one in docs/add-a-backend.md."""
+"""A backend in one file, which writes the generated weights out. docs/add-a-backend.md explains it."""
 
 from __future__ import annotations
 
 import torch
 
+from fasthyper.backends import aten
 from fasthyper.costs import Costs
+from fasthyper.problem import Problem
 
 DTYPES = (torch.float64, torch.float32)
 PREFERRED_ON = ("cpu",)
@@ -21,10 +23,13 @@ def unavailable():
 
 
 def takes(problem):
-    return problem.dtype in DTYPES
+    return problem.dtype in DTYPES and 0 not in problem.sizes
 
 
 def apply(x, z, weight, bias=None, base_weight=None, base_bias=None, *, schedule):
+    O, _, R = weight.shape
+    if not takes(Problem.of("apply", x, R, O)):
+        return aten.apply(x, z, weight, bias, base_weight, base_bias, schedule=schedule)
     w = torch.einsum("br,oir->boi", z, weight)
     if base_weight is not None:
         w = w + base_weight
@@ -35,6 +40,9 @@ def apply(x, z, weight, bias=None, base_weight=None, base_bias=None, *, schedule
 
 
 def grads(x, z, weight, bias, base_weight, g, mask, *, schedule):
+    O, R = g.shape[2], (z if weight is None else weight).shape[-1]
+    if not takes(Problem.of("grads", x, R, O)):
+        return aten.grads(x, z, weight, bias, base_weight, g, mask, schedule=schedule)
     dx, dz, dh, dbias, dw0, db0 = mask
     out = [None] * 6
     if dx:
