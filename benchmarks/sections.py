@@ -76,8 +76,7 @@ def full(found: Iterable[Record], source: Path, base: Path) -> str:
     results = Results(found)
     link = _link(source, base)
     parts = [
-        f"Measured on {results.headline}; torch {results.context.torch}. Every way, dtype and mode is in [the results]"
-        f"({link}.md).",
+        f"Measured on {results.headline}; torch {results.context.torch}.",
         *footnotes(results, results.subjects),
         LEGEND,
     ]

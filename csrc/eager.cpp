@@ -213,13 +213,14 @@ const Tensor* given(const Maybe& t) { return t ? &*t : nullptr; }
 // Whether the tensors have one dtype, are on the CPU, and have sizes that agree. Some may be absent.
 template <class... Tensors>
 bool agree(const std::array<std::string, 6>& letters, const Tensor& x, const Tensors&... others) {
-  if (!axes.declared) return false;
+  if (!axes.declared || !x.defined()) return false;
   std::array<int64_t, 26> size;
   size.fill(-1);
   size_t argument = 0;
   for (const Tensor* t : {&x, given(others)...}) {
     const std::string& of = letters[argument++];
     if (t == nullptr) continue;
+    if (!t->defined()) return false;  // None where a tensor is required: Python says so
     if (t->scalar_type() != x.scalar_type() || !t->is_cpu() || t->dim() != int64_t(of.size())) return false;
     const auto sizes = t->sizes();
     for (size_t k = 0; k < of.size(); ++k) {
@@ -261,9 +262,9 @@ Six run_grads(
     const Tensor& x, const Tensor& z, const Tensor& weight, const Maybe& bias, const Maybe& base_weight,
     const Tensor& g, Mask mask, string_view backend, string_view schedule) {
   const bool of_base = mask[3] || mask[4] || mask[5];
-  const bool may_come_along = x.size(1) > 1 && x.scalar_type() == at::kFloat;
-  if (chosen_here(backend, schedule) && (!of_base || may_come_along) &&
-      agree(axes.backward, x, z, weight, bias, base_weight, g))
+  const auto may_come_along = [&] { return x.size(1) > 1 && x.scalar_type() == at::kFloat; };
+  if (chosen_here(backend, schedule) && agree(axes.backward, x, z, weight, bias, base_weight, g) &&
+      (!of_base || may_come_along()))
     if (const auto plan = plans.find(problem_of(x, weight.size(2), weight.size(0), needs_of(mask)));
         plan && (!of_base || plan->schedule == "generate")) {
       static const auto grads =

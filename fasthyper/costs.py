@@ -103,7 +103,7 @@ class Costs:
                 cost += moved(B * N * I * R, 2, machine) + gemm(O, I * R, B * N, machine)
             return cost
         if dx:  # a forward with H transposed
-            cost += self.apply(p._replace(in_features=O, out_features=I, shared_x=False), "generate", machine)
+            cost += Costs.apply(self, p._replace(in_features=O, out_features=I, shared_x=False), "generate", machine)
         if schedule == "generate":
             if dz or dh:  # dW = gᵀx
                 cost += _instances(B, N, O, I, machine) + moved(B * O * I, 1 + dz + dh, machine)
@@ -113,7 +113,7 @@ class Costs:
                 cost += gemm(O * I, R, B, machine)
             return cost
         if dz:
-            cost += self.apply(p, "project", machine)
+            cost += Costs.apply(self, p, "project", machine)
         if dh:  # z ⊗ g, then xᵀ
             cost += gemm(O * R, I, p.distinct, machine)
             cost += gemm(N * O, R, B, machine) if p.shared_x else moved(B * N * O * R, 2, machine)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,11 @@ from .ops import autocast, linear, shapes
 
 _op = torch.ops.fasthyper.hyper_linear.default
 _AXES = {**linear.AXES, "x": "B*I"}  # as the caller passes them, before the points are flattened
+
+
+def _check(x: Any, z: Any, weight: Any, bias: Any, base_weight: Any, base_bias: Any) -> None:
+    given = {"x": x, "z": z, "weight": weight, "bias": bias, "base_weight": base_weight, "base_bias": base_bias}
+    shapes.check(_AXES, given, optional=("bias", "base_weight", "base_bias"))
 
 
 def hyper_linear(
@@ -58,14 +65,13 @@ def hyper_linear(
     """
     if isinstance(x, Tensor) and autocast.enabled(x.device.type):
         x, z, weight, bias, base_weight, base_bias = map(autocast.follow, (x, z, weight, bias, base_weight, base_bias))
+    if torch.compiler.is_compiling():  # what an op raises while it is traced, compiled code cannot catch
+        _check(x, z, weight, bias, base_weight, base_bias)
     try:
         y = _op(shapes.flatten_points(x), z, weight, bias, base_weight, base_bias, *backends.current())
     except Exception:
-        given = {
-            "x": x, "z": z, "weight": weight, "bias": bias, "base_weight": base_weight, "base_bias": base_bias
-        }  # fmt: skip
         try:
-            shapes.check(_AXES, given, optional=("bias", "base_weight", "base_bias"))
+            _check(x, z, weight, bias, base_weight, base_bias)
         except (TypeError, ValueError) as wrong:  # the op has seen flattened points; these are the caller's shapes
             raise wrong from None
         raise

@@ -104,6 +104,7 @@ def call(**changed):
 WRONG = [
     ("x", (3,), "x must have shape"),
     ("x", (), "x must have shape"),
+    ("x", (1,), "x must have shape"),
     ("x", (4, 2), "x must have I = 3"),
     ("x", (4, 1), "x must have I = 3"),
     ("x", (4, 7, 0), "x must have I = 3"),
@@ -220,3 +221,27 @@ def test_a_workspace_limit_of_another_type(limit):
     with pytest.raises(TypeError, match="limit must be an integer"):
         fasthyper.set_workspace_limit(limit)
     assert fasthyper.get_workspace_limit() == 32 << 20
+
+
+def test_x_of_one_axis_is_refused_where_it_would_fit():
+    with pytest.raises(ValueError, match=r"x must have shape .*got \(1,\)"):
+        hyper_linear(torch.ones(1), torch.ones(1, 5), torch.ones(7, 1, 5))
+
+
+def test_wrong_shapes_can_be_caught_in_compiled_code():
+    def guarded(x, z, weight):
+        try:
+            return hyper_linear(x, z, weight)
+        except ValueError:
+            return x * 0
+
+    x = torch.randn(4, 3)
+    compiled = torch.compile(guarded, backend="eager", fullgraph=True)
+    assert not compiled(x, torch.randn(1, 5), torch.randn(6, 3, 5)).any()
+
+
+def test_one_error_says_what_is_wrong():
+    with pytest.raises(ValueError, match="bias must have shape") as error:
+        call(bias=torch.randn(6, 1))
+    assert error.value.__cause__ is None
+    assert error.value.__suppress_context__

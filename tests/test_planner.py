@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import fasthyper
 from fasthyper import planner, processor
+from fasthyper.costs import Costs
 from fasthyper.problem import SCHEDULES, Problem
 
 SIZE = st.sampled_from([0, 1, 2, 7, 32, 100, 1000, 4096])
@@ -172,3 +173,13 @@ def test_an_unknown_schedule_raises(schedule):
     with pytest.raises(ValueError, match="schedule must be one of fold, generate, project, got") as error:
         planner.plan(problem, schedule)
     assert repr(schedule) in str(error.value)
+
+
+def test_packing_is_counted_once():
+    """dz by `project` packs H once: its cost beyond torch's own is that of one packing."""
+    problem = Problem("grads", 64, 1, 64, 64, 64, needs=(False, True, False), backend="cpu")
+    machine = planner.machine("cpu", torch.float32, backend="cpu")
+    costs = planner.costs_of(problem)
+    packing = costs.grads(problem, "project", machine).bytes - Costs.grads(costs, problem, "project", machine).bytes
+    one = costs.apply(problem, "project", machine).bytes - Costs.apply(costs, problem, "project", machine).bytes
+    assert packing == one > 0

@@ -28,9 +28,9 @@ def register(name: str, backend: Backend) -> None:
 
     Raises:
         TypeError: if it lacks names of `contract.Backend`.
-        ValueError: if the name is empty or ``"auto"``.
+        ValueError: if the name is no string, empty or ``"auto"``.
     """
-    if name in ("", AUTO):
+    if not isinstance(name, str) or name in ("", AUTO):
         raise ValueError(f"name must be the name of a backend, got {name!r}")
     missing = [attribute for attribute in _NAMES if not hasattr(backend, attribute)]
     if missing:

@@ -42,9 +42,12 @@ def _backward_id() -> int | None:
 
 
 def _may_be_same_backward(backward_id: int | None) -> bool:
-    # Either id may come from compiled code: Dynamo may compile `_backward_id` alone, and not its caller.
+    # Either id may come from compiled code: Dynamo may compile `_backward_id` alone, not its caller. If compiled code
+    # set z, a backward pass that runs now may be another one: an error is better than a wrong z.
     now = _backward_id()
-    return backward_id is None or now is None or backward_id == now
+    if now is None:
+        return True
+    return now < 0 if backward_id is None else backward_id == now
 
 
 @contextmanager

@@ -121,12 +121,13 @@ class PrimaryGrads(NamedTuple):
 
 TENSORS = Primary._fields[:10]
 """The tensors of a call; the same ones have gradients."""
+OPTIONAL = [name for name in TENSORS if name not in ("x", "z", "weight1", "weight2")]
 
 
 def are_valid(args: Primary) -> bool:
     """Return whether the arguments of a call are valid; raise nothing."""
     given = dict(zip(TENSORS, args, strict=False))
-    return all(given[name] is not None for name in ("z", "weight1", "weight2")) and agree(PRIMARY, given)
+    return agree(PRIMARY, given, OPTIONAL)
 
 
 def backend_that_may_fuse(x: Tensor, backend: str, schedule: str) -> Fusing | None:

@@ -141,7 +141,8 @@ def define(
     if composite is not None:
         LIBRARY.impl(name, run_composite, "FuncTorchBatched")
     else:
-        torch.library.register_vmap(f"fasthyper::{name}", vmap, lib=LIBRARY)
+        assert vmap is not None
+        torch.library.register_vmap(f"fasthyper::{name}", signature.with_check_of_one(vmap), lib=LIBRARY)
 
 
 class _Signature:
@@ -165,24 +166,38 @@ class _Signature:
         returned = "Tensor" if len(returns) == 1 else f"({', '.join(returns)})"
         return f"{self.name}({', '.join(arguments)}) -> {returned}"
 
+    def check(self, values: Sequence[Any]) -> Any:
+        """Check the arguments of a call; return them as their named tuple."""
+        args = self.arguments(*values)
+        given = self.given(args)
+        if not shapes.agree(self.axes, given, self.optional):
+            shapes.check(self.axes, given, self.optional)
+        if self.masked and len(args.mask) != len(self.results):
+            raise ValueError(
+                f"mask must have {len(self.results)} entries, one for each gradient, got {list(args.mask)}"
+            )
+        if self.validate is not None:
+            self.validate(args)
+        return args
+
     def with_check(self, run: Op | None) -> Op:
         """Return a function of the op's arguments that checks them and calls `run` with their named tuple."""
 
         def call(*values: Any) -> Any:
-            args = self.arguments(*values)
-            given = self.given(args)
-            if not shapes.agree(self.axes, given):
-                shapes.check(self.axes, given, self.optional)
-            if self.masked and len(args.mask) != len(self.results):
-                raise ValueError(
-                    f"mask must have {len(self.results)} entries, one for each gradient, got {list(args.mask)}"
-                )
-            if self.validate is not None:
-                self.validate(args)
+            args = self.check(values)
             out = run(args)  # type: ignore[misc]
             return out if len(self.results) == 1 else tuple(args.x.new_empty(0) if t is None else t for t in out)
 
         return call
+
+    def with_check_of_one(self, vmap: Op) -> Op:
+        """Return a rule of vmap that first checks the arguments as one call of the batch has them."""
+
+        def rule(info: Any, dims: Sequence[int | None], *values: Any) -> Any:
+            self.check([t if d is None else _one_of(t, d) for t, d in zip(values, dims, strict=True)])
+            return vmap(info, dims, *values)
+
+        return rule
 
     def given(self, args: Any) -> dict[str, Tensor | None]:
         return {field: getattr(args, field) for field in self.tensors}
@@ -196,6 +211,14 @@ class _Signature:
             for letters, k in zip(self.results.values(), wanted, strict=True)
         ]
         return out[0] if len(out) == 1 else tuple(out)
+
+
+def _one_of(t: Tensor, dim: int) -> Tensor:
+    """Return one of the tensors that vmap has batched along a dimension; an empty one of its shape if there is none."""
+    if t.shape[dim]:
+        return t.select(dim, 0)
+    dim %= t.dim()
+    return t.new_empty([*t.shape[:dim], *t.shape[dim + 1 :]])
 
 
 def _requires_grad(args: Sequence[Any]) -> bool:

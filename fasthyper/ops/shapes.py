@@ -48,9 +48,11 @@ PRIMARY: Axes = {
 }
 
 
-def agree(axes: Axes, tensors: Mapping[str, Any]) -> bool:
+def agree(axes: Axes, tensors: Mapping[str, Any], optional: Sequence[str] = ()) -> bool:
     """Return whether all tensors have one known dtype, one device, and sizes that agree; raise nothing."""
     x = tensors["x"]
+    if x is None:
+        return False
     dtype, device = x.dtype, x.device
     if dtype not in DTYPES:
         return False
@@ -58,6 +60,8 @@ def agree(axes: Axes, tensors: Mapping[str, Any]) -> bool:
     for name, letters in axes.items():
         t = tensors.get(name)
         if t is None:
+            if name in tensors and name not in optional:
+                return False
             continue
         shape = t.shape
         if len(shape) != len(letters) or t.dtype != dtype or t.device != device:
@@ -164,9 +168,15 @@ def _shared_z(name: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def flatten_points(x: Tensor) -> Tensor:
-    """View x (B, I) or (B, *, I) as (B, N, I)."""
+    """View x (B, I) or (B, *, I) as (B, N, I).
+
+    Raises:
+        ValueError: x has fewer than two axes.
+    """
     if x.dim() == 3:
         return x
+    if x.dim() < 2:
+        raise ValueError(f"x must have shape (B, I) or (B, *, I), got {tuple(x.shape)}")
     return x.unsqueeze(1) if x.dim() == 2 else x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 

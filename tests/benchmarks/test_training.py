@@ -151,7 +151,7 @@ def test_graphs_are_complete():
 
 def test_energies_are_those_of_the_edges():
     drawn = examples.molecules(6, 5, seed=3)
-    charge = drawn.atoms @ torch.tensor(examples.KINDS, dtype=torch.float64)
+    charge = drawn.atoms @ torch.tensor(examples.CHARGES, dtype=torch.float64)
     targets = torch.arange(30).repeat_interleave(4)
     pair = charge[drawn.sources] * charge[targets] / (1 + drawn.edges[:, 4] ** 2).sqrt()
     torch.testing.assert_close(drawn.energy, torch.zeros(6, dtype=torch.float64).index_add(0, targets // 5, pair / 2))

@@ -163,3 +163,39 @@ def test_not_a_tensor():
     args = make()
     with pytest.raises((TypeError, RuntimeError), match="argument 'z'"):
         fasthyper.ops.apply(args["x"], [1.0], args["weight"])
+
+
+@pytest.mark.parametrize("op", INPUTS)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_required_tensor_is_not_left_out(op, device):
+    """torch passes None for a tensor: without a check, kernels would read it."""
+    for name in INPUTS[op]:
+        args = {key: t.to(device) for key, t in make().items()}
+        args[name] = None
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, got None"):
+            call(op, "raw", args)
+
+
+def test_hyper_linear_grads_checks_before_it_reads():
+    args = make()
+    right = (args["x"], args["z"], args["weight"], None, None, args["g"], [True] * 6)
+    for place, name in enumerate(("x", "z", "weight")):
+        wrong = list(right)
+        wrong[place] = None
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, got None"):
+            RAW.hyper_linear_grads(*wrong)
+    with pytest.raises(ValueError, match="x must have shape"):
+        RAW.hyper_linear_grads(torch.randn(2), *right[1:])
+
+
+@pytest.mark.parametrize(("op", "name", "shape"), [
+    ("apply", "x", (4, 3)), ("apply", "x", (4, 2, 1)), ("apply", "z", (1, 5)), ("cond_grad", "g", (4, 1, 6)),
+    ("weight_grad", "z", (4,)), ("weight_grad", "g", (4, 2)),
+])  # fmt: skip
+@pytest.mark.parametrize("batch", [0, 3])
+def test_vmap_checks_the_shapes_of_one_call(op, name, shape, batch):
+    args = make(**{name: shape})
+    dims = tuple(0 if key == name else None for key in INPUTS[op])
+    args[name] = args[name].expand(batch, *shape)
+    with pytest.raises(ValueError, match=rf"must have shape \(.*got {re.escape(str(shape))}"):
+        torch.func.vmap(getattr(fasthyper.ops, op), in_dims=dims)(*(args[key] for key in INPUTS[op]))

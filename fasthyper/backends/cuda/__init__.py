@@ -23,7 +23,7 @@ DTYPES, takes = gpu.DTYPES, gpu.takes
 REMARK = "only use_backend selects it: its kernels have never run on a GPU, and are tested by an emulator"
 """A remark for `fasthyper info`."""
 PREFERRED_ON = ()  # never chosen automatically: not yet tested or measured on a GPU
-COSTS = gpu.GpuCosts()
+COSTS = triton.COSTS  # until a GPU has measured its own
 emulating = library.emulating
 
 
