@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 with pytest.MonkeyPatch.context() as path:
     path.syspath_prepend(str(ROOT))
     path.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
-    from made_up import HERE, record
+    from example_records import HERE, record
 
     from benchmarks import context, records
 

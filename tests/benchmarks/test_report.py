@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 with pytest.MonkeyPatch.context() as path:
     path.syspath_prepend(str(ROOT))
     path.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
-    from made_up import HERE, MIB, comparison, few, realistic
+    from example_records import HERE, MIB, comparison, few, realistic
 
     from benchmarks import analysis, page, plots, records, report, sections, studies, workloads
 

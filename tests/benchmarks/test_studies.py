@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 with pytest.MonkeyPatch.context() as path:
     path.syspath_prepend(str(ROOT))
     path.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
-    from made_up import BRIEF, HERE, POINTS, TINY, Clock, Workload, record
+    from example_records import BRIEF, HERE, POINTS, TINY, Clock, Workload, record
 
     from benchmarks import __main__ as command
     from benchmarks import records, resident, studies, ways, workloads

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 with pytest.MonkeyPatch.context() as path:
     path.syspath_prepend(str(ROOT))
     path.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
-    from made_up import GPU, HERE, MIB, comparison, realistic
+    from example_records import GPU, HERE, MIB, comparison, realistic
 
     from benchmarks import page, roofline, summary
 

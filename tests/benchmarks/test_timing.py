@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 with pytest.MonkeyPatch.context() as path:
     path.syspath_prepend(str(ROOT))
     path.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
-    from made_up import BRIEF, HERE, POINTS, TINY, Clock
+    from example_records import BRIEF, HERE, POINTS, TINY, Clock
 
     from benchmarks import devices, records, timing, ways
 

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 with pytest.MonkeyPatch.context() as path:
     path.syspath_prepend(str(ROOT))
     path.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
-    from made_up import FORMS, GRAPH, TINY
+    from example_records import FORMS, GRAPH, TINY
 
     from benchmarks import inputs, records, steps, studies, ways, workloads
 
