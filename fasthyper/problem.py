@@ -10,6 +10,9 @@ import torch
 SCHEDULES = ("fold", "generate", "project")
 """The orders of contraction: x ⊗ z first, z · H first, x · H first."""
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes of the op family."""
+
 AUTO = "auto"
 """The choice to let the planner decide. The empty string, in contrast, means that no choice was made yet."""
 

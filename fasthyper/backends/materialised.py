@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..costs import Costs
+from ..problem import DTYPES as DTYPES
 from ..problem import Problem
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PREFERRED_ON = ()
 COSTS = Costs()
 REMARK = ""

@@ -15,10 +15,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from ..problem import DTYPES
 
 Axes = Mapping[str, str]
 """Letters by argument. The first argument with a letter fixes its size; errors name a later argument that differs."""

@@ -16,11 +16,11 @@ from torch import Tensor
 from ... import planner
 from ...costs import Costs
 from ...problem import AUTO, Plan, Problem
+from ...problem import DTYPES as DTYPES
 from .. import materialised
 from . import fold, generate, project
 from .tiling import Affine, Tiling, accumulate, blocks, boxes, head_matrix
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PREFERRED_ON = ()
 COSTS = Costs()
 REMARK = ""
