@@ -4,6 +4,7 @@ from . import nn, ops
 from ._version import __version__
 from .backends import set_backend, use_backend
 from .functional import hyper_linear
+from .incidence import Incidence
 from .nn import (
     Bilinear,
     EmbeddingNetwork,
@@ -19,6 +20,7 @@ __all__ = [
     "EmbeddingNetwork",
     "HyperLinear",
     "Hypernetwork",
+    "Incidence",
     "__version__",
     "get_workspace_limit",
     "hyper_linear",

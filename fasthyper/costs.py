@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from . import processor
-from .problem import Machine, Problem
+from .problem import Machine, Problem, TermProblem
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -117,4 +117,31 @@ class Costs:
         if dh:  # z ⊗ g, then xᵀ
             cost += gemm(O * R, I, p.distinct, machine)
             cost += gemm(N * O, R, B, machine) if p.shared_x else moved(B * N * O * R, 2, machine)
+        return cost
+
+    small_products = 0.3
+    """The rate of the products over a row's terms, as a share of the rate of products with H."""
+
+    def terms(self, p: TermProblem, schedule: str, machine: Machine) -> Cost:
+        """Predict a forward or a backward over terms.
+
+        Every requested result takes a product with H for each row and a product over each row's terms. The two results
+        that come from one of these products share it.
+        """
+        R, I, O = p.sizes
+        dx, dz, dh = p.needs
+        own, others = {  # whether the row's own factor is a result, and how many of the others are
+            "project": (dx, dz),
+            "generate": (dz, dx),
+        }.get(schedule, (False, dx + dz))
+        P, Q, C = {"project": (I, O, R), "generate": (R, O, I)}.get(schedule, (O, I, R))
+        if p.op == "apply":
+            own, others, dh = (schedule in ("fold", "aggregate")), (schedule in ("project", "generate")), False
+        rows, pairs = p.rows(schedule), p.terms * p.points
+        product = gemm(rows, Q * C, P, machine) + moved(rows * Q * C, 2, machine)
+        small = 2.0 * pairs * Q * C
+        over_terms = Cost(small, 0.0, small / (machine.flops * self.small_products), 2)
+        cost = (product + over_terms) * (own + dh)
+        if others:
+            cost += product + over_terms * others + moved(pairs * (Q + C), 2, machine)
         return cost

@@ -8,15 +8,20 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .ops import autocast, linear, shapes
+from .incidence import Incidence
+from .ops import autocast, linear, linear_terms, shapes
+from .terms import Terms
 
 _op = torch.ops.fasthyper.hyper_linear.default
+_op_of_terms = torch.ops.fasthyper.hyper_linear_terms.default
 _AXES = {**linear.AXES, "x": "B*I"}  # as the caller passes them, before the points are flattened
+_AXES_OF_TERMS = {**linear_terms.AXES, "x": "S*I"}
+_REDUCE = ("sum", "mean", "max")
 
 
-def _check(x: Any, z: Any, weight: Any, bias: Any, base_weight: Any, base_bias: Any) -> None:
+def _check(axes: shapes.Axes, x: Any, z: Any, weight: Any, bias: Any, base_weight: Any, base_bias: Any) -> None:
     given = {"x": x, "z": z, "weight": weight, "bias": bias, "base_weight": base_weight, "base_bias": base_bias}
-    shapes.check(_AXES, given, optional=("bias", "base_weight", "base_bias"))
+    shapes.check(axes, given, optional=("bias", "base_weight", "base_bias"))
 
 
 def hyper_linear(
@@ -27,10 +32,17 @@ def hyper_linear(
     *,
     base_weight: Tensor | None = None,
     base_bias: Tensor | None = None,
+    incidence: Incidence | None = None,
+    reduce: str = "sum",
 ) -> Tensor:
     """Apply a linear layer whose weights are generated per instance, without writing them out.
 
     ``y[b] = x[b] (weight·z[b] + base_weight)ᵀ + bias·z[b] + base_bias``
+
+    With an incidence, x is ``(S, I)`` or ``(S, *, I)``, z is ``(C, R)``, and y, ``(T, O)`` or ``(T, *, O)``, has the
+    sum, the mean or the largest of its terms:
+
+    ``y[target[e]] += (weight·z[cond[e]] + base_weight) x[source[e]] + bias·z[cond[e]] + base_bias``
 
     Under autocast, the arguments are cast to the region's dtype, except for float64. The function is differentiable to
     any order, in reverse and forward mode, under `torch.func`, `torch.compile` and `torch.export`.
@@ -46,13 +58,17 @@ def hyper_linear(
         bias: head of the generated bias, ``(O, R)``.
         base_weight: weights that all instances share, ``(O, I)``.
         base_bias: bias that all instances share, ``(O,)``.
+        incidence: which rows of x, z and y belong to each term of a sum.
+        reduce: ``"sum"``, ``"mean"`` or ``"max"`` of the terms of each target; zero without terms. ``"max"`` writes
+            out the terms, ``(E, O)``.
 
     Returns:
-        ``(B, O)`` or ``(B, *, O)``, contiguous.
+        ``(B, O)`` or ``(B, *, O)``, contiguous; with an incidence ``(T, O)`` or ``(T, *, O)``.
 
     Raises:
         TypeError: if an argument is not a floating point tensor, or the dtypes differ.
-        ValueError: if a rank or a size does not match, or the devices differ.
+        ValueError: if a rank or a size does not match, the devices differ, an index is out of range, or ``reduce`` is
+            unknown or used without an incidence.
 
     Example:
         >>> import torch, fasthyper
@@ -65,14 +81,52 @@ def hyper_linear(
     """
     if isinstance(x, Tensor) and autocast.enabled(x.device.type):
         x, z, weight, bias, base_weight, base_bias = map(autocast.follow, (x, z, weight, bias, base_weight, base_bias))
+    tensors = x, z, weight, bias, base_weight, base_bias
+    if incidence is not None:
+        return _over_terms(tensors, incidence, reduce)
+    if reduce != "sum":
+        raise ValueError(f"reduce must be 'sum' without an incidence, got {reduce!r}")
     if torch.compiler.is_compiling():  # what an op raises while it is traced, compiled code cannot catch
-        _check(x, z, weight, bias, base_weight, base_bias)
+        _check(_AXES, *tensors)
     try:
-        y = _op(shapes.flatten_points(x), z, weight, bias, base_weight, base_bias, *backends.current())
+        y = _op(shapes.flatten_points(x), *tensors[1:], *backends.current())
     except Exception:
         try:
-            _check(x, z, weight, bias, base_weight, base_bias)
+            _check(_AXES, *tensors)
         except (TypeError, ValueError) as wrong:  # the op has seen flattened points; these are the caller's shapes
             raise wrong from None
         raise
     return shapes.restore_points(y, x)
+
+
+def _over_terms(tensors: tuple[Any, ...], incidence: Incidence, reduce: str) -> Tensor:
+    if not isinstance(incidence, Incidence):
+        raise TypeError(f"incidence must be a fasthyper.Incidence, got {type(incidence).__name__}")
+    if reduce not in _REDUCE:
+        raise ValueError(f"reduce must be one of {', '.join(map(repr, _REDUCE))}, got {reduce!r}")
+    _check(_AXES_OF_TERMS, *tensors)
+    x, z, *_ = tensors
+    terms = incidence._terms(x.shape[0], z.shape[0])
+    flat = shapes.flatten_points(x), *tensors[1:]
+    if reduce != "max":
+        y = _op_of_terms(*flat, *terms[:3], terms.targets, *backends.current())
+        y = y / _degrees(y, terms)[:, None, None] if reduce == "mean" else y
+    else:
+        each = _op_of_terms(*flat, terms.source, terms.cond, None, terms.num_terms, *backends.current())
+        y = each if terms.target is None else _largest(each, terms.target, terms.targets)
+    return y.squeeze(1) if x.dim() == 2 else y.reshape(y.shape[0], *x.shape[1:-1], y.shape[-1])
+
+
+def _degrees(t: Tensor, terms: Terms) -> Tensor:
+    """Return the number of terms of each target, at least one."""
+    if terms.target is None:
+        return t.new_ones(terms.targets)
+    counts = t.new_zeros(terms.targets, dtype=torch.float32)
+    return (
+        counts.index_add(0, terms.target, torch.ones_like(terms.target, dtype=torch.float32)).clamp(min=1).to(t.dtype)
+    )
+
+
+def _largest(each: Tensor, target: Tensor, targets: int) -> Tensor:
+    zeros = each.new_zeros(targets, *each.shape[1:])
+    return zeros.scatter_reduce(0, target[:, None, None].expand_as(each), each, "amax", include_self=False)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from .costs import Costs
-from .problem import AUTO, SCHEDULES, Machine, Plan, Problem
+from .problem import AUTO, SCHEDULES, TERM_SCHEDULES, Machine, Plan, Problem, TermProblem
 
 # Shares of the workspace. A tile, its operands in the work dtype, an accumulator and the packed operand of a product
 # take at most one share each.
@@ -62,7 +62,7 @@ def register(name: str, costs: Costs) -> None:
     forget()
 
 
-def costs_of(problem: Problem) -> Costs:
+def costs_of(problem: Problem | TermProblem) -> Costs:
     """Return the costs of a problem's backend; those of torch's own operations if it names none."""
     return _costs.get(problem.backend, _costs[""])
 
@@ -89,8 +89,6 @@ def tile_elements(problem: Problem, mach: Machine, limit: int) -> int:
 
 def cost(problem: Problem, schedule: str, mach: Machine, limit: int) -> Plan:
     """Return the plan of one schedule, with its predicted cost."""
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     p, costs = problem, costs_of(problem)
     c = (costs.apply if p.op == "apply" else costs.grads)(p, schedule, mach)
     tile = tile_elements(p, mach, limit)
@@ -113,11 +111,39 @@ def cost(problem: Problem, schedule: str, mach: Machine, limit: int) -> Plan:
     return Plan(schedule, tile, mach.work_dtype, c.flops, c.bytes + operands, int(workspace), seconds)
 
 
+def cost_of_terms(problem: TermProblem, schedule: str, mach: Machine, limit: int) -> Plan:
+    """Return the plan of one schedule over terms, with its predicted cost."""
+    p = problem
+    R, I, O = p.sizes
+    c = costs_of(p).terms(p, schedule, mach)
+    tile = min(limit // _SHARES, mach.tile_bytes * 4) // max(mach.work_dtype.itemsize, torch.float32.itemsize)
+    numbers = (p.sources * I + p.targets * O) * p.points + p.conds * R + O * I * R
+    seconds = c.seconds + numbers * p.dtype.itemsize / mach.memory_bandwidth
+    work = torch.float32 if mach.work_dtype == torch.float16 else mach.work_dtype  # A and M may leave float16's range
+    size = p.rows(schedule) * max(I * R, O * R, O * I)
+    workspace = 4 * min(size, tile) * max(work.itemsize, 4)
+    return Plan(schedule, tile, work, c.flops, c.bytes + numbers * p.dtype.itemsize, workspace, seconds)
+
+
 @functools.lru_cache(maxsize=4096)
-def _plan(problem: Problem, schedule: str, limit: int, threads: int) -> Plan:
+def _plan(problem: Problem | TermProblem, schedule: str, limit: int, threads: int) -> Plan:
     mach = machine(problem.device, problem.dtype, threads, problem.backend)
-    names = SCHEDULES if schedule == AUTO else (schedule,)
-    return min((cost(problem, name, mach, limit) for name in names), key=lambda plan: plan.seconds)
+    known = schedules_of(problem)
+    if schedule == "aggregate" and isinstance(problem, Problem):
+        schedule = "fold"  # each target has one term
+    if schedule not in (AUTO, *known):
+        raise ValueError(f"schedule must be one of {', '.join(known)}, got {schedule!r}")
+    names = known if schedule == AUTO else (schedule,)
+    if isinstance(problem, TermProblem):
+        plans = [cost_of_terms(problem, name, mach, limit) for name in names]
+    else:
+        plans = [cost(problem, name, mach, limit) for name in names]
+    return min(plans, key=lambda plan: plan.seconds)
+
+
+def schedules_of(problem: Problem | TermProblem) -> tuple[str, ...]:
+    """Return the schedules of a problem."""
+    return TERM_SCHEDULES if isinstance(problem, TermProblem) else SCHEDULES
 
 
 def forget() -> None:
@@ -128,12 +154,12 @@ def forget() -> None:
         call()
 
 
-def plan(problem: Problem, schedule: str = AUTO) -> Plan:
+def plan(problem: Problem | TermProblem, schedule: str = AUTO) -> Plan:
     """Return the cheapest plan, or the plan of a given schedule.
 
     Args:
         problem: the call to plan.
-        schedule: one of ``"fold"``, ``"generate"``, ``"project"``, or ``"auto"`` for the cheapest.
+        schedule: ``"fold"``, ``"generate"``, ``"project"``, for terms ``"aggregate"``, or ``"auto"`` for the cheapest.
 
     Raises:
         ValueError: if the schedule is unknown.
@@ -150,6 +176,6 @@ def plan(problem: Problem, schedule: str = AUTO) -> Plan:
     return _plan(problem, schedule, _limit, torch.get_num_threads())
 
 
-def plans(problem: Problem) -> list[Plan]:
+def plans(problem: Problem | TermProblem) -> list[Plan]:
     """Return the plan of every schedule, cheapest first."""
-    return sorted((plan(problem, name) for name in SCHEDULES), key=lambda p: p.seconds)
+    return sorted((plan(problem, name) for name in schedules_of(problem)), key=lambda p: p.seconds)

@@ -7,8 +7,13 @@ from typing import NamedTuple
 
 import torch
 
+from .terms import Terms
+
 SCHEDULES = ("fold", "generate", "project")
 """The orders of contraction: x ⊗ z first, z · H first, x · H first."""
+
+TERM_SCHEDULES = (*SCHEDULES, "aggregate")
+"""The orders for terms that share sources, conditions or targets: `aggregate` sums x ⊗ z of each target first."""
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of the op family."""
@@ -73,6 +78,71 @@ class Problem(NamedTuple):
         return self.points if self.shared_x else self.batch * self.points
 
 
+class TermProblem(NamedTuple):
+    """One call of the op family with an index for each factor: y[t(e)] = Σ_e (H·z[c(e)]) x[s(e)].
+
+    Args:
+        op: ``"apply"`` or ``"grads"``.
+        terms: E.
+        sources: S, distinct rows of x.
+        conds: C, distinct rows of z.
+        targets: T, rows of y.
+        points: N, rows of x for each source, and of y for each target.
+        cond_features: R.
+        in_features: I.
+        out_features: O.
+        dtype: dtype of all tensors.
+        device: device type.
+        needs: for ``grads``, which of dx, dz, dH are requested.
+        backend: the backend whose costs count.
+    """
+
+    op: str
+    terms: int
+    sources: int
+    conds: int
+    targets: int
+    points: int
+    cond_features: int
+    in_features: int
+    out_features: int
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    needs: tuple[bool, bool, bool] = (True, True, True)
+    backend: str = ""
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """R, I, O."""
+        return self.cond_features, self.in_features, self.out_features
+
+    @classmethod
+    def of(
+        cls,
+        op: str,
+        x: torch.Tensor,
+        R: int,
+        O: int,
+        terms: Terms,
+        needs: tuple[bool, bool, bool] = (True,) * 3,
+        backend: str = "",
+    ) -> TermProblem:
+        """Return the problem of a call with x (S, N, I)."""
+        S, N, I = x.shape
+        counts = terms.num_terms, S, terms.conds, terms.targets
+        return cls(op, *counts, N, R, I, O, x.dtype, x.device.type, needs, backend)
+
+    def rows(self, schedule: str) -> int:
+        """Return the rows of the products with H: the values of the index at which a schedule contracts."""
+        N = self.points
+        return {
+            "fold": self.terms * N,
+            "generate": self.conds,
+            "project": self.sources * N,
+            "aggregate": self.targets * N,
+        }[schedule]
+
+
 @dataclass(frozen=True)
 class Machine:
     """Rates that turn flops and bytes into seconds.
@@ -101,7 +171,7 @@ class Plan:
     """The way to compute a problem, and its predicted cost.
 
     Args:
-        schedule: one of `SCHEDULES`.
+        schedule: one of `TERM_SCHEDULES`.
         tile: elements that one tile may hold.
         work_dtype: dtype of the tiles.
         flops: floating point operations.

@@ -20,11 +20,13 @@ FLOORS = (
     ("nn",),
     ("fused",),
     ("functional",),
+    ("incidence",),
     ("ops",),
     ("backends",),
     ("planner", "compiled", "kernels"),
     ("costs",),
     ("problem", "processor", "_version"),
+    ("terms",),
 )
 """The floors of the package, highest first: a component imports only from itself and from lower floors."""
 

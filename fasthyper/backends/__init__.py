@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
 from .. import planner
-from ..problem import AUTO, SCHEDULES
+from ..problem import AUTO, TERM_SCHEDULES
 from . import aten, cpu, cuda, materialised, triton
-from .contract import Backend
+from .contract import Backend, OverTerms
 
 FALLBACK = "aten"
 """The backend that runs any call on any device."""
@@ -77,8 +77,8 @@ def checked(name: str, schedule: str | None = None) -> Choice:
     if name != AUTO and name not in BACKENDS:
         known = ", ".join([AUTO, *BACKENDS])
         raise ValueError(f"backend must be one of {known}, got {name!r}")
-    if schedule is not None and schedule not in (AUTO, *SCHEDULES):
-        raise ValueError(f"schedule must be one of {', '.join((AUTO, *SCHEDULES))}, got {schedule!r}")
+    if schedule is not None and schedule not in (AUTO, *TERM_SCHEDULES):
+        raise ValueError(f"schedule must be one of {', '.join((AUTO, *TERM_SCHEDULES))}, got {schedule!r}")
     if name != AUTO and (why := BACKENDS[name].unavailable()):
         raise ValueError(f"backend {name!r} cannot run here: {why}")
     return Choice(name, schedule or AUTO)
@@ -95,7 +95,8 @@ def set_backend(name: str, schedule: str | None = None) -> None:
     Args:
         name: ``"aten"``, ``"cpu"``, ``"triton"``, ``"cuda"``, ``"materialised"`` or ``"auto"``, the best for the
             device.
-        schedule: ``"fold"``, ``"generate"``, ``"project"``, or None to let the planner choose.
+        schedule: ``"fold"``, ``"generate"``, ``"project"``, ``"aggregate"``, or None to let the planner choose. Without
+            an incidence, each target has one term, and ``"aggregate"`` is ``"fold"``.
 
     Raises:
         ValueError: if the name or the schedule is unknown, or the backend cannot run here.
@@ -112,7 +113,8 @@ class use_backend:
     Args:
         name: ``"aten"``, ``"cpu"`` (compiled kernels), ``"triton"`` or ``"cuda"`` (GPU kernels),
             ``"materialised"`` (W written out, for comparison) or ``"auto"``.
-        schedule: ``"fold"``, ``"generate"``, ``"project"``, or None to let the planner choose.
+        schedule: ``"fold"``, ``"generate"``, ``"project"``, ``"aggregate"``, or None to let the planner choose. Without
+            an incidence, each target has one term, and ``"aggregate"`` is ``"fold"``.
 
     Raises:
         ValueError: if the name or the schedule is unknown, or the backend cannot run here.
@@ -166,3 +168,9 @@ def backend(name: str, device: torch.device) -> Backend:
         where = " or ".join(_PLACES.get(place, place) for place in BACKENDS[name].devices() or ())
         raise ValueError(f"backend {name!r} must have tensors on {where}, got x on {device}")
     return BACKENDS[automatic(device.type) if name == AUTO else name]
+
+
+def of_terms(name: str, device: torch.device) -> OverTerms:
+    """Return the backend that runs a call over terms: that of `backend`, or aten if it lacks these functions."""
+    module = backend(name, device)
+    return cast(OverTerms, module) if hasattr(module, "apply_terms") else aten

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..costs import Costs
 from ..problem import Problem
+from ..terms import Terms
 
 
 class Wanted(NamedTuple):
@@ -115,6 +116,44 @@ class Backend(Protocol):
             mask: which gradients are requested, in the order of `Wanted`.
             schedule: as for `apply`.
         """
+
+
+class OverTerms(Protocol):
+    """Additional functions of a backend that runs the family over terms (see `terms.Terms`); `aten` runs the others'.
+
+        y[t] = Σ_{e: t(e)=t} (H·z[c(e)] + W0) x[s(e)] + bias·z[c(e)] + b0
+
+    The ranges of the indices are checked. x is (S, N, I), z (C, R), y and g (T, N, O).
+    """
+
+    def apply_terms(
+        self,
+        x: Tensor,
+        z: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        base_weight: Tensor | None,
+        base_bias: Tensor | None,
+        *,
+        terms: Terms,
+        schedule: str,
+    ) -> Tensor:
+        """Return y (T, N, O). The schedule is one of `problem.TERM_SCHEDULES`, or ``"auto"``."""
+
+    def grads_terms(
+        self,
+        x: Tensor,
+        z: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        base_weight: Tensor | None,
+        g: Tensor,
+        mask: tuple[bool, ...],
+        *,
+        terms: Terms,
+        schedule: str,
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, z, H, bias, W0 and b0, None for each that is not requested."""
 
 
 class Fusing(Protocol):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasthyper.functional import hyper_linear
+from fasthyper.incidence import Incidence
 from fasthyper.nn.current_z import current_z
 from fasthyper.nn.generated_norm import generated_norm_sq
 from fasthyper.nn.init import INITS
@@ -186,16 +187,17 @@ class HyperLinear(nn.Module):
             layer.base_bias = share(head.bias[weights:], out_features)
         return layer
 
-    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, z: Tensor | None = None, incidence: Incidence | None = None) -> Tensor:
         """Apply the generated weights of each instance to x, see :func:`fasthyper.hyper_linear`.
 
         Args:
-            x: ``(B, I)`` or ``(B, *, I)``.
-            z: ``(B, R)``. If None, the layer takes the z of the running :class:`~fasthyper.nn.Hypernetwork`, of whose
-                primary it is a part.
+            x: ``(B, I)`` or ``(B, *, I)``; with an incidence ``(S, I)`` or ``(S, *, I)``.
+            z: ``(B, R)``; with an incidence ``(C, R)``. If None, the layer takes the z of the running
+                :class:`~fasthyper.nn.Hypernetwork`, of whose primary it is a part, and its incidence.
+            incidence: which rows of x, z and the result belong to each term of a sum.
 
         Returns:
-            ``(B, O)`` or ``(B, *, O)``.
+            ``(B, O)`` or ``(B, *, O)``; with an incidence ``(T, O)`` or ``(T, *, O)``.
 
         Raises:
             TypeError: the dtypes differ or are not floating point.
@@ -203,7 +205,15 @@ class HyperLinear(nn.Module):
         """
         if z is None:
             z = current_z(self)
-        return hyper_linear(x, z, self.weight, self.bias, base_weight=self.base_weight, base_bias=self.base_bias)
+        return hyper_linear(
+            x,
+            z,
+            self.weight,
+            self.bias,
+            base_weight=self.base_weight,
+            base_bias=self.base_bias,
+            incidence=incidence,
+        )
 
     def materialize(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the weights and biases of each instance, base included, for inspection.

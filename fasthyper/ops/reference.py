@@ -1,12 +1,15 @@
 """The definition of every op of the family, as one einsum. Tests and benchmarks compare with it, in float64.
 
-T(x, z, H, g) = Σ_{b,n,r,i,o} x[b,n,i] z[b,r] H[o,i,r] g[b,n,o], and each op is T with one factor taken out.
+T(x, z, H, g) = Σ_{b,n,r,i,o} x[b,n,i] z[b,r] H[o,i,r] g[b,n,o], and each op is T with one factor taken out. The ops
+over terms are the same ops on gathered rows, with their results added up by an index.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ..terms import Terms
 
 
 def apply(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
@@ -40,3 +43,29 @@ def hyper_linear(
     if bias is not None:
         y = y + (z @ bias.T).unsqueeze(1)
     return y if base_bias is None else y + base_bias
+
+
+def _gather(rows: Tensor, index: Tensor | None) -> Tensor:
+    return rows if index is None else rows.index_select(0, index)
+
+
+def sum_rows(rows: Tensor, index: Tensor | None, size: int) -> Tensor:
+    """Return (size, …), the sums of the rows that have the same value of an index."""
+    return rows if index is None else rows.new_zeros(size, *rows.shape[1:]).index_add(0, index, rows)
+
+
+def apply_terms(x: Tensor, z: Tensor, weight: Tensor, terms: Terms) -> Tensor:
+    """Return y[t,n,o] = Σ_{e: t(e)=t} Σ_{i,r} H[o,i,r] x[s(e),n,i] z[c(e),r]."""
+    y = apply(_gather(x, terms.source), _gather(z, terms.cond), weight)
+    return sum_rows(y, terms.target, terms.targets)
+
+
+def cond_grad_terms(x: Tensor, g: Tensor, weight: Tensor, terms: Terms) -> Tensor:
+    """Return dz[c,r] = Σ_{e: c(e)=c} Σ_{n,i,o} H[o,i,r] x[s(e),n,i] g[t(e),n,o]."""
+    dz = cond_grad(_gather(x, terms.source), _gather(g, terms.target), weight)
+    return sum_rows(dz, terms.cond, terms.conds)
+
+
+def weight_grad_terms(x: Tensor, z: Tensor, g: Tensor, terms: Terms) -> Tensor:
+    """Return dH[o,i,r] = Σ_e Σ_n x[s(e),n,i] z[c(e),r] g[t(e),n,o]."""
+    return weight_grad(_gather(x, terms.source), _gather(z, terms.cond), _gather(g, terms.target))

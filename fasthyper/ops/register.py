@@ -42,7 +42,7 @@ except (ImportError, AttributeError) as error:
     MISSING = str(error)
 
 LIBRARY = torch.library.Library("fasthyper", "DEF")
-_SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str"}
+_SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", int: "SymInt"}
 
 Op = Callable[..., Any]
 Gradients = Mapping[str, Tensor | None]
@@ -154,7 +154,11 @@ class _Signature:
         self.name, self.arguments, self.results, self.axes, self.validate = name, arguments, results, axes, validate
         self.types = get_type_hints(arguments)
         self.masked = "mask" in self.types
-        self.tensors = [field for field, annotation in self.types.items() if annotation in (Tensor, Tensor | None)]
+        self.tensors = [
+            field
+            for field, annotation in self.types.items()
+            if annotation in (Tensor, Tensor | None) and field not in shapes.INDICES
+        ]
         self.optional = [field for field in self.tensors if self.types[field] != Tensor]
 
     def schema(self) -> str:
@@ -205,6 +209,7 @@ class _Signature:
     def empty(self, args: Any) -> Any:
         """Return results of the right shapes with no values."""
         sizes = shapes.sizes_of(self.axes, {field: t.shape for field, t in self.given(args).items() if t is not None})
+        sizes.update({letter: getattr(args, field) for field, letter in shapes.COUNTS.items() if field in self.types})
         wanted = args.mask if self.masked else [True] * len(self.results)
         out = [
             args.x.new_empty(shapes.shape_of(letters, sizes)) if k else None

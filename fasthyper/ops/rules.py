@@ -14,14 +14,14 @@ needs no fourth op: it is `apply(g, z, Hᵀ)`, where Hᵀ swaps o and i.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .shapes import LINEAR as AXES
-from .shapes import shape_of, sizes_of
+from .shapes import Axes, shape_of, sizes_of
 
 INPUTS = {"apply": ("x", "z", "weight"), "cond_grad": ("x", "g", "weight"), "weight_grad": ("x", "z", "g")}
 RESULT = {"apply": "g", "cond_grad": "z", "weight_grad": "weight"}
@@ -52,24 +52,51 @@ MERGE: dict[str, dict[tuple[str, ...], str]] = {
 
 def vmap(name: str, batch: int, dims: Sequence[int | None], args: tuple[Any, ...]) -> tuple[Tensor, int]:
     """Return the result of an op with some arguments batched, and its batched dimension."""
-    op, factors, choice = getattr(ops, name), INPUTS[name], args[3:]
+    return merge_or_loop(getattr(ops, name), AXES, INPUTS[name], AXES[RESULT[name]], MERGE[name], batch, dims, args)
+
+
+def merge_or_loop(
+    op: Callable[..., Tensor],
+    axes: Axes,
+    factors: Sequence[str],
+    result_axes: str,
+    merge: Mapping[tuple[str, ...], str],
+    batch: int,
+    dims: Sequence[int | None],
+    args: tuple[Any, ...],
+    sizes: Mapping[str, int] | None = None,
+) -> tuple[Tensor, int]:
+    """Run an op once, on arguments with the batched dimension merged into an axis, or else once for each of the batch.
+
+    Args:
+        op: the op. Its first arguments are factors.
+        axes: the axes of each factor.
+        factors: the names of these arguments.
+        result_axes: the axes of the result.
+        merge: the axis to merge into, by the batched factors.
+        batch: the size of the batched dimension.
+        dims: the batched dimension of each argument, or None.
+        args: the arguments.
+        sizes: the sizes of letters that no factor has.
+    """
+    count = len(factors)
     tensors = {f: t if d is None else t.movedim(d, 0) for f, t, d in zip(factors, args, dims, strict=False)}
     batched = tuple(f for f, d in zip(factors, dims, strict=False) if d is not None)
-    sizes = sizes_of(AXES, {f: t.shape[f in batched :] for f, t in tensors.items()})
-    result_axes = AXES[RESULT[name]]
-    axis = MERGE[name].get(batched)
+    sizes = {**sizes_of(axes, {f: t.shape[f in batched :] for f, t in tensors.items()}), **(sizes or {})}
+    others = any(d is not None for d in dims[count:])
+    axis = None if others else merge.get(batched)
     if axis is None and batch == 0:
         return tensors[factors[0]].new_zeros(0, *shape_of(result_axes, sizes)), 0
     if axis is None:
-        each = ([t[v] if f in batched else t for f, t in tensors.items()] for v in range(batch))
-        return torch.stack([op(*ts, *choice) for ts in each]), 0
+        each = ([t if d is None else t.select(d, v) for t, d in zip(args, dims, strict=True)] for v in range(batch))
+        return torch.stack([op(*values) for values in each]), 0
     merged = []
     for f, t in tensors.items():
-        if axis in AXES[f]:
-            position = AXES[f].index(axis)
+        if axis in axes[f]:
+            position = axes[f].index(axis)
             t = t if f in batched else t.expand(batch, *t.shape)
             t = t.movedim(0, position).flatten(position, position + 1)
         merged.append(t)
-    y = op(*merged, *choice)
+    y = op(*merged, *args[count:])
     position = result_axes.index(axis)
     return y.view(*y.shape[:position], batch, *shape_of(result_axes, sizes)[position:]), position

@@ -5,6 +5,8 @@
 | B      | instances, each with its own z   | O      | out features of the layer          |
 | N      | points that share an instance    | I      | in features of the layer           |
 | R      | features of z                    | J      | features between two layers        |
+| S      | sources, rows of x               | C      | conditions, rows of z              |
+| T      | targets, rows of y               | E      | terms, each with s, c and t        |
 
 csrc/eager.cpp uses the same table, which `ops/linear.py` passes to it.
 """
@@ -18,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from ..problem import DTYPES
+from ..terms import NAMES
 
 Axes = Mapping[str, str]
 """Letters by argument. The first argument with a letter fixes its size; errors name a later argument that differs."""
@@ -45,6 +48,12 @@ PRIMARY: Axes = {
     "a": "BNJ",
     "g": "BNO",
 }
+
+TERMS: Axes = {**LINEAR, "x": "SNI", "z": "CR", "g": "TNO"}
+INDICES = NAMES
+"""The arguments that are indices, of axis E: int64, or None for the identity."""
+COUNTS = {"sources": "S", "conds": "C", "targets": "T"}
+"""The letters of the arguments that are sizes."""
 
 
 def agree(axes: Axes, tensors: Mapping[str, Any], optional: Sequence[str] = ()) -> bool:

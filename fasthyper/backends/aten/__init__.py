@@ -15,17 +15,20 @@ from torch import Tensor
 
 from ... import planner
 from ...costs import Costs
-from ...problem import AUTO, Plan, Problem
+from ...problem import AUTO, Plan, Problem, TermProblem
 from ...problem import DTYPES as DTYPES
+from ...terms import Terms
 from .. import materialised
 from . import fold, generate, project
+from .term_bases import Bases
+from .terms import FACTORS, Contraction, Factor, Sums
 from .tiling import Affine, Tiling, accumulate, blocks, boxes, head_matrix
 
 PREFERRED_ON = ()
 COSTS = Costs()
 REMARK = ""
 _SMALL = 32
-_SCHEDULES = {"fold": fold, "generate": generate, "project": project}
+_SCHEDULES = {"fold": fold, "generate": generate, "project": project, "aggregate": fold}
 
 
 def devices() -> None:
@@ -154,3 +157,75 @@ def base_grads(
             if out is not None and total is not None:
                 out[o] = total
     return outs
+
+
+def apply_terms(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    base_weight: Tensor | None,
+    base_bias: Tensor | None,
+    *,
+    terms: Terms,
+    schedule: str,
+) -> Tensor:
+    """Return y (T, N, O) of x (S, N, I), z (C, R), H (O, I, R), summed over terms; see `contract.OverTerms`."""
+    O, I, R = weight.shape
+    plan = planner.plan(TermProblem.of("apply", x, R, O, terms), schedule)
+    tiling, N = tiling_of(plan), x.shape[1]
+    y = x.new_empty(terms.targets, N, O)
+    out = Sums(y, tiling)
+    named = {"x": Factor(x, terms.source, N), "z": Factor(z, terms.cond, N), "g": Factor(y, terms.target, N)}
+    w, u, v = (named[name] for name in FACTORS[plan.schedule])
+    run = Contraction(plan.schedule, weight, (O, I, R), terms, N, tiling)
+    if run.names[0] == "g":
+        run.collect(u, v, w, out)
+    else:
+        run.expand(u, v, w, out, None)
+    out.store()
+    Bases(terms, tiling).add(y, x, z, bias, base_weight, base_bias)
+    return y
+
+
+def grads_terms(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_weight: Tensor | None,
+    g: Tensor,
+    mask: tuple[bool, ...],
+    *,
+    terms: Terms,
+    schedule: str,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, z, H, bias, W0 and b0 where the mask is set; see `contract.OverTerms`."""
+    O, N, I = g.shape[2], x.shape[1], x.shape[2]
+    R = cast(Tensor, z if weight is None else weight).shape[-1]
+    needs = mask[0], mask[1], mask[2]
+    plan = planner.plan(TermProblem.of("grads", x, R, O, terms, needs), schedule)
+    tiling = tiling_of(plan)
+    outs = {
+        "x": x.new_empty(terms.sources, N, I) if mask[0] else None,
+        "z": x.new_empty(terms.conds, R) if mask[1] else None,
+    }
+    run = Contraction(plan.schedule, weight, (O, I, R), terms, N, tiling)
+    z = x.new_empty(terms.conds, R) if z is None else z  # only dz is requested, which does not read it
+    named = {"x": Factor(x, terms.source, N), "z": Factor(z, terms.cond, N), "g": Factor(g, terms.target, N)}
+    sums = {name: None if out is None else Sums(out, tiling) for name, out in outs.items()}
+    w, u, v = (named[name] for name in run.names)
+    own, *others = (sums.get(name) for name in run.names)
+    if own is not None:
+        run.collect(u, v, w, own)
+    if any(out is not None for out in others):
+        run.expand(u, v, w, others[0], others[1])
+    dh = x.new_empty(O, I, R) if mask[2] else None
+    if dh is not None:
+        run.weight_grad(u, v, w, dh)
+    for out in sums.values():
+        if out is not None:
+            out.store()
+    bases = Bases(terms, tiling)
+    bases.add_to_grads(outs["x"], outs["z"], g, bias, base_weight)
+    return outs["x"], outs["z"], dh, *bases.grads(x, z, g, R, mask)

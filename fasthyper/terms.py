@@ -1,0 +1,109 @@
+"""The terms of a sum with an index for each factor, and the order that groups them by the value of an index.
+
+    y[t(e)] += Σ_{i,r} H[o,i,r] x[s(e),i] z[c(e),r]      for every term e
+
+s is the source of a term, c its condition and t its target. An index that is None is the identity: term e has value e.
+The order by an index is computed once for each index tensor and kept as long as the tensor lives and is unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+NAMES = ("source", "cond", "target")
+"""The indices of a term, in the order of the factors x, z and g."""
+
+
+class Sorted(NamedTuple):
+    """The terms grouped by the value of an index.
+
+    Args:
+        order: the terms ``(E,)``, ascending in the value and, for equal values, in the term.
+        ptr: ``(values + 1,)``: the terms of value v are ``order[ptr[v]:ptr[v + 1]]``.
+    """
+
+    order: Tensor
+    ptr: Tensor
+
+
+class _Known:
+    """What is known of an index tensor at one version of its content: its extremes, and its orders by size."""
+
+    def __init__(self, index: Tensor) -> None:
+        self.version = _version(index)
+        self.bounds = (int(index.min()), int(index.max())) if index.numel() else (0, -1)
+        self.sorted: dict[int, Sorted] = {}
+
+
+_known = WeakTensorKeyDictionary()
+
+
+def _version(index: Tensor) -> int | None:
+    """Return a number that changes with the content; None for an inference tensor, which has none."""
+    return None if index.is_inference() else index._version
+
+
+def _look_up(index: Tensor) -> _Known:
+    known = _known.get(index)
+    if known is None or known.version is None or known.version != _version(index):
+        known = _known[index] = _Known(index)
+    return known
+
+
+def check_range(name: str, index: Tensor, size: int) -> None:
+    """Check that all values of an index are in 0 … size - 1, once for each content of the tensor.
+
+    Raises:
+        ValueError: one is not.
+    """
+    low, high = _look_up(index).bounds
+    if low < 0 or high >= size:
+        wrong = (index < 0) | (index >= size)
+        at = int(wrong.nonzero()[0])
+        bound = f"from 0 to {size - 1}, one of {size}" if size else "of none: there are 0"
+        raise ValueError(f"{name} must have values {bound} {name}s, got {int(index[at])} at term {at}")
+
+
+def sort(index: Tensor, size: int) -> Sorted:
+    """Return the terms grouped by the value of an index, which is below `size`."""
+    known = _look_up(index)
+    if size not in known.sorted:
+        counts = torch.bincount(index, minlength=size)
+        ptr = torch.zeros(size + 1, dtype=torch.int64, device=index.device)
+        torch.cumsum(counts, 0, out=ptr[1:])
+        known.sorted[size] = Sorted(torch.argsort(index, stable=True), ptr)
+    return known.sorted[size]
+
+
+class Terms(NamedTuple):
+    """The indices of all terms, int64 ``(E,)`` or None for the identity, and the number of values of each."""
+
+    source: Tensor | None
+    cond: Tensor | None
+    target: Tensor | None
+    sources: int
+    conds: int
+    targets: int
+
+    @property
+    def num_terms(self) -> int:
+        """E, the number of terms."""
+        for index in self[:3]:
+            if index is not None:
+                return len(index)
+        return self.sources
+
+    def check_ranges(self) -> None:
+        """Check that every index is in its range; see `check_range`."""
+        for name, index, size in zip(NAMES, self[:3], self[3:], strict=True):
+            if index is not None:
+                check_range(name, index, size)
+
+    def sort(self, name: str) -> Sorted | None:
+        """Return the terms grouped by one of the indices; None for the identity."""
+        index = getattr(self, name)
+        return None if index is None else sort(index, getattr(self, f"{name}s"))
