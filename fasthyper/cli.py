@@ -111,11 +111,15 @@ def compare(
 
 @app.command()
 def plan(
-    batch: Annotated[int, typer.Option(help="B: instances, each with its own weights.")],
-    points: Annotated[int, typer.Option(help="N: points per instance.")],
     cond: Annotated[int, typer.Option(help="R: features that condition the weights.")],
     in_: Annotated[int, typer.Option("--in", help="I: in features.")],
     out: Annotated[int, typer.Option(help="O: out features.")],
+    batch: Annotated[int | None, typer.Option(help="B: instances, each with its own weights.")] = None,
+    points: Annotated[int, typer.Option(help="N: points per instance, or rows of x per source.")] = 1,
+    edges: Annotated[int | None, typer.Option(help="E: instead of B, the terms of an incidence.")] = None,
+    sources: Annotated[int | None, typer.Option(help="S: rows of x that the edges share.")] = None,
+    conds: Annotated[int | None, typer.Option(help="C: rows of z that the edges share.")] = None,
+    targets: Annotated[int | None, typer.Option(help="T: rows of y that the edges share.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     backend: Annotated[str, typer.Option(help="A name that `fasthyper info` lists, or auto.")] = "auto",
@@ -130,6 +134,10 @@ def plan(
             cond=cond,
             in_features=in_,
             out_features=out,
+            edges=edges,
+            sources=sources,
+            conds=conds,
+            targets=targets,
             dtype=dtype,
             device=device,
             backend=backend,

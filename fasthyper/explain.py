@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from . import backends, planner
-from .problem import AUTO, Plan, Problem
+from .problem import AUTO, Plan, Problem, TermProblem
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 _GRADIENTS = ("x", "z", "the head")
@@ -13,16 +15,21 @@ _ORDERS = {
     "fold": "x ⊗ z first, then one product with K = I·R",
     "generate": "z · H first, a tile of W at a time, then x",
     "project": "x · H first, then z",
+    "aggregate": "the sum of x ⊗ z of each target first, then one product with K = I·R",
 }
 
 
 def explain(
     *,
-    batch: int,
-    points: int,
+    batch: int | None = None,
+    points: int = 1,
     cond: int,
     in_features: int,
     out_features: int,
+    edges: int | None = None,
+    sources: int | None = None,
+    conds: int | None = None,
+    targets: int | None = None,
     dtype: str = "float32",
     device: str = "cpu",
     backend: str | None = None,
@@ -30,17 +37,22 @@ def explain(
     """Return, as text, the predicted cost of every schedule, the schedule that is taken, and the reason.
 
     Args:
-        batch: B, instances.
-        points: N, points per instance.
+        batch: B, instances; None with `edges`.
+        points: N, points per instance, or rows of x per source.
         cond: R, features of z.
         in_features: I.
         out_features: O.
+        edges: E, the terms of a call with an incidence.
+        sources: S, rows of x; by default E, without an index.
+        conds: C, rows of z; by default E.
+        targets: T, rows of y; by default E.
         dtype: ``"float64"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         device: a device type, such as ``"cpu"`` or ``"cuda"``.
         backend: the name of a backend, whether it can run here or not; None for the current choice.
 
     Raises:
-        ValueError: if a size is negative, or the dtype, the device type or the backend is unknown.
+        ValueError: if a size is negative, the dtype, the device type or the backend is unknown, or not exactly one of
+            `batch` and `edges` is given.
 
     Example:
         >>> print(explain(batch=4800, points=1, cond=128, in_features=64, out_features=64))
@@ -48,9 +60,15 @@ def explain(
         written out, W would take 75.0 MiB
         ...
     """
-    sizes = {"batch": batch, "points": points, "cond": cond, "in": in_features, "out": out_features}
+    if (batch is None) == (edges is None):
+        raise ValueError(f"one of batch and edges must be given, got batch={batch} and edges={edges}")
+    counts = {"sources": sources, "conds": conds, "targets": targets}
+    if edges is None and (given := [name for name, size in counts.items() if size is not None]):
+        raise ValueError(f"{given[0]} must come with edges, got {given[0]}={counts[given[0]]} alone")
+    sizes = {"batch": batch, "edges": edges, **counts}
+    sizes.update({"points": points, "cond": cond, "in": in_features, "out": out_features})
     for name, size in sizes.items():
-        if size < 0:
+        if size is not None and size < 0:
             raise ValueError(f"{name} must not be negative, got {size}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -58,24 +76,34 @@ def explain(
         device = torch.device(device).type
     except RuntimeError as error:
         raise ValueError(f"device must be a device type such as cpu or cuda, got {device!r}") from error
-    sizes_of = (batch, points, cond, in_features, out_features)
-    forward = Problem("apply", *sizes_of, DTYPES[dtype], device)
+    features = points, cond, in_features, out_features
+    forward: Problem | TermProblem
+    if edges is None:
+        letters, counted = "B", [cast(int, batch)]
+        forward = Problem("apply", cast(int, batch), *features, DTYPES[dtype], device)
+    else:
+        letters, counted = "ESCT", [edges, *(edges if size is None else size for size in counts.values())]
+        E, S, C, T = counted
+        forward = TermProblem("apply", E, S, C, T, *features, DTYPES[dtype], device)
     backend = _backend(forward, backend or backends.current().backend)
     forward = forward._replace(backend=backend)
-    written_out = batch * in_features * out_features * DTYPES[dtype].itemsize
+    named = [f"{letter} = {size:,}" for letter, size in zip(letters + "NRIO", [*counted, *features], strict=True)]
+    rows = edges if edges is not None and conds is None else conds if edges is not None else batch
+    written_out = cast(int, rows) * in_features * out_features * DTYPES[dtype].itemsize
     lines = [
-        f"B = {batch:,}, N = {points:,}, R = {cond:,}, I = {in_features:,}, O = {out_features:,}, {dtype} on {device}, "
+        f"{', '.join(named)}, {dtype} on {device}, "
         f"backend {backend}, workspace at most {_mib(planner.get_workspace_limit())}",
         f"written out, W would take {_mib(written_out)}",
     ]
     lines += ["", "forward", *_table(planner.plans(forward))]
     backward = forward._replace(op="grads")
-    for needs in planner.costs_of(backward).backward(backward):
+    groups = planner.costs_of(backward).backward(backward) if isinstance(backward, Problem) else (backward.needs,)
+    for needs in groups:
         lines += ["", _title(needs), *_table(planner.plans(backward._replace(needs=needs)))]
     return "\n".join(lines)
 
 
-def _backend(problem: Problem, name: str) -> str:
+def _backend(problem: Problem | TermProblem, name: str) -> str:
     """Return the backend that computes a problem; for `auto` on a device that is absent here, the preferred one."""
     if name == AUTO:
         module = getattr(torch, problem.device, None)
@@ -83,7 +111,10 @@ def _backend(problem: Problem, name: str) -> str:
         name = backends.automatic(problem.device) if here else backends.preferred(problem.device)
     elif name not in backends.BACKENDS:
         raise ValueError(f"backend must be one of {', '.join([AUTO, *backends.BACKENDS])}, got {name!r}")
-    return name if backends.BACKENDS[name].takes(problem) else backends.FALLBACK
+    module = backends.BACKENDS[name]
+    if isinstance(problem, TermProblem):
+        return name if hasattr(module, "apply_terms") and problem.dtype in module.DTYPES else backends.FALLBACK
+    return name if module.takes(problem) else backends.FALLBACK
 
 
 def _title(needs: tuple[bool, ...]) -> str:

@@ -146,13 +146,13 @@ class Incidence:
         counts = ptr.diff()
         if not torch.compiler.is_compiling() and (int(ptr[0]) or (len(counts) and int(counts.min()) < 0)):
             raise ValueError(f"ptr must start at 0 and never fall, got shape {tuple(ptr.shape)} of {ptr[:8].tolist()}…")
-        rows = torch.arange(len(counts), device=ptr.device)
-        return cls(cond=rows.repeat_interleave(counts), num_conds=len(counts))
+        rows = torch.arange(counts.shape[0], device=ptr.device)
+        return cls(cond=rows.repeat_interleave(counts), num_conds=counts.shape[0])
 
     @property
     def num_terms(self) -> int | None:
         """E; None if all indices are the identity."""
-        return next((len(t) for t in self._indices() if t is not None), None)
+        return next((t.shape[0] for t in self._indices() if t is not None), None)
 
     def to(self, device: torch.device | str | int) -> Incidence:
         """Return the incidence with its indices on a device; itself if they are there."""
@@ -201,9 +201,10 @@ def _check_indices(given: dict[str, Any]) -> None:
             raise ValueError(f"{name} must have shape (E,), got {tuple(t.shape)}")
         if first is None:
             first = name, t
-        elif len(t) != len(first[1]):
+        elif t.shape[0] != first[1].shape[0]:
             raise ValueError(
-                f"{name} must have shape ({len(first[1])},) as {first[0]} has, got {tuple(t.shape)}: one value a term"
+                f"{name} must have shape ({first[1].shape[0]},), one value a term as {first[0]} has, got "
+                f"{tuple(t.shape)}"
             )
         elif t.device != first[1].device:
             raise ValueError(f"{name} must be on the device of {first[0]}, {first[1].device}, got {t.device}")
@@ -242,3 +243,4 @@ pytree.register_pytree_node(
     from_dumpable_context=tuple,
     flatten_with_keys_fn=_flatten_with_keys,
 )
+torch.serialization.add_safe_globals([Incidence])  # so that torch.load reads one without weights_only=False

@@ -64,8 +64,11 @@ def check_range(name: str, index: Tensor, size: int) -> None:
     if low < 0 or high >= size:
         wrong = (index < 0) | (index >= size)
         at = int(wrong.nonzero()[0])
-        bound = f"from 0 to {size - 1}, one of {size}" if size else "of none: there are 0"
-        raise ValueError(f"{name} must have values {bound} {name}s, got {int(index[at])} at term {at}")
+        bound = f"values from 0 to {size - 1}" if size else "no values"
+        raise ValueError(
+            f"{name} must have {bound}, since there are {size} {name}s, got {int(index[at])} at term {at} of "
+            f"{tuple(index.shape)}"
+        )
 
 
 def sort(index: Tensor, size: int) -> Sorted:
@@ -94,7 +97,7 @@ class Terms(NamedTuple):
         """E, the number of terms."""
         for index in self[:3]:
             if index is not None:
-                return len(index)
+                return index.shape[0]  # not len(), which makes a traced size constant
         return self.sources
 
     def check_ranges(self) -> None:

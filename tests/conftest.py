@@ -17,7 +17,7 @@ from torch import Tensor
 import fasthyper
 from fasthyper import backends, planner, processor
 from fasthyper.backends import cuda, triton
-from fasthyper.problem import SCHEDULES
+from fasthyper.problem import SCHEDULES, TERM_SCHEDULES
 
 settings.register_profile(
     "fasthyper", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
@@ -41,6 +41,7 @@ def _hows() -> Iterator[tuple[str, str | None]]:
 
 
 HOWS = list(_hows())
+ORDERS = [(name, s) for name in dict.fromkeys(name for name, s in HOWS if s) for s in (None, *TERM_SCHEDULES)]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -70,6 +71,12 @@ def nothing_forced():
 @pytest.fixture(scope="session", params=HOWS, ids=["-".join(filter(None, how)) for how in HOWS])
 def how(request) -> tuple[str, str | None]:
     """Return arguments of `use_backend`: every backend with every schedule."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=ORDERS, ids=["-".join(filter(None, order)) for order in ORDERS])
+def order(request) -> tuple[str, str | None]:
+    """Return arguments of `use_backend`: every backend with every schedule over terms."""
     return request.param
 
 

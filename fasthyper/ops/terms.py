@@ -106,8 +106,8 @@ def validate(args: Any) -> None:
             raise TypeError(f"{name} must be int64, got shape {tuple(index.shape)} of {index.dtype}")
         if index.device != args.x.device:
             raise ValueError(f"{name} must be on the device of x, {args.x.device}, got {index.device}")
-        if index.dim() != 1 or len(index) != len(first[1]):  # type: ignore[index]
-            expected = "(E,)" if index is first[1] else f"(E,) with E = {len(first[1])} as {first[0]}"  # type: ignore[index]
+        if index.dim() != 1 or index.shape[0] != first[1].shape[0]:  # type: ignore[index]
+            expected = "(E,)" if index is first[1] else f"(E,) with E = {first[1].shape[0]} as {first[0]}"  # type: ignore[index]
             raise ValueError(f"{name} must have shape {expected}, got {tuple(index.shape)}")
     for name, index, size in zip(INDICES, terms[:3], terms[3:], strict=True):
         if size < 0:

@@ -45,7 +45,9 @@ class Bases:
         """Add W0 x + bias·z + b0 of all terms to y (T, N, O)."""
         source, cond, target = self.terms[:3]
         if base_bias is not None:
-            y += (self.degrees(y).unsqueeze(1) * base_bias.to(self.tiling.sum_dtype)).unsqueeze(1)
+            degrees, b0 = self.degrees(y), base_bias.to(self.tiling.sum_dtype)
+            for t in blocks(len(y), self.tiling.elements // max(1, y[:1].numel())):
+                y[t] += (degrees[t].unsqueeze(1) * b0).unsqueeze(1)
         for n in range(y.shape[1]):
             if base_weight is not None:
                 self._move(y[:, n], x[:, n], base_weight, source, target)

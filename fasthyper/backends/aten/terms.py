@@ -187,7 +187,7 @@ class Contraction:
 
     def _head(self, q: slice) -> Tensor:
         assert self.head is not None
-        return self.tiling.work(self.head[:, q]).reshape(self.P, -1)
+        return self.tiling.work(self.head[:, q]).reshape(self.P, (q.stop - q.start) * self.C)
 
     def _pairs(self, b: _Batch, u: Factor, v: Factor, q: slice) -> tuple[Tensor, Tensor]:
         """Return u and v (K, D, features) of a batch, zero for slots without a term."""
@@ -225,7 +225,7 @@ class Contraction:
             for b in self.batches(dh.device):
                 a, c = self._pairs(b, u, v, q)
                 accumulate(total, self._own(b, w).T, torch.bmm(a.mT, c).flatten(1))
-            dh[:, q] = total.view(self.P, -1, self.C)
+            dh[:, q] = total.view(self.P, q.stop - q.start, self.C)
 
     def expand(self, u: Factor, v: Factor, w: Factor, out_u: Sums | None, out_v: Sums | None) -> None:
         """Compute out_u and out_v, those that are given."""
@@ -236,7 +236,7 @@ class Contraction:
             to_v = None if out_v is None else torch.zeros(K, D, self.C, **empty)  # type: ignore[call-overload]
             own = self._own(b, w)
             for q in self._slabs():
-                M = torch.mm(own, self._head(q)).view(K, -1, self.C)
+                M = torch.mm(own, self._head(q)).view(K, q.stop - q.start, self.C)
                 if to_u is not None:
                     to_u[:, :, q] = torch.bmm(v.of_terms(b.e, b.n, slice(None), self.tiling), M.mT)
                 if to_v is not None:
@@ -246,4 +246,4 @@ class Contraction:
                     row = factor.where(b.e, b.n)
                     if b.valid is not None:
                         row, messages = row[b.valid], messages[b.valid]
-                    out.add(row.flatten(), messages.reshape(-1, messages.shape[-1]))
+                    out.add(row.flatten(), messages.flatten(0, -2))

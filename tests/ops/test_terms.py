@@ -1,0 +1,364 @@
+"""The family over terms, on every backend and schedule: values, derivatives, transforms, memory."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import grad, jvp, vmap
+
+import fasthyper
+from fasthyper import Incidence, hyper_linear
+from fasthyper.measure import peak_temporary_bytes
+from fasthyper.problem import TERM_SCHEDULES
+
+MIB = 1 << 20
+
+
+class Graph:
+    """Random terms and tensors. An index that is left out is the identity."""
+
+    def __init__(
+        self,
+        E=60,
+        S=7,
+        C=5,
+        T=6,
+        R=3,
+        I=4,
+        O=5,
+        N=1,
+        indices="sct",
+        dtype=torch.float64,
+        requires_grad=True,
+        swap=False,
+    ):
+        generator = torch.Generator().manual_seed(E * 7 + R)
+
+        def index(size):  # skewed, with duplicates and rows that no term names
+            return (torch.rand(E, generator=generator) ** 2 * size).long().clamp(max=max(size - 1, 0))
+
+        chosen = {"s": index(S), "c": index(C), "t": index(T)}
+        self.source, self.cond, self.target = (chosen[k] if k in indices else None for k in "sct")
+        S, C, T = (n if k in indices else E for n, k in ((S, "s"), (C, "c"), (T, "t")))
+        self.T, self.O = T, O
+
+        def tensor(*shape):
+            t = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+            return t.requires_grad_(requires_grad)
+
+        points = () if N == 1 else (N,)
+        self.x, self.z = tensor(S, *points, I), tensor(C, R)
+        head = tensor(I, O, R).transpose(0, 1) if swap else tensor(O, I, R)
+        self.weight = head.detach().requires_grad_(requires_grad)
+        self.bias, self.base_weight, self.base_bias = tensor(O, R), tensor(O, I), tensor(O)
+        self.g = torch.randn(T, *points, O, generator=generator, dtype=torch.float64).to(dtype)
+        self.incidence = Incidence(self.source, self.cond, self.target, num_targets=T)
+
+    @property
+    def leaves(self):
+        return self.x, self.z, self.weight, self.bias, self.base_weight, self.base_bias
+
+    def layer(self, *leaves, reduce="sum", incidence=None):
+        x, z, weight, bias, base_weight, base_bias = leaves
+        incidence = incidence or self.incidence
+        bases = {"base_weight": base_weight, "base_bias": base_bias}
+        return hyper_linear(x, z, weight, bias, **bases, incidence=incidence, reduce=reduce)
+
+    def truth(self, *leaves):
+        """Return the sum term by term, W written out."""
+        x, z, weight, bias, base_weight, base_bias = leaves
+        x = x if self.source is None else x[self.source]
+        z = z if self.cond is None else z[self.cond]
+        W = torch.einsum("oir,er->eoi", weight, z) + base_weight
+        b = z @ bias.T + base_bias
+        flat = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
+        y = torch.einsum("eoi,eni->eno", W, flat) + b.unsqueeze(1)
+        if self.target is not None:
+            y = y.new_zeros(self.T, *y.shape[1:]).index_add(0, self.target, y)
+        return y.reshape(-1, *x.shape[1:-1], self.O)
+
+
+def check(graph: Graph) -> None:
+    """Compare results and gradients with the sum in float64, and in 16 bits with the same computation in that dtype."""
+    y = graph.layer(*graph.leaves)
+    found = y, *torch.autograd.grad(y, graph.leaves, graph.g)
+    doubles = [t.detach().double().requires_grad_() for t in graph.leaves]
+    truth = graph.truth(*doubles)
+    truths = truth, *torch.autograd.grad(truth, doubles, graph.g.double())
+    same = graph.truth(*graph.leaves)
+    written = same, *torch.autograd.grad(same, graph.leaves, graph.g)
+    for got, exact, usual in zip(found, truths, written, strict=True):
+        assert got.shape == exact.shape
+        assert got.dtype == usual.dtype
+        assert got.is_contiguous()
+        error, allowed = (got.double() - exact).norm(), 2 * (usual.double() - exact).norm()
+        sums = torch.finfo(torch.promote_types(got.dtype, torch.float32)).eps * (4 + graph.incidence.num_terms**0.5)
+        assert error <= allowed + (torch.finfo(got.dtype).eps + sums) * exact.norm()
+
+
+@pytest.mark.parametrize("indices", ["".join(s) for k in (1, 2, 3) for s in itertools.combinations("sct", k)])
+@pytest.mark.parametrize("N", [1, 3])
+def test_values_and_gradients(indices, N, order, dtype):
+    with fasthyper.use_backend(*order):
+        check(Graph(indices=indices, N=N, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"E": 0},
+        {"E": 1, "S": 1, "C": 1, "T": 1},
+        {"R": 1},
+        {"I": 1, "O": 1},
+        {"E": 500, "T": 1},
+        {"E": 400, "S": 2, "R": 17, "I": 33, "O": 9},
+        {"R": 0},
+        {"I": 0},
+        {"E": 300, "C": 1, "R": 8, "I": 40, "O": 24},
+    ],
+    ids=str,
+)
+def test_sizes(sizes, order, dtype):
+    with fasthyper.use_backend(*order):
+        check(Graph(**sizes, dtype=dtype, swap="S" in sizes))
+
+
+def test_many_tiles(order):
+    """A small workspace cuts rows, features and heavy rows."""
+    fasthyper.set_workspace_limit(MIB)
+    with fasthyper.use_backend(*order):
+        check(Graph(E=3000, S=40, C=90, T=30, R=48, I=40, O=56, dtype=torch.float32))
+        check(Graph(E=900, S=50, T=12, R=24, I=40, O=36, N=5, indices="st", dtype=torch.float32))
+
+
+def test_the_head_of_nn_conv_is_a_view(order):
+    with fasthyper.use_backend(*order):
+        check(Graph(indices="st", swap=True, dtype=torch.float32, R=16, I=8, O=24))
+
+
+@pytest.mark.parametrize("strides", ["transposed", "expanded", "sliced"])
+def test_any_strides(strides, order):
+    graph = Graph(requires_grad=False, dtype=torch.float32)
+
+    def view(t):
+        if strides == "transposed":
+            return t.mT.contiguous().mT
+        if strides == "expanded":
+            return t[:1].expand_as(t)
+        return torch.stack([t, t], -1)[..., 0]
+
+    for name in ("x", "z", "weight", "g"):
+        setattr(graph, name, view(getattr(graph, name)))
+    for t in graph.leaves:
+        t.requires_grad_()
+    with fasthyper.use_backend(*order):
+        check(graph)
+
+
+@pytest.mark.parametrize("kept", range(6))
+def test_each_gradient_alone(kept, order):
+    graph = Graph(requires_grad=False)
+    leaves = list(graph.leaves)
+    leaves[kept].requires_grad_()
+    with fasthyper.use_backend(*order):
+        (got,) = torch.autograd.grad(graph.layer(*leaves), leaves[kept], graph.g)
+    (exact,) = torch.autograd.grad(graph.truth(*leaves), leaves[kept], graph.g)
+    torch.testing.assert_close(got, exact)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean", "max"])
+def test_derivatives_of_both_orders(reduce, order):
+    graph = Graph(E=9, R=2, I=2, O=2)
+
+    def layer(*leaves):
+        return graph.layer(*leaves, reduce=reduce)
+
+    with fasthyper.use_backend(*order):
+        assert gradcheck(layer, graph.leaves, check_forward_ad=reduce != "max")
+        assert gradgradcheck(layer, graph.leaves)
+
+
+@pytest.mark.parametrize("op", ["apply_terms", "cond_grad_terms", "weight_grad_terms"])
+def test_derivatives_of_each_op(op, order):
+    graph = Graph(E=9, R=2, I=2, O=2, N=2)
+    x, z, weight, g = graph.x, graph.z, graph.weight, graph.g.requires_grad_()
+    factors, size = {
+        "apply_terms": ((x, z, weight), [graph.T]),
+        "cond_grad_terms": ((x, g, weight), [len(z)]),
+        "weight_grad_terms": ((x, z, g), []),
+    }[op]
+    indices = graph.source, graph.cond, graph.target
+
+    def call(*factors):
+        return getattr(torch.ops.fasthyper, op)(*factors, *indices, *size)
+
+    with fasthyper.use_backend(*order):
+        assert gradcheck(call, factors, check_forward_ad=True)
+        assert gradgradcheck(call, factors)
+    torch.library.opcheck(getattr(torch.ops.fasthyper, op).default, (*factors, *indices, *size))
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+def test_means_and_largest(reduce):
+    """Targets without a term are zero, as in PyTorch Geometric."""
+    graph = Graph(E=20, T=15, requires_grad=False)
+    single = copy.copy(graph)
+    single.target, single.T = None, 20
+    messages = single.truth(*graph.leaves)
+    expected = torch.zeros(15, 5, dtype=torch.float64)
+    for t in range(15):
+        own = messages[graph.target == t]
+        if len(own):
+            expected[t] = own.mean(0) if reduce == "mean" else own.amax(0)
+    torch.testing.assert_close(graph.layer(*graph.leaves, reduce=reduce), expected)
+
+
+def test_without_an_index_it_is_hyper_linear():
+    graph = Graph(indices="")
+    plain = hyper_linear(
+        graph.x, graph.z, graph.weight, graph.bias, base_weight=graph.base_weight, base_bias=graph.base_bias
+    )
+    torch.testing.assert_close(graph.layer(*graph.leaves), plain)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_with_any_number_of_terms(backend):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def step(x, z, weight, incidence):
+        return hyper_linear(x, z, weight, incidence=incidence).square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend=backend, dynamic=True)
+    for E in (30, 41, 90, 120):
+        graph = Graph(E=E, indices="st")
+        args = graph.x, graph.z, graph.weight
+        got, exact = (f(*args, graph.incidence) for f in (compiled, step))
+        torch.testing.assert_close(got, exact)
+        for a, b in zip(torch.autograd.grad(got, args), torch.autograd.grad(exact, args), strict=True):
+            torch.testing.assert_close(a, b)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_an_incidence_made_in_compiled_code():
+    def step(x, z, weight, edges):
+        return hyper_linear(x, z, weight, incidence=Incidence.from_edge_index(edges, 7, 6))
+
+    graph = Graph(indices="st")
+    args = graph.x, graph.z, graph.weight, torch.stack([graph.source, graph.target])
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(*args)
+    torch.testing.assert_close(got, step(*args))
+
+
+def test_export_with_any_number_of_terms():
+    layer = fasthyper.HyperLinear(4, 5, cond_features=3, dtype=torch.float64)
+    one, other = Graph(E=40, indices="st", requires_grad=False), Graph(E=77, indices="st", requires_grad=False)
+    E = torch.export.Dim("E", min=2)
+    shapes = (None, {0: E}, [{0: E}, None, {0: E}])
+    program = torch.export.export(layer, (one.x, one.z, one.incidence), dynamic_shapes=shapes)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    torch.testing.assert_close(loaded(other.x, other.z, other.incidence), layer(other.x, other.z, other.incidence))
+
+
+def test_transforms(order):
+    graph = Graph(requires_grad=False)
+    x, z = (torch.stack([t, 2 * t, t - 1]) for t in (graph.x, graph.z))
+    heads = torch.stack([graph.weight, -graph.weight])
+    rest = graph.leaves[2:]
+
+    def layer(x, z, weight):
+        return graph.layer(x, z, weight, *rest[1:])
+
+    def loss(x, z):
+        return layer(x, z, graph.weight).square().sum()
+
+    with fasthyper.use_backend(*order):
+        each = torch.stack([layer(a, b, graph.weight) for a, b in zip(x, z, strict=True)])
+        torch.testing.assert_close(vmap(lambda a, b: layer(a, b, graph.weight))(x, z), each)
+        for f, batched in (
+            (lambda a: layer(a, graph.z, graph.weight), x),
+            (lambda a: layer(graph.x, a, graph.weight), z),
+            (lambda a: layer(graph.x, graph.z, a), heads),
+        ):
+            torch.testing.assert_close(vmap(f)(batched), torch.stack([f(a) for a in batched]))
+        got = vmap(grad(loss, argnums=(0, 1)))(x, z)
+        one = [grad(loss, argnums=(0, 1))(a, b) for a, b in zip(x, z, strict=True)]
+        for k in (0, 1):
+            torch.testing.assert_close(got[k], torch.stack([g[k] for g in one]))
+        tangents = torch.ones_like(x[0]), torch.ones_like(z[0])
+        _, tangent = jvp(lambda a, b: layer(a, b, graph.weight), (x[0], z[0]), tangents)
+        bases = graph.layer(x[0], z[0], graph.weight, *rest[1:])
+        step = 1e-6
+        moved = graph.layer(x[0] + step * tangents[0], z[0] + step * tangents[1], graph.weight, *rest[1:])
+    torch.testing.assert_close(tangent, (moved - bases) / step, rtol=1e-4, atol=1e-3)
+
+
+def test_vmap_over_the_indices():
+    graph = Graph(requires_grad=False)
+    sources = torch.stack([graph.source, graph.source.flip(0)])
+
+    def call(source):
+        rows = graph.x.unsqueeze(1), graph.z, graph.weight
+        return torch.ops.fasthyper.apply_terms(*rows, source, graph.cond, graph.target, graph.T)
+
+    torch.testing.assert_close(vmap(call)(sources), torch.stack([call(s) for s in sources]))
+
+
+def test_autocast_computes_in_its_dtype():
+    graph = Graph(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = graph.layer(*graph.leaves)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert graph.x.grad.dtype == torch.float32
+
+
+def test_the_same_bits_every_time(order):
+    graph = Graph(E=2000, S=30, C=40, T=50, R=16, I=24, O=32, dtype=torch.float32)
+    with fasthyper.use_backend(*order):
+        first, second = (
+            [y, *torch.autograd.grad(y, graph.leaves, graph.g)] for y in (graph.layer(*graph.leaves) for _ in range(2))
+        )
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def temporary(E: int, dtype: torch.dtype, indices: str = "st", **sizes: int) -> int:
+    graph = Graph(E=E, indices=indices, dtype=dtype, **{"S": 2304, "T": 2304, "R": 128, "I": 64, "O": 64, **sizes})
+    incidence, leaves = graph.incidence, graph.leaves
+
+    def step():
+        y = graph.layer(*leaves, incidence=incidence)
+        return y, torch.autograd.grad(y, leaves, graph.g)
+
+    step()  # sorts the terms, once
+    return peak_temporary_bytes(step)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("indices", ["st", "c"])
+def test_temporary_memory_does_not_grow_with_the_terms(indices, dtype):
+    sizes = {"C": 300} if indices == "c" else {}
+    once, twice = (temporary(E, dtype, indices, **sizes) for E in (39_168, 78_336))
+    assert once < 40 * MIB
+    assert twice < 40 * MIB
+    assert twice - once < MIB + 39_168 * 8 * 2
+
+
+@pytest.mark.parametrize("schedule", TERM_SCHEDULES)
+def test_a_forced_schedule_runs(schedule):
+    """Every schedule rounds differently, so that equal bits would show that the choice has no effect."""
+    graph = Graph(E=2000, R=16, I=24, O=32, dtype=torch.float32, requires_grad=False)
+    results = {}
+    for name in TERM_SCHEDULES:
+        with fasthyper.use_backend("auto", schedule=name):
+            results[name] = graph.layer(*graph.leaves)
+    assert all(not torch.equal(results[schedule], y) for name, y in results.items() if name != schedule)
