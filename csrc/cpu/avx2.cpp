@@ -1,2 +1,2 @@
 // The kernels for one instruction set, which the compiler's flags in setup.py select.
-#include "ops.h"
+#include "incidence_ops.h"
