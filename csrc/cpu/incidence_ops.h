@@ -106,6 +106,14 @@ struct IncidenceArguments {
     return x.size(0);
   }
   int64_t instances(Factor f) const { return f == X ? x.size(0) : f == Z ? conds : targets; }
+
+  // Python has checked the sizes with better messages.
+  void check() const {
+    const auto has = [](const at::Tensor& t, at::IntArrayRef shape) { return !t.defined() || t.sizes() == shape; };
+    TORCH_CHECK_VALUE(
+        targets >= 0 && conds >= 0 && has(z, {conds, R}) && has(weight, {O, I(), R}) && has(g, {targets, N(), O}),
+        "x, z, weight and g do not agree in their sizes");
+  }
 };
 
 // A call in the dtype S, with checked indices.
@@ -219,6 +227,7 @@ at::Tensor apply_terms(
   const IncidenceArguments arguments{
       realigned(x), realigned(z), realigned(weight), {},        source,   cond,     target, order, ptr,
       z.size(0),    targets,      weight.size(0),    z.size(1), schedule, workspace};
+  arguments.check();
   at::Tensor y;
   with_types(x, native, [&](auto s, auto t) {
     const IncidenceCall<decltype(s)> call(arguments);
@@ -254,6 +263,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grads_terms(
       z ? z->size(1) : weight->size(2),
       schedule,
       workspace};
+  arguments.check();
   at::Tensor dx, dz, dh;
   with_types(x, native, [&](auto s, auto t) {
     const IncidenceCall<decltype(s)> call(arguments);

@@ -152,10 +152,18 @@ inline void spread_dots(const float* m, Strip<const float> v, int64_t terms, int
 // to[k] = row rows[k] of t in float32, with zeros up to `ld`; a row of -1 is zero.
 template <class S>
 void gather_rows(const Rows<const S>& t, const int64_t* rows, int64_t count, Span<float> to, int64_t ld) {
+  constexpr int64_t AHEAD = 4;  // rows in any order: the hardware does not prefetch them
   for (int64_t k = 0; k < count; ++k) {
     float* const row = to.at(k * ld, ld);
     const int64_t filled = rows[k] < 0 ? 0 : t.features;
-    if (filled) pack(t.row(rows[k]), 0, t.feature, row, 0, 1, filled);
+    if (t.feature == 1) {
+      if (k + AHEAD < count && rows[k + AHEAD] >= 0)
+        for (int64_t f = 0; f < t.features; f += LINE * K_STEP<S>) __builtin_prefetch(t.row(rows[k + AHEAD]) + f);
+      if (filled) convert(t.row(rows[k]), row, filled);
+    } else if (filled) {
+      const S* const from = t.row(rows[k]);
+      for (int64_t f = 0; f < filled; ++f) row[f] = from[f * t.feature];
+    }
     for (int64_t f = filled; f < ld; ++f) row[f] = 0.f;
   }
 }

@@ -15,7 +15,7 @@ import math
 import mmap
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
@@ -122,29 +122,33 @@ def strides_of(shape: list[int], layout: str, rng: random.Random) -> list[int]:
     return strides
 
 
+def guarded(shape: list[int], layout: str, dtype: torch.dtype, off: int, rng: random.Random) -> tuple[Guarded, Tensor]:
+    """Draw a tensor of this layout in memory of its own, with NaN between its numbers, `off` bytes from its begin."""
+    strides = strides_of(shape, layout, rng)
+    numbers = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    memory = Guarded(numbers * dtype.itemsize + off, rng.random() < 0.8)
+    flat = torch.frombuffer(memory.bytes, dtype=dtype, count=numbers, offset=off if rng.random() < 0.5 else 0)
+    if numbers != math.prod(shape):
+        flat.fill_(math.nan)
+    view = flat.as_strided(shape, strides)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(rng.randrange(1 << 30)))
+    if 0 in strides:  # all indices of the axis share one slice
+        axis = strides.index(0)
+        view.narrow(axis, 0, 1).copy_(values.narrow(axis, 0, 1))
+    else:
+        view.copy_(values)
+    return memory, view
+
+
 @contextmanager
 def operands(case: Case, rng: random.Random) -> Iterator[dict[str, Tensor]]:
-    """Yield the tensors of a case, each in memory of its own, with NaN between their numbers."""
+    """Yield the tensors of a case."""
     length = dict(zip("bnrio", case.sizes, strict=True))
     held, tensors = [], {}
     off = 1 if rng.random() < 0.05 else 0  # bytes: some tensors are not aligned for their dtype
     for (name, axes), layout in zip(AXES.items(), case.layouts, strict=True):
-        shape = [length[axis] for axis in axes]
-        strides = strides_of(shape, layout, rng)
-        numbers = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-        memory = Guarded(numbers * case.dtype.itemsize + off, rng.random() < 0.8)
+        memory, tensors[name] = guarded([length[axis] for axis in axes], layout, case.dtype, off, rng)
         held.append(memory)
-        flat = torch.frombuffer(memory.bytes, dtype=case.dtype, count=numbers, offset=off if rng.random() < 0.5 else 0)
-        if numbers != math.prod(shape):
-            flat.fill_(math.nan)
-        view = flat.as_strided(shape, strides)
-        values = torch.randn(shape, generator=torch.Generator().manual_seed(rng.randrange(1 << 30)))
-        if 0 in strides:  # all indices of the axis share one slice
-            axis = strides.index(0)
-            view.narrow(axis, 0, 1).copy_(values.narrow(axis, 0, 1))
-        else:
-            view.copy_(values)
-        tensors[name] = view
     try:
         yield tensors
     finally:
@@ -212,9 +216,9 @@ def run(case: Case, rng: random.Random) -> None:
                     raise AssertionError(f"{schedule}: {name} was requested but is missing")
 
 
-def main() -> None:
-    """Run the cases; exit with status 1 after a wrong result."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def main(draw: Callable, run: Callable, description: str) -> None:
+    """Draw and run the cases; exit with status 1 after a wrong result."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("library")
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
@@ -235,4 +239,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(draw, run, __doc__.partition("\n")[0])

@@ -1,6 +1,6 @@
 """Random calls of the compiled CPU kernels: those built for this machine, and every vector width under sanitizers.
 
-Each library runs fuzz.py in a process of its own, so that a crash is a test failure.
+Each library runs fuzz.py and fuzz_terms.py in processes of their own, so that a crash is a test failure.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ SANITIZED = ROOT / "build" / "sanitized" / "fasthyper" / "_compiled"
 CASES = int(os.environ.get("FASTHYPER_FUZZ_CASES", "2000"))  # of each library: about half a minute
 
 
-def fuzz(library: Path, cases: int = CASES, seed: int = 0, preload: str = "") -> None:
+def fuzz(name: str, library: Path, cases: int = CASES, seed: int = 0, preload: str = "") -> None:
     if not library.exists():
         pytest.skip(f"{library.name} was not built; make test builds it")
     env = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
-    script = str(Path(__file__).with_name("fuzz.py"))
+    script = str(Path(__file__).with_name(name))
     command = [sys.executable, script, str(library), "--cases", str(cases), "--seed", str(seed)]
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     output = result.stdout.splitlines()[-2:] + result.stderr.splitlines()[:40]
@@ -44,19 +44,24 @@ def preload() -> str:
     return " ".join(result.stdout.strip() for result in found)
 
 
+SCRIPTS = pytest.mark.parametrize("script", ["fuzz.py", "fuzz_terms.py"])
+
+
+@SCRIPTS
 @pytest.mark.parametrize("width", [4, 8, 16])
-def test_any_width_under_sanitizers(width, preload):
-    fuzz(SANITIZED / f"cpu_width{width}.so", seed=width, preload=preload)
+def test_any_width_under_sanitizers(width, script, preload):
+    fuzz(script, SANITIZED / f"cpu_width{width}.so", seed=width, preload=preload)
 
 
 INSTRUCTION_SETS = ("default", "avx2", "avx512")
 
 
+@SCRIPTS
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
-def test_each_instruction_set_with_products_of_onednn(name):
+def test_each_instruction_set_with_products_of_onednn(name, script):
     """The libraries for this processor and for older ones."""
     if INSTRUCTION_SETS.index(name) > INSTRUCTION_SETS.index(torch.backends.cpu.get_cpu_capability().lower()):
         pytest.skip(f"this processor has no {name}")
     if (why := compiled.load("eager")) is not None:
         pytest.skip(f"compiled CPU kernels: {why}")
-    fuzz(ROOT / "fasthyper" / "_compiled" / f"cpu_{name}.so", CASES // 2)
+    fuzz(script, ROOT / "fasthyper" / "_compiled" / f"cpu_{name}.so", CASES // 2)
