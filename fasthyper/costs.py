@@ -57,6 +57,9 @@ def _instances(B: int, N: int, m: int, n: int, machine: Machine) -> Cost:
 class Costs:
     """The costs of the op family in torch's own operations, tile by tile."""
 
+    small_products = 0.3
+    """The rate of the products over a row's terms, as a share of the rate of products with H."""
+
     def machine(self, device: str, dtype: torch.dtype, threads: int) -> Machine:
         """Return typical rates of a type of device. Only their ratios matter, so that rough values suffice."""
         if device == "cpu":
@@ -118,9 +121,6 @@ class Costs:
             cost += gemm(O * R, I, p.distinct, machine)
             cost += gemm(N * O, R, B, machine) if p.shared_x else moved(B * N * O * R, 2, machine)
         return cost
-
-    small_products = 0.3
-    """The rate of the products over a row's terms, as a share of the rate of products with H."""
 
     def terms(self, p: TermProblem, schedule: str, machine: Machine) -> Cost:
         """Predict a forward or a backward over terms.

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .. import compiled, planner, processor
 from ..costs import Cost, Costs, gemm, moved
-from ..problem import AUTO, Machine, Plan, Problem
+from ..problem import AUTO, Machine, Plan, Problem, TermProblem
+from ..terms import Terms
 from . import aten
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,6 +26,7 @@ _ops = torch.ops.fasthyper_cpu
 class CpuCosts(Costs):
     """The costs of the compiled kernels: a schedule is one call, H is often read in place, and one output is cheap."""
 
+    small_products = 0.6
     _ROWS = 1024  # rows (b, n) that share a packed block of H
     _PACKING_G, _PACKING_P = 5.0, 20.0  # the measured cost of packing H, in passes over H: for g·H, and for x·H
 
@@ -181,3 +183,73 @@ def grads(
         tiling = aten.tiling_of(planner.plan(problem._replace(backend="")))
         out[3:] = aten.base_grads(x, z, g, R, mask, tiling)
     return tuple(t if k else None for t, k in zip(out, mask, strict=True))
+
+
+def _takes_terms(problem: TermProblem) -> bool:
+    return problem.dtype in DTYPES and 0 not in problem[1:9]
+
+
+def _sorted(terms: Terms, schedule: str) -> tuple[Tensor | None, Tensor | None]:
+    """Return the order and the pointer of the rows of a schedule."""
+    name = aten.ROWS_OF[schedule]
+    by = None if name is None else terms.sort(name)
+    return (None, None) if by is None else tuple(by)  # type: ignore[return-value]
+
+
+def _sum_terms(out: Tensor, rows: Tensor, source: Tensor | None, target: Tensor | None) -> None:
+    _ops.sum_terms(out, rows, source, target, planner.get_workspace_limit())
+
+
+def apply_terms(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    base_weight: Tensor | None,
+    base_bias: Tensor | None,
+    *,
+    terms: Terms,
+    schedule: str,
+) -> Tensor:
+    """Return y (T, N, O) of x (S, N, I), z (C, R), H (O, I, R), summed over terms; see `contract.OverTerms`."""
+    O, _, R = weight.shape
+    bases = bias, base_weight, base_bias
+    problem = TermProblem.of("apply", x, R, O, terms, backend="cpu")
+    if not _takes_terms(problem):
+        return aten.apply_terms(x, z, weight, *bases, terms=terms, schedule=schedule)
+    plan = planner.plan(problem, schedule)
+    options = plan.schedule, planner.get_workspace_limit(), plan.work_dtype != torch.float32
+    y = _ops.apply_terms(x, z, weight, *terms[:3], terms.targets, *_sorted(terms, plan.schedule), *options)
+    aten.Bases(terms, aten.tiling_of(plan), _sum_terms).add(y, x, z, *bases)
+    return y
+
+
+def grads_terms(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_weight: Tensor | None,
+    g: Tensor,
+    mask: tuple[bool, ...],
+    *,
+    terms: Terms,
+    schedule: str,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, z, H, bias, W0 and b0 where the mask is set; see `contract.OverTerms`."""
+    R = (z if weight is None else weight).shape[-1]  # type: ignore[union-attr]
+    needs = mask[0], mask[1], mask[2]
+    problem = TermProblem.of("grads", x, R, g.shape[2], terms, needs, "cpu")
+    if not _takes_terms(problem):
+        tensors = x, z, weight, bias, base_weight, g
+        return aten.grads_terms(*tensors, mask, terms=terms, schedule=schedule)
+    plan = planner.plan(problem, schedule)
+    dx = dz = dh = None
+    if any(needs):
+        options = plan.schedule, planner.get_workspace_limit(), plan.work_dtype != torch.float32
+        order = _sorted(terms, plan.schedule)
+        found = _ops.grads_terms(x, z, weight, g, *terms[:3], terms.conds, *order, needs, *options)
+        dx, dz, dh = (t if k else None for t, k in zip(found, needs, strict=True))
+    bases = aten.Bases(terms, aten.tiling_of(plan), _sum_terms)
+    bases.add_to_grads(dx, dz, g, bias, base_weight)
+    return dx, dz, dh, *bases.grads(x, z, g, R, mask)

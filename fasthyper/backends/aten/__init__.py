@@ -20,8 +20,9 @@ from ...problem import DTYPES as DTYPES
 from ...terms import Terms
 from .. import materialised
 from . import fold, generate, project
-from .term_bases import Bases
+from .term_bases import Bases as Bases
 from .terms import FACTORS, Contraction, Factor, Sums
+from .terms import ROWS_OF as ROWS_OF
 from .tiling import Affine, Tiling, accumulate, blocks, boxes, head_matrix
 
 PREFERRED_ON = ()

@@ -32,9 +32,10 @@ from .tiling import Tiling, accumulate, blocks
 
 AXES = {"g": 0, "x": 1, "z": 2}
 """The axis of H that belongs to each factor."""
-INDEX = {"x": "source", "z": "cond", "g": "target"}
 FACTORS = {"aggregate": "gxz", "fold": "gxz", "project": "xgz", "generate": "zgx"}
 """The factors w, u, v of each schedule."""
+ROWS_OF = {"aggregate": "target", "project": "source", "generate": "cond", "fold": None}
+"""The index whose values are the rows of a schedule; None for the terms themselves."""
 _MOST_TERMS = 4096  # of a piece
 _SHORT = 8  # a chunk pads its pieces to at most twice their terms, but never minds so few terms
 
@@ -162,7 +163,8 @@ class Contraction:
         self.head = None if weight is None else weight.permute(axes)
         self.tiling, self.terms, self.N = tiling, terms, points
         self.of_terms = schedule == "fold"  # a row for each term
-        self.by = None if self.of_terms else terms.sort(INDEX[self.names[0]])
+        rows_of = ROWS_OF[schedule]
+        self.by = None if rows_of is None else terms.sort(rows_of)
         self.pairs = self.names[0] == "z"  # a row of z has all points of its terms
         self.columns = max(1, min(self.Q, tiling.elements // max(1, self.P * self.C)))
         self.room = tiling.elements
