@@ -197,7 +197,10 @@ def _sorted(terms: Terms, schedule: str) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _sum_terms(out: Tensor, rows: Tensor, source: Tensor | None, target: Tensor | None) -> None:
-    _ops.sum_terms(out, rows, source, target, planner.get_workspace_limit())
+    if rows.stride(1) == 1:
+        _ops.sum_terms(out, rows, source, target, planner.get_workspace_limit())
+    else:
+        aten.sum_terms(out, rows, source, target)
 
 
 def apply_terms(

@@ -21,6 +21,7 @@ from ...terms import Terms
 from .. import materialised
 from . import fold, generate, project
 from .term_bases import Bases as Bases
+from .term_bases import sum_terms as sum_terms
 from .terms import FACTORS, Contraction, Factor, Sums
 from .terms import ROWS_OF as ROWS_OF
 from .tiling import Affine, Tiling, accumulate, blocks, boxes, head_matrix
