@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from . import processor
-from .problem import Machine, Problem, TermProblem
+from .problem import Machine, Pairs, Problem, TermProblem
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -52,6 +52,20 @@ def moved(elements: float, passes: float, machine: Machine) -> Cost:
 def _instances(B: int, N: int, m: int, n: int, machine: Machine) -> Cost:
     """Return the cost of B small products of N rows. At N = 1, reading the tile dominates, and `moved` counts it."""
     return gemm(N, m, n, machine, B) if N > 1 else Cost(2.0 * B * m * n, 0.0, 0.0, 1)
+
+
+def project_pairs(p: Pairs, machine: Machine) -> Cost:
+    """Predict `pairs` or `pairs_grads` with x · H first, an output at a time."""
+    rows = p.batch * p.rows
+    head = gemm(rows, p.cond_features, p.in_features, machine) * p.out_features
+    other = gemm(p.rows, p.columns, p.cond_features, machine, p.batch) * p.out_features
+    cost = moved(rows * p.columns * p.out_features, 2, machine)
+    if p.op == "pairs":
+        return cost + head + other
+    dx, dz, dh = p.needs
+    if dx or dh:  # g · z, then Hᵀ or xᵀ
+        cost += other
+    return cost + head * (dx + dh) + (head + other) * dz
 
 
 class Costs:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-from .costs import Costs
-from .problem import AUTO, SCHEDULES, TERM_SCHEDULES, Machine, Plan, Problem, TermProblem
+from .costs import Costs, project_pairs
+from .problem import AUTO, SCHEDULES, TERM_SCHEDULES, Machine, Pairs, Plan, Problem, TermProblem
 
 # Shares of the workspace. A tile, its operands in the work dtype, an accumulator and the packed operand of a product
 # take at most one share each.
@@ -146,10 +146,56 @@ def schedules_of(problem: Problem | TermProblem) -> tuple[str, ...]:
     return TERM_SCHEDULES if isinstance(problem, TermProblem) else SCHEDULES
 
 
+PAIR_SCHEDULES = ("generate", "project")
+_PAIR_SHARES = 10  # tiles that a backward of `pairs` holds at the same time
+
+
+def pair_tile_elements(work: torch.dtype, limit: int) -> int:
+    """Return how many elements a tile of `pairs` may hold."""
+    return limit // _PAIR_SHARES // max(work.itemsize, torch.float32.itemsize)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_pairs(problem: Pairs, schedule: str, limit: int, threads: int) -> Plan:
+    mach = machine(problem.device, problem.dtype, threads)
+    # x · H may leave the range of float16 where y does not
+    work = torch.float32 if mach.work_dtype == torch.float16 else mach.work_dtype
+    tile = pair_tile_elements(work, limit)
+
+    def cost(name: str) -> Plan:
+        c = project_pairs(problem if name == "project" else problem.swapped(), mach)
+        seconds = c.seconds + c.calls * mach.launch
+        return Plan(name, tile, work, c.flops, c.bytes, limit // _PAIR_SHARES * _PAIR_SHARES, seconds)
+
+    names = PAIR_SCHEDULES if schedule == AUTO else (schedule,)
+    return min((cost(name) for name in names), key=lambda plan: plan.seconds)
+
+
+def plan_pairs(problem: Pairs, schedule: str = AUTO) -> Plan:
+    """Return the cheaper plan of a call of `pairs`, or the plan of a given schedule.
+
+    Args:
+        problem: the call to plan.
+        schedule: ``"generate"``, ``"project"``, or ``"auto"`` for the cheaper.
+
+    Raises:
+        ValueError: if `pairs` has no such schedule.
+
+    Example:
+        >>> from fasthyper.problem import Pairs
+        >>> plan_pairs(Pairs("pairs", 8, rows=4, columns=64, in_features=32, cond_features=32, out_features=8)).schedule
+        'project'
+    """
+    if schedule not in (AUTO, *PAIR_SCHEDULES):
+        raise ValueError(f"schedule must be one of {', '.join((AUTO, *PAIR_SCHEDULES))} for pairs, got {schedule!r}")
+    return _plan_pairs(problem, schedule, _limit, torch.get_num_threads())
+
+
 def forget() -> None:
     """Forget every plan, after something that plans depend on has changed."""
     machine.cache_clear()
     _plan.cache_clear()
+    _plan_pairs.cache_clear()
     for call in on_forget:
         call()
 

@@ -143,6 +143,45 @@ class TermProblem(NamedTuple):
         }[schedule]
 
 
+class Pairs(NamedTuple):
+    """One call of `pairs`, which has two schedules: x · H first (``"project"``) or z · H first (``"generate"``).
+
+    Args:
+        op: ``"pairs"`` or ``"pairs_grads"``.
+        batch: B, pairs of sets.
+        rows: M, members of the first set.
+        columns: N, members of the second set.
+        in_features: I, features of x, without an appended one.
+        cond_features: R, features of z, without an appended one.
+        out_features: O.
+        dtype: dtype of all tensors.
+        device: device type, such as ``"cpu"``.
+        needs: for ``pairs_grads``, which of dx, dz, dH are requested.
+    """
+
+    op: str
+    batch: int
+    rows: int
+    columns: int
+    in_features: int
+    cond_features: int
+    out_features: int
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    needs: tuple[bool, bool, bool] = (True, True, True)
+
+    def swapped(self) -> Pairs:
+        """Return the problem with x and z in each other's place; its ``"project"`` is ``"generate"`` of this one."""
+        dx, dz, dh = self.needs
+        return self._replace(
+            rows=self.columns,
+            columns=self.rows,
+            in_features=self.cond_features,
+            cond_features=self.in_features,
+            needs=(dz, dx, dh),
+        )
+
+
 @dataclass(frozen=True)
 class Machine:
     """Rates that turn flops and bytes into seconds.
