@@ -42,7 +42,7 @@ except (ImportError, AttributeError) as error:
     MISSING = str(error)
 
 LIBRARY = torch.library.Library("fasthyper", "DEF")
-_SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", int: "SymInt"}
+_SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", int: "SymInt", bool: "bool"}
 
 Op = Callable[..., Any]
 Gradients = Mapping[str, Tensor | None]

@@ -7,6 +7,7 @@
 | R      | features of z                    | J      | features between two layers        |
 | S      | sources, rows of x               | C      | conditions, rows of z              |
 | T      | targets, rows of y               | E      | terms, each with s, c and t        |
+| M      | members of the first of two sets | P, Q   | I and R, with an appended one      |
 
 csrc/eager.cpp uses the same table, which `ops/linear.py` passes to it.
 """
@@ -34,6 +35,14 @@ LINEAR: Axes = {
     "base_bias": "O",
     "g": "BNO",
 }
+PAIRS: Axes = {
+    "weight": "OPQ",
+    "x": "BMI",
+    "z": "BNR",
+    "bias": "O",
+    "g": "BMNO",
+}
+"""In `pairs` N are the members of the second set. P is I or I + 1, and Q is R or R + 1: `ops/pairs.py` checks it."""
 PRIMARY: Axes = {
     "x": "BNI",
     "z": "BR",
