@@ -10,6 +10,7 @@ from .nn import (
     EmbeddingNetwork,
     HyperLinear,
     Hypernetwork,
+    PairwiseBilinear,
     hyperize,
     parameter_report,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "HyperLinear",
     "Hypernetwork",
     "Incidence",
+    "PairwiseBilinear",
     "__version__",
     "get_workspace_limit",
     "hyper_linear",

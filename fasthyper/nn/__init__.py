@@ -6,6 +6,7 @@ from fasthyper.nn.hyperize import hyperize, ungenerated
 from fasthyper.nn.hypernetwork import Hypernetwork
 from fasthyper.nn.init import bias_hyper_, hyperfan_in_, hyperfan_out_
 from fasthyper.nn.linear import HyperLinear
+from fasthyper.nn.pairwise_bilinear import PairwiseBilinear
 from fasthyper.nn.parameters import ParameterReport, parameter_report
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "EmbeddingNetwork",
     "HyperLinear",
     "Hypernetwork",
+    "PairwiseBilinear",
     "ParameterReport",
     "bias_hyper_",
     "hyperfan_in_",

@@ -80,7 +80,7 @@ class HyperLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(in_features=in_features, out_features=out_features, cond_features=cond_features)
+        check_sizes(in_features=in_features, out_features=out_features, cond_features=cond_features)
         self.in_features = in_features
         self.out_features = out_features
         self.cond_features = cond_features
@@ -164,7 +164,7 @@ class HyperLinear(nn.Module):
             raise TypeError(f"head must be an nn.Linear, got {type(head).__name__}")
         if problem := why_not_plain(head):
             raise TypeError(f"head cannot be converted: {problem}")
-        _check_sizes(in_features=in_features, out_features=out_features)
+        check_sizes(in_features=in_features, out_features=out_features)
         weights = out_features * in_features
         if head.out_features not in (weights, weights + out_features):
             raise ValueError(
@@ -298,7 +298,8 @@ class HyperLinear(nn.Module):
         )
 
 
-def _check_sizes(**sizes: int) -> None:
+def check_sizes(**sizes: int) -> None:
+    """Check that sizes are integers, and not negative."""
     for name, size in sizes.items():
         if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
             raise TypeError(f"{name} must be an integer, got {size!r}")
