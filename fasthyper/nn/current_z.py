@@ -1,7 +1,7 @@
-"""Pass z to the layers inside a primary network, without an argument.
+"""Pass z and an incidence to the layers inside a primary network, without arguments.
 
-`Hypernetwork.forward` runs its primary inside ``with use_z(z):``. A `HyperLinear` that is called there without a z,
-in the same thread, takes ``current_z(layer)``.
+`Hypernetwork.forward` runs its primary inside ``with use_z(z, incidence):``. A `HyperLinear` that is called there
+without a z, in the same thread, takes ``current_z(layer)``.
 """
 
 from __future__ import annotations
@@ -13,19 +13,23 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fasthyper.incidence import Incidence
+
 
 class _Current(threading.local):
-    """The z of this thread.
+    """The z and the incidence of this thread.
 
     Dynamo does not trace contextvars, and threads would share an attribute or a buffer of the modules.
     """
 
     z: Tensor | dict[nn.Module, Tensor] | None
+    incidence: Incidence | None
     backward_id: int | None
 
     # In __init__, which runs once per thread: torch 2.11's Dynamo reads a class default instead of a thread's value.
     def __init__(self) -> None:
         self.z = None
+        self.incidence = None
         self.backward_id = None
 
 
@@ -51,18 +55,21 @@ def _may_be_same_backward(backward_id: int | None) -> bool:
 
 
 @contextmanager
-def use_z(z: Tensor | dict[nn.Module, Tensor]) -> Iterator[None]:
-    """Make z, or the z of each layer, current in this thread, and restore the previous one at the end."""
-    outer = _current.z, _current.backward_id
-    _current.z, _current.backward_id = z, _backward_id()
+def use_z(z: Tensor | dict[nn.Module, Tensor], incidence: Incidence | None = None) -> Iterator[None]:
+    """Make z, or the z of each layer, and the incidence current in this thread; restore the previous ones at the end.
+
+    Without an incidence, none is current inside: that of an outer network belongs to the outer z.
+    """
+    outer = _current.z, _current.incidence, _current.backward_id
+    _current.z, _current.incidence, _current.backward_id = z, incidence, _backward_id()
     try:
         yield
     finally:
-        _current.z, _current.backward_id = outer
+        _current.z, _current.incidence, _current.backward_id = outer
 
 
-def current_z(layer: nn.Module) -> Tensor:
-    """Return the current z for `layer`.
+def current_z(layer: nn.Module) -> tuple[Tensor, Incidence | None]:
+    """Return the current z for `layer`, and the incidence that belongs to it.
 
     Raises:
         ValueError: there is none; the message lists the possible causes.
@@ -78,4 +85,4 @@ def current_z(layer: nn.Module) -> Tensor:
             "the whole Hypernetwork instead); when the primary runs the layer in another thread (as DataParallel "
             "does); or when the trunk returns a dict and the layer is no submodule of the primary."
         )
-    return z
+    return z, _current.incidence

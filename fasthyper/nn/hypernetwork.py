@@ -10,9 +10,11 @@ from torch.nn.modules import module as _modules
 
 from fasthyper.backends.contract import Layer
 from fasthyper.fused import hyper_primary, may_fuse
+from fasthyper.incidence import Incidence
 from fasthyper.nn.current_z import use_z
 from fasthyper.nn.hyperize import ungenerated
 from fasthyper.nn.linear import HyperLinear
+from fasthyper.nn.plain_linear import only_calls_forward
 from fasthyper.ops.primary import activation_of
 
 _MAX_LISTED = 8
@@ -30,7 +32,7 @@ class Hypernetwork(nn.Module):
         y = b(torch.relu(a(x, z)), z)
 
     A primary may contain other Hypernetworks. The layers of an inner primary take the inner z; the layers of an inner
-    trunk take the outer z.
+    trunk take the outer z. So it is with an incidence.
 
     Args:
         trunk: maps cond to z, ``(B, R)``, or to a dict with one z for each HyperLinear of the primary. The keys are
@@ -42,6 +44,11 @@ class Hypernetwork(nn.Module):
         - x: the input of the primary. Where it reaches a HyperLinear, its first dimension is B.
         - cond: the input of the trunk.
         - Output: the output of the primary.
+
+    With an incidence, rows of x meet rows of z as it says. For ragged points, the nodes of many graphs in one list,
+    that is ``Incidence.from_batch(ids)``: x and the results of all layers are ``(E, *)``, z is ``(C, R)``. An incidence
+    with sources or targets holds for every layer, too: the result of a layer has a row for each target, and the next
+    layer takes these rows as its sources.
 
     Raises:
         TypeError: the trunk or the primary is not a module.
@@ -71,30 +78,37 @@ class Hypernetwork(nn.Module):
                 "inner Hypernetwork take its z."
             )
 
-    def forward(self, x: Any, cond: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Any, cond: Any, *args: Any, incidence: Incidence | None = None, **kwargs: Any) -> Any:
         """Compute ``z = trunk(cond)`` and return ``primary(x, *args, **kwargs)`` with the weights that z generates.
 
         Args:
             x: the input of the primary. Where it reaches a HyperLinear, its first dimension is B.
             cond: the input of the trunk.
             *args: passed to the primary after x.
+            incidence: which rows of x, z and the result belong to each term of a sum, for every HyperLinear of the
+                primary that takes its z from here.
             **kwargs: passed to the primary.
 
         Returns:
             The output of the primary.
 
         Raises:
-            TypeError: the trunk returns neither a tensor nor a dict of tensors.
-            ValueError: the trunk returns a dict whose keys are not the names of the primary's HyperLinears.
+            TypeError: the trunk returns neither a tensor nor a dict of tensors, or the incidence is of another type.
+            ValueError: the trunk returns a dict whose keys are not the names of the primary's HyperLinears, or the
+                incidence does not fit the sizes of a layer.
         """
+        if incidence is not None and not isinstance(incidence, Incidence):
+            raise TypeError(f"incidence must be a fasthyper.Incidence, got {type(incidence).__name__}")
         z = self.trunk(cond)
         if isinstance(z, dict):
             z = self._z_by_layer(z)
         elif not isinstance(z, Tensor):
             raise TypeError(f"trunk must return a tensor or a dict of tensors, got a {type(z).__name__}")
-        elif not args and not kwargs and may_fuse(x) and (layers := _fusable_layers(self.primary)):
+        elif (
+            not args and not kwargs and incidence is None and may_fuse(x) and (layers := _fusable_layers(self.primary))
+        ):
             return hyper_primary(x, z, *layers)
-        with use_z(z):
+        with use_z(z, incidence):
             return self.primary(x, *args, **kwargs)
 
     def _z_by_layer(self, z: dict[str, Tensor]) -> dict[nn.Module, Tensor]:
@@ -144,15 +158,9 @@ def _fusable_layers(primary: nn.Module) -> tuple[Layer, Layer, str] | None:
     activation = activation_of(between)
     if activation is None or not (type(first) is type(second) is HyperLinear):
         return None
-    if not all(map(_only_calls_forward, (primary, first, between, second))):
+    if not all(map(only_calls_forward, (primary, first, between, second))):
         return None
     return _parameters(first), _parameters(second), activation
-
-
-def _only_calls_forward(module: nn.Module) -> bool:
-    """Return whether a call of the module runs the forward of its class and nothing else."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not (hooks or module._compiled_call_impl or "forward" in vars(module))
 
 
 def _parameters(layer: HyperLinear) -> Layer:

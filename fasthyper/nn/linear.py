@@ -193,7 +193,7 @@ class HyperLinear(nn.Module):
         Args:
             x: ``(B, I)`` or ``(B, *, I)``; with an incidence ``(S, I)`` or ``(S, *, I)``.
             z: ``(B, R)``; with an incidence ``(C, R)``. If None, the layer takes the z of the running
-                :class:`~fasthyper.nn.Hypernetwork`, of whose primary it is a part, and its incidence.
+                :class:`~fasthyper.nn.Hypernetwork`, of whose primary it is a part, and the incidence of this call.
             incidence: which rows of x, z and the result belong to each term of a sum.
 
         Returns:
@@ -204,7 +204,8 @@ class HyperLinear(nn.Module):
             ValueError: the sizes do not fit, or z is None outside of a Hypernetwork.
         """
         if z is None:
-            z = current_z(self)
+            z, current = current_z(self)
+            incidence = current if incidence is None else incidence
         return hyper_linear(
             x,
             z,

@@ -1,10 +1,10 @@
-"""Check that an `nn.Linear` computes only `x @ weight.T + bias`, so that other code may use its parameters."""
+"""Check that a call of a module runs only what its class says, so that other code may use its parameters."""
 
 from __future__ import annotations
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter
 
 NEVER_CALLED = "its owner (MultiheadAttention) reads its weights and never calls it"
 
@@ -22,7 +22,7 @@ _HOOKS = (
 
 def why_not_plain(linear: nn.Linear) -> str | None:
     """Return why this Linear may compute more than `x @ weight.T + bias`, or None if it does not."""
-    if is_lazy(linear.weight):
+    if isinstance(linear.weight, UninitializedParameter):
         return "it is lazy and not initialised yet: call its network once first"
     if isinstance(linear, NonDynamicallyQuantizableLinear):
         return NEVER_CALLED
@@ -35,3 +35,9 @@ def why_not_plain(linear: nn.Linear) -> str | None:
     if any(getattr(linear, hooks, None) for hooks in _HOOKS):
         return "it has hooks, which would be lost: remove them first and register them again afterwards"
     return None
+
+
+def only_calls_forward(module: nn.Module) -> bool:
+    """Return whether a call of the module runs the forward of its class and nothing else."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not (hooks or module._compiled_call_impl or "forward" in vars(module))

@@ -2,12 +2,15 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
-from small_networks import B, R, Returns, TrunkByName, by_hand, data, fill, primary
+from small_networks import B, Checkpointed, R, Returns, TrunkByName, by_hand, data, fill, primary
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from fasthyper import Incidence
 from fasthyper.nn import HyperLinear, Hypernetwork, hyperize
 
 
@@ -142,3 +145,168 @@ def test_functional_transforms(model):
     model(x, cond).square().sum().backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(per_sample[name].sum(0), p.grad)
+
+
+# With an incidence: ragged points.
+
+
+def ragged(ids=(2, 0, 2, 2, 1, 0, 2)):
+    """Return x, cond and the instance of each row of x."""
+    return torch.randn(len(ids), 4), torch.randn(3, 6), torch.tensor(ids)
+
+
+def test_ragged_points(model):
+    x, cond, ids = ragged()
+    parameters = list(model.parameters())
+    y, expected = model(x, cond, incidence=Incidence.from_batch(ids, 3)), model(x, cond[ids])
+    torch.testing.assert_close(y, expected)
+    g = torch.randn_like(y)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, parameters, g), torch.autograd.grad(expected, parameters, g), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_ragged_points_in_one_list(model):
+    x, cond, _ = ragged()
+    y = model(x, cond, incidence=Incidence.from_ptr(torch.tensor([0, 2, 2, 7])))
+    torch.testing.assert_close(y, model(x, cond[[0, 0, 2, 2, 2, 2, 2]]))
+
+
+def test_ragged_points_with_points(model):
+    (_, cond, ids), x = ragged(), torch.randn(7, 2, 3, 4)
+    torch.testing.assert_close(model(x, cond, incidence=Incidence.from_batch(ids, 3)), model(x, cond[ids]))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_ragged_points_compiled(model, backend):
+    """Batches of other sizes compile again until the sizes are symbols, and then no more."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend(backend)
+    f = torch.compile(model, fullgraph=True, backend=counter)
+    for graphs, nodes in ((3, 7), (4, 9), (5, 11), (6, 8), (7, 20)):
+        x, cond, ids = torch.randn(nodes, 4), torch.randn(graphs, 6), torch.randint(0, graphs, (nodes,))
+        y = f(x, cond, incidence=Incidence.from_batch(ids, graphs))
+        torch.testing.assert_close(y, model(x, cond[ids]))
+    assert counter.frame_count <= 2
+
+
+def test_ragged_points_exported(model):
+    x, cond, ids = ragged()
+    exported = torch.export.export(model, (x, cond), {"incidence": Incidence.from_batch(ids, 3)}).module()
+    for order in (ids, ids.flip(0)):
+        y = exported(x, cond, incidence=Incidence.from_batch(order, 3))
+        torch.testing.assert_close(y, model(x, cond[order]))
+
+
+def test_edges_in_every_layer(model):
+    """A graph with one z for each edge: every layer sums over the edges."""
+    x, cond = torch.randn(5, 4), torch.randn(12, 6)
+    edge_index = torch.randint(0, 5, (2, 12))
+    incidence = Incidence.from_edge_index(edge_index, 5, 5)
+    z = model.trunk(cond)
+    z = z if isinstance(z, dict) else {"0": z, "2": z}
+    first, act, second = model.primary
+    h = act(first(x, z["0"], incidence))
+    torch.testing.assert_close(model(x, cond, incidence=incidence), second(h, z["2"], incidence))
+
+
+def test_a_layer_that_the_incidence_does_not_fit(model):
+    x, cond = torch.randn(5, 4), torch.randn(12, 6)
+    edge_index = torch.stack([torch.arange(12) % 5, torch.arange(12) % 2])
+    with pytest.raises(ValueError, match="x must have 5 rows, the incidence's num_sources, got 2"):
+        model(x, cond, incidence=Incidence.from_edge_index(edge_index, 5, 2))
+    with pytest.raises(ValueError, match="source must have values from 0 to 1, one of 2 sources, got 2"):
+        model(x, cond, incidence=Incidence.from_edge_index(edge_index))
+    one = Hypernetwork(nn.Linear(6, R), HyperLinear(4, 3, R))
+    y = one(x, cond, incidence=Incidence.from_edge_index(edge_index))
+    torch.testing.assert_close(y, torch.zeros(2, 3).index_add(0, edge_index[1], one(x[edge_index[0]], cond)))
+
+
+def test_wrong_incidence(model):
+    x, cond, ids = ragged()
+    with pytest.raises(TypeError, match=r"incidence must be a fasthyper.Incidence, got Tensor"):
+        model(x, cond, incidence=ids)
+    with pytest.raises(ValueError, match="z must have 4 rows, the incidence's num_conds, got 3"):
+        model(x, cond, incidence=Incidence.from_batch(ids, 4))
+
+
+class WithInner(nn.Module):
+    """A primary with an inner Hypernetwork, whose trunk is generated too, and a layer that is called with its own z."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = HyperLinear(4, 5, R)
+        self.inner = Hypernetwork(HyperLinear(4, 3, R), HyperLinear(5, 5, 3))
+        self.after = HyperLinear(5, 5, R)
+        self.own = HyperLinear(5, 3, R)
+        self.apply(fill)
+
+    def forward(self, x, z):
+        return self.own(self.after(self.inner(self.first(x), x)), z)
+
+
+def test_an_incidence_reaches_only_the_layers_that_take_z():
+    model = Hypernetwork(nn.Linear(6, R), WithInner())
+    x, cond, ids = ragged()
+    z = torch.randn(7, R)
+    incidence = Incidence.from_batch(ids, 3)
+    torch.testing.assert_close(model(x, cond, z, incidence=incidence), model(x, cond[ids], z))
+    p = model.primary
+    p.forward = lambda x: p.own(p.first(x), None, Incidence.from_batch(1 - ids.clamp(max=1), 3))  # its own comes first
+    z = model.trunk(cond)
+    h = p.first(x, z, incidence)
+    torch.testing.assert_close(model(x, cond, incidence=incidence), p.own(h, z[1 - ids.clamp(max=1)]))
+
+
+def test_after_an_error_no_incidence_stays(model):
+    x, cond, ids = ragged()
+    with pytest.raises(ValueError, match="z must have"):
+        model(x, cond, incidence=Incidence.from_batch(ids, 4))
+    with pytest.raises(ValueError, match="called with no z"):
+        model.primary(x)
+    torch.testing.assert_close(model(x[:3], cond), by_hand(model, x[:3], cond))
+
+
+def test_ragged_points_in_threads(model):
+    jobs = [ragged(tuple(torch.randint(0, 3, (n,)).tolist())) for n in range(2, 8)]
+    expected, wrong, start = [model(x, cond[ids]) for x, cond, ids in jobs], [], threading.Barrier(6)
+
+    def work(job, y):
+        x, cond, ids = job
+        start.wait()
+        try:
+            for _ in range(20):
+                torch.testing.assert_close(model(x, cond, incidence=Incidence.from_batch(ids, 3)), y)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(jobs, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_checkpointing_with_an_incidence(model):
+    x, cond, ids = ragged()
+    incidence, parameters = Incidence.from_batch(ids, 3), list(model.parameters())
+    whole = Checkpointed(lambda x, cond: model(x, cond, incidence=incidence))
+    expected = torch.autograd.grad(model(x, cond[ids]).square().sum(), parameters)
+    torch.testing.assert_close(
+        torch.autograd.grad(whole(x, cond).square().sum(), parameters), expected, rtol=1e-4, atol=1e-4
+    )
+    inside = Hypernetwork(model.trunk, Checkpointed(model.primary)) if not hasattr(model.trunk, "names") else None
+    if inside is not None:
+        with pytest.raises(ValueError, match="checkpointing inside the primary"):
+            inside(x, cond, incidence=incidence).sum().backward()
+
+
+def test_an_incidence_is_not_fused(fusing):
+    model = Hypernetwork(nn.Linear(6, R), primary())
+    x, cond, ids = ragged()
+    y = model(x, cond, incidence=Incidence.from_batch(ids, 3))
+    assert fusing.ran == []
+    model(x, cond[ids])
+    assert fusing.ran == ["primary"]
+    torch.testing.assert_close(y, by_hand(model, x, cond[ids]))
