@@ -7,7 +7,9 @@ from fasthyper.nn.hypernetwork import Hypernetwork
 from fasthyper.nn.init import bias_hyper_, hyperfan_in_, hyperfan_out_
 from fasthyper.nn.linear import HyperLinear
 from fasthyper.nn.pairwise_bilinear import PairwiseBilinear
+from fasthyper.nn.nn_conv import NNConv
 from fasthyper.nn.parameters import ParameterReport, parameter_report
+from fasthyper.nn.rgcn_conv import RGCNConv
 
 __all__ = [
     "Bilinear",
@@ -15,7 +17,9 @@ __all__ = [
     "HyperLinear",
     "Hypernetwork",
     "PairwiseBilinear",
+    "NNConv",
     "ParameterReport",
+    "RGCNConv",
     "bias_hyper_",
     "hyperfan_in_",
     "hyperfan_out_",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
@@ -41,3 +43,20 @@ def only_calls_forward(module: nn.Module) -> bool:
     """Return whether a call of the module runs the forward of its class and nothing else."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return not (hooks or module._compiled_call_impl or "forward" in vars(module))
+
+
+def split_head(network: Any) -> tuple[list[nn.Module], nn.Linear] | str:
+    """Return the modules before the last Linear of a network, and that Linear; or why the network has no plain one."""
+    before: list[nn.Module] = []
+    while isinstance(network, nn.Sequential):
+        if type(network).forward is not nn.Sequential.forward or not only_calls_forward(network):
+            return "nn has a Sequential with hooks or a forward of its own"
+        if not len(network):
+            return "nn has an empty Sequential at its end"
+        *first, network = network._modules.values()
+        before += first
+    if not isinstance(network, nn.Linear):
+        return f"nn ends in a {type(network).__name__}, not in an nn.Linear"
+    if problem := why_not_plain(network):
+        return f"nn ends in a Linear that is not plain: {problem}"
+    return before, network
