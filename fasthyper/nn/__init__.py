@@ -6,8 +6,8 @@ from fasthyper.nn.hyperize import hyperize, ungenerated
 from fasthyper.nn.hypernetwork import Hypernetwork
 from fasthyper.nn.init import bias_hyper_, hyperfan_in_, hyperfan_out_
 from fasthyper.nn.linear import HyperLinear
-from fasthyper.nn.pairwise_bilinear import PairwiseBilinear
 from fasthyper.nn.nn_conv import NNConv
+from fasthyper.nn.pairwise_bilinear import PairwiseBilinear
 from fasthyper.nn.parameters import ParameterReport, parameter_report
 from fasthyper.nn.rgcn_conv import RGCNConv
 
@@ -16,8 +16,8 @@ __all__ = [
     "EmbeddingNetwork",
     "HyperLinear",
     "Hypernetwork",
-    "PairwiseBilinear",
     "NNConv",
+    "PairwiseBilinear",
     "ParameterReport",
     "RGCNConv",
     "bias_hyper_",
