@@ -1,6 +1,6 @@
 """Measure fasthyper and its peers on this machine, and make tables and figures of the results.
 
-    python -m benchmarks measure [--device cpu] [--only NAME] [--studies workloads,scaling,training] ...
+    python -m benchmarks measure [--device cpu] [--only LIST] [--studies workloads,scaling,training] ...
     python -m benchmarks report
 
 Each device has one file of results. A new measurement replaces the old one; all others stay.
@@ -24,7 +24,7 @@ from .context import current_context
 from .devices import CPU, GPU
 from .precompile import precompile
 from .records import MODES
-from .workloads import AXES
+from .workloads import AXES, Workload
 
 DTYPES = ("float32", "bfloat16", "float16")
 FOLDER = "folder of the results (default: benchmarks/results)"
@@ -43,14 +43,15 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     )
     option = measure.add_argument
     option("--device", choices=["cpu", "cuda"], default="cpu", help="where to run (default: cpu)")
-    option("--only", metavar="NAME", help="measure only workloads with NAME in their name, and no other study")
+    option("--only", metavar="LIST", help="measure only workloads with one of these in their name, and no other study")
     axes = [axis.name for axis in AXES]
     _add_list(measure, "--studies", studies.STUDIES, studies.STUDIES, "what to measure")
     _add_list(measure, "--dtypes", DTYPES, DTYPES[:2], "dtypes of the workloads")
     _add_list(measure, "--modes", MODES, MODES, "what one step computes")
     _add_list(measure, "--axes", axes, axes, "the sizes that grow in the study of scaling")
     threads = min(2, os.cpu_count() or 1)
-    option("--threads", metavar="COUNT", type=int, default=threads, help="threads of the CPU (default: %(default)s)")
+    text = f"threads of the CPU, such as 1,2: each number has a file of results (default: {threads})"
+    option("--threads", metavar="LIST", type=_counts, default=(threads,), help=text)
     option("--large", action="store_true", help="on a CPU, also measure workloads that need many GiB")
     option("--every", action="store_true", help="on a CPU, measure all workloads in every mode and dtype")
     option("--eager", action="store_true", help="skip torch.compile, which takes minutes in all")
@@ -86,6 +87,13 @@ def _names(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
     return names
 
 
+def _counts(text: str) -> tuple[int, ...]:
+    counts = tuple(int(count) for count in text.split(","))
+    if min(counts) < 1:
+        raise argparse.ArgumentTypeError("needs at least one thread")
+    return counts
+
+
 def main(given: Sequence[str] | None = None) -> None:
     """Run the command line."""
     args = arguments(given)
@@ -99,13 +107,20 @@ def main(given: Sequence[str] | None = None) -> None:
 
 
 def _measure(args: argparse.Namespace) -> None:
-    """Measure and print. Each group of records is written at once, so that an interruption loses little."""
+    """Measure with each number of threads, all within one budget."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("torch finds no GPU here")
     workloads = studies.select(args.only, args.large, args.device)
     if not workloads:
         raise SystemExit(f"no workload has {args.only!r} in its name; on a CPU, large workloads need --large")
-    torch.set_num_threads(args.threads)
+    start = time.monotonic()
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        _measure_here(args, workloads, start)
+
+
+def _measure_here(args: argparse.Namespace, workloads: Sequence[Workload], start: float) -> None:
+    """Measure and print. Each group of records is written at once, so that an interruption loses little."""
     # A new folder each time: with an old cache, the first call would not compile.
     folder = tempfile.TemporaryDirectory(prefix="fasthyper-", ignore_cleanup_errors=True)  # deleted when it is freed
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
@@ -113,7 +128,6 @@ def _measure(args: argparse.Namespace) -> None:
     device = CPU() if args.device == "cpu" else GPU()
     context = current_context(args.device)
     path = args.out / f"{context.slug}.csv"
-    start = time.monotonic()
     until = start + args.budget
     chosen = ("workloads",) if args.only else args.studies
     records.read(path)  # fails now rather than after the first measurement

@@ -191,9 +191,15 @@ class Results:
             return None
         return quotient(quotient(roofline.flops(subject.record), subject.seconds), self.bound(subject))
 
+    def product_bound(self, subject: Subject) -> float | None:
+        """Return the seconds that the flops take at the matrix product's rate; None for a training step."""
+        if subject.record.mode == TRAINING_STEP:
+            return None
+        return quotient(roofline.flops(subject.record), self.ceiling(subject, PRODUCT))
+
     def product_share(self, subject: Subject) -> float | None:
         """Return fasthyper's flop/s over those of the matrix product."""
-        return quotient(quotient(roofline.flops(subject.record), subject.seconds), self.ceiling(subject, PRODUCT))
+        return quotient(self.product_bound(subject), subject.seconds)
 
 
 def _undated(context: Context) -> Context:

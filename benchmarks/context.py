@@ -50,6 +50,17 @@ class Context:
         """The device's name as a file name."""
         return re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
 
+    @property
+    def machine(self) -> str:
+        """The device's name without the threads in use."""
+        return re.sub(r", \d+ threads$", "", self.device)
+
+    @property
+    def threads(self) -> int:
+        """The threads in use, 0 for a GPU."""
+        found = re.search(r", (\d+) threads$", self.device)
+        return int(found[1]) if found else 0
+
 
 def current_context(kind: str) -> Context:
     """Return the context of this process, for `"cpu"` or `"cuda"`."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from .terms import pair_sizes
 from .workloads import Workload
 
 Function = Callable[..., Tensor]
@@ -21,10 +21,11 @@ class Inputs:
     """One set of tensors.
 
     Attributes:
-        x: `(B, N, I)`; of a graph `(B / neighbours, N, I)`, one row per node.
-        z: `(B, R)`; of a graph, the edges that leave a node are adjacent.
+        x: `(B, N, I)`; over terms `(S, I)`, of pairs `(sentences, L, I)`.
+        z: `(B, R)`; over terms `(C, R)`, of pairs `(sentences, M, R)`.
         head: H `(O, I, R)`; of two layers, H, bias `(O, R)`, base weight `(O, I)` and base bias `(O,)` of each.
-        g: the gradient of y, or the target of a training step.
+        g: the gradient of y, or the target of a training step: `(B, N, O)`; over terms `(T, O)`, of pairs
+            `(sentences, L, M, O)`.
         trunk: `(R, R)`, the weights of the layer that computes z in a training step.
     """
 
@@ -61,9 +62,19 @@ def inputs(w: Workload, dtype: torch.dtype, device: str = "cpu", seed: int = 0) 
         H, bias = normal(O, I, R, scale=(I * R) ** -0.5), normal(O, R, scale=R**-0.5)
         return H, bias, normal(O, I, scale=I**-0.5), normal(O)
 
-    x, z = normal(w.nodes, w.N, w.I), normal(w.B, w.R)
+    x, z, y = shapes(w)
     head = (*generated(w.hidden, w.I), *generated(w.O, w.hidden)) if w.hidden else (normal(w.O, w.I, w.R),)
-    return Inputs(x, z, head, normal(w.nodes, w.N, w.O), normal(w.R, w.R, scale=w.R**-0.5))
+    return Inputs(normal(*x), normal(*z), head, normal(*y), normal(w.R, w.R, scale=w.R**-0.5))
+
+
+def shapes(w: Workload) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of x, z and y."""
+    if w.form == "pairs":
+        sets, left, right = pair_sizes(w)
+        return (sets, left, w.I), (sets, right, w.R), (sets, left, right, w.O)
+    if w.draw:
+        return (w.S or w.B, w.I), (w.C or w.B, w.R), (w.T or w.B, w.O)
+    return (w.B, w.N, w.I), (w.B, w.R), (w.B, w.N, w.O)
 
 
 class Sets(tuple[Inputs, ...]):
@@ -89,11 +100,3 @@ def rotated(w: Workload, dtype: torch.dtype, cache: int) -> Sets:
     first = inputs(w, dtype)
     size = sum(t.nbytes for t in (*first.leaves, first.g))
     return Sets([first, *(inputs(w, dtype, seed=k) for k in range(1, math.ceil(2 * cache / size)))])
-
-
-@cache
-def edges(w: Workload, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
-    """Return source and target of every edge, ordered by source. Each node has as many edges in as out."""
-    source = torch.arange(w.nodes, device=device).repeat_interleave(w.neighbours)
-    step = torch.arange(1, w.neighbours + 1, device=device).repeat(w.nodes)
-    return source, (source + step) % w.nodes

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from .inputs import Function, edges
+from .inputs import Function
+from .terms import indices
 from .workloads import Workload
 
 
@@ -90,9 +91,26 @@ def nnconv(w: Workload, device: str) -> Function:
 
     head = nn.Linear(w.R, w.I * w.O, bias=False, device=device)
     conv = NNConv(w.I, w.O, head, aggr="add", root_weight=False, bias=False)
-    index = torch.stack(edges(w, device))
+    source, _, target = indices(w, device)
+    index = torch.stack((source, target))  # type: ignore[arg-type]
 
     def layer(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
-        return functional_call(conv, {"nn.weight": weight.flatten(0, 1)}, (x.squeeze(1), index, z)).unsqueeze(1)
+        return functional_call(conv, {"nn.weight": weight.flatten(0, 1)}, ((x, None), index, z, (w.S, w.T)))
+
+    return layer
+
+
+def rgcnconv(w: Workload, device: str, fast: bool = False) -> Function:
+    """Use PyTorch Geometric's `RGCNConv` with bases, or its `FastRGCNConv`. Its head is `(R, I, O)`."""
+    from torch_geometric.nn import FastRGCNConv, RGCNConv
+
+    kind = FastRGCNConv if fast else RGCNConv
+    conv = kind(w.I, w.O, w.C, num_bases=w.R, aggr="add", root_weight=False, bias=False).to(device)
+    source, cond, target = indices(w, device)
+    index = torch.stack((source, target))  # type: ignore[arg-type]
+    targets = torch.empty(w.T, 1, device=device)  # without a root weight, only their number counts
+
+    def layer(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+        return functional_call(conv, {"weight": weight, "comp": z}, ((x, targets), index, cond))
 
     return layer

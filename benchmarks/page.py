@@ -8,19 +8,21 @@ from statistics import median
 
 from . import plots
 from .analysis import TOLERANCE, Results, Subject, common_loss, loss_curves, position, quotient
-from .formatting import digits, mib, ms_or_note, ms_with_quartiles, ratio, table
+from .formatting import digits, mib, ms, ms_or_note, ms_with_quartiles, ratio, table
 from .records import COPY, PRODUCT, Record, layers, quartiles
 from .summary import summarise
 
 LEGEND = """\
-Sizes: B instances of N points each, R features of z, generated layers of I → O features. B / n: n instances share \
-each x.
+Sizes: B instances of N points each, R features of z, generated layers of I → O features. Of graphs, ragged points \
+and pairs: E terms, which share S rows of x, C of z and T of y; where a number is missing, each term has its own row.
 
 - best peer: the fastest peer that was timed more than once
 - speed-up: the best peer's time over fasthyper's
 - noise: the ratio of two times of fasthyper, both measured in the same rounds
 - share: fasthyper's flop/s over the roofline's, which is the lesser of the matrix product's rate and the copy's rate \
 times flops per compulsory byte
+- bound: the time that the flops of the cheapest order take at the matrix product's rate, measured in the same rounds; \
+of graphs, ragged points and pairs, share is this time over fasthyper's
 - MiB: peak temporary memory by PyTorch's allocator, without outputs and gradients; resident: the same by the system
 - ms: median (lower–upper quartile); in the tables of all ways, the median, in parentheses if the way was tried once
 - `+` after a commit: with uncommitted changes"""
@@ -38,6 +40,25 @@ WORKLOAD_COLUMNS = [
     "share",
     "MiB, fasthyper",
     "resident",
+    "MiB, least peer",
+]
+TERM_COLUMNS = [
+    "workload",
+    "E",
+    "S",
+    "C",
+    "T",
+    "R",
+    "I → O",
+    "ms, fasthyper",
+    "ms, best peer",
+    "speed-up",
+    "noise",
+    "ms, bound",
+    "share",
+    "MiB, fasthyper",
+    "resident",
+    "MiB, best peer",
     "MiB, least peer",
 ]
 
@@ -58,8 +79,8 @@ def markdown(found: Iterable[Record], figures: Iterable[str] = ()) -> str:
         *_ceilings(results),
     ]
     for dtype, mode in results.modes:
-        parts += [f"## {mode.capitalize()}, {dtype}", workload_table(results, dtype, mode)]
-        parts += [f"### All ways, ms: {mode}, {dtype}", _ways(results, results.select("workloads", dtype, mode))]
+        parts += [f"## {mode.capitalize()}, {dtype}", *workload_tables(results, dtype, mode)]
+        parts += [f"### All ways, ms: {mode}, {dtype}", *_ways(results, results.select("workloads", dtype, mode))]
     parts += [*_compile_times(results), *_scaling(results), *training_table(results)]
     parts += [f"![{Path(name).stem.rpartition('-')[2]}]({name})" for name in figures]
     return "\n\n".join(parts) + "\n"
@@ -72,21 +93,38 @@ def footnotes(results: Results, subjects: list[Subject]) -> list[str]:
     return [f"Raised letters mark results from elsewhere: {'. '.join(notes)}."] if notes else []
 
 
-def workload_table(results: Results, dtype: str, mode: str) -> str:
-    """Return the table of all workloads in a dtype and mode."""
-    return table(WORKLOAD_COLUMNS, (_workload(results, s) for s in results.select("workloads", dtype, mode)))
+def workload_tables(results: Results, dtype: str, mode: str) -> list[str]:
+    """Return the tables of all workloads in a dtype and mode: layers and networks, then sums over terms."""
+    subjects = results.select("workloads", dtype, mode)
+    layers_, terms = ([s for s in subjects if s.record.over_terms == over] for over in (False, True))
+    tables = [table(WORKLOAD_COLUMNS, (_workload(results, s) for s in layers_))] if layers_ else []
+    return [*tables, table(TERM_COLUMNS, (_terms(results, s) for s in terms))] if terms else tables
 
 
-def instances(record: Record, number: str = ",") -> str:
-    """Return B, and after a slash how many instances share an x. `number` formats B."""
-    return f"{record.B:{number}}" + (f" / {record.neighbours}" if record.neighbours > 1 else "")
+def _terms(results: Results, subject: Subject) -> list[str]:
+    record, ours, best = subject.record, subject.ours, subject.best_peer
+    return [
+        record.workload + results.mark(subject),
+        *(f"{size:,}" if size else "" for size in (record.B, record.S, record.C, record.T, record.R)),
+        layers(record),
+        "" if ours is None else ms_with_quartiles(ours) or ours.note,
+        f"{ms_or_note(best)} ({best.way})" if best else "",
+        ratio(subject.speed_up),
+        ratio(subject.noise),
+        ms(results.product_bound(subject)),
+        ratio(results.product_share(subject)),
+        mib(ours.temporary if ours else None),
+        mib(ours.resident if ours else None),
+        mib(best.temporary if best else None),
+        mib(subject.least_memory),
+    ]
 
 
 def _workload(results: Results, subject: Subject) -> list[str]:
     record, ours, best = subject.record, subject.ours, subject.best_peer
     return [
         record.workload + results.mark(subject),
-        instances(record),
+        f"{record.B:,}",
         f"{record.N:,}",
         f"{record.R:,}",
         layers(record),
@@ -129,10 +167,17 @@ def _names(subjects: list[Subject], *roles: str) -> list[str]:
     return list(dict.fromkeys(r.way for role in roles for s in subjects for r in s.records if r.role == role))
 
 
-def _ways(results: Results, subjects: list[Subject]) -> str:
-    names = _names(subjects, "ours", "again", "variant", "peer")
-    rows = [[results.label(s), *(ms_or_note(s.way(name)) for name in names)] for s in subjects]
-    return table(["workload", *names], rows)
+def _ways(results: Results, subjects: list[Subject]) -> list[str]:
+    """Return a table for each group of workloads that have ways in common."""
+    groups: dict[tuple[bool, ...], list[Subject]] = {}
+    for s in subjects:
+        groups.setdefault((s.record.S > 0, s.record.C > 0, s.record.T > 0), []).append(s)
+    tables = []
+    for group in groups.values():
+        names = _names(group, "ours", "again", "variant", "peer")
+        rows = [[results.label(s), *(ms_or_note(s.way(name)) for name in names)] for s in group]
+        tables.append(table(["workload", *names], rows))
+    return tables
 
 
 def _compile_times(results: Results) -> list[str]:

@@ -18,6 +18,7 @@ from .context import ROOT, Context
 RESULTS = ROOT / "benchmarks" / "results"
 FORWARD, FORWARD_BACKWARD, TRAINING_STEP = MODES = ("forward", "forward + backward", "training step")
 PRODUCT, COPY = "matrix product", "copy"
+SIZES = ("B", "N", "R", "I", "O", "S", "C", "T", "hidden")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class Record:
         study: `"workloads"`, `"scaling"` or `"training"`.
         workload: the name in `workloads.py`, or of a training example.
         B, N, R, I, O: sizes; see `workloads.Workload`.
-        neighbours: number of instances that share one x; 1 if each has its own.
+        S, C, T: rows of x, z and y that the B terms share; 0 if each term has its own.
         hidden: units between the two layers of a generated network; 0 for a single layer.
         axis: of `scaling`, the size that grows: `"B"`, `"N"`, `"R"` or `"width"`.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`.
@@ -56,7 +57,9 @@ class Record:
     R: int = 0
     I: int = 0
     O: int = 0
-    neighbours: int = 1
+    S: int = 0
+    C: int = 0
+    T: int = 0
     hidden: int = 0
     axis: str = ""
     dtype: str = "float32"
@@ -84,8 +87,12 @@ class Record:
     @property
     def subject(self) -> tuple:
         """The study, sizes, dtype and mode: records with the same subject are compared, and replaced together."""
-        sizes = (self.B, self.N, self.R, self.I, self.O, self.neighbours, self.hidden)
-        return (self.study, self.axis, self.workload, *sizes, self.dtype, self.mode)
+        return (self.study, self.axis, self.workload, *sizes(self), self.dtype, self.mode)
+
+    @property
+    def over_terms(self) -> bool:
+        """Whether it is of a graph, ragged points or pairs."""
+        return bool(self.S or self.C or self.T)
 
 
 _RECORD_FIELDS = [f for f in dataclasses.fields(Record) if f.name != "context"]
@@ -160,6 +167,11 @@ def quartiles(values: Sequence[float]) -> list[float]:
     return quantiles(values, n=4, method="inclusive") if len(values) > 1 else list(values) * 3
 
 
-def layers(sizes: Any) -> str:
+def layers(of: Any) -> str:
     """Return the features of the one or two generated layers, such as `64 → 128`, from a record or a workload."""
-    return " → ".join(str(features) for features in (sizes.I, sizes.hidden, sizes.O) if features)
+    return " → ".join(str(features) for features in (of.I, of.hidden, of.O) if features)
+
+
+def sizes(of: Any) -> tuple[int, ...]:
+    """Return the sizes named in `SIZES`, from a record or a workload."""
+    return tuple(getattr(of, name) for name in SIZES)

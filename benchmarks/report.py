@@ -1,7 +1,7 @@
 """`python -m benchmarks report`: write the pages, figures and marked sections of all files of results.
 
-For each file: a page (`page.py`) and figures (`plots.py`) beside it. For the newest file of each kind of device: a
-section in README.md and in docs/performance.md (`sections.py`).
+For each file: a page (`page.py`) and figures (`plots.py`) beside it. For the newest machine of each kind of device, by
+its file with the most threads: a section in README.md and in docs/performance.md (`sections.py`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def write_all(folder: Path = RESULTS, root: Path = ROOT) -> list[Path]:
         root: the folder of `DOCUMENTS`. Documents that do not exist are skipped.
     """
     written: list[Path] = []
-    newest: dict[str, tuple[str, Path, list[Record]]] = {}
+    files: dict[str, list[tuple[Results, Path]]] = {}
     for source in sorted(folder.glob("*.csv")):
         found = records.read(source)
         if not found:
@@ -43,15 +43,23 @@ def write_all(folder: Path = RESULTS, root: Path = ROOT) -> list[Path]:
         markdown.write_text(page.markdown(found, [path.name for path in figures]), encoding="utf-8")
         written += [markdown, *figures]
         if any((r.study, r.mode) == ("workloads", FORWARD_BACKWARD) for r in found):
-            this = (max(r.context.date for r in found), source, found)
-            kind = Results(found).context.kind
-            newest[kind] = max(newest.get(kind, this), this, key=lambda one: one[0])
-    for kind, (_, source, found) in newest.items():
+            results = Results(found)
+            files.setdefault(results.context.kind, []).append((results, source))
+    for kind, group in files.items():
+        (main, source), *others = _of_newest_machine(group)
         for name, text in DOCUMENTS.items():
             document = root / name
-            if document.exists() and sections.replace(document, kind, text(found, source, document.parent)):
+            given = main.records, source, document.parent, [results.records for results, _ in others]
+            if document.exists() and sections.replace(document, kind, text(*given)):
                 written.append(document)
     return list(dict.fromkeys(written))
+
+
+def _of_newest_machine(files: list[tuple[Results, Path]]) -> list[tuple[Results, Path]]:
+    """Return the files of the machine that was measured last, that with the most threads first."""
+    newest = max((results for results, _ in files), key=lambda results: max(r.context.date for r in results.records))
+    of_machine = [one for one in files if one[0].context.machine == newest.context.machine]
+    return sorted(of_machine, key=lambda one: -one[0].context.threads)
 
 
 def _draw(found: list[Record], source: Path) -> list[Path]:

@@ -1,12 +1,14 @@
 """Peak resident memory of a step of fasthyper, in its own process. It includes memory that C++ allocates itself.
 
-    python -m benchmarks.resident DTYPE BACKEND THREADS B,N,R,I,O ...
+    python -m benchmarks.resident DTYPE BACKEND THREADS WORKLOAD ...
 
-prints for each problem the peak bytes, without inputs and results.
+prints for each workload, in JSON, the peak bytes, without inputs and results.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from .context import ROOT
 from .inputs import Sets, inputs
 from .records import FORWARD_BACKWARD
 from .steps import step
-from .ways import fused
+from .ways import fused, ours
 from .workloads import Workload
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -31,7 +33,7 @@ def resident_bytes(workloads: Sequence[Workload], dtype: str, backend: str, thre
     """Run this module and return the bytes of each workload, or None for all if the system has no /proc."""
     if not CLEAR_REFS.exists():
         return [None] * len(workloads)
-    problems = (f"{w.B},{w.N},{w.R},{w.I},{w.O}" for w in workloads)
+    problems = (json.dumps(dataclasses.asdict(w)) for w in workloads)
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.resident", dtype, backend, str(threads), *problems],
         capture_output=True,
@@ -56,7 +58,9 @@ def _measure(w: Workload, dtype: torch.dtype, backend: str, threads: int) -> int
     fasthyper.set_backend(backend)
     first = Workload("first", 64, min(w.N, 8), min(w.R, 64), 64, 64, source="")
     step(fused, FORWARD_BACKWARD, Sets([inputs(first, dtype)]))()  # sets up libraries and thread pools
-    run = step(fused, FORWARD_BACKWARD, Sets([inputs(w, dtype)]))
+    run = step(ours(w, "cpu")[0].function(w), FORWARD_BACKWARD, Sets([inputs(w, dtype)]))
+    if w.draw:
+        run()  # sorts the terms, once
     CLEAR_REFS.write_text("5")  # resets VmHWM, the peak
     before = _status("VmRSS")
     results = run()
@@ -67,7 +71,7 @@ def main() -> None:
     """Measure each problem of the command line in a child process."""
     dtype, backend, threads, *problems = sys.argv[1:]
     for problem in problems:
-        w = Workload("this", *map(int, problem.split(",")), source="")
+        w = Workload(**json.loads(problem))
         # Fork, since importing torch takes seconds. That is safe: this process has started no threads.
         if (child := os.fork()) == 0:
             print(_measure(w, getattr(torch, dtype), backend, int(threads)), flush=True)

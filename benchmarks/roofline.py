@@ -15,23 +15,31 @@ def features(record: Record) -> list[tuple[int, int]]:
 
 
 def flops(record: Record) -> int:
-    """Return the flops of the cheapest schedule: one contraction forward, and two of the same size backward."""
-    total, neighbours = 0, record.neighbours
+    """Return the flops of the cheapest schedule: one contraction forward, and two of the same size backward.
+
+    A schedule multiplies by the head once for each of its rows: points of all terms, sources, conditions or targets.
+    Unless its rows are the points themselves, it multiplies the other two factors of each point, too.
+    """
+    (S, C, T), N, R, total = rows(record), record.N, record.R, 0
+    points = record.B * N
     for I, O in features(record):
-        points, head = record.B * record.N, record.R * I * O
-        fold = points * head
-        generate = record.B * head + points * I * O
-        project = points // neighbours * head + points * record.R * O
-        total += 2 * min(fold, generate, project)
-        neighbours = 1  # instances share the x of the first layer only
+        head = R * I * O
+        fold, generate = points * head, C * head + points * I * O
+        project, aggregate = S * N * head + points * R * O, T * N * head + points * R * I
+        total += 2 * min(fold, generate, project, aggregate)
     return total if record.mode == FORWARD else 3 * total
+
+
+def rows(record: Record) -> tuple[int, int, int]:
+    """Return the rows of x, z and y."""
+    return record.S or record.B, record.C or record.B, record.T or record.B
 
 
 def compulsory_bytes(record: Record) -> int:
     """Return the bytes of x, z, the head and y, each moved once; with backward, also those of their gradients."""
-    points = record.B * record.N
+    S, C, T = rows(record)
     head = sum(record.R * I * O for I, O in features(record))
-    numbers = points // record.neighbours * (record.I + record.O) + record.B * record.R + head
+    numbers = record.N * (S * record.I + T * record.O) + C * record.R + head
     return numbers * SIZE[record.dtype] * (1 if record.mode == FORWARD else 2)
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .analysis import Results, Subject
 from .formatting import mib, ms, ratio, table
-from .page import LEGEND, footnotes, instances, training_table, workload_table
+from .page import LEGEND, footnotes, training_table, workload_tables
 from .records import FORWARD_BACKWARD, Record, layers
 from .workloads import WORKLOADS
 
@@ -27,13 +27,14 @@ SHORT_COLUMNS = [
 ]
 
 
-def short(found: Iterable[Record], source: Path, base: Path) -> str:
+def short(found: Iterable[Record], source: Path, base: Path, others: Sequence[Iterable[Record]] = ()) -> str:
     """Return the README's section: one table of forward + backward, and the figure of the speed-ups.
 
     Args:
         found: the records.
         source: their file.
         base: the folder of the document, from which links start.
+        others: not shown.
     """
     results = Results(found)
     dtype = min((dtype for dtype, mode in results.modes if mode == FORWARD_BACKWARD), key=lambda d: d != "float32")
@@ -47,7 +48,7 @@ def short(found: Iterable[Record], source: Path, base: Path) -> str:
     link = _link(source, base)
     text = (
         f"{FORWARD_BACKWARD.capitalize()} in {dtype} on {results.headline}; torch {results.context.torch}. "
-        "MiB: peak temporary memory, without outputs and gradients. B / n: n instances share each x. "
+        "MiB: peak temporary memory without outputs and gradients. S, C, T: rows of x, z and y that the B terms share. "
         f"[All workloads, peers, dtypes and modes]({link}.md)."
     )
     figure = f"![Speed-up over the best peer]({link}-speedups.png)"
@@ -58,20 +59,26 @@ def _short_row(results: Results, subject: Subject) -> list[str]:
     record, ours, best = subject.record, subject.ours, subject.best_peer
     return [
         record.workload + results.mark(subject),
-        f"{instances(record, 'd')}, {record.N}, {record.R}, {layers(record)}",
+        f"{_instances(record)}, {record.N}, {record.R}, {layers(record)}",
         f"{mib(ours.temporary if ours else None)} / {mib(subject.least_memory)}",
         f"{ms(subject.seconds)} / {ms(best.median if best else None)}",
         ratio(subject.speed_up),
     ]
 
 
-def full(found: Iterable[Record], source: Path, base: Path) -> str:
+def _instances(record: Record) -> str:
+    shared = [f"{name} {getattr(record, name)}" for name in "SCT" if getattr(record, name)]
+    return f"{record.B}" + (f" ({' '.join(shared)})" if shared else "")
+
+
+def full(found: Iterable[Record], source: Path, base: Path, others: Sequence[Iterable[Record]] = ()) -> str:
     """Return the section of docs/performance.md: all workloads, training, and the other figures.
 
     Args:
         found: the records.
         source: their file.
         base: the folder of the document, from which links start.
+        others: the records of the same machine with other numbers of threads: only forward + backward.
     """
     results = Results(found)
     link = _link(source, base)
@@ -82,7 +89,12 @@ def full(found: Iterable[Record], source: Path, base: Path) -> str:
     ]
     for dtype, mode in results.modes:
         if mode == FORWARD_BACKWARD:
-            parts += [f"**{mode.capitalize()}, {dtype}**", workload_table(results, dtype, mode)]
+            parts += [f"**{mode.capitalize()}, {dtype}**", *workload_tables(results, dtype, mode)]
+    for other in map(Results, others):
+        for dtype, mode in other.modes:
+            if mode == FORWARD_BACKWARD:
+                title = f"**{mode.capitalize()}, {dtype}, threads: {other.context.threads}**"
+                parts += [title, f"Measured on {other.headline}.", *workload_tables(other, dtype, mode)]
     parts += ["**Training**", *training_table(results)[1:]] if results.select("training") else []
     for name, text, study in (
         ("scaling", "Time and memory along B, N, R and width", "scaling"),

@@ -11,7 +11,7 @@ from fasthyper.ops import reference
 
 from .inputs import Function, Inputs, Sets
 from .records import FORWARD, FORWARD_BACKWARD, TRAINING_STEP
-from .ways import over_edges
+from .terms import indices
 from .workloads import Workload
 
 Step = Callable[[], tuple[Tensor, ...]]
@@ -83,9 +83,23 @@ def definition(w: Workload, device: str) -> Function:
         hidden = torch.relu(reference.hyper_linear(x, z, *layers[:4]))
         return reference.hyper_linear(hidden, z, *layers[4:])
 
-    if w.form == "graph":
-        return over_edges(reference.apply, w, device)
+    if w.form == "pairs":
+        return lambda x, z, weight: torch.einsum("bmi,oir,bnr->bmno", x, weight, z)
+    if w.draw:
+        return _sum_of_terms(w, device)
     return primary if w.form == "primary" else reference.apply
+
+
+def _sum_of_terms(w: Workload, device: str) -> Function:
+    source, cond, target = indices(w, device)
+
+    def layer(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+        W = torch.einsum("cr,oir->coi", z, weight)
+        W = W if cond is None else W.index_select(0, cond)
+        y = torch.einsum("ei,eoi->eo", x if source is None else x.index_select(0, source), W)
+        return y if target is None else y.new_zeros(w.T, w.O).index_add(0, target, y)
+
+    return layer
 
 
 class Truth:

@@ -9,15 +9,15 @@ from functools import partial
 import torch
 
 from fasthyper import planner
-from fasthyper.problem import Problem
+from fasthyper.problem import Problem, TermProblem
 
 from . import training
 from .context import Context
 from .devices import CPU, GPU
-from .records import FORWARD_BACKWARD, TRAINING_STEP, Record
+from .records import FORWARD_BACKWARD, TRAINING_STEP, Record, sizes
 from .resident import resident_bytes
 from .timing import RoundLimits, compare
-from .ways import AGAIN, OURS, PEERS, ours, peers, schedules
+from .ways import AGAIN, OURS, PEERS, TERMS, ours, peers, schedules
 from .workloads import AXES, WORKLOADS, Workload
 
 STUDIES = ("workloads", "scaling", "training")
@@ -28,12 +28,13 @@ Groups = Iterator[list[Record]]
 
 
 def select(only: str | None, large: bool, kind: str) -> list[Workload]:
-    """Return the workloads whose label contains `only`, or all.
+    """Return the workloads whose label contains one of the words in `only`, which commas separate, or all.
 
     On a CPU, large workloads are left out unless `large`. On a GPU, all have as many instances as published, and those
     that have floors come first, in case the time runs out.
     """
-    found = [w for w in WORKLOADS if (only or "").lower() in w.label.lower()]
+    words = [word.strip().lower() for word in (only or "").split(",")]
+    found = [w for w in WORKLOADS if any(word in w.label.lower() for word in words)]
     if kind == "cpu":
         return [w for w in found if large or not w.large]
     return sorted((w.as_published() for w in found), key=lambda w: (w.N > 1, -w.B * w.N * w.R * w.I * w.O))
@@ -41,14 +42,13 @@ def select(only: str | None, large: bool, kind: str) -> list[Workload]:
 
 def is_current(record: Record) -> bool:
     """Return whether the workload or axis of a record still has the record's sizes."""
-    sizes = (record.workload, *record.subject[3:10])
     if record.study == "workloads":
         current = [w for one in WORKLOADS for w in (one, one.as_published())]
     elif record.study == "scaling":
         current = [w for axis in AXES for w in axis.workloads(record.context.kind) if axis.name == record.axis]
     else:
         return True
-    return any(sizes == (w.name, w.B, w.N, w.R, w.I, w.O, w.neighbours, w.hidden) for w in current)
+    return any((record.workload, sizes(record)) == (w.name, sizes(w)) for w in current)
 
 
 def planned_schedules(w: Workload, dtype: torch.dtype, context: Context) -> str:
@@ -67,6 +67,14 @@ def planned_schedules(w: Workload, dtype: torch.dtype, context: Context) -> str:
     apart = context.backend == "cpu" and w.N == 1
     backward = [(True, True, False), (False, False, True)] if apart else [(True, True, True)]
     calls = [problem("apply"), *(problem("grads", needs=needs) for needs in backward)]
+    return " / ".join(planner.plan(call).schedule for call in calls)
+
+
+def planned_term_schedules(w: Workload, dtype: torch.dtype, context: Context) -> str:
+    """Return the planner's schedules for forward and backward over terms."""
+    rows = (w.S or w.B, w.C or w.B, w.T or w.B)
+    like = (w.B, *rows, w.N, w.R, w.I, w.O, dtype, context.kind)
+    calls = [TermProblem(op, *like, backend=context.backend) for op in ("apply", "grads")]
     return " / ".join(planner.plan(call).schedule for call in calls)
 
 
@@ -115,7 +123,7 @@ def measure_workloads(
                 if mode == TRAINING_STEP and near_best is not None:
                     skip = {way.name: "slow in forward + backward" for way in others if way.name not in near_best}
                 if not (all_modes or w.readme):
-                    libraries = [way for way in others if way.library and way.form == "layer"]
+                    libraries = [way for way in others if way.library and "layer" in way.forms]
                     skip |= {way.name: "same as vmap(functional_call)" for way in libraries}
                 if not compiles:
                     skip |= {way.name: "not compiled" for way in others if way.compiled}
@@ -125,7 +133,8 @@ def measure_workloads(
                 group = compare(w, mode, dtype, device, ways, context, limits, skip=skip, study="workloads")
                 if mode == FORWARD_BACKWARD:
                     near_best = {r.way for r in group if r.rounds and r.rounds > 1}
-                    plan = planned_schedules(w, dtype, context) if w.form == "layer" else ""
+                    planned = {"layer": planned_schedules, **dict.fromkeys(TERMS, planned_term_schedules)}.get(w.form)
+                    plan = planned(w, dtype, context) if planned else ""
                     group = _with(group, resident=resident.get(w), plan=plan)
                 yield group
 
@@ -133,11 +142,11 @@ def measure_workloads(
 def _resident(
     workloads: Sequence[Workload], modes: Sequence[str], dtype: torch.dtype, device: CPU | GPU
 ) -> dict[Workload, int | None]:
-    layers = [w for w in workloads if w.form == "layer"]
-    if device.kind != "cpu" or FORWARD_BACKWARD not in modes or not layers:
+    chosen = [w for w in workloads if w.form != "primary" and not ours(w, "cpu")[0].reason_to_skip(w, dtype, 1 << 40)]
+    if device.kind != "cpu" or FORWARD_BACKWARD not in modes or not chosen:
         return {}
-    sizes = resident_bytes(layers, str(dtype).removeprefix("torch."), "auto", torch.get_num_threads())
-    return dict(zip(layers, sizes, strict=True))
+    found = resident_bytes(chosen, str(dtype).removeprefix("torch."), "auto", torch.get_num_threads())
+    return dict(zip(chosen, found, strict=True))
 
 
 def _with(group: list[Record], **fields: object) -> list[Record]:
@@ -150,7 +159,7 @@ def measure_scaling(axes: Sequence[str], device: CPU | GPU, context: Context, un
 
     An axis ends where the first of the peers runs out of memory.
     """
-    few = [way for way in PEERS if way.name in SCALING_PEERS and way.form == "layer"]
+    few = [way for way in PEERS if way.name in SCALING_PEERS and "layer" in way.forms]
     dtype = torch.float32 if device.kind == "cpu" else torch.bfloat16
     for axis in (axis for axis in AXES if axis.name in axes):
         for w in axis.workloads(device.kind):

@@ -89,12 +89,16 @@ _EXTRA = {w.name for w in WORKLOADS if w.extra}
 
 
 def published(record: Record) -> bool:
-    """Return whether it is a single layer of a published network, not of a graph. Means are over these records."""
-    return record.neighbours == 1 and not record.hidden and record.workload not in _EXTRA
+    """Return whether it is a single layer of a published network, not over terms. Means are over these records."""
+    return not record.over_terms and not record.hidden and record.workload not in _EXTRA
+
+
+def _over_terms(record: Record) -> bool:
+    return record.over_terms
 
 
 def _single(record: Record) -> bool:
-    return record.N == 1
+    return record.N == 1 and not record.over_terms
 
 
 def _several(record: Record) -> bool:
@@ -149,6 +153,16 @@ _OTHER_MODES = (
         "training step: speed-up at N = 1, geometric mean", _speed_up, "mean", _single_published, mode=TRAINING_STEP
     ),
 )
+_TERMS = (
+    Metric("graphs, ragged points, pairs: speed-up, geometric mean", _speed_up, "mean", _over_terms),
+    Metric("graphs, ragged points, pairs: speed-up, least", _speed_up, "least", _over_terms),
+    Metric(
+        "graphs, ragged points, pairs: share of the matrix product's rate, least",
+        Results.product_share,
+        "least",
+        _over_terms,
+    ),
+)
 _CHECKS = (
     Metric(
         "planner's choice over the best schedule, most",
@@ -196,6 +210,7 @@ METRICS = {
         ),
         Metric("temporary memory, MiB, most", _temporary, "most", floors={"": "≤ 40"}),
         Metric("temporary memory, resident, MiB, most", _resident, "most", floors={"": "≤ 40"}),
+        *_TERMS,
         *_CHECKS,
     ),
     "cuda": (
@@ -220,6 +235,7 @@ METRICS = {
             {"": "≥ 0.6"},
         ),
         Metric("temporary memory, MiB, most", _temporary, "most", floors={"": "≤ 64"}),
+        *_TERMS,
         *_CHECKS,
     ),
 }

@@ -24,7 +24,7 @@ from fasthyper.measure import peak_temporary_bytes
 
 from .devices import CPU, GPU
 from .inputs import Sets
-from .records import MODES
+from .records import MODES, SIZES
 from .steps import Truth, step
 from .ways import OURS, Way, ours, peers
 from .workloads import WORKLOADS, Workload
@@ -104,7 +104,7 @@ def test_throughput(
         pytest.skip(f"one call took {seconds:.1f} s")
     benchmark.group = f"{w.label}, R = {w.R}: {mode}, {_name(dtype)}"
     size = peak_temporary_bytes(run, device.kind)
-    sizes = {name: getattr(w, name) for name in ("B", "N", "R", "I", "O", "neighbours", "hidden")}
+    sizes = {name: getattr(w, name) for name in SIZES}
     benchmark.extra_info.update(sizes, way=way.name, source=w.source, temporary_bytes=size, first_call_seconds=first)
     report_memory(benchmark.group, way.name, size)
     benchmark(device.synchronous(call))

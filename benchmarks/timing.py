@@ -19,7 +19,7 @@ from fasthyper.measure import peak_temporary_bytes
 from .context import Context
 from .devices import CPU, GPU, Call
 from .inputs import Sets, inputs
-from .records import Record, quartiles
+from .records import SIZES, Record, quartiles
 from .steps import Truth, step
 from .ways import Way
 from .workloads import Workload
@@ -106,7 +106,7 @@ def compare(
     record = partial(
         Record,
         workload=w.name,
-        **{name: getattr(w, name) for name in ("B", "N", "R", "I", "O", "neighbours", "hidden")},
+        **{name: getattr(w, name) for name in SIZES},
         dtype=str(dtype).removeprefix("torch."),
         mode=mode,
         context=context,
@@ -146,7 +146,7 @@ def compare(
 
 def _too_slow(way: Way, w: Workload, mode: str, dtype: torch.dtype, device: CPU | GPU, fastest: float) -> str | None:
     """Return a note if a fraction of the batch takes longer than all of it by the fastest way, else None."""
-    size = w.B // FRACTION // w.neighbours * w.neighbours
+    size = 0 if w.draw else w.B // FRACTION  # a part of the terms may have another structure
     if 0 < device.available_bytes() < way.keeps(w) * dtype.itemsize:
         return None  # the whole batch runs out of memory soon
     if way.compiled or device.kind != "cpu" or not size or fastest < LONG / FRACTION:

@@ -1,6 +1,7 @@
 """The measured ways to compute y[b,n,o] = Σ_i Σ_r H[o,i,r] x[b,n,i] z[b,r]: fasthyper's own and its peers.
 
-The functions come first, then the class `Way` and the list of all ways. Other libraries are in `libraries.py`.
+The functions come first, then the class `Way` and the list of all ways. Other libraries are in `libraries.py`, the
+peers of graphs, ragged points and pairs in `term_ways.py`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import fasthyper
 from fasthyper.fused import hyper_primary
 from fasthyper.planner import machine
 
-from . import libraries
-from .inputs import Function, edges
+from . import libraries, term_ways
+from .inputs import Function
+from .terms import indices
 from .workloads import Workload
 
 
@@ -127,31 +129,6 @@ def functional_primary(x: Tensor, z: Tensor, *layers: Tensor) -> Tensor:
     return vmap(lambda own, points: functional_call(network, own, (points,)))(parameters, x)
 
 
-def over_edges(function: Function, w: Workload, device: str) -> Function:
-    """Return a graph's layer: an edge takes x from its source node, and each node sums its incoming edges."""
-    source, target = edges(w, device)
-
-    def layer(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
-        y = function(x[source], z, weight)
-        return y.new_zeros(w.nodes, *y.shape[1:]).index_add_(0, target, y)
-
-    return layer
-
-
-def by_source(function: Function, w: Workload, device: str) -> Function:
-    """Return a graph's layer with x · H first: x generates weights for each node, and z of its edges are the points.
-
-    The head is `(O, R, I)`.
-    """
-    _, target = edges(w, device)
-
-    def layer(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
-        y = function(z.view(w.nodes, w.neighbours, w.R), x.squeeze(1), weight).flatten(0, 1)
-        return y.new_zeros(w.nodes, w.O).index_add_(0, target, y).unsqueeze(1)
-
-    return layer
-
-
 def in_float32(function: Function) -> Function:
     """Return the function with every operand cast to float32, for processors without 16-bit matrix products."""
     return lambda *leaves: function(*(t.float() for t in leaves)).to(leaves[0].dtype)
@@ -165,8 +142,20 @@ def _two_folds(w: Workload) -> int:
     return 2 * w.B * w.N * w.I * w.R
 
 
+def _two_sums(w: Workload) -> int:
+    return 2 * w.T * w.I * w.R
+
+
 def _two_products(w: Workload) -> int:
-    return 2 * w.nodes * w.R * w.O
+    return 2 * (w.S or w.B) * w.R * w.O
+
+
+def _two_products_of_terms(w: Workload) -> int:
+    return 2 * w.B * w.R * w.O
+
+
+def _two_shared_W(w: Workload) -> int:
+    return 2 * (w.C or w.B) * w.I * w.O
 
 
 def _few(w: Workload) -> int:
@@ -181,7 +170,7 @@ class Way:
         name: in records and tables.
         make: returns the function for a workload on a device, not compiled.
         keeps: the least number of elements that it stores besides inputs and results, gradients included.
-        form: `Workload.form` of the workloads that it computes.
+        forms: `Workload.form` of the workloads that it computes.
         compiled: whether it runs through torch.compile.
         per_sample: whether it works at N = 1 only.
         folds: whether it writes out x ⊗ z of every point, which takes much more work if N is large.
@@ -194,7 +183,7 @@ class Way:
     name: str
     make: Callable[[Workload, str], Function]
     keeps: Callable[[Workload], int] = _two_W
-    form: str = "layer"
+    forms: tuple[str, ...] = ("layer",)
     compiled: bool = False
     per_sample: bool = False
     folds: bool = False
@@ -207,6 +196,8 @@ class Way:
         """Return why it cannot be measured, or None; `max_bytes` limits the memory that it may keep."""
         if self.library and importlib.util.find_spec(self.library) is None:
             return "not installed"
+        if w.form == "pairs" and self.role != "peer" and not hasattr(fasthyper.nn, "PairwiseBilinear"):
+            return "fasthyper has no layer of pairs"
         if self.per_sample and w.N > 1:
             return "N = 1 only"
         if self.folds and (times := w.N * w.R / (w.N + w.R)) > MAX_WORK:
@@ -229,14 +220,28 @@ def fused(x: Tensor, z: Tensor, *head: Tensor) -> Tensor:
     return hyper_primary(x, z, head[:4], head[4:], "relu")
 
 
-def forced(backend: str, schedule: str | None = None) -> Function:
+def fused_terms(w: Workload, device: str) -> Function:
+    """Return fasthyper's sum over terms. Its `Incidence` is made once."""
+    source, cond, target = indices(w, device)
+    rows = {"num_sources": w.S or None, "num_conds": w.C or None, "num_targets": w.T or None}
+    incidence = fasthyper.Incidence(source, cond, target, **rows)
+    return lambda x, z, weight: fasthyper.hyper_linear(x, z, weight, incidence=incidence)
+
+
+def fused_pairs(w: Workload, device: str) -> Function:
+    """Return fasthyper's layer of pairs."""
+    layer = fasthyper.nn.PairwiseBilinear(w.I, w.R, w.O, bias=False, device="meta")
+    return lambda x, z, weight: functional_call(layer, {"weight": weight}, (x, z))
+
+
+def forced(backend: str, schedule: str | None = None, function: Function = fused) -> Function:
     """Return fasthyper with the given backend and schedule."""
 
-    def function(*leaves: Tensor) -> Tensor:
+    def with_choice(*leaves: Tensor) -> Tensor:
         with fasthyper.use_backend(backend, schedule):
-            return fused(*leaves)
+            return function(*leaves)
 
-    return function
+    return with_choice
 
 
 def _always(function: Function) -> Callable[[Workload, str], Function]:
@@ -261,30 +266,86 @@ _LAYERS = (
     Way("compiled materialise + bmm", _always(materialised), compiled=True),
     Way("compiled einsum", _always(einsum), compiled=True),
 )
-_GRAPHS = (
-    Way("PyG NNConv", libraries.nnconv, form="graph", layout=(1, 0, 2), library="torch_geometric"),
-    Way("x · H first", partial(by_source, materialised), _two_products, form="graph", layout=(0, 2, 1)),
-    Way("compiled x · H first", partial(by_source, materialised), _two_products, "graph", True, layout=(0, 2, 1)),
-)
 _PRIMARIES = (
-    Way("materialise + bmm", _always(primary), form="primary"),
-    Way("vmap(functional_call)", _always(functional_primary), form="primary"),
-    Way("compiled materialise + bmm", _always(primary), form="primary", compiled=True),
+    Way("materialise + bmm", _always(primary), forms=("primary",)),
+    Way("vmap(functional_call)", _always(functional_primary), forms=("primary",)),
+    Way("compiled materialise + bmm", _always(primary), forms=("primary",), compiled=True),
 )
+GRAPHS, SHARED_Z = ("graph", "relations"), ("relations", "ragged")
+TERMS = ("graph", "relations", "ragged")
+X_FIRST, Z_FIRST = (1, 0, 2), (2, 0, 1)
+_EACH = ("materialise + bmm", "x ⊗ z first", "materialise in chunks", "compiled materialise + bmm")
+"""The ways of layers that are also applied to each term: the others take longer in the same order."""
 
 
-def _over_edges(way: Way) -> Way:
-    return replace(way, make=lambda w, device: over_edges(way.make(w, device), w, device), form="graph")
+def _each_term(way: Way) -> Way:
+    def make(w: Workload, device: str) -> Function:
+        return term_ways.each_term(way.make(w, device), w, device)
+
+    return replace(way, make=make, forms=TERMS)
 
 
-# On graphs, the only compiled peer is x · H first: it is faster than any way that computes edge by edge.
-_EDGES = tuple(_over_edges(way) for way in _LAYERS if not (way.library or way.compiled))
-PEERS = (*_LAYERS, *_EDGES, *_GRAPHS, *_PRIMARIES)
+def _compiled(way: Way) -> Way:
+    return replace(way, name=f"compiled {way.name}", compiled=True)
+
+
+def _in_buckets(make: Callable[..., Function]) -> Callable[[Workload, str], Function]:
+    return partial(make, ratio=term_ways.SIMILAR)
+
+
+_CHUNKS_OF_FOLD = Way("x ⊗ z in chunks", lambda w, d: term_ways.fold_in_chunks(w, d, CHUNK[d]), _few, forms=TERMS)
+_AGGREGATED = (
+    Way("x ⊗ z of a target first, padded", term_ways.aggregate, _two_sums, forms=GRAPHS),
+    Way("x ⊗ z of a target first, in buckets", _in_buckets(term_ways.aggregate), _two_sums, forms=GRAPHS),
+    Way("x ⊗ z of a target first, index_add", term_ways.aggregate_added, _two_folds, forms=GRAPHS),
+)
+_PROJECTED = (
+    Way("x · H first, gathered", term_ways.project_gathered, _two_products_of_terms, forms=GRAPHS, layout=X_FIRST),
+    Way("x · H first, padded", term_ways.project, _two_products, forms=GRAPHS, layout=X_FIRST),
+    Way("x · H first, in buckets", _in_buckets(term_ways.project), _two_products, forms=GRAPHS, layout=X_FIRST),
+)
+_GENERATED = (
+    Way("W once, gathered", term_ways.gathered, forms=SHARED_Z),
+    Way("W once, split", term_ways.split, _two_shared_W, forms=SHARED_Z),
+    Way("W once, padded", term_ways.generate, _two_shared_W, forms=SHARED_Z),
+    Way("W once, in buckets", _in_buckets(term_ways.generate), _two_shared_W, forms=SHARED_Z),
+    Way("W once, nested", term_ways.nested, _two_shared_W, forms=SHARED_Z),
+    Way("W once, grouped_mm", term_ways.grouped, _two_shared_W, forms=SHARED_Z),
+)
+_LIBRARIES = (
+    Way("PyG NNConv", libraries.nnconv, forms=("graph",), layout=(1, 0, 2), library="torch_geometric"),
+    Way("PyG RGCNConv", libraries.rgcnconv, forms=("relations",), layout=(2, 1, 0), library="torch_geometric"),
+    Way(
+        "PyG FastRGCNConv",
+        partial(libraries.rgcnconv, fast=True),
+        forms=("relations",),
+        layout=(2, 1, 0),
+        library="torch_geometric",
+    ),
+)
+_PAIRS = (
+    Way("einsum", _always(term_ways.pairs_einsum), _two_products, forms=("pairs",)),
+    Way("two einsums", _always(term_ways.pairs_two_einsums), _two_products, forms=("pairs",)),
+    Way("x · H first", term_ways.pairs_x_first, _two_products, forms=("pairs",), layout=X_FIRST),
+    Way("z · H first", term_ways.pairs_z_first, _two_products, forms=("pairs",), layout=Z_FIRST),
+    Way("output by output", _always(term_ways.pairs_each_output), _two_products, forms=("pairs",)),
+)
+_OVER_TERMS = (
+    *(_each_term(way) for way in _LAYERS if way.name in _EACH),
+    _CHUNKS_OF_FOLD,
+    *_AGGREGATED,
+    *_PROJECTED,
+    *_GENERATED,
+    *_LIBRARIES,
+    *_PAIRS,
+    *map(_compiled, (*_AGGREGATED, *_PROJECTED[1:], *_GENERATED[1:4], *_PAIRS[2:4])),
+)
+PEERS = (*_LAYERS, *_PRIMARIES, *_OVER_TERMS)
 
 
 def peers(w: Workload, dtype: torch.dtype, device: str) -> list[Way]:
     """Return the peers that compute a workload. On a CPU without 16-bit matrix products they cast to float32."""
-    ways = [way for way in PEERS if way.form == w.form]
+    ways = [way for way in PEERS if w.form in way.forms]
     if device == "cpu" and machine("cpu", dtype).work_dtype != dtype:
         return [replace(way, name=f"{way.name}, in float32", casts=True) for way in ways if not way.library]
     return ways
@@ -292,15 +353,20 @@ def peers(w: Workload, dtype: torch.dtype, device: str) -> list[Way]:
 
 def ours(w: Workload, device: str) -> list[Way]:
     """Return fasthyper, the same again to measure the noise, and variants with a choice forced."""
-    if w.form == "graph":
-        make, layout = partial(by_source, fused), (0, 2, 1)
-        variants = [Way("fasthyper, each edge", partial(over_edges, fused), _few, "graph")]
-    else:
-        make, layout, names = _always(fused), (0, 1, 2), ("triton", "cuda") if device != "cpu" else ()
-        ready = [name for name in names if fasthyper.backends.BACKENDS[name].unavailable() is None]
-        variants = [Way(f"fasthyper, {name}", _always(forced(name)), _few, w.form) for name in ready]
-    first = Way(OURS, make, _few, w.form, layout=layout, role="ours")
+    make = fused_pairs if w.form == "pairs" else fused_terms if w.draw else _always(fused)
+    first = Way(OURS, make, _few, (w.form,), role="ours")
+    variants = []
+    if w.form in TERMS:
+        names = fasthyper.problem.TERM_SCHEDULES
+        variants = [replace(first, name=f"fasthyper, {name}", make=partial(_forced_terms, name)) for name in names]
+    elif w.form != "pairs" and device != "cpu":
+        ready = [name for name in ("triton", "cuda") if fasthyper.backends.BACKENDS[name].unavailable() is None]
+        variants = [replace(first, name=f"fasthyper, {name}", make=_always(forced(name))) for name in ready]
     return [first, replace(first, name=AGAIN, role="again"), *(replace(v, role="variant") for v in variants)]
+
+
+def _forced_terms(schedule: str, w: Workload, device: str) -> Function:
+    return forced("auto", schedule, fused_terms(w, device))
 
 
 def schedules(backend: str) -> list[Way]:

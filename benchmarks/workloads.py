@@ -1,7 +1,8 @@
 """The problems to measure: layers of published networks, and axes along which one size grows.
 
 B instances, N points per instance, R features of z, a generated layer of I → O features. On a CPU, B is smaller than
-published where a run on two cores would be long.
+published where a run on two cores would be long. Graphs, ragged points and pairs have B terms, which share S rows of x,
+C rows of z and T rows of y.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ class Workload:
         I: in features of the generated layer.
         O: out features of the generated layer.
         source: the public code that has these sizes.
-        neighbours: of a graph's layer, the edges that leave each node. These instances share one x; the node at the end
-            of an edge sums their outputs. 1 for other layers.
+        S: rows of x that the terms share; 0 if each term has its own.
+        C: the same for z.
+        T: rows of y, each a sum of terms; 0 if each term has its own.
+        draw: how the indices of the terms are drawn, a key of `terms.DRAWS`; empty if there are none.
         hidden: units between two generated layers, I → hidden → O, with a ReLU. 0 for a single layer.
         published: B in the public code, if it differs.
         readme: whether the README's table shows it and a CPU measures it in more than one mode and dtype.
@@ -41,7 +44,10 @@ class Workload:
     I: int
     O: int
     source: str
-    neighbours: int = 1
+    S: int = 0
+    C: int = 0
+    T: int = 0
+    draw: str = ""
     hidden: int = 0
     published: int | None = None
     readme: bool = False
@@ -59,14 +65,15 @@ class Workload:
         return layers(self)
 
     @property
-    def nodes(self) -> int:
-        """The number of distinct x."""
-        return self.B // self.neighbours
-
-    @property
     def form(self) -> str:
-        """`"layer"`; `"graph"`, a layer of a graph; or `"primary"`, two layers."""
-        return "graph" if self.neighbours > 1 else "primary" if self.hidden else "layer"
+        """What the instances share, which decides on the ways that compute it.
+
+        `"layer"`: nothing; `"primary"`: nothing, two layers; `"graph"`: x and y; `"relations"`: x, z and y;
+        `"ragged"`: z; `"pairs"`: x and z.
+        """
+        if self.T:
+            return "relations" if self.C else "graph"
+        return "pairs" if self.S else "ragged" if self.C else "primary" if self.hidden else "layer"
 
     def as_published(self) -> Workload:
         """Return the workload with as many instances as in the public code."""
@@ -84,6 +91,12 @@ SIREN = "SIREN's hypernetwork, neural-process images"
 DEEPONET = "HyperDeepONet's target net"
 LORA = "Text-to-LoRA on Mistral-7B, r = 8"
 CONDCONV = "CondConv EfficientNet-B0"
+SAMPLED = "neighbour sampling: 15 edges into each of 1,000 nodes"
+POWER = "node t has edges in proportion to t^-0.7"
+PAIRS = "stanza's PairwiseBilinear: labels of a dependency parser"
+RGCN = "PyG examples/rgcn.py: 30 bases"
+RAGGED = "PyG Batch: weights for each graph"
+D2L = "Doc-to-LoRA on Gemma-2-2B, r = 8"
 
 WORKLOADS = (
     Workload("synthetic depth", 200, 1, 100, 1000, 10, SYNTHETIC),
@@ -115,10 +128,21 @@ WORKLOADS = (
     Workload("text-to-lora B", 8, 512, 512, 8, 4096, LORA),
     Workload("condconv 1x1", 64, 49, 4, 192, 1152, CONDCONV, published=128),
     Workload("condconv 1x1", 64, 49, 8, 192, 1152, CONDCONV, published=128, readme=True),
-    # Layers of graphs: complete graphs of 18 atoms in QM9; the degrees of the other two are assumed.
-    Workload("qm9 graph", 2_448, 1, 128, 64, 64, QM9, neighbours=17, published=39_168, readme=True),
-    Workload("modelnet graph", 4_096, 1, 25, 64, 64, MODELNET, neighbours=8, published=8_192),
-    Workload("diffdock graph", 2_500, 1, 144, 48, 48, DIFFDOCK, neighbours=20, published=50_000),
+    # Graphs: B edges in random order between S source nodes and T target nodes.
+    Workload("qm9 graph", 9_792, 1, 128, 64, 64, QM9, S=576, T=576, draw="uniform", readme=True),
+    Workload("complete graph", 9_792, 1, 128, 64, 64, QM9, S=576, T=576, draw="complete graphs"),
+    Workload("modelnet graph", 8_192, 1, 25, 64, 64, MODELNET, S=1_024, T=1_024, draw="uniform"),
+    Workload("sampled graph", 15_360, 1, 128, 64, 64, SAMPLED, S=6_000, T=1_000, draw="uniform"),
+    Workload("sparse graph", 6_000, 1, 64, 32, 32, "two edges a node", S=6_000, T=3_000, draw="uniform"),
+    Workload("power law graph", 9_000, 1, 64, 32, 64, POWER, S=2_000, T=2_000, draw="power law", readme=True),
+    Workload("relation graph", 20_000, 1, 30, 64, 64, RGCN, S=4_000, C=50, T=4_000, draw="uniform", readme=True),
+    # Ragged points: B nodes or tokens, of C graphs or documents.
+    Workload("ragged nodes", 2_240, 1, 128, 64, 64, RAGGED, C=128, draw="5 to 30 each", readme=True),
+    Workload("ragged nodes", 6_400, 1, 64, 32, 32, RAGGED, C=32, draw="100 to 300 each"),
+    Workload("ragged tokens A", 8_192, 1, 512, 2304, 8, D2L, C=8, draw="128 to 2048 each"),
+    Workload("ragged tokens B", 8_192, 1, 512, 8, 2304, D2L, C=8, draw="128 to 2048 each"),
+    # Pairs: all 64 × 64 pairs of tokens of 32 sentences.
+    Workload("biaffine pairs", 131_072, 1, 401, 401, 50, PAIRS, S=2_048, C=2_048, draw="all pairs", readme=True),
     # Whole primary networks, with biases and shared weights.
     Workload("rotation mnist primary", 64, 1, 50, 784, 12, ROTATION, hidden=10),
     Workload("rotation cifar primary", 64, 1, 100, 3072, 12, ROTATION, hidden=10),

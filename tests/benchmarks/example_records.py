@@ -15,9 +15,15 @@ with pytest.MonkeyPatch.context() as path:
 Workload = workloads.Workload
 TINY = Workload("tiny", 5, 1, 3, 4, 2, "made up")
 POINTS = dataclasses.replace(TINY, N=3)
-GRAPH = Workload("graph", 24, 1, 3, 4, 2, "made up", neighbours=4)
 PRIMARY = Workload("primary", 5, 2, 3, 4, 2, "made up", hidden=6)
-FORMS = [TINY, POINTS, GRAPH, PRIMARY]
+GRAPH = Workload("graph", 24, 1, 3, 4, 2, "made up", S=6, T=7, draw="uniform")
+COMPLETE = Workload("complete", 24, 1, 3, 4, 2, "made up", S=8, T=8, draw="complete graphs")
+POWER = Workload("power", 24, 1, 3, 4, 2, "made up", S=6, T=7, draw="power law")
+RELATIONS = Workload("relations", 24, 1, 3, 4, 2, "made up", S=6, C=5, T=7, draw="uniform")
+RAGGED = Workload("ragged", 50, 1, 3, 4, 2, "made up", C=4, draw="5 to 30 each")
+PAIRS = Workload("pairs", 24, 1, 3, 4, 2, "made up", S=6, C=8, draw="all pairs")
+OVER_TERMS = [GRAPH, COMPLETE, POWER, RELATIONS, RAGGED, PAIRS]
+FORMS = [TINY, POINTS, PRIMARY, *OVER_TERMS]
 
 MIB = 1 << 20
 HERE = records.Context(
@@ -46,13 +52,15 @@ WORKLOADS = (
     ("rotation mnist", 64, 1, 50, 10, 12),
     ("rotation cifar", 64, 1, 100, 3072, 10),
     ("qm9 mpnn", 9792, 1, 128, 64, 64),
-    ("qm9 graph", 9792, 1, 128, 64, 64, 4),
+    ("qm9 graph", 9792, 1, 128, 64, 64, 576, 0, 576),
     ("modelnet mpnn", 8192, 1, 25, 64, 64),
     ("modelnet mpnn", 8192, 1, 25, 64, 128),
     ("diffdock-like", 10000, 1, 144, 48, 48),
     ("qmix mmm2", 5760, 1, 64, 10, 32),
     ("qmix mmm2", 5760, 1, 64, 32, 1),
-    ("qmix primary", 5760, 1, 64, 27, 1, 1, 32),
+    ("ragged nodes", 2240, 1, 128, 64, 64, 0, 128),
+    ("biaffine pairs", 131072, 1, 401, 401, 50, 2048, 2048),
+    ("qmix primary", 5760, 1, 64, 27, 1, 0, 0, 0, 32),
     ("hyper policy", 256, 1, 256, 17, 256),
     ("biaffine labels", 4096, 1, 101, 101, 50),
     ("tiny batch", 32, 1, 64, 10, 32),
@@ -66,7 +74,7 @@ WORKLOADS = (
     ("condconv 1x1", 128, 49, 4, 192, 1152),
     ("condconv 1x1", 128, 49, 8, 192, 1152),
 )
-NAMES = ("workload", "B", "N", "R", "I", "O", "neighbours", "hidden")
+NAMES = ("workload", *records.SIZES)
 BRIEF = timing.RoundLimits(target_seconds=0.05, min_rounds=3, max_seconds=1.0, max_rounds=5)
 
 
@@ -189,5 +197,5 @@ def training(context, draw):
 
 def few(found):
     """Return a few of the records, with every kind of row."""
-    kept = ("qm9 mpnn", "condconv 1x1", "siren images", "qmix primary", "qm9 network")
+    kept = ("qm9 mpnn", "qm9 graph", "condconv 1x1", "siren images", "qmix primary", "qm9 network")
     return [r for r in found if r.workload in kept and (r.axis in ("", "N") or r.B > 8192)]

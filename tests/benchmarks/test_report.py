@@ -42,6 +42,20 @@ def test_a_slower_peer_raises_the_speed_up():
     assert f"{row} 3,000 (einsum) | 3.00 | 1.00 |  | 1.0 | 2.0 | 9.0 |" in slowed
 
 
+def test_terms_have_a_table_of_their_own():
+    flops = 3 * 2 * (576 * 128 * 64 * 64 + 9792 * 128 * 64)  # x ⊗ z of each edge, and the head once for each target
+    of = {"B": 9792, "R": 128, "S": 576, "T": 576, "workload": "qm9 graph"}
+    found = comparison(1.0, 1.1, {"bmm": 2.0, "index_add": 3.0}, product=2 * flops, copy=1e15, **of)
+    text = page.markdown([*comparison(), *found])
+    assert (
+        "| qm9 graph | 9,792 | 576 |  | 576 | 128 | 64 → 64 | 1,000 (900–1,200) | 2,000 (bmm) | 2.00 | 1.10 "
+        "| 500 | 0.50 | 1.0 | 2.0 | 9.0 | 9.0 |"
+    ) in text
+    assert "| made up | 100 | 1 | 64 | 64 → 64 |" in text
+    assert "| workload | fasthyper | fasthyper again | best |\n" in text
+    assert "| workload | fasthyper | fasthyper again | bmm | index_add |\n" in text
+
+
 def test_peers_without_full_times():
     found = comparison(1.0, 1.0, {"bmm": 5.0, "once": 4.0, "never": 1.0})
     once = {"q1": None, "q3": None, "rounds": 1, "note": "tried once"}
@@ -190,6 +204,19 @@ def test_the_newest_file_of_a_kind_of_device_is_in_the_readme(tmp_path, undrawn)
     report.write_all(tmp_path, tmp_path)
     assert "a later processor; commit aaaaaaa, 2026-12-01" in readme.read_text()
     assert HERE.device not in readme.read_text()
+
+
+def test_other_numbers_of_threads_follow_in_the_performance_page(tmp_path, undrawn):
+    one = dataclasses.replace(HERE, device=HERE.device.replace("2 threads", "1 threads"), date="2026-12-01")
+    records.write(tmp_path / "results" / f"{HERE.slug}.csv", comparison())
+    records.write(tmp_path / "results" / f"{one.slug}.csv", comparison(workload="alone", S=5, context=one))
+    documents = [marked(tmp_path / name, "cpu") for name in report.DOCUMENTS]
+    report.write_all(tmp_path / "results", tmp_path)
+    readme, performance = (document.read_text() for document in documents)
+    assert "| alone |" not in readme
+    assert "2 threads; commit aaaaaaa, 2026-11-22" in readme
+    assert "\n**Forward + backward, float32, threads: 1**\n\nMeasured on AMD EPYC" in performance
+    assert performance.index("| made up |") < performance.index("| alone | 100 | 5 |")
 
 
 def test_a_section_without_an_end_is_an_error(tmp_path, undrawn):

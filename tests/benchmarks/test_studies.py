@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 with pytest.MonkeyPatch.context() as path:
     path.syspath_prepend(str(ROOT))
     path.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
-    from example_records import BRIEF, HERE, POINTS, TINY, Clock, Workload, record
+    from example_records import BRIEF, GRAPH, HERE, POINTS, RAGGED, TINY, Clock, Workload, record
 
     from benchmarks import __main__ as command
     from benchmarks import records, resident, studies, ways, workloads
@@ -108,6 +108,26 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     (path,) = tmp_path.glob("*.csv")
     assert {(r.N, r.mode) for r in records.read(path)} == {(1, records.FORWARD_BACKWARD), (3, records.FORWARD_BACKWARD)}
     assert "tiny, B 5 N 3 R 3 4 → 2, forward + backward, float32" in capsys.readouterr().out
+
+
+def test_terms_at_two_numbers_of_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "WORKLOADS", (TINY, GRAPH, RAGGED))
+    monkeypatch.setattr(command, "CPU", Clock)
+    monkeypatch.setattr(studies, "RoundLimits", lambda **limits: BRIEF)
+    options = ["--modes", "forward + backward", "--dtypes", "float32", "--eager", "--out", str(tmp_path)]
+    threads = torch.get_num_threads()
+    try:
+        command.main(["measure", "--only", "graph,ragged,pairs", "--no-report", "--threads", "1,2", *options])
+    finally:
+        torch.set_num_threads(threads)
+    files = sorted(tmp_path.glob("*.csv"))
+    assert [path.stem[-9:] for path in files] == ["1-threads", "2-threads"]
+    for path in files:
+        ours = {r.workload: r for r in records.read(path) if r.role == "ours"}
+        assert set(ours) == {"graph", "ragged"}
+        assert all(r.median and r.plan for r in ours.values())
+        assert (ours["graph"].S, ours["graph"].C, ours["graph"].T) == (GRAPH.S, GRAPH.C, GRAPH.T)
+        assert ours["graph"].resident is not None or not resident.CLEAR_REFS.exists()
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,13 @@ def test_the_summary_of_a_cpu():
         *comparison(1.0, 1.5, {"best": 2.0}, product=work / 0.1, R=63, workload="b"),
         *comparison(1.0, 1.0, {"best": 4.0}, product=work * 2 / 0.6, R=1024, O=8, memory=7 * MIB, workload="c"),
         *comparison(1.0, 1.0, {"best": 0.5}, R=2, workload="tiny batch"),
-        *comparison(1.0, 1.0, {"best": 99.0}, neighbours=4, workload="graph"),
+        *comparison(1.0, 1.0, {"best": 99.0}, S=25, T=20, product=work / 64, workload="graph"),
         *comparison(1.0, 1.0, {"best": 99.0}, hidden=32, workload="primary"),
         *comparison(1.0, 0.8, {"best": 0.25}, N=2, workload="d"),
         *comparison(1.0, 1.0, {"best": 3.0}, mode="forward", workload="a"),
     ]
+    graph = next(r for r in found if r.workload == "graph")
+    graph_share = roofline.flops(graph) / (work / 64)
     seen = lines(found)
     assert [(line.value, line.floor, line.held) for line in seen.values()] == [
         (pytest.approx(4.0), "≥ 2.0", True),  # of 8 and 2
@@ -46,6 +48,9 @@ def test_the_summary_of_a_cpu():
         (pytest.approx(0.6), "≥ 0.65", False),
         (7.0, "≤ 40", True),
         (14.0, "≤ 40", True),
+        (pytest.approx(99.0), "", None),  # of the graph
+        (pytest.approx(99.0), "", None),
+        (pytest.approx(graph_share), "", None),
         (None, "≤ 1.10", None),
         (0.8, "", None),
         (1.5, "", None),
@@ -99,8 +104,17 @@ def test_the_share_of_the_roofline():
     assert roofline.flops(many) == work + 6 * 100 * 100 * 64**2  # the weights once, then applied to each point
     primary = dataclasses.replace(like, hidden=32, O=1)
     assert roofline.flops(primary) == 6 * 100 * 64 * (64 * 32 + 32)
-    shared = dataclasses.replace(like, neighbours=10)
-    assert roofline.flops(shared) == 6 * (10 * 64**3 + 100 * 64 * 64)  # x·H once for ten
+    # 1,000 terms: 64³ for each of 100 conditions, 80 sources or 60 targets, and 64² for each term
+    over_terms = dataclasses.replace(like, B=1000)
+    for rows in ({"C": 100}, {"C": 900, "S": 100}, {"C": 900, "S": 800, "T": 100}):
+        of = dataclasses.replace(over_terms, **rows)
+        assert roofline.flops(of) == 6 * (100 * 64**3 + 1000 * 64 * 64)
+    numbers = 800 * 64 + 900 * 64 + 100 * 64 + 64**3
+    assert roofline.compulsory_bytes(of) == 2 * 4 * numbers
+    narrow = {"S": 100, "C": 100, "T": 100, "R": 32, "I": 16, "O": 8}  # conditions are rows: 16 · 8 for each term
+    assert roofline.flops(dataclasses.replace(over_terms, **narrow)) == 6 * (100 * 32 * 16 * 8 + 1000 * 16 * 8)
+    few = dataclasses.replace(over_terms, B=100, S=100, C=100, T=100)
+    assert roofline.flops(few) == 6 * 100 * 64**3  # each term a row: no product of terms
     assert "| 1.00 | 0.50 | 1.0 |" in page.markdown(comparison(product=2 * work, copy=1e15))
     others = [
         *comparison(),

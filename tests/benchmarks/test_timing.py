@@ -14,9 +14,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 with pytest.MonkeyPatch.context() as path:
     path.syspath_prepend(str(ROOT))
     path.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
-    from example_records import BRIEF, HERE, POINTS, TINY, Clock
+    from example_records import BRIEF, GRAPH, HERE, PAIRS, POINTS, RAGGED, RELATIONS, TINY, Clock
 
-    from benchmarks import devices, records, timing, ways
+    from benchmarks import devices, records, term_ways, timing, ways
 
 
 def slowed(seconds, name="late", way=ways.materialised, **fields):
@@ -107,6 +107,38 @@ def test_a_wrong_result_of_fasthyper_raises():
     broken = dataclasses.replace(ways.ours(TINY, "cpu")[0], make=lambda w, device: lambda *leaves: leaves[0])
     with pytest.raises(AssertionError, match="fasthyper: y is off"):
         timing.compare(TINY, records.FORWARD, torch.float32, Clock(), [broken], HERE, BRIEF, study="workloads")
+
+
+@pytest.mark.parametrize("mode", [records.FORWARD, records.FORWARD_BACKWARD])
+@pytest.mark.parametrize("w", [GRAPH, RELATIONS, RAGGED], ids=lambda w: w.name)
+def test_a_peer_with_a_wrong_sum_over_terms_is_left_out(w, mode):
+    def without_the_last_term(w, device):
+        right = term_ways.each_term(ways.materialised, w, device)
+        source, cond, target = ways.indices(w, device)
+        last = [rows - 1 if index is None else index[-1] for index, rows in ((source, w.B), (cond, w.B))]
+
+        def wrong(x, z, weight):
+            y = right(x, z, weight).clone()
+            term = ways.materialised(x[last[0]].view(1, 1, -1), z[last[1]].view(1, -1), weight).flatten()
+            y[-1 if target is None else target[-1]] -= term
+            return y
+
+        return wrong
+
+    wrong = ways.Way("wrong", without_the_last_term, forms=(w.form,))
+    found = compared(wrong, *ways.peers(w, torch.float32, "cpu")[:1], w=w, mode=mode)
+    assert found["wrong"].note.startswith("wrong: y is off by")
+    assert found["wrong"].median is None
+    assert found["materialise + bmm"].median > 0
+    assert found["fasthyper"].median > 0
+    assert (found["wrong"].B, found["wrong"].S, found["wrong"].C, found["wrong"].T) == (w.B, w.S, w.C, w.T)
+
+
+def test_pairs_without_a_layer_have_a_note(monkeypatch):
+    monkeypatch.delattr("fasthyper.nn.PairwiseBilinear", raising=False)
+    found = compared(*ways.peers(PAIRS, torch.float32, "cpu")[:2], w=PAIRS)
+    assert found["fasthyper"].note == "fasthyper has no layer of pairs"
+    assert found["two einsums"].median > 0
 
 
 def test_a_slow_peer_runs_a_fraction_of_the_batch_first(monkeypatch):
