@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .records import FORWARD, Record
 
 SIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def features(record: Record) -> list[tuple[int, int]]:
-    """Return in and out features of each generated layer."""
-    if record.hidden:
-        return [(record.I, record.hidden), (record.hidden, record.O)]
-    return [(record.I, record.O)]
+def features(of: Any) -> list[tuple[int, int]]:
+    """Return in and out features of each generated layer, of a record or a workload."""
+    if of.hidden:
+        return [(of.I, of.hidden), (of.hidden, of.O)]
+    return [(of.I, of.O)]
 
 
 def flops(record: Record) -> int:
-    """Return the flops of the cheapest schedule: one contraction forward, and two of the same size backward.
+    """Return the flops of the cheapest schedule: one contraction forward, and two of the same size backward."""
+    return contraction_flops(record) * (1 if record.mode == FORWARD else 3)
+
+
+def contraction_flops(of: Any) -> int:
+    """Return the flops of one contraction of a record or a workload by the cheapest schedule.
 
     A schedule multiplies by the head once for each of its rows: points of all terms, sources, conditions or targets.
     Unless its rows are the points themselves, it multiplies the other two factors of each point, too.
     """
-    (S, C, T), N, R, total = rows(record), record.N, record.R, 0
-    points = record.B * N
-    for I, O in features(record):
+    (S, C, T), N, R, total = rows(of), of.N, of.R, 0
+    points = of.B * N
+    for I, O in features(of):
         head = R * I * O
         fold, generate = points * head, C * head + points * I * O
         project, aggregate = S * N * head + points * R * O, T * N * head + points * R * I
         total += 2 * min(fold, generate, project, aggregate)
-    return total if record.mode == FORWARD else 3 * total
+    return total
 
 
-def rows(record: Record) -> tuple[int, int, int]:
-    """Return the rows of x, z and y."""
-    return record.S or record.B, record.C or record.B, record.T or record.B
+def rows(of: Any) -> tuple[int, int, int]:
+    """Return the rows of x, z and y, of a record or a workload."""
+    return of.S or of.B, of.C or of.B, of.T or of.B
 
 
 def compulsory_bytes(record: Record) -> int:

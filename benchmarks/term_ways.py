@@ -17,7 +17,7 @@ from .inputs import Function
 from .terms import buckets, indices, pair_sizes
 from .workloads import Workload
 
-SIMILAR = 1.25  # rows of one bucket differ in their numbers of terms by at most this factor
+SIMILAR = 1.5  # rows of one bucket differ in their numbers of terms by at most this factor
 
 
 def _take(rows: Tensor, index: Tensor | None) -> Tensor:

@@ -23,6 +23,7 @@ from fasthyper.planner import machine
 
 from . import libraries, term_ways
 from .inputs import Function
+from .roofline import contraction_flops
 from .terms import indices
 from .workloads import Workload
 
@@ -174,6 +175,7 @@ class Way:
         compiled: whether it runs through torch.compile.
         per_sample: whether it works at N = 1 only.
         folds: whether it writes out x ⊗ z of every point, which takes much more work if N is large.
+        each: whether it multiplies by the head once for each term, which takes much more work if terms share rows.
         casts: whether it casts to float32, for processors without 16-bit matrix products.
         layout: the order in which its head has the axes O, I, R.
         library: the package that it needs.
@@ -187,6 +189,7 @@ class Way:
     compiled: bool = False
     per_sample: bool = False
     folds: bool = False
+    each: bool = False
     casts: bool = False
     layout: tuple[int, int, int] = (0, 1, 2)
     library: str = ""
@@ -201,6 +204,8 @@ class Way:
         if self.per_sample and w.N > 1:
             return "N = 1 only"
         if self.folds and (times := w.N * w.R / (w.N + w.R)) > MAX_WORK:
+            return f"{times:.0f} times the work"
+        if self.each and (times := 2 * w.B * w.R * w.I * w.O / contraction_flops(w)) > MAX_WORK:
             return f"{times:.0f} times the work"
         if (size := self.keeps(w) * (4 if self.casts else dtype.itemsize)) > max_bytes:
             return f"would keep {size / 2**30:.0f} GiB"
@@ -282,7 +287,7 @@ def _each_term(way: Way) -> Way:
     def make(w: Workload, device: str) -> Function:
         return term_ways.each_term(way.make(w, device), w, device)
 
-    return replace(way, make=make, forms=TERMS)
+    return replace(way, make=make, forms=TERMS, each=True)
 
 
 def _compiled(way: Way) -> Way:
@@ -293,7 +298,7 @@ def _in_buckets(make: Callable[..., Function]) -> Callable[[Workload, str], Func
     return partial(make, ratio=term_ways.SIMILAR)
 
 
-_CHUNKS_OF_FOLD = Way("x ⊗ z in chunks", lambda w, d: term_ways.fold_in_chunks(w, d, CHUNK[d]), _few, forms=TERMS)
+_CHUNKS_OF_FOLD = Way("x ⊗ z in chunks", lambda w, d: term_ways.fold_in_chunks(w, d, CHUNK[d]), _few, TERMS, each=True)
 _AGGREGATED = (
     Way("x ⊗ z of a target first, padded", term_ways.aggregate, _two_sums, forms=GRAPHS),
     Way("x ⊗ z of a target first, in buckets", _in_buckets(term_ways.aggregate), _two_sums, forms=GRAPHS),
@@ -338,7 +343,7 @@ _OVER_TERMS = (
     *_GENERATED,
     *_LIBRARIES,
     *_PAIRS,
-    *map(_compiled, (*_AGGREGATED, *_PROJECTED[1:], *_GENERATED[1:4], *_PAIRS[2:4])),
+    *map(_compiled, (*_AGGREGATED, *_PROJECTED[1:], _GENERATED[2], *_PAIRS[2:4])),
 )
 PEERS = (*_LAYERS, *_PRIMARIES, *_OVER_TERMS)
 
@@ -357,7 +362,8 @@ def ours(w: Workload, device: str) -> list[Way]:
     first = Way(OURS, make, _few, (w.form,), role="ours")
     variants = []
     if w.form in TERMS:
-        names = fasthyper.problem.TERM_SCHEDULES
+        shared = {"generate": w.C, "project": w.S, "aggregate": w.T}  # others multiply by the head once for each term
+        names = [name for name, rows in shared.items() if rows]
         variants = [replace(first, name=f"fasthyper, {name}", make=partial(_forced_terms, name)) for name in names]
     elif w.form != "pairs" and device != "cpu":
         ready = [name for name in ("triton", "cuda") if fasthyper.backends.BACKENDS[name].unavailable() is None]

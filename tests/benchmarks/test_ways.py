@@ -134,6 +134,15 @@ def test_sets_fill_the_cache_twice_and_are_taken_in_turns():
     assert len(inputs.rotated(TINY, torch.float32, 0)) == 1
 
 
+def test_ways_that_take_each_term_alone_are_skipped_if_that_is_much_more_work():
+    few = dataclasses.replace(RAGGED, R=64, I=64, O=64)  # 50 · 64³ for each term alone, 4 · 64³ + 50 · 64² together
+    each = next(p for p in ways.peers(few, torch.float32, "cpu") if p.each)
+    assert each.reason_to_skip(few, torch.float32, 1 << 40) is None  # 10 times
+    many = dataclasses.replace(few, B=5000)
+    assert each.reason_to_skip(many, torch.float32, 1 << 40) == "61 times the work"
+    assert [way.name for way in ways.ours(GRAPH, "cpu")][2:] == ["fasthyper, project", "fasthyper, aggregate"]
+
+
 def test_a_complete_graph_has_every_edge_once():
     source, cond, target = terms.indices(COMPLETE)
     assert cond is None
