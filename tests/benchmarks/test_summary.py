@@ -113,6 +113,9 @@ def test_the_share_of_the_roofline():
     assert roofline.compulsory_bytes(of) == 2 * 4 * numbers
     narrow = {"S": 100, "C": 100, "T": 100, "R": 32, "I": 16, "O": 8}  # conditions are rows: 16 · 8 for each term
     assert roofline.flops(dataclasses.replace(over_terms, **narrow)) == 6 * (100 * 32 * 16 * 8 + 1000 * 16 * 8)
+    for rows, I, O in (({"T": 100}, 8, 16), ({"S": 100}, 16, 8)):  # R times the lesser of I and O for each term
+        of = dataclasses.replace(over_terms, R=32, I=I, O=O, **rows)
+        assert roofline.flops(of) == 6 * (100 * 32 * 16 * 8 + 1000 * 32 * 8)
     few = dataclasses.replace(over_terms, B=100, S=100, C=100, T=100)
     assert roofline.flops(few) == 6 * 100 * 64**3  # each term a row: no product of terms
     assert "| 1.00 | 0.50 | 1.0 |" in page.markdown(comparison(product=2 * work, copy=1e15))
