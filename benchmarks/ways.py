@@ -199,8 +199,6 @@ class Way:
         """Return why it cannot be measured, or None; `max_bytes` limits the memory that it may keep."""
         if self.library and importlib.util.find_spec(self.library) is None:
             return "not installed"
-        if w.form == "pairs" and self.role != "peer" and not hasattr(fasthyper.nn, "PairwiseBilinear"):
-            return "fasthyper has no layer of pairs"
         if self.per_sample and w.N > 1:
             return "N = 1 only"
         if self.folds and (times := w.N * w.R / (w.N + w.R)) > MAX_WORK:

@@ -215,7 +215,7 @@ def test_a_layer_that_the_incidence_does_not_fit(model):
     edge_index = torch.stack([torch.arange(12) % 5, torch.arange(12) % 2])
     with pytest.raises(ValueError, match="x must have 5 rows, the incidence's num_sources, got 2"):
         model(x, cond, incidence=Incidence.from_edge_index(edge_index, 5, 2))
-    with pytest.raises(ValueError, match="source must have values from 0 to 1, one of 2 sources, got 2"):
+    with pytest.raises(ValueError, match="source must have values from 0 to 1, since there are 2 sources, got 2"):
         model(x, cond, incidence=Incidence.from_edge_index(edge_index))
     one = Hypernetwork(nn.Linear(6, R), HyperLinear(4, 3, R))
     y = one(x, cond, incidence=Incidence.from_edge_index(edge_index))

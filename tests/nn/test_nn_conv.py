@@ -392,12 +392,12 @@ WRONG = {
     "too large": (
         {"edge_index": torch.tensor([[0, 6, 1], [0, 1, 2]])},
         ValueError,
-        "edge_index is wrong: source must have values from 0 to 5, one of 6 sources, got 6 at term 1",
+        "edge_index is wrong: source must have values from 0 to 5, since there are 6 sources, got 6 at term 1",
     ),
     "negative": (
         {"edge_index": torch.tensor([[0, 1, 1], [0, 1, -1]])},
         ValueError,
-        "edge_index is wrong: target must have values from 0 to 5, one of 6 targets, got -1 at term 2",
+        "edge_index is wrong: target must have values from 0 to 5, since there are 6 targets, got -1 at term 2",
     ),
     "one row": ({"edge_index": torch.zeros(3).long()}, ValueError, r"edge_index must have shape \(2, E\), got \(3,\)"),
     "a row each": ({"edge_index": torch.zeros(3, 2).long()}, ValueError, r"shape \(2, E\), got \(3, 2\)"),

@@ -195,12 +195,12 @@ WRONG = {
     "too large": (
         {"edge_index": torch.tensor([[0, 6, 1], [0, 1, 2]])},
         ValueError,
-        "edge_index or edge_type is wrong: source must have values from 0 to 5, one of 6 sources, got 6 at term 1",
+        "edge_index or edge_type is wrong: source must have values from 0 to 5, since there are 6 sources, got 6 at term 1",
     ),
     "type too large": (
         {"edge_type": torch.tensor([0, 1, 6])},
         ValueError,
-        "edge_index or edge_type is wrong: cond must have values from 0 to 5, one of 6 conds, got 6 at term 2",
+        "edge_index or edge_type is wrong: cond must have values from 0 to 5, since there are 6 conds, got 6 at term 2",
     ),
     "type negative": ({"edge_type": torch.tensor([0, -1, 2])}, ValueError, "cond must .* got -1 at term 1"),
     "no type": ({"edge_type": None}, TypeError, "edge_type must be a tensor of int64 or int32, got NoneType"),
