@@ -1,51 +1,19 @@
-"""NNConv: against its definition, against PyTorch Geometric, its cache of edges, and errors."""
+"""NNConv: against its definition, in all that a layer must bear, and errors."""
 
 import copy
-import gc
 import pickle
-import threading
-from importlib.util import find_spec
 
 import pytest
 import torch
+from edge_networks import D, I, O, R, Trunk, data, definition, layer, network
 from graphs import EDGES, gradients, reduced
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import BatchNorm1d, Linear, ReLU, Sequential, Tanh
 from torch.nn.utils.parametrizations import spectral_norm
 
-from fasthyper.nn import NNConv, edges
+from fasthyper.nn import NNConv
 
-I, O, D, R = 5, 4, 3, 7
 AGGR = ("add", "sum", "mean", "max")
-geometric = pytest.mark.skipif(find_spec("torch_geometric") is None, reason="PyTorch Geometric is not installed")
-
-
-def network(features=I * O):
-    return Sequential(Linear(D, R), Tanh(), Linear(R, features))
-
-
-def layer(cls=NNConv, in_channels=I, nn=None, **kwargs):
-    torch.manual_seed(5)
-    conv = cls(in_channels, O, network() if nn is None else nn(), **kwargs).double()
-    if conv.bias is not None:
-        torch.nn.init.normal_(conv.bias)
-    return conv
-
-
-def theirs(**kwargs):
-    return layer(pytest.importorskip("torch_geometric.nn").NNConv, **kwargs)
-
-
-def data(edge_index, nodes=6):
-    return torch.randn(nodes, I).double(), torch.randn(edge_index.shape[1], D).double()
-
-
-def definition(conv, x, x_target, edge_index, edge_attr, targets):
-    w = conv.nn(edge_attr).view(-1, I, O)
-    y = reduced(torch.einsum("ei,eio->eo", x[edge_index[0]], w), edge_index[1], targets, conv.aggr)
-    if conv.root_weight and x_target is not None:
-        y = y + x_target @ conv.lin.weight.T
-    return y if conv.bias is None else y + conv.bias
 
 
 def check(conv, call, expected, *inputs):
@@ -89,15 +57,6 @@ def test_no_features_of_targets(size):
     targets = 6 if size is None else 8
     call = lambda m, x, a: m((x, None), edge_index, a, size=size)
     check(conv, call, lambda m, x, a: definition(m, x, None, edge_index, a, targets), *data(edge_index))
-
-
-class Trunk(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = Linear(D, R), Linear(R, I * O)
-
-    def forward(self, a):
-        return self.last(self.first(a).sigmoid())
 
 
 class Doubled(Sequential):
@@ -269,93 +228,6 @@ def test_sparse_adjacency(layout):
     torch.testing.assert_close(y, conv((x, x_target), edge_index, a))
 
 
-# The edges are sorted once.
-
-
-@pytest.fixture
-def made(monkeypatch):
-    """Return a list that grows whenever an incidence is made."""
-    calls, make = [], edges.incidence
-
-    def counted(*args):
-        calls.append(args)
-        return make(*args)
-
-    monkeypatch.setattr(edges, "incidence", counted)
-    return calls
-
-
-def test_edges_are_kept(made):
-    edge_index = EDGES["random"]()
-    x, a = data(edge_index)
-    convs = layer(), layer(aggr="mean")
-    for conv in convs:
-        for _ in range(3):
-            conv(x, edge_index, a).sum().backward()
-    assert len(made) == 1
-    convs[0]((x, torch.randn(9, I).double()), edge_index, a)
-    convs[0](x, edge_index, a)
-    assert len(made) == 2  # a number of targets of its own
-    convs[0](x, edge_index.clone(), a)
-    assert len(made) == 3
-
-
-def test_changed_edges_are_noticed(made):
-    edge_index, conv = EDGES["random"](), layer()
-    x, a = data(edge_index)
-    for change in (lambda: edge_index.flip(0), lambda: torch.randint(0, 6, (2, 30))):
-        conv(x, edge_index, a)
-        edge_index.copy_(change())
-        torch.testing.assert_close(conv(x, edge_index, a), definition(conv, x, x, edge_index, a, 6))
-    edge_index.data = edge_index.flip(1)  # other storage
-    torch.testing.assert_close(conv(x, edge_index, a), definition(conv, x, x, edge_index, a, 6))
-    assert len(made) == 4
-
-
-def test_nothing_is_kept_after_the_edges():
-    edge_index, conv = EDGES["random"](), layer()
-    x, a = data(edge_index)
-    conv(x, edge_index, a)
-    before = len(edges._made)
-    del edge_index
-    gc.collect()
-    assert len(edges._made) == before - 1
-
-
-def test_inference_then_training(made):
-    edge_index, conv = EDGES["random"](), layer()
-    x, a = data(edge_index)
-    with torch.inference_mode():
-        expected = conv(x, edge_index, a)
-        conv(x, edge_index.clone(), a)  # has no version: it is not kept
-    y = conv(x, edge_index, a)
-    y.sum().backward()
-    assert torch.equal(y, expected)
-    assert len(made) == 2
-
-
-def test_threads():
-    jobs, conv = [EDGES["random"]() for _ in range(4)], layer()
-    x, a = data(jobs[0])
-    expected, wrong, start = [definition(conv, x, x, e, a, 6) for e in jobs], [], threading.Barrier(8)
-
-    def work(i):
-        start.wait()
-        for k in range(20):
-            edge_index = jobs[(i + k) % 4]
-            try:
-                torch.testing.assert_close(conv(x, edge_index, a), expected[(i + k) % 4])
-            except BaseException as error:
-                wrong.append(error)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
 # Errors.
 
 
@@ -427,102 +299,3 @@ def test_wrong_inputs(wrong, error, message):
     if wrong.get("edge_attr", 0) is not None:
         with pytest.raises(error, match=message):
             layer(nn=Trunk).float()(**{**given, **wrong})
-
-
-# Against PyTorch Geometric.
-
-
-@geometric
-@pytest.mark.parametrize("aggr", AGGR)
-@pytest.mark.parametrize("kind", EDGES)
-def test_as_theirs(kind, aggr):
-    edge_index, ours, other = EDGES[kind](), layer(aggr=aggr), theirs(aggr=aggr)
-    x, a = data(edge_index)
-    call = lambda m, x, a: m(x, edge_index, a)
-    g = torch.randn(6, O).double()
-    found, expected = gradients(ours, call, (x, a), g), gradients(other, call, (x, a), g)
-    torch.testing.assert_close(found, expected)
-
-
-@geometric
-@pytest.mark.parametrize(
-    "kwargs",
-    [{}, {"root_weight": False}, {"bias": False}, {"aggr": "mean"}, {"in_channels": (I, 3)}, {"nn": Trunk}],
-    ids=str,
-)
-def test_same_seed_same_parameters_state_dict_and_repr(kwargs):
-    torch.manual_seed(5)
-    expected = pytest.importorskip("torch_geometric.nn").NNConv(
-        **{"in_channels": I, "out_channels": O, **kwargs, "nn": kwargs.get("nn", network)()}
-    )
-    torch.manual_seed(5)
-    ours = NNConv(**{"in_channels": I, "out_channels": O, **kwargs, "nn": kwargs.get("nn", network)()})
-    assert list(ours.state_dict()) == list(expected.state_dict())
-    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), expected.parameters(), strict=True))
-    if ours.why_by_messages is None:
-        assert repr(ours) == repr(expected)
-    for a, b in ((ours, expected), (expected, ours)):
-        for p in b.parameters():
-            torch.nn.init.normal_(p)
-        assert str(a.load_state_dict(b.state_dict())) == "<All keys matched successfully>"
-        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
-
-
-@geometric
-@pytest.mark.parametrize("size", [None, (6, 9)])
-def test_pairs_as_theirs(size):
-    edge_index, ours, other = EDGES["random"](), layer(in_channels=(I, 2)), theirs(in_channels=(I, 2))
-    x, a = data(edge_index)
-    x_target = torch.randn(9, 2).double()
-    torch.testing.assert_close(ours((x, x_target), edge_index, a, size), other((x, x_target), edge_index, a, size))
-    torch.testing.assert_close(ours((x, None), edge_index, a, size), other((x, None), edge_index, a, size))
-
-
-@geometric
-def test_their_edge_index():
-    EdgeIndex = pytest.importorskip("torch_geometric").EdgeIndex
-    edge_index, ours, other = EDGES["random"](), layer(), theirs()
-    x, a = data(edge_index)
-    for kwargs in ({}, {"sparse_size": (6, 6)}):
-        wrapped = EdgeIndex(edge_index, **kwargs)
-        torch.testing.assert_close(ours(x, wrapped, a), other(x, wrapped, a))
-    wrapped = EdgeIndex(edge_index, sparse_size=(6, 8))
-    torch.testing.assert_close(ours((x, None), wrapped, a), other((x, None), wrapped, a))
-
-
-@geometric
-def test_their_mlp():
-    MLP = pytest.importorskip("torch_geometric.nn").MLP
-    edge_index, ours, other = EDGES["random"](), *(f(nn=lambda: MLP([D, R, I * O])) for f in (layer, theirs))
-    x, a = data(edge_index)
-    torch.testing.assert_close(ours(x, edge_index, a), other(x, edge_index, a))
-    assert ours.why_by_messages == "nn ends in a MLP, not in an nn.Linear"
-
-
-@geometric
-@pytest.mark.parametrize("aggr", ["add", "mean", "max"])
-def test_training_as_theirs(aggr):
-    """Three layers of one graph network, twenty steps of Adam."""
-    losses = []
-    edge_index = EDGES["random"]()
-    x, a = data(edge_index)
-    y = torch.randn(6, O).double()
-    for make in (layer, theirs):
-        conv = make(aggr=aggr)
-        back = Linear(O, I).double()
-        torch.manual_seed(1)
-        torch.nn.init.normal_(back.weight, std=0.3)
-        torch.nn.init.zeros_(back.bias)
-        optimizer = torch.optim.Adam([*conv.parameters(), *back.parameters()], lr=0.01)
-        losses.append([])
-        for _ in range(20):
-            h = x
-            for _ in range(2):
-                h = back(conv(h, edge_index, a).relu())
-            loss = (conv(h, edge_index, a) - y).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[-1].append(loss.item())
-    assert losses[0][-1] < losses[0][0] / 2
-    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-6, atol=1e-6)

@@ -195,7 +195,7 @@ WRONG = {
     "too large": (
         {"edge_index": torch.tensor([[0, 6, 1], [0, 1, 2]])},
         ValueError,
-        "edge_index or edge_type is wrong: source must have values from 0 to 5, since there are 6 sources, got 6 at term 1",
+        "edge_index or edge_type is wrong: source must have values from 0 to 5, since there are 6 sources, got 6",
     ),
     "type too large": (
         {"edge_type": torch.tensor([0, 1, 6])},
