@@ -127,6 +127,12 @@ struct IncidenceSum {
   }
 };
 
+// Whether H, packed with c in whole registers, fits in a part of the workspace.
+template <class S>
+bool fits_packed(const Head<S>& h, int64_t ld_c, int64_t workspace) {
+  return double(h.p) * double(h.q) * double(ld_c) <= double(workspace / 4 / int64_t(sizeof(float)));
+}
+
 // The division of a sum into blocks of pieces and slabs of q. A slab of A or M has, for each piece, rows q of c.
 struct Tiling {
   int64_t ld_u, ld_v;  // between the rows of u and of v in scratch memory
@@ -138,13 +144,17 @@ struct Tiling {
   Tiling(const IncidenceSum<S>& sum, int64_t workspace) {
     const Head<S>& h = sum.h;
     ld_u = round_up(h.q + 3, 4), ld_v = whole_registers(h.c);  // four q may be stored from any q on
-    const int64_t numbers = std::min(BLOCK_NUMBERS, workspace / 64), room = std::min(SLAB_NUMBERS, workspace / 128);
+    // If H is too large to be packed once, each block packs it: larger blocks then pack it less often.
+    const int64_t times = fits_packed(h, ld_v, workspace) ? 1 : 4;
+    const int64_t numbers = times * std::min(BLOCK_NUMBERS, workspace / 64);
+    const int64_t room = times * std::min(SLAB_NUMBERS, workspace / 128);
     const int64_t rows = std::min(sum.terms.rows(), sum.terms.count());
     most.terms = std::clamp<int64_t>(numbers / (ld_u + ld_v), 1, BLOCK_TERMS);
     most.piece_terms = std::min(std::max(4 * h.p, SHORT_ROW), most.terms);
-    const int64_t fit = std::min(most.terms * rows / sum.terms.count(), room / ld_v);
-    const int64_t wanted = std::min(std::max<int64_t>(24, fit), std::max<int64_t>(16, rows / 8));
-    most.pieces = std::clamp<int64_t>(round_up(wanted, PIECE_STEP), PIECE_STEP, BLOCK_PIECES);
+    // Products with H need some rows to be fast; a few blocks are left for other threads, and a slab stays in cache.
+    const int64_t wanted = std::max<int64_t>(24, most.terms * rows / sum.terms.count());
+    const int64_t pieces = std::min({wanted, std::max<int64_t>(16, rows / 8), room / ld_v, BLOCK_PIECES});
+    most.pieces = std::max(PIECE_STEP, pieces / PIECE_STEP * PIECE_STEP);
     q = std::clamp<int64_t>(room / (most.pieces * ld_v), 1, h.q);
     if (q > 4) q = std::min(h.q, q / 4 * 4);
     slabs = ceil_div(h.q, q);

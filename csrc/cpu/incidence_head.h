@@ -19,8 +19,8 @@ class RightHead {
   RightHead(const Head<S>& h, const Tiling& tiling, Product product, int64_t workspace)
       : h_(h), tiling_(tiling), product_(product) {
     slab_numbers_ = depth({0, tiling.q}) * columns({0, tiling.q});
-    const int64_t numbers = tiling.slabs * slab_numbers_;
-    if (floats_for<T>(numbers) * int64_t(sizeof(float)) > workspace / 4) return;
+    if (!fits_packed(h, tiling.ld_v, workspace)) return;
+    const int64_t numbers = round_k<T>(h.p) * h.q * tiling.ld_v;
     packed_ = Scratch<T>(numbers);
     const int64_t panels = ceil_div(columns({0, tiling.q}), RIGHT_COLUMNS);
     for_units<T>(

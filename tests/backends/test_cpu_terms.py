@@ -107,7 +107,8 @@ def test_values(dtype, sizes, indices, schedule, oracle):
     for native in {False, dtype == torch.bfloat16 and NATIVE()}:
         got = terms.everything(schedule, native=native)
         for actual, truth, scale in zip(got, terms.by_hand(Tensor.double), scales, strict=True):
-            oracle.check(actual, truth, scale, dtype)
+            # Thousands of equal terms are added one after the other, and round the same way.
+            oracle.check(actual, truth, 4 * scale if dtype == torch.float32 else scale, dtype)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
