@@ -3,17 +3,20 @@
     y[t(e)] += Σ_{i,r} H[o,i,r] x[s(e),i] z[c(e),r]      for every term e
 
 s is the source of a term, c its condition and t its target. An index that is None is the identity: term e has value e.
-The order by an index is computed once for each index tensor and kept as long as the tensor lives and is unchanged.
+The order by an index is computed once for each index tensor and kept as long as the tensor lives and is unchanged, and
+so is what backends compute from it.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+T = TypeVar("T")
 NAMES = ("source", "cond", "target")
 """The indices of a term, in the order of the factors x, z and g."""
 
@@ -31,12 +34,12 @@ class Sorted(NamedTuple):
 
 
 class _Known:
-    """What is known of an index tensor at one version of its content: its extremes, and its orders by size."""
+    """What is known of an index tensor at one version of its content: its extremes, and what `kept` computed."""
 
     def __init__(self, index: Tensor) -> None:
         self.version = _version(index)
         self.bounds = (int(index.min()), int(index.max())) if index.numel() else (0, -1)
-        self.sorted: dict[int, Sorted] = {}
+        self.kept: dict[Hashable, tuple[object, Any]] = {}
 
 
 _known = WeakTensorKeyDictionary()
@@ -71,15 +74,31 @@ def check_range(name: str, index: Tensor, size: int) -> None:
         )
 
 
+def kept(index: Tensor, key: Hashable, of: object, make: Callable[[], T]) -> T:
+    """Return what `make` computes from an index and another object; once for each key, while both are the same.
+
+    Args:
+        index: an index tensor; what was computed from it is dropped when its content changes, or with the tensor.
+        key: names what is computed, and holds the numbers that it depends on.
+        of: the other object, such as the order by another index, or None.
+        make: computes it.
+    """
+    known = _look_up(index).kept
+    if key not in known or known[key][0] is not of:
+        known[key] = of, make()
+    return known[key][1]
+
+
 def sort(index: Tensor, size: int) -> Sorted:
     """Return the terms grouped by the value of an index, which is below `size`."""
-    known = _look_up(index)
-    if size not in known.sorted:
+
+    def make() -> Sorted:
         counts = torch.bincount(index, minlength=size)
         ptr = torch.zeros(size + 1, dtype=torch.int64, device=index.device)
         torch.cumsum(counts, 0, out=ptr[1:])
-        known.sorted[size] = Sorted(torch.argsort(index, stable=True), ptr)
-    return known.sorted[size]
+        return Sorted(torch.argsort(index, stable=True), ptr)
+
+    return kept(index, ("sorted", size), None, make)
 
 
 class Terms(NamedTuple):
