@@ -20,10 +20,7 @@ from ...problem import DTYPES as DTYPES
 from ...terms import Terms
 from .. import materialised
 from . import fold, generate, project
-from .term_bases import Bases as Bases
-from .term_bases import sum_terms as sum_terms
-from .terms import FACTORS, Contraction, Factor, Sums
-from .terms import ROWS_OF as ROWS_OF
+from . import terms as over_terms
 from .tiling import Affine, Tiling, accumulate, blocks, boxes, head_matrix
 
 PREFERRED_ON = ()
@@ -173,21 +170,9 @@ def apply_terms(
     schedule: str,
 ) -> Tensor:
     """Return y (T, N, O) of x (S, N, I), z (C, R), H (O, I, R), summed over terms; see `contract.OverTerms`."""
-    O, I, R = weight.shape
+    O, _, R = weight.shape
     plan = planner.plan(TermProblem.of("apply", x, R, O, terms), schedule)
-    tiling, N = tiling_of(plan), x.shape[1]
-    y = x.new_empty(terms.targets, N, O)
-    out = Sums(y, tiling)
-    named = {"x": Factor(x, terms.source, N), "z": Factor(z, terms.cond, N), "g": Factor(y, terms.target, N)}
-    w, u, v = (named[name] for name in FACTORS[plan.schedule])
-    run = Contraction(plan.schedule, weight, (O, I, R), terms, N, tiling)
-    if run.names[0] == "g":
-        run.collect(u, v, w, out)
-    else:
-        run.expand(u, v, w, out, None)
-    out.store()
-    Bases(terms, tiling).add(y, x, z, bias, base_weight, base_bias)
-    return y
+    return over_terms.apply(x, z, weight, bias, base_weight, base_bias, terms, plan.schedule, tiling_of(plan))
 
 
 def grads_terms(
@@ -203,31 +188,6 @@ def grads_terms(
     schedule: str,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, z, H, bias, W0 and b0 where the mask is set; see `contract.OverTerms`."""
-    O, N, I = g.shape[2], x.shape[1], x.shape[2]
     R = cast(Tensor, z if weight is None else weight).shape[-1]
-    needs = mask[0], mask[1], mask[2]
-    plan = planner.plan(TermProblem.of("grads", x, R, O, terms, needs), schedule)
-    tiling = tiling_of(plan)
-    outs = {
-        "x": x.new_empty(terms.sources, N, I) if mask[0] else None,
-        "z": x.new_empty(terms.conds, R) if mask[1] else None,
-    }
-    run = Contraction(plan.schedule, weight, (O, I, R), terms, N, tiling)
-    z = x.new_empty(terms.conds, R) if z is None else z  # only dz is requested, which does not read it
-    named = {"x": Factor(x, terms.source, N), "z": Factor(z, terms.cond, N), "g": Factor(g, terms.target, N)}
-    sums = {name: None if out is None else Sums(out, tiling) for name, out in outs.items()}
-    w, u, v = (named[name] for name in run.names)
-    own, *others = (sums.get(name) for name in run.names)
-    if own is not None:
-        run.collect(u, v, w, own)
-    if any(out is not None for out in others):
-        run.expand(u, v, w, others[0], others[1])
-    dh = x.new_empty(O, I, R) if mask[2] else None
-    if dh is not None:
-        run.weight_grad(u, v, w, dh)
-    for out in sums.values():
-        if out is not None:
-            out.store()
-    bases = Bases(terms, tiling)
-    bases.add_to_grads(outs["x"], outs["z"], g, bias, base_weight)
-    return outs["x"], outs["z"], dh, *bases.grads(x, z, g, R, mask)
+    plan = planner.plan(TermProblem.of("grads", x, R, g.shape[2], terms, (mask[0], mask[1], mask[2])), schedule)
+    return over_terms.grads(x, z, weight, bias, base_weight, g, mask, terms, plan.schedule, tiling_of(plan))
