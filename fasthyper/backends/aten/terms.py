@@ -206,6 +206,7 @@ class Contraction:
                 if total is None:
                     total = torch.zeros(len(A), self.P, dtype=self.tiling.sum_dtype, device=A.device)
                 accumulate(total, A, self._head(q).T)
+                del A  # before the next tile is allocated
             if total is not None:
                 self.add_to_rows(b, w, total, out)
 
@@ -228,13 +229,15 @@ class Contraction:
             for q in self._slabs():
                 M = torch.mm(own, self._head(q)).view(len(own), -1, self.C)
                 if to_u is not None:
-                    self.row_products(b, M, v, slice(0, self.C), to_u[..., q], False)
+                    self.row_products(b, M, v, slice(0, self.C), to_u, q, False)
                 if to_v is not None:
-                    self.row_products(b, M.mT, u, q, to_v, q.start > 0)
+                    self.row_products(b, M.mT, u, q, to_v, slice(0, self.C), q.start > 0)
+                del M  # before the next tile is allocated
             if out_u is not None and to_u is not None:
                 self.send(b, u, to_u, out_u)
             if out_v is not None and to_v is not None:
                 self.send(b, v, to_v, out_v)
+            del to_u, to_v
 
     def _slabs(self) -> Iterator[slice]:
         return blocks(self.Q, self.columns)
@@ -290,16 +293,19 @@ class Contraction:
         row = self._row(b, w)
         out.add(row * w.points + b.row_n if w.has_points else row, total)
 
-    def messages(self, b: Any, f: Factor, out: Sums, features: int) -> Tensor:
+    def messages(self, b: Any, f: Factor, out: Sums, features: int) -> Any:
         """Return memory for what the terms of a batch add to rows of `out`, with `features` numbers for each term."""
         return torch.empty(*b.e.shape, features, dtype=self.tiling.dtype, device=b.e.device)
 
-    def row_products(self, b: Any, M: Tensor, f: Factor, features: slice, to: Tensor, add: bool) -> None:
-        """Compute to[e, a] = Σ_b M[k, a, b] f[e, b] for the terms e of all pieces k, or add it."""
-        rows = f.of_terms(b.e, b.n, features, self.tiling)
+    def row_products(self, b: Any, M: Tensor, f: Factor, features: slice, to: Any, part: slice, add: bool) -> None:
+        """Compute to[e, a] = Σ_b M[k, a, b] f[e, b] for the terms e of all pieces k, or add it.
+
+        `features` are those of f, and `part` those of `to`.
+        """
+        rows, to = f.of_terms(b.e, b.n, features, self.tiling), to[..., part]
         to.baddbmm_(rows, M.mT) if add else torch.bmm(rows, M.mT, out=to)
 
-    def send(self, b: Any, f: Factor, messages: Tensor, out: Sums) -> None:
+    def send(self, b: Any, f: Factor, messages: Any, out: Sums) -> None:
         """Add the messages of a batch to the rows that they are for."""
         row = f.where(b.e, b.n)
         if b.valid is not None and row.device.type == "cpu":
