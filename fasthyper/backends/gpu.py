@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import planner
-from ..costs import Cost, Costs, gemm
-from ..problem import Machine, Problem
+from ..costs import Cost, Costs, gemm, moved
+from ..problem import Machine, Problem, TermProblem
 
+_LAUNCHES = 5  # for each result and tile: A or M, the product with H, and sums
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETER = "interpreter"
 """The arch of the device that Triton's interpreter stands in for."""
@@ -81,6 +82,13 @@ def takes(problem: Problem) -> bool:
     return problem.dtype in DTYPES and 0 not in problem.sizes and problem.batch * problem.points < 1 << 31
 
 
+def takes_terms(problem: TermProblem) -> bool:
+    """Return whether the kernels are for the dtype and the sizes of a problem over terms."""
+    p = problem
+    sizes = p.terms, p.sources, p.conds, p.targets, p.points, *p.sizes
+    return p.dtype in DTYPES and 0 not in sizes and p.terms * p.points < 1 << 31
+
+
 class GpuCosts(Costs):
     """The costs of the GPU backends: kernels that form x ⊗ z and g·H on chip for `fold`, torch calls otherwise."""
 
@@ -90,7 +98,9 @@ class GpuCosts(Costs):
     def on_chip(self, schedule: str) -> bool:
         return schedule == "fold"
 
-    def one_pass(self, p: Problem) -> bool:
+    small_products = 0.1
+
+    def one_pass(self, p: Problem | TermProblem) -> bool:
         """Return whether dx and dz come from one product G = g·H."""
         return True
 
@@ -105,6 +115,21 @@ class GpuCosts(Costs):
         dx, dz, dh = p.needs
         cost = gemm(p.batch * p.points, p.in_features * p.cond_features, p.out_features, machine)
         return cost * ((1 if dx and dz and self.one_pass(p) else dx + dz) + dh)
+
+    def terms(self, p: TermProblem, schedule: str, machine: Machine) -> Cost:
+        """Predict a forward or a backward over terms; a schedule on tiles also takes launches for each tile."""
+        (R, I, O), pairs = p.sizes, p.terms * p.points
+        dx, dz, dh = (True, False, False) if p.op == "apply" else p.needs
+        if schedule == "fold":  # a product for each term, and copies of the rows that it reads and of what it adds
+            times = (1 if dx and dz and self.one_pass(p) else dx + dz) + dh
+            return gemm(pairs, O, I * R, machine) * times + moved(pairs * (I + O) + p.terms * R, 4, machine)
+        if p.dtype == torch.float16:  # A and M may leave its range
+            machine = self.machine("cuda", torch.float32, 1)
+        cost = super().terms(p, schedule, machine)
+        own = {"project": I, "generate": R, "aggregate": O}[schedule]
+        tile_bytes = p.rows(schedule) * (R * I * O // own) * machine.work_dtype.itemsize
+        launches = _LAUNCHES * (dx + dz + dh) * max(1.0, tile_bytes / (planner.get_workspace_limit() // 4))
+        return cost._replace(seconds=cost.seconds + launches * machine.launch)
 
 
 def allows_tf32() -> bool:
