@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ... import compiled, planner
 from ...problem import Problem
+from ...terms import Terms
 from .. import aten, gpu, triton
 from . import launch, library, primaries
 
@@ -106,6 +108,17 @@ def grads(
     out = [x.new_empty(shape) if k else None for shape, k in zip(shapes, mask, strict=True)]
     launch.grads(x, z, weight, bias, base_weight, g, out, config)
     return tuple(out)
+
+
+def apply_terms(*factors: Tensor | None, terms: Terms, schedule: str) -> Tensor:
+    """Return y (T, N, O); see `contract.OverTerms`. These kernels have no indices: the fallback computes it."""
+    return cast(Tensor, _fallback().apply_terms(*factors, terms=terms, schedule=schedule))
+
+
+def grads_terms(*factors: Tensor | tuple[bool, ...] | None, terms: Terms, schedule: str) -> tuple[Tensor | None, ...]:
+    """Return the gradients of `apply_terms`, by the fallback."""
+    out = _fallback().grads_terms(*factors, terms=terms, schedule=schedule)
+    return cast("tuple[Tensor | None, ...]", out)
 
 
 fuses, primary, primary_grads = primaries.fuses, primaries.primary, primaries.primary_grads
