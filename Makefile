@@ -27,7 +27,8 @@ test: lint $(BUILT) $(SANITIZED)
 
 # The Triton kernels in Triton's interpreter. Triton reads this variable when it is imported.
 interpreted: .venv/ready $(BUILT)
-	TRITON_INTERPRET=1 $(PYTEST) -k triton tests/ops tests/backends/test_kernels.py tests/backends/test_triton.py
+	TRITON_INTERPRET=1 $(PYTEST) -k triton tests/ops tests/backends/test_kernels.py tests/backends/test_triton.py \
+		tests/backends/test_triton_terms.py
 
 # The CUDA kernels in the emulator of csrc/cuda/emulated.h.
 emulated: .venv/ready $(BUILT)
@@ -117,7 +118,7 @@ gpu-test:
 		--tool $$tool $(GPU_PYTHON) tests/kernels/sanitized.py || echo "$$tool: exit status $$? (9: an error, 124: timeout)"; done
 bench-gpu:
 	$(ON_GPU) timeout -s INT -k 5 90 $(GPU_TEST) -k triton --durations 5 tests/ops tests/backends/test_kernels.py \
-		tests/backends/test_triton.py || echo "TESTS FAILED on the GPU"
+		tests/backends/test_triton.py tests/backends/test_triton_terms.py || echo "TESTS FAILED on the GPU"
 	timeout 240 $(GPU_MEASURE) --studies workloads --dtypes bfloat16 --modes "forward + backward" --budget 180 || echo "$$?"
 	timeout 130 $(GPU_MEASURE) --studies scaling,training --budget 90 || echo "$$?"
 	timeout 100 $(GPU_MEASURE) --studies workloads --modes forward,"training step" --eager --budget 60 || echo "$$?"

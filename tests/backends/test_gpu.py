@@ -7,6 +7,7 @@ import torch
 
 import fasthyper
 from fasthyper.backends import cuda, triton
+from fasthyper.problem import TERM_SCHEDULES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 needs_triton = pytest.mark.skipif(triton.unavailable() is not None, reason=f"Triton kernels: {triton.unavailable()}")
@@ -118,6 +119,34 @@ def test_a_graph_replays_on_new_numbers(sizes):
             t.copy_(torch.randn(t.shape, device="cuda"))
     graph.replay()
     check(results, exact(tensors, g), g.dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("schedule", TERM_SCHEDULES)
+def test_terms_of_a_graph(schedule):
+    """Values, the same bits again, and calls that do not wait for the device."""
+    E, S, R, I, O = 20000, 3000, 32, 48, 64
+    (x, z, weight), g = inputs(S, 1, R, I, O)
+    x, z, g = x.detach()[:, 0].requires_grad_(), torch.randn(E, R, device="cuda").bfloat16().requires_grad_(), g[:, 0]
+    edges = torch.randint(S, (2, E), device="cuda")
+    incidence = fasthyper.Incidence.from_edge_index(edges, S, S)
+
+    def run():
+        with fasthyper.use_backend("triton", schedule):
+            y = fasthyper.hyper_linear(x, z, weight, incidence=incidence)
+            return y, *torch.autograd.grad(y, (x, z, weight), g)
+
+    first = run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    double = [t.detach().double().requires_grad_() for t in (x, z, weight)]
+    with fasthyper.use_backend("aten"):
+        y = fasthyper.hyper_linear(*double, incidence=incidence)
+    check(first, (y, *torch.autograd.grad(y, double, g.double())), torch.bfloat16)
 
 
 def test_a_side_stream():

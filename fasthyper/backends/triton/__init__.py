@@ -12,12 +12,13 @@ import functools
 import importlib
 import os
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from ... import planner
-from ...problem import Problem
+from ...problem import Plan, Problem, TermProblem
+from ...terms import Terms
 from .. import aten, gpu
 from .tiles import dx_dz_tiles
 
@@ -31,7 +32,7 @@ _OLDEST_TRITON = (3, 6)
 class TritonCosts(gpu.GpuCosts):
     """`dx_dz` takes dx and dz together where all of R and O fit its tile."""
 
-    def one_pass(self, p: Problem) -> bool:
+    def one_pass(self, p: Problem | TermProblem) -> bool:
         return bool(dx_dz_tiles("sm_90", p.dtype.itemsize * 8, p.cond_features, p.out_features))
 
 
@@ -121,3 +122,57 @@ def grads(
     if any(mask[3:]):
         shared = aten.base_grads(x, z, g, R, mask, aten.tiling_of(planner.plan(Problem.of("grads", x, R, O))))
     return *out, *shared
+
+
+def _term_plan(
+    op: str, x: Tensor, R: int, O: int, terms: Terms, schedule: str, needs: tuple[bool, bool, bool] = (True,) * 3
+) -> Plan | None:
+    """Return the plan of a call over terms; None if `aten` computes it."""
+    problem = TermProblem.of(op, x, R, O, terms, needs, "triton")._replace(device="cuda")
+    return planner.plan(problem, schedule) if gpu.takes_terms(problem) else None
+
+
+def _terms() -> Any:
+    """Return the module of the family over terms, which imports triton."""
+    return importlib.import_module(f"{__name__}.terms")
+
+
+def apply_terms(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    base_weight: Tensor | None,
+    base_bias: Tensor | None,
+    *,
+    terms: Terms,
+    schedule: str,
+) -> Tensor:
+    """Return y (T, N, O); see `contract.OverTerms`."""
+    O, _, R = weight.shape
+    plan = _term_plan("apply", x, R, O, terms, schedule)
+    factors = x, z, weight, bias, base_weight, base_bias
+    if plan is None:
+        return aten.apply_terms(*factors, terms=terms, schedule=schedule)
+    return cast(Tensor, _terms().apply(*factors, terms, plan))
+
+
+def grads_terms(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_weight: Tensor | None,
+    g: Tensor,
+    mask: tuple[bool, ...],
+    *,
+    terms: Terms,
+    schedule: str,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, z, H, bias, W0 and b0 where the mask is set; see `contract.OverTerms`."""
+    R = cast(Tensor, z if weight is None else weight).shape[-1]
+    plan = _term_plan("grads", x, R, g.shape[2], terms, schedule, (mask[0], mask[1], mask[2]))
+    factors = x, z, weight, bias, base_weight, g, mask
+    if plan is None:
+        return aten.grads_terms(*factors, terms=terms, schedule=schedule)
+    return cast(tuple[Tensor | None, ...], _terms().grads(*factors, terms, plan))

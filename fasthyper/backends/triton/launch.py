@@ -71,7 +71,7 @@ def _share() -> int:
     return gpu.partial_sums_limit() // 2
 
 
-def _arch(t: Tensor) -> str:
+def arch_of(t: Tensor) -> str:
     """Return the arch whose tiles the device of a tensor takes."""
     return tiles.nearest(gpu.device(t, gpu.INTERPRETED).arch)
 
@@ -158,7 +158,7 @@ def _grads_of_rows(
     """Compute dx (B·N, I) and dz (B·N, R), in one pass where a tile has all of R and O."""
     N, O = x.shape[1], g.shape[2]
     if dx is not None and dz is not None:
-        allowed = calls.dx_dz_tiles(cast(Tensor, z), weight, dz.shape[1], O, _arch(x))
+        allowed = calls.dx_dz_tiles(cast(Tensor, z), weight, dz.shape[1], O, arch_of(x))
         if allowed:
             return _dx_dz(x, cast(Tensor, z), weight, base_weight, bias, g, dx, dz, allowed)
     if dx is not None:
@@ -195,7 +195,7 @@ def _tuned(
         tiling: returns the first four fields of `Tiling`.
         call: returns the call for an output, the length of a split, a tile, an arch and a precision.
     """
-    device, arch, bits = gpu.device(x, gpu.INTERPRETED), _arch(x), x.dtype.itemsize * 8
+    device, arch, bits = gpu.device(x, gpu.INTERPRETED), arch_of(x), x.dtype.itemsize * 8
     precision = calls.precision_of(x.dtype, arch, gpu.allows_tf32())
 
     def predicted(tile: Tile) -> Candidate:
@@ -222,7 +222,7 @@ def _fold(u: Tensor, v: Tensor, h: Tensor, a: Tensor | None, c: Tensor | None, d
         return cdiv(M, tile.rows) * cdiv(P, columns), tile.rows, columns, C * padded(K)
 
     key = ("fold", _bucket(M), C, K, P, h.stride(), u.shape[1] > 1)
-    allowed = calls.fold_tiles(v, h, P, _arch(u))
+    allowed = calls.fold_tiles(v, h, P, arch_of(u))
     step = lambda tile: calls.depths(K, tile.depth, C)[2]
     _tuned(key, allowed, u, out, C, step, tiling, lambda to, *args: calls.fold_call(u, v, h, a, c, d, to, *args))
 
@@ -255,6 +255,6 @@ def _weight_grad(x: Tensor, z: Tensor, g: Tensor, dh: Tensor) -> None:
         return cdiv(I, bi) * cdiv(R, br) * cdiv(O, bo), bi * br, bo, M
 
     key = ("weight_grad", _bucket(M), I, O, R, x.shape[1] > 1)
-    allowed = calls.weight_grad_tiles(z, g, _arch(x))
+    allowed = calls.weight_grad_tiles(z, g, arch_of(x))
     call = lambda to, *args: calls.weight_grad_call(x, z, g, to, *args)
     _tuned(key, allowed, x, dh, M, lambda tile: tile.depth, tiling, call)
