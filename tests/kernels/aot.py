@@ -35,6 +35,7 @@ from fasthyper.backends.triton.calls import (
     weight_grad_call,
     weight_grad_tiles,
 )
+from fasthyper.backends.triton.term_calls import outer_sum_call, row_products_call, sum_terms_call
 from fasthyper.backends.triton.tiles import ARCHS, SHARED_MEMORY
 
 WARNINGS = ("C7508", "C7512", "C7514", "C7515")
@@ -45,7 +46,7 @@ _MATRIX_INSTRUCTIONS = {
     "sm_100": r"\btcgen05\.mma\.",
     "gfx942": r"\bv_mfma_",
 }
-_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
 _WGMMA = re.compile(r"wgmma\.mma_async\.sync\.aligned\.\S+\s+\{[^}]*\},\s*(\{?)")
 
 
@@ -100,16 +101,18 @@ def _type(value: Any) -> str:
 def source(call: Call) -> ASTSource:
     """Return the source in the form that a launch passes to the compiler.
 
-    Arguments that are 1 or None are constants, and multiples of 16 are marked.
+    Arguments that are 1 or None are constants, and multiples of 16 are marked, unless the kernel is not specialised.
     """
-    constants = call.constants | {k: v for k, v in call.args.items() if v is None or (type(v) is int and v == 1)}
+    plain = {p.name for p in call.kernel.params if p.do_not_specialize}
+    ones = {k: v for k, v in call.args.items() if type(v) is int and v == 1 and k not in plain}
+    constants = call.constants | ones | {k: v for k, v in call.args.items() if v is None}
     signature = {k: "constexpr" if k in constants else _type(v) for k, v in (call.args | call.constants).items()}
     names = call.kernel.arg_names
     signature = {name: signature[name] for name in names}
     attributes = {}
     for name, value in call.args.items():
         number = value.data_ptr() if isinstance(value, Tensor) else value
-        if name not in constants and isinstance(number, int) and number % 16 == 0:
+        if name not in constants and name not in plain and isinstance(number, int) and number % 16 == 0:
             attributes[(names.index(name),)] = [["tt.divisibility", 16]]
     return ASTSource(call.kernel, signature, constants, attributes)
 
@@ -253,6 +256,37 @@ def cases(arch: str, dtype: torch.dtype, allow_tf32: bool, shape: str) -> Iterat
     yield Case(f"{text} reduce", reduce_call(partial, new(O, I, R)), "")
 
 
+def term_cases(arch: str, dtype: torch.dtype, allow_tf32: bool, sizes: tuple[int, int] = (64, 128)) -> Iterator[Case]:
+    """Yield the kernels over terms, as `aggregate` calls them: for pieces with many terms, with some and with one."""
+    Q, C = sizes
+    product = "stored" if min(sizes) > 32 else ""  # wgmma takes 64 rows; smaller products take older instructions
+    work = torch.float32 if dtype == torch.float16 else dtype
+
+    def new(*sizes: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    u, v, tile = new(3000, Q), new(4800, C), new(512, Q, C, dtype=work)
+    index, ptr = new(4800, dtype=torch.int64), new(513, dtype=torch.int64)
+    text = f"{arch} {str(dtype).removeprefix('torch.')} {precision_of(dtype, arch, allow_tf32)} {Q}×{C}"
+    for mean in (20.0, 4.0):
+        call = outer_sum_call(u, v, tile, ptr, index, index, 0, 1, mean, arch, allow_tf32)
+        yield Case(f"{text} outer_sum, {mean} terms", call, product if mean > 8 else "")
+    for role, m, f, width in (("u", tile, v, Q), ("v", tile.mT, u, C)):
+        to = new(3000, width, dtype=work)
+        for most, mean in ((64, 20.0), (16, 9.0), (1, 1.0)):
+            call = row_products_call(m, f, to, ptr, index, None, 0, 0, 1, most, mean, False, arch, allow_tf32)
+            yield Case(f"{text} row_products {role}, {mean} terms", call, product if mean > 2 else "")
+    u_points, v_points = new(1000, 3, Q), new(1600, 3, C)  # as `generate` calls them
+    call = outer_sum_call(u_points, v_points, tile, ptr, index, None, 0, 3, 20.0, arch, allow_tf32)
+    yield Case(f"{text} outer_sum, points", call, product)
+    to = new(1000, 3, Q, dtype=work)
+    call = row_products_call(tile, v_points, to, ptr, None, index, 0, 0, 3, 64, 20.0, True, arch, allow_tf32)
+    yield Case(f"{text} row_products, points", call, product)
+    total, some, all_terms = new(3000, Q, dtype=torch.float32), range(1000), range(4800)
+    call = sum_terms_call(total, new(4800, Q, dtype=work), ptr, index, index, some, all_terms, 0)
+    yield Case(f"{text} sum_terms", call, "")
+
+
 PRECISIONS = ((torch.bfloat16, False), (torch.float16, False), (torch.float32, False), (torch.float32, True))
 """Dtypes, and whether float32 may be rounded to TF32."""
 
@@ -263,8 +297,9 @@ def main() -> None:
         for dtype, allow_tf32 in PRECISIONS:
             if allow_tf32 and arch.startswith("gfx"):
                 continue
-            for shape in shape_names():
-                for name, call, operand in cases(arch, dtype, allow_tf32, shape):
+            every = [cases(arch, dtype, allow_tf32, shape) for shape in shape_names()]
+            for some in (*every, term_cases(arch, dtype, allow_tf32)):
+                for name, call, operand in some:
                     used = resource_usage(call, arch)
                     faults = "; ".join(used.faults(arch, operand)) or "clean"
                     numbers = f"{used.registers:4d} registers {used.spilled:5d} spilled"

@@ -51,6 +51,26 @@ def test_every_tile_is_clean(arch, dtype, allow_tf32, shape):
     assert not faults
 
 
+def _term_parameters():
+    for arch in ARCHS:
+        for dtype, allow_tf32 in aot.PRECISIONS:
+            if allow_tf32 and arch.startswith("gfx"):
+                continue
+            fast = arch == "sm_90" or (dtype != torch.float16 and not allow_tf32)
+            # On gfx942, odd sizes spill scalar registers, into vector registers.
+            others = () if arch.startswith("gfx") else ((101, 50), (25, 64), (256, 10))
+            for sizes in ((64, 128), (16, 16), *others):
+                marks = () if fast and sizes == (64, 128) else pytest.mark.slow
+                yield pytest.param(arch, dtype, allow_tf32, sizes, marks=marks)
+
+
+@pytest.mark.parametrize(("arch", "dtype", "allow_tf32", "sizes"), list(_term_parameters()), ids=str)
+def test_kernels_over_terms_are_clean(arch, dtype, allow_tf32, sizes):
+    cases = list(aot.term_cases(arch, dtype, allow_tf32, sizes))
+    found = {name: aot.resource_usage(call, arch).faults(arch, operand) for name, call, operand in cases}
+    assert not {name: faults for name, faults in found.items() if faults}
+
+
 def test_a_fault_is_seen():
     """A tile that is far too large spills; each other fault is found in made-up numbers."""
     case = next(aot.cases("sm_80", torch.bfloat16, False, "even"))
