@@ -16,6 +16,8 @@ from ..costs import Cost, Costs, gemm, moved
 from ..problem import AUTO, Machine, Plan, Problem, TermProblem
 from ..terms import Terms
 from . import aten
+from .aten import term_bases
+from .aten.terms import FACTORS, INDEX
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PREFERRED_ON = ("cpu",)
@@ -191,8 +193,7 @@ def _takes_terms(problem: TermProblem) -> bool:
 
 def _sorted(terms: Terms, schedule: str) -> tuple[Tensor | None, Tensor | None]:
     """Return the order and the pointer of the rows of a schedule."""
-    name = aten.ROWS_OF[schedule]
-    by = None if name is None else terms.sort(name)
+    by = None if schedule == "fold" else terms.sort(INDEX[FACTORS[schedule][0]])
     return (None, None) if by is None else tuple(by)  # type: ignore[return-value]
 
 
@@ -200,7 +201,7 @@ def _sum_terms(out: Tensor, rows: Tensor, source: Tensor | None, target: Tensor 
     if rows.stride(1) == 1:
         _ops.sum_terms(out, rows, source, target, planner.get_workspace_limit())
     else:
-        aten.sum_terms(out, rows, source, target)
+        term_bases.sum_terms(out, rows, source, target)
 
 
 def apply_terms(
@@ -223,7 +224,7 @@ def apply_terms(
     plan = planner.plan(problem, schedule)
     options = plan.schedule, planner.get_workspace_limit(), plan.work_dtype != torch.float32
     y = _ops.apply_terms(x, z, weight, *terms[:3], terms.targets, *_sorted(terms, plan.schedule), *options)
-    aten.Bases(terms, aten.tiling_of(plan), _sum_terms).add(y, x, z, *bases)
+    term_bases.Bases(terms, aten.tiling_of(plan), _sum_terms).add(y, x, z, *bases)
     return y
 
 
@@ -253,6 +254,6 @@ def grads_terms(
         order = _sorted(terms, plan.schedule)
         found = _ops.grads_terms(x, z, weight, g, *terms[:3], terms.conds, *order, needs, *options)
         dx, dz, dh = (t if k else None for t, k in zip(found, needs, strict=True))
-    bases = aten.Bases(terms, aten.tiling_of(plan), _sum_terms)
+    bases = term_bases.Bases(terms, aten.tiling_of(plan), _sum_terms)
     bases.add_to_grads(dx, dz, g, bias, base_weight)
     return dx, dz, dh, *bases.grads(x, z, g, R, mask)

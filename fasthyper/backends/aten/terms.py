@@ -218,7 +218,7 @@ class Contraction:
             total = torch.zeros(shape, dtype=self.tiling.sum_dtype, device=dh.device)
             for b in self.batches(dh.device):
                 accumulate(total, self.own(b, w).T, self.outer_sum(b, u, v, q).flatten(1))
-            dh[:, q] = total.view(self.P, -1, self.C)
+            dh[:, q] = total.view(self.P, q.stop - q.start, self.C)
 
     def expand(self, u: Factor, v: Factor, w: Factor, out_u: Sums | None, out_v: Sums | None) -> None:
         """Compute out_u and out_v, those that are given."""
@@ -227,7 +227,7 @@ class Contraction:
             to_v = None if out_v is None else self.messages(b, v, out_v, self.C)
             own = self.own(b, w)
             for q in self._slabs():
-                M = torch.mm(own, self._head(q)).view(len(own), -1, self.C)
+                M = torch.mm(own, self._head(q)).view(len(own), q.stop - q.start, self.C)
                 if to_u is not None:
                     self.row_products(b, M, v, slice(0, self.C), to_u, q, False)
                 if to_v is not None:
@@ -246,9 +246,9 @@ class Contraction:
         """Return H[:, q] as a matrix (P, q·c); a copy where strides or dtype need one, made once if it is all of H."""
         assert self.weight is not None
         if q.stop - q.start < self.Q:
-            return self.tiling.work(self.weight[:, q]).reshape(self.P, -1)
+            return self.tiling.work(self.weight[:, q]).reshape(self.P, (q.stop - q.start) * self.C)
         if self._matrix is None:
-            self._matrix = self.tiling.work(self.weight).reshape(self.P, -1)
+            self._matrix = self.tiling.work(self.weight).reshape(self.P, self.Q * self.C)
         return self._matrix
 
     def _pieces(self, device: torch.device) -> Iterator[Pieces]:
@@ -312,7 +312,7 @@ class Contraction:
             row, messages = row[b.valid], messages[b.valid]
         elif b.valid is not None:  # a GPU does not wait for the number of those that are valid
             messages = messages.masked_fill(~b.valid.unsqueeze(2), 0)
-        out.add(row.flatten(), messages.reshape(-1, messages.shape[-1]))
+        out.add(row.flatten(), messages.flatten(0, -2))
 
 
 def apply(
