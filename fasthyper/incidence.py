@@ -125,6 +125,8 @@ class Incidence:
             >>> fasthyper.hyper_linear(x, z, torch.ones(6, 8, 4), incidence=incidence).shape
             torch.Size([5, 6])
         """
+        if ids is None:
+            raise TypeError("ids must be a tensor of int64 or int32, got None")
         return cls(cond=ids, num_conds=num_conds)
 
     @classmethod

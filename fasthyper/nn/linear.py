@@ -187,7 +187,9 @@ class HyperLinear(nn.Module):
             layer.base_bias = share(head.bias[weights:], out_features)
         return layer
 
-    def forward(self, x: Tensor, z: Tensor | None = None, incidence: Incidence | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, z: Tensor | None = None, incidence: Incidence | None = None, reduce: str = "sum"
+    ) -> Tensor:
         """Apply the generated weights of each instance to x, see :func:`fasthyper.hyper_linear`.
 
         Args:
@@ -195,6 +197,7 @@ class HyperLinear(nn.Module):
             z: ``(B, R)``; with an incidence ``(C, R)``. If None, the layer takes the z of the running
                 :class:`~fasthyper.nn.Hypernetwork`, of whose primary it is a part, and the incidence of this call.
             incidence: which rows of x, z and the result belong to each term of a sum.
+            reduce: ``"sum"``, ``"mean"`` or ``"max"`` of the terms of each target, with an incidence.
 
         Returns:
             ``(B, O)`` or ``(B, *, O)``; with an incidence ``(T, O)`` or ``(T, *, O)``.
@@ -214,6 +217,7 @@ class HyperLinear(nn.Module):
             base_weight=self.base_weight,
             base_bias=self.base_bias,
             incidence=incidence,
+            reduce=reduce,
         )
 
     def materialize(self, z: Tensor) -> tuple[Tensor, Tensor | None]:

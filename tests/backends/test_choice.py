@@ -273,7 +273,9 @@ def test_an_unknown_backend_raises(force, name):
 @pytest.mark.parametrize("force", [use_backend, set_backend])
 @pytest.mark.parametrize("schedule", ["folded", "", 3])
 def test_an_unknown_schedule_raises(force, schedule):
-    with pytest.raises(ValueError, match="schedule must be one of auto, fold, generate, project, aggregate, got") as error:
+    with pytest.raises(
+        ValueError, match="schedule must be one of auto, fold, generate, project, aggregate, got"
+    ) as error:
         force("aten", schedule)
     assert repr(schedule) in str(error.value)
 
