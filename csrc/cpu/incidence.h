@@ -140,12 +140,13 @@ struct Tiling {
   int64_t ld;          // between the pieces of a slab
   Limits most;
 
+  // `rows_in_parallel`: threads share the blocks; otherwise each thread takes all of them, and they may be larger.
   template <class S>
-  Tiling(const IncidenceSum<S>& sum, int64_t workspace) {
+  Tiling(const IncidenceSum<S>& sum, bool rows_in_parallel, int64_t workspace) {
     const Head<S>& h = sum.h;
     ld_u = round_up(h.q + 3, 4), ld_v = whole_registers(h.c);  // four q may be stored from any q on
     // If H is too large to be packed once, each block packs it: larger blocks then pack it less often.
-    const int64_t times = fits_packed(h, ld_v, workspace) ? 1 : 4;
+    const int64_t times = !rows_in_parallel ? 2 : fits_packed(h, ld_v, workspace) ? 1 : 4;
     const int64_t numbers = times * std::min(BLOCK_NUMBERS, workspace / 64);
     const int64_t room = times * std::min(SLAB_NUMBERS, workspace / 128);
     const int64_t rows = std::min(sum.terms.rows(), sum.terms.count());
@@ -153,7 +154,8 @@ struct Tiling {
     most.piece_terms = std::min(std::max(4 * h.p, SHORT_ROW), most.terms);
     // Products with H need some rows to be fast; a few blocks are left for other threads, and a slab stays in cache.
     const int64_t wanted = std::max<int64_t>(24, most.terms * rows / sum.terms.count());
-    const int64_t pieces = std::min({wanted, std::max<int64_t>(16, rows / 8), room / ld_v, BLOCK_PIECES});
+    const int64_t share = rows_in_parallel ? std::max<int64_t>(24, rows / 8) : BLOCK_PIECES;
+    const int64_t pieces = std::min({wanted, share, room / ld_v, BLOCK_PIECES});
     most.pieces = std::max(PIECE_STEP, pieces / PIECE_STEP * PIECE_STEP);
     q = std::clamp<int64_t>(room / (most.pieces * ld_v), 1, h.q);
     if (q > 4) q = std::min(h.q, q / 4 * 4);

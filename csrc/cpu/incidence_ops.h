@@ -190,20 +190,20 @@ class IncidenceCall {
     const int64_t workspace = a_.workspace;
     if (results[w_].defined()) {
       const auto s = sum(choose_v(false, false), a_.weight);
-      const Tiling tiling(s, workspace);
+      const Tiling tiling(s, true, workspace);
       collect_rows<S, T>(s, tiling, out(w_, results[w_]), workspace);
     }
     const bool first_wanted = results[first()].defined(), second_wanted = results[second()].defined();
     if (first_wanted || second_wanted) {
       const Factor v = choose_v(first_wanted, second_wanted), u = v == first() ? second() : first();
       const auto s = sum(v, a_.weight);
-      const Tiling tiling(s, workspace);
+      const Tiling tiling(s, true, workspace);
       expand_rows<S, T>(s, tiling, out(u, results[u]), out(v, results[v]), workspace);
     }
     if (dh.defined()) {
       const Factor v = choose_v(false, false), u = v == first() ? second() : first();
       const auto s = sum(v, dh);
-      const Tiling tiling(s, workspace);
+      const Tiling tiling(s, false, workspace);
       const HeadOut<S> to{dh.mutable_data_ptr<S>(), stride(dh, w_), stride(dh, u), stride(dh, v)};
       IncidenceWeightGrad<S, T>(s, tiling, to, workspace).run();
     }
