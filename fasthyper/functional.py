@@ -107,10 +107,13 @@ def _over_terms(tensors: tuple[Any, ...], incidence: Incidence, reduce: str) -> 
     _check(_AXES_OF_TERMS, *tensors)
     x, z, *_ = tensors
     terms = incidence._terms(x.shape[0], z.shape[0])
+    if reduce == "mean" and x.dtype == torch.float16:  # the sum may leave float16's range where the mean does not
+        wide = [None if t is None else t.float() for t in tensors]
+        return _over_terms(tuple(wide), incidence, reduce).to(x.dtype)
     flat = shapes.flatten_points(x), *tensors[1:]
     if reduce != "max":
         y = _op_of_terms(*flat, *terms[:3], terms.targets, *backends.current())
-        y = y / _degrees(y, terms)[:, None, None] if reduce == "mean" else y
+        y = (y / _degrees(y, terms)[:, None, None]).to(y.dtype) if reduce == "mean" else y
     else:
         each = _op_of_terms(*flat, terms.source, terms.cond, None, terms.num_terms, *backends.current())
         y = each if terms.target is None else _largest(each, terms.target, terms.targets)
@@ -118,13 +121,12 @@ def _over_terms(tensors: tuple[Any, ...], incidence: Incidence, reduce: str) -> 
 
 
 def _degrees(t: Tensor, terms: Terms) -> Tensor:
-    """Return the number of terms of each target, at least one."""
+    """Return the number of terms of each target, at least one, in float64 for a t of float64, else in float32."""
+    dtype = torch.promote_types(t.dtype, torch.float32)
     if terms.target is None:
-        return t.new_ones(terms.targets)
-    counts = t.new_zeros(terms.targets, dtype=torch.float32)
-    return (
-        counts.index_add(0, terms.target, torch.ones_like(terms.target, dtype=torch.float32)).clamp(min=1).to(t.dtype)
-    )
+        return t.new_ones(terms.targets, dtype=dtype)
+    counts = terms.target.new_zeros(terms.targets)
+    return counts.index_add(0, terms.target, torch.ones_like(terms.target)).clamp(min=1).to(dtype)
 
 
 def _largest(each: Tensor, target: Tensor, targets: int) -> Tensor:

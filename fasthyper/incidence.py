@@ -71,8 +71,10 @@ class Incidence:
         for name, number in numbers.items():
             if number is not None and (isinstance(number, bool) or not isinstance(number, (int, torch.SymInt))):
                 raise TypeError(f"num_{name}s must be an integer, got {number!r}")
+            if number is not None and number < 0:
+                raise ValueError(f"num_{name}s must not be negative, got {number}")
         self.source, self.cond, self.target = (None if t is None else _copy(t) for t in given.values())
-        if not torch.compiler.is_compiling():  # values are not known while a function is traced
+        if all(_has_values(t) for t in given.values()):
             if target is not None and num_targets is None:
                 numbers["target"] = int(target.max()) + 1 if len(target) else 0
             for name, number in numbers.items():
@@ -161,7 +163,16 @@ class Incidence:
         moved = [None if t is None else t.to(device) for t in self._indices()]
         if all(t is own for t, own in zip(moved, self._indices(), strict=True)):
             return self
-        return _unflatten(moved, (self.num_sources, self.num_conds, self.num_targets))
+        copies = [None if t is None else _copy(t) for t in moved]
+        return _unflatten(copies, (self.num_sources, self.num_conds, self.num_targets))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take copied or unpickled indices."""
+        self.__dict__.update(state)
+        for name in NAMES:
+            index = getattr(self, name)
+            if index is not None:
+                setattr(self, name, _copy(index))
 
     def _indices(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return self.source, self.cond, self.target
@@ -199,6 +210,8 @@ def _check_indices(given: dict[str, Any]) -> None:
             raise TypeError(f"{name} must be a tensor of int64 or int32, got {type(t).__name__}")
         if t.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{name} must be int64 or int32, got shape {tuple(t.shape)} of {t.dtype}")
+        if t.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got shape {tuple(t.shape)} of {t.layout}")
         if t.dim() != 1:
             raise ValueError(f"{name} must have shape (E,), got {tuple(t.shape)}")
         if first is None:
@@ -217,7 +230,15 @@ def _copy(index: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return index.to(torch.int64, copy=True)
     with torch.inference_mode(False):
-        return index.detach().to(torch.int64, copy=True).contiguous()
+        copy = index.detach().to(torch.int64, copy=True).contiguous()
+    return terms.own(copy) if _has_values(copy) else copy
+
+
+def _has_values(index: Tensor | None) -> bool:
+    """Return whether values can be read: not in traced code, nor from fake tensors and those of the meta device."""
+    if index is None:
+        return True
+    return not torch.compiler.is_compiling() and type(index) is Tensor and index.device.type != "meta"
 
 
 def _flatten(incidence: Incidence) -> tuple[list[Any], Any]:

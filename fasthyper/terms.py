@@ -3,8 +3,9 @@
     y[t(e)] += Σ_{i,r} H[o,i,r] x[s(e),i] z[c(e),r]      for every term e
 
 s is the source of a term, c its condition and t its target. An index that is None is the identity: term e has value e.
-The order by an index is computed once for each index tensor and kept as long as the tensor lives and is unchanged, and
-so is what backends compute from it.
+What is computed from an index that an `Incidence` owns, such as the order by its values, is kept as long as the tensor
+lives and is unchanged. From any other index it is computed again in every call: generated code may write other values
+into the same tensor without a trace.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class _Known:
         self.version = _version(index)
         self.bounds = (int(index.min()), int(index.max())) if index.numel() else (0, -1)
         self.kept: dict[Hashable, tuple[object, Any]] = {}
+        self.owned = False
 
 
 _known = WeakTensorKeyDictionary()
@@ -55,6 +57,18 @@ def _look_up(index: Tensor) -> _Known:
     if known is None or known.version is None or known.version != _version(index):
         known = _known[index] = _Known(index)
     return known
+
+
+def own(index: Tensor) -> Tensor:
+    """Keep what is computed from this index, which nothing writes to; return it."""
+    _look_up(index).owned = True
+    return index
+
+
+def _forget_unowned(index: Tensor) -> None:
+    known = _known.get(index)
+    if known is not None and not known.owned:
+        _known.pop(index, None)
 
 
 def check_range(name: str, index: Tensor, size: int) -> None:
@@ -120,9 +134,10 @@ class Terms(NamedTuple):
         return self.sources
 
     def check_ranges(self) -> None:
-        """Check that every index is in its range; see `check_range`."""
+        """Check that every index is in its range; see `check_range`. A call begins with it."""
         for name, index, size in zip(NAMES, self[:3], self[3:], strict=True):
             if index is not None:
+                _forget_unowned(index)
                 check_range(name, index, size)
 
     def sort(self, name: str) -> Sorted | None:

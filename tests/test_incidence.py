@@ -65,6 +65,8 @@ def test_the_number_of_targets_is_the_largest_plus_one_by_default():
         ({"target": torch.tensor([-1, 0])}, ValueError, "target must have values.*got -1 at term 0"),
         ({"cond": torch.tensor([0, 0]), "num_targets": 3}, ValueError, "num_targets must be 2"),
         ({"num_sources": 1.5}, TypeError, "num_sources must be an integer"),
+        ({"num_targets": -1}, ValueError, "num_targets must not be negative, got -1"),
+        ({"target": torch.eye(3).long().to_sparse()[0]}, TypeError, "target must be a dense tensor"),
     ],
     ids=str,
 )
@@ -147,6 +149,23 @@ def test_a_changed_index_is_sorted_and_checked_again(sorts):
         terms.check_range("source", index, 2)
 
 
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda i: pickle.loads(pickle.dumps(i))])
+def test_copies_keep_their_order(copied, sorts):
+    incidence = copied(Incidence.from_edge_index(EDGES, 3, 2))
+    with fasthyper.use_backend("auto", schedule="aggregate"):
+        layer(incidence), layer(incidence)
+    assert len(sorts) == 1
+
+
+def test_an_index_that_no_incidence_owns_is_sorted_in_every_call(sorts):
+    """Generated code may write other values into the same tensor."""
+    target = torch.tensor([1, 1])
+    with fasthyper.use_backend("auto", schedule="aggregate"):
+        for _ in range(2):
+            torch.ops.fasthyper.apply_terms(X[:2].unsqueeze(1), Z, H, None, None, target, 2)
+    assert len(sorts) == 2
+
+
 def test_orders_go_with_their_index():
     before = len(terms._known)
     index = torch.tensor([0, 1, 1])
@@ -168,6 +187,19 @@ def test_inference_mode(sorts):
 def test_copies(copied):
     incidence = Incidence.from_edge_index(EDGES, 3, 2)
     torch.testing.assert_close(layer(copied(incidence)), layer(incidence))
+
+
+def test_a_copy_made_in_inference_mode_can_be_trained_with():
+    with torch.inference_mode():
+        incidence = copy.deepcopy(Incidence.from_edge_index(EDGES, 3, 2))
+    weight = H.clone().requires_grad_()
+    hyper_linear(X, Z, weight, incidence=incidence).sum().backward()
+    assert weight.grad is not None
+
+
+def test_meta_tensors():
+    incidence = Incidence.from_edge_index(EDGES.to("meta"), 3, 2)
+    assert hyper_linear(X.to("meta"), Z.to("meta"), H.to("meta"), incidence=incidence).shape == (2, 6)
 
 
 def test_torch_save():

@@ -255,6 +255,44 @@ def test_an_incidence_made_in_compiled_code():
     torch.testing.assert_close(got, step(*args))
 
 
+def test_compiled_code_that_writes_two_indices_into_one_buffer():
+    """Inductor reuses the memory of the first index for the second one, in the same tensor object, without a trace."""
+    E = 2000
+    x, z, weight, a = torch.randn(E, 4), torch.randn(E, 3), torch.randn(5, 4, 3), torch.randint(0, 50, (E,))
+
+    def step(x, z, weight, a):
+        y = hyper_linear(x, z, weight, incidence=Incidence(target=(a + 1) % 50, num_targets=50))
+        b = (a * 7 + y[0, 0].long().abs()) % 50
+        return hyper_linear(x, z, weight, incidence=Incidence(target=b, num_targets=50))
+
+    with torch.no_grad(), fasthyper.use_backend("auto", schedule="aggregate"):
+        torch.testing.assert_close(torch.compile(step, fullgraph=True)(x, z, weight, a), step(x, z, weight, a))
+
+
+@pytest.mark.parametrize("empty", [{"I": 0}, {"O": 0}, {"R": 0}], ids=str)
+def test_gradients_without_features_are_zero(empty, order):
+    """Memory that is not written would hold the numbers of a freed tensor."""
+    graph = Graph(E=100, indices="t", dtype=torch.float32, **empty)
+    with fasthyper.use_backend(*order):
+        for _ in range(5):
+            y = graph.layer(*graph.leaves).sum()
+            freed = [torch.full_like(t, 7) for t in (graph.x, graph.z)]
+            del freed
+            dx, dz = torch.autograd.grad(y, (graph.x, graph.z))
+            bias_grad = graph.bias.detach().sum(0).expand_as(dz) if graph.O else torch.zeros_like(dz)
+            base_grad = graph.base_weight.detach().sum(0).expand_as(dx) if graph.O else torch.zeros_like(dx)
+            torch.testing.assert_close(dz, bias_grad)
+            torch.testing.assert_close(dx, base_grad)
+
+
+def test_float16_means_whose_sums_overflow():
+    E = 70_000
+    ones = torch.ones(E, 1).half()
+    incidence = Incidence(target=torch.zeros(E, dtype=torch.int64))
+    y = hyper_linear(ones * 10, ones, torch.ones(2, 1, 1).half(), incidence=incidence, reduce="mean")
+    torch.testing.assert_close(y, torch.full((1, 2), 10.0).half())
+
+
 def test_export_with_any_number_of_terms():
     layer = fasthyper.HyperLinear(4, 5, cond_features=3, dtype=torch.float64)
     one, other = Graph(E=40, indices="st", requires_grad=False), Graph(E=77, indices="st", requires_grad=False)

@@ -225,6 +225,8 @@ class Contraction:
         for b in self.batches(w.rows.device):
             to_u = None if out_u is None else self.messages(b, u, out_u, self.Q)
             to_v = None if out_v is None else self.messages(b, v, out_v, self.C)
+            if to_v is not None and not self.Q:  # a sum of nothing
+                to_v.zero_()
             own = self.own(b, w)
             for q in self._slabs():
                 M = torch.mm(own, self._head(q)).view(len(own), q.stop - q.start, self.C)
