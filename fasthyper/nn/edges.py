@@ -11,7 +11,6 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from fasthyper import planner
 from fasthyper.incidence import Incidence
-from fasthyper.ops.reference import sum_rows
 
 REDUCE = {"add": "sum", "sum": "sum", "mean": "mean", "max": "max"}
 """The reductions of a graph layer, by their names in PyTorch Geometric's ``aggr``."""
@@ -141,11 +140,14 @@ def incidence(
 
 def reduce_rows(rows: Tensor, index: Tensor, size: int, reduce: str) -> Tensor:
     """Return (size, features): the sum, mean or max of the rows with the same value of an index; zero without rows."""
+    where, zeros = index.unsqueeze(1).expand_as(rows), rows.new_zeros(size, rows.shape[1])
+    if reduce == "max":
+        return zeros.scatter_reduce(0, where, rows, "amax", include_self=False)
+    total = zeros.scatter_add(0, where, rows)  # several times faster than index_add and than scatter_reduce
     if reduce == "sum":
-        return sum_rows(rows, index, size)
-    where = index.unsqueeze(1).expand_as(rows)
-    how = "amax" if reduce == "max" else reduce
-    return rows.new_zeros(size, rows.shape[1]).scatter_reduce(0, where, rows, how, include_self=False)
+        return total
+    counts = index.new_zeros(size).scatter_add(0, index, torch.ones_like(index)).clamp(min=1)
+    return (total / counts.to(torch.promote_types(rows.dtype, torch.float32)).unsqueeze(1)).to(rows.dtype)
 
 
 def reduce_neighbours(x: Tensor, source: Tensor, index: Tensor, size: int, reduce: str) -> Tensor:
