@@ -203,6 +203,20 @@ def test_derivatives_of_each_op(op, order):
     torch.library.opcheck(getattr(torch.ops.fasthyper, op).default, (*factors, *indices, *size))
 
 
+@pytest.mark.parametrize("name", ["grads_terms", "hyper_linear_terms", "hyper_linear_terms_grads"])
+def test_opcheck(name):
+    graph = Graph(E=9, R=2, I=2, O=2, N=2)
+    x, z, weight, bias, base_weight, base_bias = graph.leaves
+    indices = graph.source, graph.cond, graph.target
+    args = {
+        "grads_terms": (x, z, weight, graph.g, *indices, [True, False, True]),
+        "hyper_linear_terms": (*graph.leaves, *indices, graph.T),
+        "hyper_linear_terms_grads": (x, z, weight, bias, base_weight, graph.g, *indices, [True] * 5 + [False]),
+    }[name]
+    result = torch.library.opcheck(getattr(torch.ops.fasthyper, name).default, args)
+    assert set(result.values()) == {"SUCCESS"}
+
+
 @pytest.mark.parametrize("reduce", ["mean", "max"])
 def test_means_and_largest(reduce):
     """Targets without a term are zero, as in PyTorch Geometric."""
