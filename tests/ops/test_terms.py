@@ -206,7 +206,7 @@ def test_derivatives_of_each_op(op, order):
 @pytest.mark.parametrize("name", ["grads_terms", "hyper_linear_terms", "hyper_linear_terms_grads"])
 def test_opcheck(name):
     graph = Graph(E=9, R=2, I=2, O=2, N=2)
-    x, z, weight, bias, base_weight, base_bias = graph.leaves
+    x, z, weight, bias, base_weight, _ = graph.leaves
     indices = graph.source, graph.cond, graph.target
     args = {
         "grads_terms": (x, z, weight, graph.g, *indices, [True, False, True]),
