@@ -16,7 +16,7 @@ from ..costs import Cost, Costs, gemm, moved
 from ..problem import AUTO, Machine, Plan, Problem, TermProblem
 from ..terms import Terms
 from . import aten
-from .aten import term_bases
+from .aten import grouped, term_bases
 from .aten.terms import FACTORS, INDEX
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -223,8 +223,12 @@ def apply_terms(
         return aten.apply_terms(x, z, weight, *bases, terms=terms, schedule=schedule)
     plan = planner.plan(problem, schedule)
     options = plan.schedule, planner.get_workspace_limit(), plan.work_dtype != torch.float32
-    y = _ops.apply_terms(x, z, weight, *terms[:3], terms.targets, *_sorted(terms, plan.schedule), *options)
-    term_bases.Bases(terms, aten.tiling_of(plan), _sum_terms).add(y, x, z, *bases)
+    tiling = aten.tiling_of(plan)
+    if grouped.takes(plan, x, O, R, terms):
+        y = grouped.apply(x, z, weight, terms, tiling)
+    else:
+        y = _ops.apply_terms(x, z, weight, *terms[:3], terms.targets, *_sorted(terms, plan.schedule), *options)
+    term_bases.Bases(terms, tiling, _sum_terms).add(y, x, z, *bases)
     return y
 
 
@@ -249,11 +253,14 @@ def grads_terms(
         return aten.grads_terms(*tensors, mask, terms=terms, schedule=schedule)
     plan = planner.plan(problem, schedule)
     dx = dz = dh = None
-    if any(needs):
+    tiling = aten.tiling_of(plan)
+    if z is not None and any(needs) and grouped.takes(plan, x, g.shape[2], R, terms):
+        dx, dz, dh = grouped.grads(x, z, weight, g, needs, terms, tiling)
+    elif any(needs):
         options = plan.schedule, planner.get_workspace_limit(), plan.work_dtype != torch.float32
         order = _sorted(terms, plan.schedule)
         found = _ops.grads_terms(x, z, weight, g, *terms[:3], terms.conds, *order, needs, *options)
         dx, dz, dh = (t if k else None for t, k in zip(found, needs, strict=True))
-    bases = term_bases.Bases(terms, aten.tiling_of(plan), _sum_terms)
+    bases = term_bases.Bases(terms, tiling, _sum_terms)
     bases.add_to_grads(dx, dz, g, bias, base_weight)
     return dx, dz, dh, *bases.grads(x, z, g, R, mask)

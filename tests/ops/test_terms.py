@@ -136,6 +136,17 @@ def test_many_tiles(order):
         check(Graph(E=900, S=50, T=12, R=24, I=40, O=36, N=5, indices="st", dtype=torch.float32))
 
 
+@pytest.mark.parametrize("swap", [False, True])
+def test_ragged_points_with_a_large_head(order, swap):
+    fasthyper.set_workspace_limit(MIB)
+    graph = Graph(E=600, C=4, R=40, I=32, O=64, indices="c", dtype=torch.float32, swap=swap)
+    with fasthyper.use_backend(*order):
+        check(graph)
+        graph.incidence = Incidence.from_batch(graph.cond.sort().values, 4)
+        graph.cond = graph.incidence.cond
+        check(graph)
+
+
 def test_the_head_of_nn_conv_is_a_view(order):
     with fasthyper.use_backend(*order):
         check(Graph(indices="st", swap=True, dtype=torch.float32, R=16, I=8, O=24))
