@@ -10,7 +10,6 @@ from torch import Tensor
 from . import backends
 from .incidence import Incidence
 from .ops import autocast, linear, linear_terms, shapes
-from .terms import Terms
 
 _op = torch.ops.fasthyper.hyper_linear.default
 _op_of_terms = torch.ops.fasthyper.hyper_linear_terms.default
@@ -113,22 +112,21 @@ def _over_terms(tensors: tuple[Any, ...], incidence: Incidence, reduce: str) -> 
     flat = shapes.flatten_points(x), *tensors[1:]
     if reduce != "max":
         y = _op_of_terms(*flat, *terms[:3], terms.targets, *backends.current())
-        y = (y / _degrees(y, terms)[:, None, None]).to(y.dtype) if reduce == "mean" else y
+        if reduce == "mean" and terms.target is not None:
+            y = (y / degrees(terms.target, terms.targets, y.dtype)[:, None, None]).to(y.dtype)
     else:
         each = _op_of_terms(*flat, terms.source, terms.cond, None, terms.num_terms, *backends.current())
-        y = each if terms.target is None else _largest(each, terms.target, terms.targets)
+        y = each if terms.target is None else largest(each, terms.target, terms.targets)
     return y.squeeze(1) if x.dim() == 2 else y.reshape(y.shape[0], *x.shape[1:-1], y.shape[-1])
 
 
-def _degrees(t: Tensor, terms: Terms) -> Tensor:
-    """Return the number of terms of each target, at least one, in float64 for a t of float64, else in float32."""
-    dtype = torch.promote_types(t.dtype, torch.float32)
-    if terms.target is None:
-        return t.new_ones(terms.targets, dtype=dtype)
-    counts = terms.target.new_zeros(terms.targets)
-    return counts.index_add(0, terms.target, torch.ones_like(terms.target)).clamp(min=1).to(dtype)
+def degrees(index: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Return how often each value of an index occurs, at least 1, in a dtype, or in float32 if it has 16 bits."""
+    counts = index.new_zeros(size).scatter_add(0, index, torch.ones_like(index))
+    return counts.clamp(min=1).to(torch.promote_types(dtype, torch.float32))
 
 
-def _largest(each: Tensor, target: Tensor, targets: int) -> Tensor:
-    zeros = each.new_zeros(targets, *each.shape[1:])
-    return zeros.scatter_reduce(0, target[:, None, None].expand_as(each), each, "amax", include_self=False)
+def largest(rows: Tensor, index: Tensor, size: int) -> Tensor:
+    """Return (size, …), the largest of the rows that have the same value of an index; zero without rows."""
+    where = index.view(-1, *(1,) * (rows.dim() - 1)).expand_as(rows)
+    return rows.new_zeros(size, *rows.shape[1:]).scatter_reduce(0, where, rows, "amax", include_self=False)

@@ -116,6 +116,11 @@ class TermProblem(NamedTuple):
         """R, I, O."""
         return self.cond_features, self.in_features, self.out_features
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether a size is zero."""
+        return 0 in (self.terms, self.sources, self.conds, self.targets, self.points, *self.sizes)
+
     @classmethod
     def of(
         cls,

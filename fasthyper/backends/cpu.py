@@ -188,7 +188,7 @@ def grads(
 
 
 def _takes_terms(problem: TermProblem) -> bool:
-    return problem.dtype in DTYPES and 0 not in problem[1:9]
+    return problem.dtype in DTYPES and not problem.is_empty
 
 
 def _sorted(terms: Terms, schedule: str) -> tuple[Tensor | None, Tensor | None]:

@@ -85,8 +85,7 @@ def takes(problem: Problem) -> bool:
 def takes_terms(problem: TermProblem) -> bool:
     """Return whether the kernels are for the dtype and the sizes of a problem over terms."""
     p = problem
-    sizes = p.terms, p.sources, p.conds, p.targets, p.points, *p.sizes
-    return p.dtype in DTYPES and 0 not in sizes and p.terms * p.points < 1 << 31
+    return p.dtype in DTYPES and not p.is_empty and p.terms * p.points < 1 << 31
 
 
 class GpuCosts(Costs):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from fasthyper import planner
+from fasthyper.functional import degrees, largest
 from fasthyper.incidence import Incidence
 
 REDUCE = {"add": "sum", "sum": "sum", "mean": "mean", "max": "max"}
@@ -140,14 +141,13 @@ def incidence(
 
 def reduce_rows(rows: Tensor, index: Tensor, size: int, reduce: str) -> Tensor:
     """Return (size, features): the sum, mean or max of the rows with the same value of an index; zero without rows."""
-    where, zeros = index.unsqueeze(1).expand_as(rows), rows.new_zeros(size, rows.shape[1])
     if reduce == "max":
-        return zeros.scatter_reduce(0, where, rows, "amax", include_self=False)
+        return largest(rows, index, size)
+    where, zeros = index.unsqueeze(1).expand_as(rows), rows.new_zeros(size, rows.shape[1])
     total = zeros.scatter_add(0, where, rows)  # several times faster than index_add and than scatter_reduce
     if reduce == "sum":
         return total
-    counts = index.new_zeros(size).scatter_add(0, index, torch.ones_like(index)).clamp(min=1)
-    return (total / counts.to(torch.promote_types(rows.dtype, torch.float32)).unsqueeze(1)).to(rows.dtype)
+    return (total / degrees(index, size, rows.dtype).unsqueeze(1)).to(rows.dtype)
 
 
 def reduce_neighbours(x: Tensor, source: Tensor, index: Tensor, size: int, reduce: str) -> Tensor:
