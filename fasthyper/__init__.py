@@ -4,6 +4,14 @@ from . import nn, ops
 from ._version import __version__
 from .backends import set_backend, use_backend
 from .functional import hyper_linear
+from .functional_conv import (
+    hyper_conv1d,
+    hyper_conv2d,
+    hyper_conv3d,
+    hyper_conv_transpose1d,
+    hyper_conv_transpose2d,
+    hyper_conv_transpose3d,
+)
 from .incidence import Incidence
 from .nn import (
     Bilinear,
@@ -25,6 +33,12 @@ __all__ = [
     "PairwiseBilinear",
     "__version__",
     "get_workspace_limit",
+    "hyper_conv1d",
+    "hyper_conv2d",
+    "hyper_conv3d",
+    "hyper_conv_transpose1d",
+    "hyper_conv_transpose2d",
+    "hyper_conv_transpose3d",
     "hyper_linear",
     "hyperize",
     "nn",

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from . import processor
-from .problem import Machine, Pairs, Problem, TermProblem
+from .problem import ConvProblem, Machine, Pairs, Problem, TermProblem
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -134,6 +134,25 @@ class Costs:
         if dh:  # z ⊗ g, then xᵀ
             cost += gemm(O * R, I, p.distinct, machine)
             cost += gemm(N * O, R, B, machine) if p.shared_x else moved(B * N * O * R, 2, machine)
+        return cost
+
+    def convolution(self, p: ConvProblem, schedule: str, machine: Machine) -> Cost:
+        """Predict a forward or a backward of a generated convolution."""
+        linear = p.of_patches()
+        if schedule == "fold":
+            patches = moved(p.batch * p.pixels * p.in_features, 2, machine)
+            if p.op == "apply":
+                return (patches + self.apply(linear, "fold", machine)) * p.groups
+            return (patches * (1 + p.needs[0]) + self.grads(linear, "fold", machine)) * p.groups
+        # W and dW as in a linear layer; the products with them read the image in place
+        B, G, K, O = p.batch, p.groups, p.in_features, p.out_features
+        passes = 1 if p.op == "apply" else p.needs[0] + (p.needs[1] or p.needs[2])
+        cost = gemm(p.pixels, O, K, machine, float(B * G)) * passes
+        if p.op == "apply" or p.needs[0]:
+            cost += gemm(B, G * O * K, p.cond_features, machine) + moved(B * G * O * K, 2, machine)
+        if p.op == "grads" and (p.needs[1] or p.needs[2]):
+            each = p.needs[1] + p.needs[2]
+            cost += gemm(B, G * O * K, p.cond_features, machine) * each + moved(B * G * O * K, 1 + each, machine)
         return cost
 
     def terms(self, p: TermProblem, schedule: str, machine: Machine) -> Cost:

@@ -13,7 +13,18 @@ from collections.abc import Callable
 import torch
 
 from .costs import Costs, project_pairs
-from .problem import AUTO, SCHEDULES, TERM_SCHEDULES, Machine, Pairs, Plan, Problem, TermProblem
+from .problem import (
+    AUTO,
+    CONV_SCHEDULES,
+    SCHEDULES,
+    TERM_SCHEDULES,
+    ConvProblem,
+    Machine,
+    Pairs,
+    Plan,
+    Problem,
+    TermProblem,
+)
 
 # Shares of the workspace. A tile, its operands in the work dtype, an accumulator and the packed operand of a product
 # take at most one share each.
@@ -62,7 +73,7 @@ def register(name: str, costs: Costs) -> None:
     forget()
 
 
-def costs_of(problem: Problem | TermProblem) -> Costs:
+def costs_of(problem: Problem | TermProblem | ConvProblem) -> Costs:
     """Return the costs of a problem's backend; those of torch's own operations if it names none."""
     return _costs.get(problem.backend, _costs[""])
 
@@ -125,8 +136,24 @@ def cost_of_terms(problem: TermProblem, schedule: str, mach: Machine, limit: int
     return Plan(schedule, tile, work, c.flops, c.bytes + numbers * p.dtype.itemsize, workspace, seconds)
 
 
+def cost_of_convolution(problem: ConvProblem, schedule: str, mach: Machine, limit: int) -> Plan:
+    """Return the plan of one schedule of a generated convolution, with its predicted cost."""
+    p = problem
+    c = costs_of(p).convolution(p, schedule, mach)
+    tile = min(limit // _SHARES * 2, mach.tile_bytes * 4) // max(mach.work_dtype.itemsize, torch.float32.itemsize)
+    outputs, channels = p.groups * p.out_features, p.groups * p.in_features // max(1, p.taps)
+    numbers = p.batch * (channels * p.image + outputs * p.pixels) + outputs * p.in_features * p.cond_features
+    operands = numbers * p.dtype.itemsize
+    size = p.batch * p.in_features * (p.groups * p.pixels if schedule == "fold" else outputs)
+    count = max(1.0, size / tile)
+    seconds = c.seconds + operands / mach.memory_bandwidth + c.calls * count * mach.launch
+    # x ⊗ z may leave the range of float16 where W and y do not
+    work = torch.float32 if mach.work_dtype == torch.float16 else mach.work_dtype
+    return Plan(schedule, tile, work, c.flops, c.bytes + operands, 4 * min(size, tile) * max(work.itemsize, 4), seconds)
+
+
 @functools.lru_cache(maxsize=4096)
-def _plan(problem: Problem | TermProblem, schedule: str, limit: int, threads: int) -> Plan:
+def _plan(problem: Problem | TermProblem | ConvProblem, schedule: str, limit: int, threads: int) -> Plan:
     mach = machine(problem.device, problem.dtype, threads, problem.backend)
     known = schedules_of(problem)
     if schedule == "aggregate" and isinstance(problem, Problem):
@@ -136,13 +163,17 @@ def _plan(problem: Problem | TermProblem, schedule: str, limit: int, threads: in
     names = known if schedule == AUTO else (schedule,)
     if isinstance(problem, TermProblem):
         plans = [cost_of_terms(problem, name, mach, limit) for name in names]
+    elif isinstance(problem, ConvProblem):
+        plans = [cost_of_convolution(problem, name, mach, limit) for name in names]
     else:
         plans = [cost(problem, name, mach, limit) for name in names]
     return min(plans, key=lambda plan: plan.seconds)
 
 
-def schedules_of(problem: Problem | TermProblem) -> tuple[str, ...]:
+def schedules_of(problem: Problem | TermProblem | ConvProblem) -> tuple[str, ...]:
     """Return the schedules of a problem."""
+    if isinstance(problem, ConvProblem):
+        return CONV_SCHEDULES
     return TERM_SCHEDULES if isinstance(problem, TermProblem) else SCHEDULES
 
 
@@ -200,7 +231,7 @@ def forget() -> None:
         call()
 
 
-def plan(problem: Problem | TermProblem, schedule: str = AUTO) -> Plan:
+def plan(problem: Problem | TermProblem | ConvProblem, schedule: str = AUTO) -> Plan:
     """Return the cheapest plan, or the plan of a given schedule.
 
     Args:
@@ -222,6 +253,6 @@ def plan(problem: Problem | TermProblem, schedule: str = AUTO) -> Plan:
     return _plan(problem, schedule, _limit, torch.get_num_threads())
 
 
-def plans(problem: Problem | TermProblem) -> list[Plan]:
+def plans(problem: Problem | TermProblem | ConvProblem) -> list[Plan]:
     """Return the plan of every schedule, cheapest first."""
     return sorted((plan(problem, name) for name in schedules_of(problem)), key=lambda p: p.seconds)

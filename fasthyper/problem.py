@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from .geometry import Geometry
 from .terms import Terms
 
 SCHEDULES = ("fold", "generate", "project")
@@ -14,6 +15,9 @@ SCHEDULES = ("fold", "generate", "project")
 
 TERM_SCHEDULES = (*SCHEDULES, "aggregate")
 """The orders for terms that share sources, conditions or targets: `aggregate` sums x ⊗ z of each target first."""
+
+CONV_SCHEDULES = ("fold", "generate")
+"""The orders for generated convolutions: `fold` runs the patches of the image as points of a linear layer."""
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of the op family."""
@@ -146,6 +150,66 @@ class TermProblem(NamedTuple):
             "project": self.sources * N,
             "aggregate": self.targets * N,
         }[schedule]
+
+
+class ConvProblem(NamedTuple):
+    """One generated convolution.
+
+    Args:
+        op: ``"apply"`` or ``"grads"``.
+        batch: B.
+        groups: G.
+        in_features: numbers that an output pixel sums: I channels of a group times the taps of the kernel.
+        out_features: outputs of a group, O / G.
+        cond_features: R.
+        image: pixels of the image.
+        pixels: pixels of the output.
+        taps: taps of the kernel.
+        dtype: dtype of all tensors.
+        device: device type.
+        needs: for ``grads``, which of dx, dz, dH are requested.
+        backend: the backend whose costs count.
+    """
+
+    op: str
+    batch: int
+    groups: int
+    in_features: int
+    out_features: int
+    cond_features: int
+    image: int
+    pixels: int
+    taps: int
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    needs: tuple[bool, bool, bool] = (True, True, True)
+    backend: str = ""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether a size is zero."""
+        return 0 in self[1:9]
+
+    @classmethod
+    def of(
+        cls,
+        op: str,
+        x: torch.Tensor,
+        I: int,
+        O: int,
+        R: int,
+        geo: Geometry,
+        needs: tuple[bool, bool, bool] = (True,) * 3,
+        backend: str = "",
+    ) -> ConvProblem:
+        """Return the problem of a call with I inputs of each group and O outputs in all."""
+        sizes = geo.groups, I * geo.taps, O // geo.groups, R, *geo.pixels, geo.taps
+        return cls(op, x.shape[0], *sizes, x.dtype, x.device.type, needs, backend)
+
+    def of_patches(self) -> Problem:
+        """Return one group's problem with the patches of the image as points."""
+        sizes = self.batch, self.pixels, self.cond_features, self.in_features, self.out_features
+        return Problem(self.op, *sizes, self.dtype, self.device, False, self.needs, self.backend)
 
 
 class Pairs(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from .. import planner
 from ..problem import AUTO, TERM_SCHEDULES
 from . import aten, cpu, cuda, materialised, triton
-from .contract import Backend, OverTerms
+from .contract import Backend, Convolving, OverTerms
 
 FALLBACK = "aten"
 """The backend that runs any call on any device."""
@@ -174,3 +174,9 @@ def of_terms(name: str, device: torch.device) -> OverTerms:
     """Return the backend that runs a call over terms: that of `backend`, or aten if it lacks these functions."""
     module = backend(name, device)
     return cast(OverTerms, module) if hasattr(module, "apply_terms") else aten
+
+
+def of_convolutions(name: str, device: torch.device) -> Convolving:
+    """Return the backend that runs a generated convolution: that of `backend`, or aten if it lacks these functions."""
+    module = backend(name, device)
+    return cast(Convolving, module) if hasattr(module, "apply_conv") else aten

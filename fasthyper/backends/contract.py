@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..costs import Costs
+from ..geometry import Geometry
 from ..problem import Problem
 from ..terms import Terms
 
@@ -154,6 +155,53 @@ class OverTerms(Protocol):
         schedule: str,
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, z, H, bias, W0 and b0, None for each that is not requested."""
+
+
+class Convolving(Protocol):
+    """Additional functions of a backend that runs generated convolutions; `aten` runs the others'.
+
+        y[b] = conv(x[b], H·z[b] + W0) + bias·z[b] + b0
+
+    The geometry has three spatial axes, `transposed` is whether it is a transposed convolution, and the schedule is
+    one of `problem.CONV_SCHEDULES`, or ``"auto"``. x and y are (B, channels, *pixels), H is (O, I, *taps, R).
+    """
+
+    def apply_conv(
+        self,
+        x: Tensor,
+        z: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        base_weight: Tensor | None,
+        base_bias: Tensor | None,
+        y: Tensor,
+        *,
+        geometry: Geometry,
+        transposed: bool,
+        schedule: str,
+    ) -> None:
+        """Write y."""
+
+    def grads_conv(
+        self,
+        x: Tensor,
+        z: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        base_weight: Tensor | None,
+        g: Tensor,
+        dx: Tensor | None,
+        dh: Tensor | None,
+        mask: tuple[bool, ...],
+        *,
+        geometry: Geometry,
+        transposed: bool,
+        schedule: str,
+    ) -> tuple[Tensor | None, ...]:
+        """Write dx and dh if given; return the gradients of z, bias, W0 and b0, None for each that is not requested.
+
+        The mask is as in `Wanted`.
+        """
 
 
 class Fusing(Protocol):

@@ -1,6 +1,15 @@
 """Layers: generated linear layers, hypernetworks built from them, and the embedding method as a baseline."""
 
 from fasthyper.nn.bilinear import Bilinear
+from fasthyper.nn.cond_conv import CondConv2d
+from fasthyper.nn.conv import (
+    HyperConv1d,
+    HyperConv2d,
+    HyperConv3d,
+    HyperConvTranspose1d,
+    HyperConvTranspose2d,
+    HyperConvTranspose3d,
+)
 from fasthyper.nn.embedding import EmbeddingNetwork
 from fasthyper.nn.hyperize import hyperize, ungenerated
 from fasthyper.nn.hypernetwork import Hypernetwork
@@ -13,7 +22,14 @@ from fasthyper.nn.rgcn_conv import RGCNConv
 
 __all__ = [
     "Bilinear",
+    "CondConv2d",
     "EmbeddingNetwork",
+    "HyperConv1d",
+    "HyperConv2d",
+    "HyperConv3d",
+    "HyperConvTranspose1d",
+    "HyperConvTranspose2d",
+    "HyperConvTranspose3d",
     "HyperLinear",
     "Hypernetwork",
     "NNConv",

@@ -39,6 +39,11 @@ def _gain_sq(nonlinearity: str) -> float:
     return nn.init.calculate_gain(nonlinearity) ** 2  # type: ignore[arg-type]
 
 
+def _fans(weight: Tensor) -> tuple[int, int]:
+    """Return I and O of a head (O, I, R) or of a base weight (O, I)."""
+    return weight.shape[1], weight.shape[0]
+
+
 def _uniform_(tensor: Tensor | None, variance: float) -> None:
     if tensor is not None:
         bound = math.sqrt(3 * variance)
@@ -59,6 +64,7 @@ def hyperfan_in_(
     *,
     z_second_moment: float = 1.0,
     nonlinearity: str = "linear",
+    fans: tuple[int, int] | None = None,
 ) -> None:
     """Fill a generated layer so that the variance of activations is preserved (Hyperfan-in).
 
@@ -72,6 +78,7 @@ def hyperfan_in_(
         base_bias: ``(O,)`` or None, set to zero.
         z_second_moment: V = E[z²] of one feature of z.
         nonlinearity: the function that follows the layer, by its name in :func:`torch.nn.init.calculate_gain`.
+        fans: how many inputs an output sums, and how many outputs an input reaches; by default I and O.
 
     Raises:
         ValueError: ``nonlinearity`` is unknown, or ``z_second_moment`` is not positive and finite.
@@ -89,7 +96,7 @@ def hyperfan_in_(
         True
     """
     variance = _variance(z_second_moment, nonlinearity)
-    _, fan_in, features = weight.shape
+    (fan_in, _), features = fans or _fans(weight), weight.shape[-1]
     halves = 1 if bias is None else 2
     _uniform_(weight, variance / max(1, halves * fan_in * features))
     _uniform_(bias, variance / max(1, 2 * features))
@@ -104,6 +111,7 @@ def hyperfan_out_(
     *,
     z_second_moment: float = 1.0,
     nonlinearity: str = "linear",
+    fans: tuple[int, int] | None = None,
 ) -> None:
     """Fill a generated layer so that the variance of gradients is preserved (Hyperfan-out).
 
@@ -117,6 +125,7 @@ def hyperfan_out_(
         base_bias: ``(O,)`` or None, set to zero.
         z_second_moment: V = E[z²] of one feature of z.
         nonlinearity: the function that follows the layer, by its name in :func:`torch.nn.init.calculate_gain`.
+        fans: how many inputs an output sums, and how many outputs an input reaches; by default I and O.
 
     Raises:
         ValueError: ``nonlinearity`` is unknown, or ``z_second_moment`` is not positive and finite.
@@ -134,7 +143,7 @@ def hyperfan_out_(
         True
     """
     variance = _variance(z_second_moment, nonlinearity)
-    fan_out, fan_in, features = weight.shape
+    (fan_in, fan_out), features = fans or _fans(weight), weight.shape[-1]
     _uniform_(weight, variance / max(1, fan_out * features))
     _uniform_(bias, variance * max(0.0, 1 - fan_in / max(1, fan_out)) / max(1, features))
     _zero_(base_weight, base_bias)
@@ -148,6 +157,7 @@ def bias_hyper_(
     *,
     z_second_moment: float = 1.0,
     nonlinearity: str = "linear",
+    fans: tuple[int, int] | None = None,
 ) -> None:
     """Fill a generated layer so that all instances start from the same weights (Bias-HyperInit).
 
@@ -161,6 +171,7 @@ def bias_hyper_(
         base_bias: ``(O,)`` or None, set to zero.
         z_second_moment: checked, but without effect, because the head is zero.
         nonlinearity: the function that follows the layer, by its name in :func:`torch.nn.init.calculate_gain`.
+        fans: how many inputs an output sums, and how many outputs an input reaches; by default I and O.
 
     Raises:
         ValueError: ``base_weight`` is None, ``nonlinearity`` is unknown, or ``z_second_moment`` is not positive and
@@ -185,7 +196,7 @@ def bias_hyper_(
             "(base=True), got None"
         )
     _zero_(weight, bias, base_bias)
-    _uniform_(base_weight, _gain_sq(nonlinearity) / max(1, base_weight.shape[1]))
+    _uniform_(base_weight, _gain_sq(nonlinearity) / max(1, (fans or _fans(base_weight))[0]))
 
 
 INITS: dict[str, Callable[..., None]] = {

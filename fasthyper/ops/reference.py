@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..geometry import Geometry
 from ..terms import Terms
 
 
@@ -43,6 +44,62 @@ def hyper_linear(
     if bias is not None:
         y = y + (z @ bias.T).unsqueeze(1)
     return y if base_bias is None else y + base_bias
+
+
+def _patches(x: Tensor, geo: Geometry) -> Tensor:
+    """Return (B, G, I, a, b, c, i, j, k): the image's pixels under each tap at each output pixel, zeros outside."""
+    sizes = zip(geo.image, geo.output, geo.kernel, geo.stride, geo.padding, geo.dilation, strict=True)
+    sides = [(p, max(0, (m - 1) * s + d * (k - 1) + 1 - n - p)) for n, m, k, s, p, d in sizes]
+    x = torch.nn.functional.pad(x, [pad for side in reversed(sides) for pad in side])
+    for axis in range(3):
+        reach = geo.dilation[axis] * (geo.kernel[axis] - 1) + 1
+        x = x.unfold(axis + 2, reach, geo.stride[axis]).narrow(axis + 2, 0, geo.output[axis])
+        x = x[..., :: geo.dilation[axis]]
+    return x.unflatten(1, (geo.groups, x.shape[1] // geo.groups))
+
+
+def _kernels(z: Tensor, weight: Tensor, geo: Geometry) -> Tensor:
+    """Return (B, G, O/G, I, i, j, k): the kernels of each instance, by group."""
+    w = torch.einsum("br,oiuvwr->boiuvw", z, weight)
+    return w.unflatten(1, (geo.groups, w.shape[1] // geo.groups))
+
+
+def conv_apply(x: Tensor, z: Tensor, weight: Tensor, geo: Geometry) -> Tensor:
+    """Return the convolution of each x[b] with its kernel H·z[b], by writing out the kernels and the patches of x."""
+    y = torch.einsum("bgiklmuvw,bgoiuvw->bgoklm", _patches(x, geo), _kernels(z, weight, geo))
+    return y.flatten(1, 2)
+
+
+def conv_transpose_apply(x: Tensor, z: Tensor, weight: Tensor, geo: Geometry) -> Tensor:
+    """Return the transpose of `conv_apply`, applied to x, by writing out the kernels."""
+    w = _kernels(z, weight, geo).flatten(0, 2)
+    y = torch.nn.functional.conv_transpose3d(
+        x.reshape(1, -1, *x.shape[2:]),
+        w,
+        stride=[*geo.stride],
+        padding=[*geo.padding],
+        groups=x.shape[0] * geo.groups,
+        dilation=[*geo.dilation],
+    )
+    more = geo.unreached()  # torch allows less output padding than the geometry
+    y = torch.nn.functional.pad(y, [pad for n in reversed(more) for pad in (0, n)])
+    return y.view(x.shape[0], -1, *geo.image)
+
+
+def conv_cond_grad(x: Tensor, g: Tensor, weight: Tensor, geo: Geometry) -> Tensor:
+    """Return dz[b,r] = Σ dW[b] H[...,r], by writing out the gradients of the kernels."""
+    return torch.einsum("boiuvw,oiuvwr->br", _kernel_grads(x, g, geo), weight)
+
+
+def conv_weight_grad(x: Tensor, z: Tensor, g: Tensor, geo: Geometry) -> Tensor:
+    """Return dH[...,r] = Σ_b dW[b] z[b,r], by writing out the gradients of the kernels."""
+    return torch.einsum("boiuvw,br->oiuvwr", _kernel_grads(x, g, geo), z)
+
+
+def _kernel_grads(x: Tensor, g: Tensor, geo: Geometry) -> Tensor:
+    """Return dW (B, O, I, i, j, k)."""
+    g = g.unflatten(1, (geo.groups, g.shape[1] // geo.groups))
+    return torch.einsum("bgiklmuvw,bgoklm->bgoiuvw", _patches(x, geo), g).flatten(1, 2)
 
 
 def _gather(rows: Tensor, index: Tensor | None) -> Tensor:

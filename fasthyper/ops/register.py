@@ -42,7 +42,14 @@ except (ImportError, AttributeError) as error:
     MISSING = str(error)
 
 LIBRARY = torch.library.Library("fasthyper", "DEF")
-_SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", int: "SymInt", bool: "bool"}
+_SCHEMA = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    str: "str",
+    int: "SymInt",
+    bool: "bool",
+    list[int]: "SymInt[]",
+}
 
 Op = Callable[..., Any]
 Gradients = Mapping[str, Tensor | None]
@@ -89,6 +96,7 @@ def define(
     not_saved: Sequence[str] = (),
     saved_results: Sequence[str] = (),
     validate: Op | None = None,
+    empty: Op | None = None,
 ) -> None:
     """Register an op: schema, check, kernel, fake kernel, derivatives, vmap, and the fallback if torch lacks a name.
 
@@ -112,6 +120,7 @@ def define(
         not_saved: arguments that backward does not read.
         saved_results: results that backward reads: ``(args, wanted, *saved_results, *g)``.
         validate: checks the other arguments, such as a string, and raises.
+        empty: returns the results with no values; None for contiguous results whose sizes the axes tell.
     """
     signature = _Signature(name, arguments, results, axes, validate)
     run_composite = signature.with_check(composite or definition)
@@ -137,7 +146,7 @@ def define(
 
     LIBRARY.impl(name, signature.with_check(kernel), "CompositeExplicitAutograd")
     LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
-    torch.library.register_fake(f"fasthyper::{name}", signature.with_check(signature.empty), lib=LIBRARY)
+    torch.library.register_fake(f"fasthyper::{name}", signature.with_check(empty or signature.empty), lib=LIBRARY)
     if composite is not None:
         LIBRARY.impl(name, run_composite, "FuncTorchBatched")
     else:
@@ -197,7 +206,8 @@ class _Signature:
     def with_check_of_one(self, vmap: Op) -> Op:
         """Return a rule of vmap that first checks the arguments as one call of the batch has them."""
 
-        def rule(info: Any, dims: Sequence[int | None], *values: Any) -> Any:
+        def rule(info: Any, dims: Sequence[Any], *values: Any) -> Any:
+            dims = [d if isinstance(t, Tensor) else None for t, d in zip(values, dims, strict=True)]
             self.check([t if d is None else _one_of(t, d) for t, d in zip(values, dims, strict=True)])
             return vmap(info, dims, *values)
 

@@ -8,6 +8,8 @@
 | S      | sources, rows of x               | C      | conditions, rows of z              |
 | T      | targets, rows of y               | E      | terms, each with s, c and t        |
 | M      | members of the first of two sets | P, Q   | I and R, with an appended one      |
+| X      | channels of an image             | dhw    | its pixels                         |
+| ijk    | taps of a kernel                 | abc    | pixels of a convolution's output   |
 
 csrc/eager.cpp uses the same table, which `ops/linear.py` passes to it.
 """
@@ -57,6 +59,18 @@ PRIMARY: Axes = {
     "a": "BNJ",
     "g": "BNO",
 }
+
+CONV: Axes = {
+    "weight": "OIijkR",
+    "x": "BXdhw",
+    "z": "BR",
+    "bias": "OR",
+    "base_weight": "OIijk",
+    "base_bias": "O",
+    "g": "BOabc",
+}
+"""x is the image of a convolution, and g has its output. X is I times the number of groups."""
+CONV_TRANSPOSE: Axes = {**CONV, "x": "BOabc", "bias": "XR", "base_bias": "X", "g": "BXdhw"}
 
 TERMS: Axes = {**LINEAR, "x": "SNI", "z": "CR", "g": "TNO"}
 INDICES = NAMES

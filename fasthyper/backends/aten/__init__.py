@@ -8,6 +8,7 @@ schedule. The ops of the family are the calls without bias and base.
 
 from __future__ import annotations
 
+import sys
 from typing import cast
 
 import torch
@@ -15,13 +16,15 @@ from torch import Tensor
 
 from ... import planner
 from ...costs import Costs
+from ...geometry import Geometry
 from ...problem import AUTO, Plan, Problem, TermProblem
 from ...problem import DTYPES as DTYPES
 from ...terms import Terms
 from .. import materialised
-from . import fold, generate, project
+from ..contract import Backend
+from . import conv_products, convolution, fold, generate, project
 from . import terms as over_terms
-from .tiling import Affine, Tiling, accumulate, blocks, boxes, head_matrix
+from .tiling import Affine, Tiling, accumulate, blocks, boxes, head_matrix, tiling_of
 
 PREFERRED_ON = ()
 COSTS = Costs()
@@ -43,12 +46,6 @@ def unavailable() -> str | None:
 def takes(problem: Problem) -> bool:
     """Return whether it computes a problem: it computes all."""
     return True
-
-
-def tiling_of(plan: Plan) -> Tiling:
-    """Return the size and the dtypes of a plan's tiles."""
-    low = plan.work_dtype in (torch.bfloat16, torch.float16)
-    return Tiling(plan.tile, plan.work_dtype, torch.float32 if low else plan.work_dtype)
 
 
 def _is_one_tile(x: Tensor, weight: Tensor | None, g: Tensor | None, O: int, plan: Plan) -> bool:
@@ -191,3 +188,46 @@ def grads_terms(
     R = cast(Tensor, z if weight is None else weight).shape[-1]
     plan = planner.plan(TermProblem.of("grads", x, R, g.shape[2], terms, (mask[0], mask[1], mask[2])), schedule)
     return over_terms.grads(x, z, weight, bias, base_weight, g, mask, terms, plan.schedule, tiling_of(plan))
+
+
+def apply_conv(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    base_weight: Tensor | None,
+    base_bias: Tensor | None,
+    y: Tensor,
+    *,
+    geometry: Geometry,
+    transposed: bool,
+    schedule: str,
+    way: convolution.Way | None = None,
+) -> None:
+    """Write y; see `contract.Convolving`. `way` has a backend's own products and linear layers."""
+    convolution.apply(x, z, weight, bias, base_weight, base_bias, y, geometry, transposed, schedule, way or _way())
+
+
+def grads_conv(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_weight: Tensor | None,
+    g: Tensor,
+    dx: Tensor | None,
+    dh: Tensor | None,
+    mask: tuple[bool, ...],
+    *,
+    geometry: Geometry,
+    transposed: bool,
+    schedule: str,
+    way: convolution.Way | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Write dx and dh if given; return the other gradients; see `contract.Convolving`."""
+    of = geometry, transposed, schedule, way or _way()
+    return convolution.grads(x, z, weight, bias, base_weight, g, dx, dh, mask, *of)
+
+
+def _way() -> convolution.Way:
+    return convolution.Way("", conv_products, cast(Backend, sys.modules[__name__]))

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...problem import Plan
+
 
 def blocks(size: int, step: int) -> Iterator[slice]:
     """Cut range(size) into slices of at most `step` (at least 1)."""
@@ -40,6 +42,12 @@ class Tiling(NamedTuple):
         if out.dtype == self.dtype and out.is_contiguous():
             return out
         return torch.empty(out.shape, dtype=self.dtype, device=out.device)
+
+
+def tiling_of(plan: Plan) -> Tiling:
+    """Return the size and the dtypes of a plan's tiles."""
+    low = plan.work_dtype in (torch.bfloat16, torch.float16)
+    return Tiling(plan.tile, plan.work_dtype, torch.float32 if low else plan.work_dtype)
 
 
 class Head:

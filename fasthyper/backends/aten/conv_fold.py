@@ -1,0 +1,199 @@
+"""Generated convolutions, `fold`: the patches of the image are the points of a generated linear layer.
+
+    patch[b,p] = the pixels of x[b] under the kernel at output pixel p, (I·taps,)
+    y[b,p]     = (H·z[b] + W0) patch[b,p]                     one layer for each group of channels
+
+It is the cheapest where an image has few output pixels. A transposed convolution is the layer (H·z[b] + W0)ᵀ at each
+pixel of its input, and adds up the patches that it gives.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...geometry import Geometry
+from ..contract import Backend, Wanted
+from .conv_generate import BiasSums, shift_of
+from .tiling import Tiling, blocks
+
+
+def apply(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    base_weight: Tensor | None,
+    base_bias: Tensor | None,
+    y: Tensor,
+    geo: Geometry,
+    transposed: bool,
+    tiling: Tiling,
+    linear: Backend,
+) -> None:
+    """Write y."""
+    O, I = weight.shape[:2]
+    groups = _Group.all(weight, base_weight, geo, O, I, transposed)
+    for b in _instances(x.shape[0], O, I, geo, tiling):
+        for group in groups:
+            head = cast(Tensor, group.head)
+            group.put_results(y[b], linear.apply(group.points(x[b]), z[b], head, None, group.base, schedule="fold"))
+        shift = shift_of(z[b], bias, base_bias, tiling)
+        if shift is not None:
+            y[b] += shift[..., None, None, None].to(y.dtype)
+
+
+def grads(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_weight: Tensor | None,
+    g: Tensor,
+    dx: Tensor | None,
+    dh: Tensor | None,
+    mask: tuple[bool, ...],
+    geo: Geometry,
+    transposed: bool,
+    tiling: Tiling,
+    linear: Backend,
+) -> tuple[Tensor | None, ...]:
+    """Write dx and dh if given; return dz, dbias, dW0 and db0 where the mask is set."""
+    O, R = (x if transposed else g).shape[1], cast(Tensor, z if weight is None else weight).shape[-1]
+    I = (g if transposed else x).shape[1] // geo.groups
+    groups = _Group.all(weight, base_weight, geo, O, I, transposed)
+    chunks = _instances(x.shape[0], O, I, geo, tiling)
+    sums = BiasSums(g, z, bias, R, mask, tiling)
+    dw0 = x.new_zeros(O, I, *geo.kernel, dtype=tiling.sum_dtype) if mask[4] else None
+    for b in chunks:
+        dz = sums.add(b)
+        for group in groups:
+            points, of_g = group.points(x[b]), group.results(g[b])
+            wanted = Wanted(x=dx is not None, z=mask[1], base_weight=mask[4])
+            if any(wanted):
+                of = points, None if z is None else z[b], group.head, None, group.base, of_g
+                dpoints, dz_of, _, _, dw0_of, _ = linear.grads(*of, wanted, schedule="fold")
+                if dx is not None:
+                    group.put_points(dx[b], cast(Tensor, dpoints))
+                if dz is not None:
+                    dz += cast(Tensor, dz_of)
+                if dw0 is not None:
+                    group.of_kernel(dw0).add_(group.swap(cast(Tensor, dw0_of)))
+        sums.put(b, dz)
+    if dh is not None:
+        for group in groups:
+            _head_grad(x, cast(Tensor, z), g, group, group.of_kernel(dh), chunks, tiling, linear)
+    dbias, db0 = sums.of_bias()
+    return sums.dz, dbias, None if dw0 is None else dw0.to(x.dtype), db0
+
+
+def _head_grad(
+    x: Tensor, z: Tensor, g: Tensor, group: _Group, dh: Tensor, chunks: list[slice], tiling: Tiling, linear: Backend
+) -> None:
+    """Write dH (O, K, R) of a group, some outputs at a time."""
+    O, K, R = dh.shape
+    for o in blocks(O, tiling.elements // max(1, K * R)):
+        total: Tensor | None = None
+        for b in chunks:
+            points, of_g = group.points(x[b]), group.results(g[b])
+            points, of_g = (points[..., o], of_g) if group.transposed else (points, of_g[..., o])
+            found = linear.grads(points, z[b], None, None, None, of_g, Wanted(weight=True), schedule="fold")[2]
+            part = group.swap(cast(Tensor, found))
+            total = part if total is None else total.to(tiling.sum_dtype) + part
+        dh[o] = cast(Tensor, total)
+
+
+def _instances(B: int, O: int, I: int, geo: Geometry, tiling: Tiling) -> list[slice]:
+    """Cut the instances so that the patches and the points of a group are at most a tile."""
+    per_instance = geo.pixels[1] * max(1, I * geo.taps, O // geo.groups)
+    return list(blocks(B, tiling.elements // max(1, per_instance)))
+
+
+class _Group:
+    """One group of channels, as a linear layer: K = I·taps numbers of a patch to its outputs, or transposed."""
+
+    def __init__(
+        self, index: int, weight: Tensor | None, base: Tensor | None, geo: Geometry, O: int, I: int, transposed: bool
+    ) -> None:
+        each = O // geo.groups
+        self.geo, self.transposed = geo, transposed
+        self._outputs, self._channels = slice(index * each, (index + 1) * each), slice(index * I, (index + 1) * I)
+        self.head = None if weight is None else self.swap(self.of_kernel(weight))
+        self.base = None if base is None else self.swap(self.of_kernel(base))
+
+    @classmethod
+    def all(
+        cls, weight: Tensor | None, base: Tensor | None, geo: Geometry, O: int, I: int, transposed: bool
+    ) -> list[_Group]:
+        return [cls(k, weight, base, geo, O, I, transposed) for k in range(geo.groups)]
+
+    def of_kernel(self, t: Tensor) -> Tensor:
+        """Return this group of (O, I, *taps, …) as (O/G, K, …)."""
+        return t[self._outputs].flatten(1, 4)
+
+    def swap(self, t: Tensor) -> Tensor:
+        """Swap the first two axes of (O, K, …) in a transposed convolution."""
+        return t.transpose(0, 1) if self.transposed else t
+
+    def points(self, x: Tensor) -> Tensor:
+        """Return what the layer reads, (b, pixels, features)."""
+        return self._pixels(x) if self.transposed else self._patches(x)
+
+    def results(self, y: Tensor) -> Tensor:
+        """Return what the layer gives, (b, pixels, features), from an image or an output."""
+        return self._patches(y) if self.transposed else self._pixels(y)
+
+    def put_points(self, x: Tensor, points: Tensor) -> None:
+        """Write the channels of x that `points` reads, from the sum of the points."""
+        if self.transposed:
+            x[:, self._outputs] = points.mT.unflatten(2, [*self.geo.output])
+        else:
+            x[:, self._channels] = self._sum_patches(points)
+
+    def put_results(self, y: Tensor, results: Tensor) -> None:
+        """Write the channels of y that `results` reads."""
+        if self.transposed:
+            y[:, self._channels] = self._sum_patches(results)
+        else:
+            y[:, self._outputs] = results.mT.unflatten(2, [*self.geo.output])
+
+    def _pixels(self, t: Tensor) -> Tensor:
+        return t[:, self._outputs].flatten(2).mT
+
+    def _patches(self, t: Tensor) -> Tensor:
+        padded = F.pad(t[:, self._channels], [pad for side in reversed(self._sides()) for pad in side])
+        b, I = padded.shape[:2]
+        view = self._windows(padded).permute(0, 5, 6, 7, 1, 2, 3, 4)  # b, output, channel, taps
+        return view.reshape(b, math.prod(self.geo.output), I * self.geo.taps)
+
+    def _sum_patches(self, patches: Tensor) -> Tensor:
+        """Return (b, I, *image): each pixel is the sum of its values in all patches."""
+        geo, b = self.geo, patches.shape[0]
+        I = patches.shape[2] // geo.taps
+        sides = self._sides()
+        size = [n + before + after for n, (before, after) in zip(geo.image, sides, strict=True)]
+        total = patches.new_zeros(b, I, *size, dtype=torch.promote_types(patches.dtype, torch.float32))
+        each = patches.view(b, *geo.output, I, *geo.kernel).permute(5, 6, 7, 0, 4, 1, 2, 3)
+        windows = self._windows(total).permute(2, 3, 4, 0, 1, 5, 6, 7)
+        for i, j, k in product(*map(range, geo.kernel)):  # the pixels of one tap are all different
+            windows[i, j, k] += each[i, j, k]
+        for axis, (n, (before, _)) in enumerate(zip(geo.image, sides, strict=True), 2):
+            total = total.narrow(axis, before, n)
+        return total
+
+    def _sides(self) -> list[tuple[int, int]]:
+        """Return how many pixels each axis of the image lacks before and after, to hold all windows."""
+        return [(p, max(0, p - n)) for p, n in zip(self.geo.padding, self.geo.unreached(), strict=True)]
+
+    def _windows(self, padded: Tensor) -> Tensor:
+        """View a padded image as (b, I, *taps, *output)."""
+        geo = self.geo
+        pixel = padded.stride()[2:]
+        taps = [s * d for s, d in zip(pixel, geo.dilation, strict=True)]
+        steps = [s * d for s, d in zip(pixel, geo.stride, strict=True)]
+        return padded.as_strided((*padded.shape[:2], *geo.kernel, *geo.output), (*padded.stride()[:2], *taps, *steps))

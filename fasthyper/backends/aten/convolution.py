@@ -1,0 +1,87 @@
+"""Generated convolutions: the choice of a schedule, and calls without any numbers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+from torch import Tensor
+
+from ... import planner
+from ...geometry import Geometry
+from ...problem import ConvProblem
+from ..contract import Backend
+from . import conv_fold, conv_generate
+from .conv_generate import BiasSums, Products, shift_of
+from .tiling import tiling_of
+
+
+class Way(NamedTuple):
+    """How a backend runs convolutions: its name in the planner, products of an instance's kernel, and linear layers."""
+
+    backend: str
+    products: Products
+    linear: Backend
+
+
+def apply(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    base_weight: Tensor | None,
+    base_bias: Tensor | None,
+    y: Tensor,
+    geo: Geometry,
+    transposed: bool,
+    schedule: str,
+    way: Way,
+) -> None:
+    """Write y."""
+    O, I, R = weight.shape[0], weight.shape[1], weight.shape[-1]
+    problem = ConvProblem.of("apply", x, I, O, R, geo, backend=way.backend)
+    plan = planner.plan(problem, schedule)
+    call = x, z, weight, bias, base_weight, base_bias, y, geo, transposed, tiling_of(plan)
+    if problem.is_empty and (problem._replace(cond_features=1).is_empty or base_weight is None):
+        shift = shift_of(z, bias, base_bias, call[-1])
+        y.copy_(y.new_zeros(()) if shift is None else shift[..., None, None, None])
+    elif plan.schedule == "fold":
+        conv_fold.apply(*call, way.linear)
+    else:
+        conv_generate.apply(*call, way.products)
+
+
+def grads(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_weight: Tensor | None,
+    g: Tensor,
+    dx: Tensor | None,
+    dh: Tensor | None,
+    mask: tuple[bool, ...],
+    geo: Geometry,
+    transposed: bool,
+    schedule: str,
+    way: Way,
+) -> tuple[Tensor | None, ...]:
+    """Write dx and dh if given; return dz, dbias, dW0 and db0 where the mask is set."""
+    image, output = (g, x) if transposed else (x, g)
+    O, I = output.shape[1], image.shape[1] // geo.groups
+    R = cast(Tensor, weight if z is None else z).shape[-1]
+    problem = ConvProblem.of("grads", x, I, O, R, geo, (mask[0], mask[1], mask[2]), way.backend)
+    plan = planner.plan(problem, schedule)
+    tiling = tiling_of(plan)
+    if problem._replace(cond_features=1).is_empty:
+        for t in (dx, dh):
+            if t is not None:
+                t.zero_()
+        sums = BiasSums(g, z, bias, R, mask, tiling)
+        every = slice(0, x.shape[0])
+        sums.put(every, sums.add(every))
+        dbias, db0 = sums.of_bias()
+        return sums.dz, dbias, x.new_zeros(O, I, *geo.kernel) if mask[4] else None, db0
+    call = x, z, weight, bias, base_weight, g, dx, dh, mask, geo, transposed, tiling
+    if plan.schedule == "fold":
+        return conv_fold.grads(*call, way.linear)
+    return conv_generate.grads(*call, way.products)
