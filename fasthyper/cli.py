@@ -120,14 +120,39 @@ def plan(
     sources: Annotated[int | None, typer.Option(help="S: rows of x; default E, nothing shared.")] = None,
     conds: Annotated[int | None, typer.Option(help="C: rows of z; default E, nothing shared.")] = None,
     targets: Annotated[int | None, typer.Option(help="T: rows of y; default E, nothing shared.")] = None,
+    image: Annotated[str | None, typer.Option(help="Pixels of a convolution's image, such as 14x14.")] = None,
+    kernel: Annotated[str, typer.Option(help="Its taps, such as 3 or 3x5.")] = "1",
+    stride: Annotated[int, typer.Option(help="Its stride.")] = 1,
+    padding: Annotated[int, typer.Option(help="Its padding.")] = 0,
+    dilation: Annotated[int, typer.Option(help="Its dilation.")] = 1,
+    groups: Annotated[int, typer.Option(help="Its groups of channels.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     backend: Annotated[str, typer.Option(help="A name that `fasthyper info` lists, or auto.")] = "auto",
 ) -> None:
     """Print the cost of each order of contraction, the one that is chosen, and why."""
-    from fasthyper.explain import explain
+    from fasthyper.explain import explain, explain_convolution
 
     try:
+        if image is not None:
+            if batch is None:
+                raise ValueError("batch must be given with image")
+            text = explain_convolution(
+                batch=batch,
+                cond=cond,
+                in_channels=in_,
+                out_channels=out,
+                image=_sizes("image", image),
+                kernel=_sizes("kernel", kernel),
+                stride=stride,
+                padding=padding,
+                dilation=dilation,
+                groups=groups,
+                dtype=dtype,
+                device=device,
+                backend=backend,
+            )
+            return typer.echo(text)
         text = explain(
             batch=batch,
             points=points,
@@ -153,6 +178,14 @@ def info() -> None:
     from fasthyper import info
 
     typer.echo(info.describe())
+
+
+def _sizes(name: str, text: str) -> list[int]:
+    """Return the numbers of a text such as 14x14."""
+    try:
+        return [int(size) for size in text.lower().split("x")]
+    except ValueError:
+        raise ValueError(f"{name} must be a size such as 14 or 14x14, got {text!r}") from None
 
 
 def _split_list(text: str | None) -> list[str] | None:

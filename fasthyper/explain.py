@@ -7,7 +7,8 @@ from typing import cast
 import torch
 
 from . import backends, planner
-from .problem import AUTO, Plan, Problem, TermProblem
+from .geometry import AXES, Geometry, output_size
+from .problem import AUTO, ConvProblem, Plan, Problem, TermProblem
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 _GRADIENTS = ("x", "z", "the head")
@@ -70,12 +71,8 @@ def explain(
     for name, size in sizes.items():
         if size is not None and size < 0:
             raise ValueError(f"{name} must not be negative, got {size}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    try:
-        device = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"device must be a device type such as cpu or cuda, got {device!r}") from error
+    _check_dtype(dtype)
+    device = _device(device)
     features = points, cond, in_features, out_features
     forward: Problem | TermProblem
     if edges is None:
@@ -103,7 +100,96 @@ def explain(
     return "\n".join(lines)
 
 
-def _backend(problem: Problem | TermProblem, name: str) -> str:
+def explain_convolution(
+    *,
+    batch: int,
+    cond: int,
+    in_channels: int,
+    out_channels: int,
+    image: list[int],
+    kernel: list[int],
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    dtype: str = "float32",
+    device: str = "cpu",
+    backend: str | None = None,
+) -> str:
+    """Return the same for a convolution with generated kernels.
+
+    Args:
+        batch: B, images, each with its own kernel.
+        cond: R, features of z.
+        in_channels: channels of the image.
+        out_channels: channels of the output.
+        image: pixels of each axis of the image, one to three axes.
+        kernel: taps of each axis; one number stands for all axes.
+        stride: of all axes.
+        padding: of all axes.
+        dilation: of all axes.
+        groups: groups of channels.
+        dtype: as in `explain`.
+        device: as in `explain`.
+        backend: as in `explain`.
+
+    Raises:
+        ValueError: if a size is out of range, or as in `explain`.
+
+    Example:
+        >>> print(explain_convolution(batch=64, cond=4, in_channels=256, out_channels=256, image=[14, 14], kernel=[3],
+        ...                           padding=1))
+        B = 64, R = 4, 256 → 256 channels, 14 × 14 → 14 × 14 pixels, kernel 3 × 3, float32 on cpu, backend ..., ...
+        written out, W would take 144.0 MiB
+        ...
+    """
+    dims = len(image)
+    kernel = kernel * dims if len(kernel) == 1 else kernel
+    numbers = {"batch": [batch], "cond": [cond], "in": [in_channels], "out": [out_channels]}
+    positive = {"image": image, "kernel": kernel, "stride": [stride], "dilation": [dilation], "groups": [groups]}
+    for name, sizes, least in (*((*n, 0) for n in numbers.items()), *((*n, 1) for n in positive.items())):
+        if any(size < least for size in sizes):
+            raise ValueError(f"{name} must be at least {least}, got {sizes}")
+    if not 1 <= dims <= AXES or len(kernel) != dims:
+        raise ValueError(f"image must have one to three axes, and kernel one size or as many, got {image} and {kernel}")
+    if in_channels % groups or out_channels % groups or padding < 0:
+        raise ValueError(f"groups must divide the channels and padding be at least 0, got {groups} and {padding}")
+    _check_dtype(dtype)
+    output = [output_size(n, k, stride, padding, dilation) for n, k in zip(image, kernel, strict=True)]
+    if min(output) < 1:
+        raise ValueError(f"image must have room for the kernel, got {image} and {kernel}")
+    every = [1] * dims
+    geo = Geometry(every, every, every, groups, image, kernel, output)
+    kind, I = _device(device), in_channels // groups
+    of_group = groups, I * geo.taps, out_channels // groups, cond
+    forward = ConvProblem("apply", batch, *of_group, *geo.pixels, geo.taps, DTYPES[dtype], kind)
+    name = _backend(forward, backend or backends.current().backend)
+    forward = forward._replace(backend=name)
+    by = lambda sizes: " × ".join(map(str, sizes))
+    lines = [
+        f"B = {batch:,}, R = {cond:,}, {in_channels:,} → {out_channels:,} channels, {by(image)} → {by(output)} pixels, "
+        f"kernel {by(kernel)}, {dtype} on {kind}, backend {name}, workspace at most "
+        f"{_mib(planner.get_workspace_limit())}",
+        f"written out, W would take {_mib(batch * out_channels * I * geo.taps * DTYPES[dtype].itemsize)}",
+    ]
+    lines += ["", "forward", *_table(planner.plans(forward))]
+    lines += ["", _title(forward.needs), *_table(planner.plans(forward._replace(op="grads")))]
+    return "\n".join(lines)
+
+
+def _device(name: str) -> str:
+    try:
+        return torch.device(name).type
+    except RuntimeError as error:
+        raise ValueError(f"device must be a device type such as cpu or cuda, got {name!r}") from error
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def _backend(problem: Problem | TermProblem | ConvProblem, name: str) -> str:
     """Return the backend that computes a problem; for `auto` on a device that is absent here, the preferred one."""
     if name == AUTO:
         module = getattr(torch, problem.device, None)
@@ -112,6 +198,8 @@ def _backend(problem: Problem | TermProblem, name: str) -> str:
     elif name not in backends.BACKENDS:
         raise ValueError(f"backend must be one of {', '.join([AUTO, *backends.BACKENDS])}, got {name!r}")
     module = backends.BACKENDS[name]
+    if isinstance(problem, ConvProblem):
+        return name if hasattr(module, "apply_conv") and problem.dtype in module.DTYPES else backends.FALLBACK
     if isinstance(problem, TermProblem):
         return name if hasattr(module, "apply_terms") and problem.dtype in module.DTYPES else backends.FALLBACK
     return name if module.takes(problem) else backends.FALLBACK

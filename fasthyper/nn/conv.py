@@ -256,9 +256,10 @@ class HyperConv2d(_Convolution):
     """Convolution of images with a kernel generated from z for each instance, as in dynamic convolutions.
 
     It computes ``y[b] = conv2d(x[b], weight·z[b] + base_weight, bias·z[b] + base_bias)``. The kernels of all
-    instances are never written out, see :func:`fasthyper.hyper_conv2d`. Depthwise convolutions have
-    ``groups=in_channels``; with ``kernel_size=1`` it is a :class:`HyperLinear` over the channels. With R experts and
-    routing weights z it is CondConv (Yang et al. 2019, `arXiv 1904.04971 <https://arxiv.org/abs/1904.04971>`_), see :class:`CondConv2d`.
+    instances are never written out, see :func:`fasthyper.hyper_conv2d`. A depthwise convolution has
+    ``groups=in_channels``. With ``kernel_size=1`` it is a :class:`HyperLinear` over the channels. With R experts and
+    routing weights z it is CondConv (Yang et al. 2019, `arXiv 1904.04971 <https://arxiv.org/abs/1904.04971>`_), see
+    :class:`CondConv2d`.
 
     Args:
         in_channels: channels of x.

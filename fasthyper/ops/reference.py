@@ -73,17 +73,14 @@ def conv_apply(x: Tensor, z: Tensor, weight: Tensor, geo: Geometry) -> Tensor:
 def conv_transpose_apply(x: Tensor, z: Tensor, weight: Tensor, geo: Geometry) -> Tensor:
     """Return the transpose of `conv_apply`, applied to x, by writing out the kernels."""
     w = _kernels(z, weight, geo).flatten(0, 2)
+    groups = x.shape[0] * geo.groups
     y = torch.nn.functional.conv_transpose3d(
-        x.reshape(1, -1, *x.shape[2:]),
-        w,
-        stride=[*geo.stride],
-        padding=[*geo.padding],
-        groups=x.shape[0] * geo.groups,
-        dilation=[*geo.dilation],
+        x.reshape(1, -1, *x.shape[2:]), w, stride=[*geo.stride], groups=groups, dilation=[*geo.dilation]
     )
-    more = geo.unreached()  # torch allows less output padding than the geometry
-    y = torch.nn.functional.pad(y, [pad for n in reversed(more) for pad in (0, n)])
-    return y.view(x.shape[0], -1, *geo.image)
+    for axis, (n, p) in enumerate(zip(geo.image, geo.padding, strict=True), 2):
+        y = y.transpose(axis, -1)
+        y = torch.nn.functional.pad(y, (0, max(0, p + n - y.shape[-1]))).narrow(-1, p, n).transpose(axis, -1)
+    return y.reshape(x.shape[0], -1, *geo.image)
 
 
 def conv_cond_grad(x: Tensor, g: Tensor, weight: Tensor, geo: Geometry) -> Tensor:
