@@ -7,17 +7,22 @@ products.
 from __future__ import annotations
 
 import functools
+import sys
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .. import compiled, planner, processor
 from ..costs import Cost, Costs, gemm, moved
+from ..geometry import Geometry
 from ..problem import AUTO, Machine, Plan, Problem, TermProblem
 from ..terms import Terms
-from . import aten
+from . import aten, cpu_conv
 from .aten import grouped, term_bases
+from .aten.convolution import Way
 from .aten.terms import FACTORS, INDEX
+from .contract import Backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PREFERRED_ON = ("cpu",)
@@ -264,3 +269,46 @@ def grads_terms(
     bases = term_bases.Bases(terms, tiling, _sum_terms)
     bases.add_to_grads(dx, dz, g, bias, base_weight)
     return dx, dz, dh, *bases.grads(x, z, g, R, mask)
+
+
+def apply_conv(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    base_weight: Tensor | None,
+    base_bias: Tensor | None,
+    y: Tensor,
+    *,
+    geometry: Geometry,
+    transposed: bool,
+    schedule: str,
+) -> None:
+    """Write y; see `contract.Convolving`."""
+    of: Any = {"geometry": geometry, "transposed": transposed, "schedule": schedule, "way": _way(x)}
+    aten.apply_conv(x, z, weight, bias, base_weight, base_bias, y, **of)
+
+
+def grads_conv(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_weight: Tensor | None,
+    g: Tensor,
+    dx: Tensor | None,
+    dh: Tensor | None,
+    mask: tuple[bool, ...],
+    *,
+    geometry: Geometry,
+    transposed: bool,
+    schedule: str,
+) -> tuple[Tensor | None, ...]:
+    """Write dx and dh if given; return the other gradients; see `contract.Convolving`."""
+    of: Any = {"geometry": geometry, "transposed": transposed, "schedule": schedule, "way": _way(x)}
+    return aten.grads_conv(x, z, weight, bias, base_weight, g, dx, dh, mask, **of)
+
+
+def _way(x: Tensor) -> Way | None:
+    """Return how convolutions run here; in float64 as in aten."""
+    return Way("cpu", cpu_conv, cast(Backend, sys.modules[__name__]), torch.float32) if x.dtype in DTYPES else None

@@ -5,6 +5,9 @@ register.py   `define` registers an op; torch's private names
 rules.py      the table of derivatives and of vmap
 family.py     apply, cond_grad, weight_grad, and grads, the gradients of apply
 linear.py     hyper_linear: the family with a generated bias and a base added in place
+terms.py      the family over terms that share rows
+conv.py       the family of convolutions with a generated kernel
+hyper_conv.py hyper_conv, hyper_conv_transpose: with a generated bias and a base added in place
 pairs.py      pairs: every member of one set with every member of another
 primary.py    primary: two hyper_linear and the activation between them
 reference.py  the definition of each op, as one einsum

@@ -4,23 +4,37 @@ from __future__ import annotations
 
 from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor
 
 from ... import planner
 from ...geometry import Geometry
-from ...problem import ConvProblem
+from ...problem import ConvProblem, Plan
 from ..contract import Backend
 from . import conv_fold, conv_generate
 from .conv_generate import BiasSums, Products, shift_of
-from .tiling import tiling_of
+from .tiling import Tiling, tiling_of
 
 
 class Way(NamedTuple):
-    """How a backend runs convolutions: its name in the planner, products of an instance's kernel, and linear layers."""
+    """How a backend runs convolutions.
+
+    Attributes:
+        backend: its name in the planner.
+        products: those of an image with the kernel of its instance.
+        linear: runs the patches of images as points.
+        dtype: the dtype of the products; None for the one that the planner chooses.
+    """
 
     backend: str
     products: Products
     linear: Backend
+    dtype: torch.dtype | None = None
+
+    def tiling(self, plan: Plan) -> Tiling:
+        """Return the tiles of a plan."""
+        tiling = tiling_of(plan)
+        return tiling if self.dtype is None else Tiling(tiling.elements, self.dtype, self.dtype)
 
 
 def apply(
@@ -40,7 +54,7 @@ def apply(
     O, I, R = weight.shape[0], weight.shape[1], weight.shape[-1]
     problem = ConvProblem.of("apply", x, I, O, R, geo, backend=way.backend)
     plan = planner.plan(problem, schedule)
-    call = x, z, weight, bias, base_weight, base_bias, y, geo, transposed, tiling_of(plan)
+    call = x, z, weight, bias, base_weight, base_bias, y, geo, transposed, way.tiling(plan)
     if problem.is_empty and (problem._replace(cond_features=1).is_empty or base_weight is None):
         shift = shift_of(z, bias, base_bias, call[-1])
         y.copy_(y.new_zeros(()) if shift is None else shift[..., None, None, None])
@@ -71,7 +85,7 @@ def grads(
     R = cast(Tensor, weight if z is None else z).shape[-1]
     problem = ConvProblem.of("grads", x, I, O, R, geo, (mask[0], mask[1], mask[2]), way.backend)
     plan = planner.plan(problem, schedule)
-    tiling = tiling_of(plan)
+    tiling = way.tiling(plan)
     if problem._replace(cond_features=1).is_empty:
         for t in (dx, dh):
             if t is not None:
