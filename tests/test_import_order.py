@@ -19,14 +19,15 @@ FLOORS = (
     ("measure", "info", "explain"),
     ("nn",),
     ("fused",),
-    ("functional",),
+    ("functional", "functional_conv"),
+    ("convolution",),
     ("incidence",),
     ("ops",),
     ("backends",),
     ("planner", "compiled", "kernels"),
     ("costs",),
     ("problem", "processor", "_version"),
-    ("terms",),
+    ("terms", "geometry"),
 )
 """The floors of the package, highest first: a component imports only from itself and from lower floors."""
 

@@ -104,13 +104,14 @@ def test_values_and_gradients(backend, name, transposed):
 @pytest.mark.parametrize("schedule", CONV_SCHEDULES)
 def test_small_tiles(backend, schedule, transposed, monkeypatch):
     """Many chunks of instances and of outputs, as a large problem has."""
-    args_of = {name: tensors(geo, transposed, B=7) for name, geo in GEOMETRIES.items()}
+    some = ("odd", "groups", "depthwise", "pointwise in groups", "one pixel")
+    args_of = {name: tensors(GEOMETRIES[name], transposed, B=3) for name in some}
     exact = {
         name: with_gradients(lambda *t, geo=GEOMETRIES[name]: truth(transposed, *t, geo), args, g)
         for name, (*args, g) in args_of.items()
     }
     plan = planner.plan
-    for tile in (1, 30, 200):
+    for tile in (1, 60):
         with monkeypatch.context() as m:
             small = lambda *a, tile=tile: plan(*a).__class__(**{**vars(plan(*a)), "tile": tile})
             m.setattr(planner, "plan", small)
@@ -139,7 +140,7 @@ def test_small_tiles(backend, schedule, transposed, monkeypatch):
     transposed=st.booleans(),
     schedule=st.sampled_from(CONV_SCHEDULES),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_sizes(sizes, groups, kernel, more, stride, padding, dilation, transposed, schedule):
     B, I, O, R = sizes
     image = [d * (k - 1) + 1 + n for d, k, n in zip(dilation, kernel, more, strict=True)]
