@@ -2,6 +2,7 @@
 
 from . import nn, ops
 from ._version import __version__
+from .adapters import low_rank_linear
 from .backends import set_backend, use_backend
 from .functional import hyper_linear
 from .functional_conv import (
@@ -41,6 +42,7 @@ __all__ = [
     "hyper_conv_transpose3d",
     "hyper_linear",
     "hyperize",
+    "low_rank_linear",
     "nn",
     "ops",
     "parameter_report",

@@ -19,7 +19,7 @@ FLOORS = (
     ("measure", "info", "explain"),
     ("nn",),
     ("fused",),
-    ("functional", "functional_conv"),
+    ("functional", "functional_conv", "adapters"),
     ("convolution",),
     ("incidence",),
     ("ops",),

@@ -8,6 +8,7 @@ linear.py     hyper_linear: the family with a generated bias and a base added in
 terms.py      the family over terms that share rows
 conv.py       the family of convolutions with a generated kernel
 hyper_conv.py hyper_conv, hyper_conv_transpose: with a generated bias and a base added in place
+groups.py     apply_groups and weight_grad_groups: rows, each with the matrix of its group
 pairs.py      pairs: every member of one set with every member of another
 primary.py    primary: two hyper_linear and the activation between them
 reference.py  the definition of each op, as one einsum

@@ -73,6 +73,8 @@ CONV: Axes = {
 CONV_TRANSPOSE: Axes = {**CONV, "x": "BOabc", "bias": "XR", "base_bias": "X", "g": "BXdhw"}
 
 TERMS: Axes = {**LINEAR, "x": "SNI", "z": "CR", "g": "TNO"}
+GROUPS: Axes = {"x": "EI", "weight": "CIO", "g": "EO"}
+"""Rows, each with the matrix of its group: E rows, C groups."""
 INDICES = NAMES
 """The arguments that are indices, of axis E: int64, or None for the identity."""
 COUNTS = {"sources": "S", "conds": "C", "targets": "T"}
