@@ -22,6 +22,8 @@ def hyperize(
     bias: bool = True,
     base: bool = True,
     init: str | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
 ) -> nn.Module:
     """Return a copy of a module in which chosen linear layers are generated, as the primary of a Hypernetwork.
 
@@ -50,6 +52,8 @@ def hyperize(
         init: the initialisation of the heads, see :meth:`HyperLinear.reset_parameters
             <fasthyper.nn.HyperLinear.reset_parameters>`. None means ``"bias_hyper"`` with a base, so that every
             instance starts from the base alone, and ``"hyperfan_in"`` without.
+        rank: if given, the generated weights have this rank, see :class:`~fasthyper.nn.HyperLinear`.
+        alpha: the factor of generated weights of low rank, times the rank; None means the rank.
 
     Returns:
         The copy. :func:`~fasthyper.nn.ungenerated` lists its ordinary parameters.
@@ -83,11 +87,11 @@ def hyperize(
     _check_convertible(module, chosen)
     root = copy.deepcopy(module)
     init = init or ("bias_hyper" if base else "hyperfan_in")
-    heads: dict[int, nn.Parameter] = {}
+    heads: dict[tuple[int, str], nn.Parameter] = {}
     for name in chosen:
         linear = root.get_submodule(name)
         if isinstance(linear, nn.Linear):  # else it is already converted, under another of its names
-            _convert(linear, cond_features, bias, base, init, heads)
+            _convert(linear, cond_features, bias, base, init, heads, rank, alpha)
     _adapt_transformers(root)
     return root
 
@@ -152,7 +156,14 @@ def _check_convertible(module: nn.Module, chosen: list[str]) -> None:
 
 
 def _convert(
-    linear: nn.Linear, cond_features: int, bias: bool, base: bool, init: str, heads: dict[int, nn.Parameter]
+    linear: nn.Linear,
+    cond_features: int,
+    bias: bool,
+    base: bool,
+    init: str,
+    heads: dict[tuple[int, str], nn.Parameter],
+    rank: int | None,
+    alpha: float | None,
 ) -> None:
     weight, old_bias = linear._parameters["weight"], linear._parameters["bias"]
     assert weight is not None
@@ -165,10 +176,13 @@ def _convert(
         init=init,
         device=weight.device,
         dtype=weight.dtype,
+        rank=rank,
+        alpha=alpha,
     )
-    layer.weight = heads.setdefault(id(weight), layer.weight)
-    if layer.bias is not None:
-        layer.bias = heads.setdefault(id(old_bias), layer.bias)
+    of = {"weight": weight, "weight_a": weight, "weight_b": weight, "bias": old_bias}
+    for name, head in list(layer.named_parameters()):
+        if name in of:
+            setattr(layer, name, heads.setdefault((id(of[name]), name), head))
     layer.base_weight = weight if base else None
     layer.base_bias = old_bias if base or not bias else None
     layer.train(linear.training)

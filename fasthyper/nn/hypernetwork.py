@@ -158,6 +158,8 @@ def _fusable_layers(primary: nn.Module) -> tuple[Layer, Layer, str] | None:
     activation = activation_of(between)
     if activation is None or not (type(first) is type(second) is HyperLinear):
         return None
+    if first.rank is not None or second.rank is not None:
+        return None
     if not all(map(only_calls_forward, (primary, first, between, second))):
         return None
     return _parameters(first), _parameters(second), activation

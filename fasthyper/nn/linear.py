@@ -11,8 +11,12 @@ from fasthyper.incidence import Incidence
 from fasthyper.nn.current_z import current_z
 from fasthyper.nn.generated_norm import generated_norm_sq
 from fasthyper.nn.init import INITS
+from fasthyper.nn.low_rank import LowRank, check_rank
 from fasthyper.nn.plain_linear import why_not_plain
 from fasthyper.ops import autocast
+
+HEADS = ("weight", "weight_a", "weight_b", "bias")
+"""The parameters of a HyperLinear that z is multiplied with."""
 
 
 class HyperLinear(nn.Module):
@@ -36,6 +40,9 @@ class HyperLinear(nn.Module):
         init: ``"hyperfan_in"``, ``"hyperfan_out"`` or ``"bias_hyper"``, see :meth:`reset_parameters`.
         device: the device of the parameters.
         dtype: the dtype of the parameters.
+        rank: if given, the generated weights have this rank r, as in LoRA: ``base_weight + (alpha / r)·B[b] A[b]`` with
+            ``A[b] = weight_a·z[b]`` and ``B[b] = weight_b·z[b]``. The product is never formed.
+        alpha: the factor of generated weights of low rank, times r; None means r, so that the factor is 1.
 
     Shape:
         - x: ``(B, I)`` or ``(B, *, I)``. The dimensions ``*`` are points, which share the weights of their instance.
@@ -43,14 +50,21 @@ class HyperLinear(nn.Module):
         - Output: ``(B, O)`` or ``(B, *, O)``.
 
     Attributes:
-        weight: the head, ``(O, I, R)``: the weight of a ``torch.nn.Linear(R, O * I)``, viewed.
+        weight: the head, ``(O, I, R)``: the weight of a ``torch.nn.Linear(R, O * I)``, viewed; None with a rank.
+        weight_a: with a rank, the head of A, ``(r, I, R)``.
+        weight_b: with a rank, the head of B, ``(O, r, R)``.
         bias: the head of the bias, ``(O, R)``, or None.
         base_weight: the shared weights, ``(O, I)``, or None.
         base_bias: the shared bias, ``(O,)``, or None.
 
     Raises:
-        TypeError: a size is not an integer.
-        ValueError: a size is negative, ``init`` is unknown, or it is ``"bias_hyper"`` without a base.
+        TypeError: a size or the rank is not an integer.
+        ValueError: a size is negative, the rank or alpha is not positive, ``init`` is unknown, or it is
+            ``"bias_hyper"`` without a base.
+
+    References:
+        Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022,
+        `arXiv 2106.09685 <https://arxiv.org/abs/2106.09685>`_.
 
     Example:
         >>> import torch
@@ -64,9 +78,13 @@ class HyperLinear(nn.Module):
     """
 
     weight: nn.Parameter
+    weight_a: nn.Parameter | None
+    weight_b: nn.Parameter | None
     bias: nn.Parameter | None
     base_weight: nn.Parameter | None
     base_bias: nn.Parameter | None
+    rank: int | None = None  # class attributes, for layers that were pickled before there were ranks
+    alpha: float | None = None
 
     def __init__(
         self,
@@ -78,9 +96,13 @@ class HyperLinear(nn.Module):
         init: str = "hyperfan_in",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        rank: int | None = None,
+        alpha: float | None = None,
     ) -> None:
         super().__init__()
         check_sizes(in_features=in_features, out_features=out_features, cond_features=cond_features)
+        self.rank, self.alpha = rank, check_rank(rank, alpha)
         self.in_features = in_features
         self.out_features = out_features
         self.cond_features = cond_features
@@ -89,7 +111,10 @@ class HyperLinear(nn.Module):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
-        self.weight = parameter(out_features, in_features, cond_features)
+        whole = None if rank is not None else parameter(out_features, in_features, cond_features)
+        self.register_parameter("weight", whole)
+        self.register_parameter("weight_a", None if rank is None else parameter(rank, in_features, cond_features))
+        self.register_parameter("weight_b", None if rank is None else parameter(out_features, rank, cond_features))
         self.register_parameter("bias", parameter(out_features, cond_features) if bias else None)
         self.register_parameter("base_weight", parameter(out_features, in_features) if base else None)
         self.register_parameter("base_bias", parameter(out_features) if base and bias else None)
@@ -120,6 +145,8 @@ class HyperLinear(nn.Module):
         name = self.init if init is None else init
         if name not in INITS:
             raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}, got {name!r}")
+        if low_rank := self._low_rank():
+            return low_rank.reset(name, z_second_moment, nonlinearity)
         INITS[name](
             self.weight,
             self.bias,
@@ -204,11 +231,14 @@ class HyperLinear(nn.Module):
 
         Raises:
             TypeError: the dtypes differ or are not floating point.
-            ValueError: the sizes do not fit, or z is None outside of a Hypernetwork.
+            ValueError: the sizes do not fit, z is None outside of a Hypernetwork, or the layer has a rank and the
+                incidence has sources or targets.
         """
         if z is None:
             z, current = current_z(self)
             incidence = current if incidence is None else incidence
+        if low_rank := self._low_rank():
+            return low_rank.forward(x, z, incidence, reduce)
         return hyper_linear(
             x,
             z,
@@ -241,9 +271,12 @@ class HyperLinear(nn.Module):
             (torch.Size([32, 4, 8]), torch.Size([32, 4]))
         """
         self._check(z)
-        base_weight = None if self.base_weight is None else self.base_weight.flatten()
-        weight = F.linear(z, self.weight.flatten(0, 1), base_weight)
-        weight = weight.view(z.shape[0], self.out_features, self.in_features)
+        if low_rank := self._low_rank():
+            weight = low_rank.weight(z)
+        else:
+            base_weight = None if self.base_weight is None else self.base_weight.flatten()
+            weight = F.linear(z, self.weight.flatten(0, 1), base_weight)
+            weight = weight.view(z.shape[0], self.out_features, self.in_features)
         if self.bias is not None:
             return weight, F.linear(z, self.bias, self.base_bias)
         if self.base_bias is not None:
@@ -260,7 +293,7 @@ class HyperLinear(nn.Module):
 
         needs one R × R matrix for all instances. With fewer instances than features, chunks of W are formed and
         squared instead, which is less work. The result is differentiable in z and in the parameters; the gradient of
-        the head needs temporary memory of the head's size.
+        the head needs temporary memory of the head's size. Weights of low rank are not formed, only their factors.
 
         Args:
             z: ``(B, R)``.
@@ -283,23 +316,36 @@ class HyperLinear(nn.Module):
             True
         """
         self._check(z)
-        h = self.weight.flatten(0, 1)
-        w = None if self.base_weight is None else self.base_weight.flatten()
-        z = z.to(torch.promote_types(torch.promote_types(z.dtype, h.dtype), torch.float32))
+        z = z.to(torch.promote_types(torch.promote_types(z.dtype, self._dtype), torch.float32))
         with autocast.off(z):
+            if low_rank := self._low_rank():
+                return low_rank.norm_sq(z)
+            h = self.weight.flatten(0, 1)
+            w = None if self.base_weight is None else self.base_weight.flatten()
             return generated_norm_sq(z, h, w)
 
     def _check(self, z: Tensor) -> None:
         if z.ndim != 2 or z.shape[1] != self.cond_features:
             raise ValueError(f"z must be (B, R) with R = {self.cond_features}, got {tuple(z.shape)}")
-        if z.dtype != self.weight.dtype and not (autocast.enabled(z.device.type) and z.is_floating_point()):
-            raise TypeError(f"z must be {self.weight.dtype} as the layer's weight is, got {z.dtype}")
+        if z.dtype != self._dtype and not (autocast.enabled(z.device.type) and z.is_floating_point()):
+            raise TypeError(f"z must be {self._dtype} as the layer's weight is, got {z.dtype}")
+
+    def _low_rank(self) -> LowRank | None:
+        if self.rank is None or self.alpha is None or self.weight_a is None or self.weight_b is None:
+            return None
+        return LowRank(self.weight_a, self.weight_b, self.bias, self.base_weight, self.base_bias, self.alpha)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        low_rank = self._low_rank()
+        return (self.weight if low_rank is None else low_rank.weight_b).dtype
 
     def extra_repr(self) -> str:
+        rank = "" if self.rank is None else f", rank={self.rank}, alpha={self.alpha}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"cond_features={self.cond_features}, bias={self.bias is not None}, "
-            f"base={self.base_weight is not None}"
+            f"base={self.base_weight is not None}{rank}"
         )
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from fasthyper.nn.embedding import EmbeddingNetwork
 from fasthyper.nn.hypernetwork import Hypernetwork
-from fasthyper.nn.linear import HyperLinear
+from fasthyper.nn.linear import HEADS, HyperLinear
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ParameterReport:
 
     Attributes:
         n_f: trainable parameters of f: the trunk and all HyperLinears, bases included.
-        n_g: weights and biases that f generates for one instance.
+        n_g: weights and biases that f generates for one instance; the factors A and B of weights of low rank.
         n_e: trainable parameters of e.
         n_q: trainable parameters of q.
         ungenerated: trainable parameters of a hypernetwork's primary outside of its HyperLinears.
@@ -87,7 +87,8 @@ def parameter_report(model: Hypernetwork | EmbeddingNetwork) -> ParameterReport:
     layers = [m for m in model.modules() if isinstance(m, HyperLinear)]
     n_f = _count([*model.trunk.parameters(), *(p for layer in layers for p in layer.parameters())])
     # A shared head generates its weights once.
-    heads = {id(p): p for layer in layers for p in (layer.weight, layer.bias) if p is not None}
+    of_layers = (getattr(layer, name, None) for layer in layers for name in HEADS)
+    heads = {id(p): p for p in of_layers if p is not None}
     n_g = sum(p.shape[:-1].numel() for p in heads.values())
     return ParameterReport(n_f, n_g, None, None, trainable - n_f, trainable, total)
 
