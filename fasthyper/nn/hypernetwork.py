@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _modules
 
@@ -14,6 +15,7 @@ from fasthyper.incidence import Incidence
 from fasthyper.nn.current_z import use_z
 from fasthyper.nn.hyperize import ungenerated
 from fasthyper.nn.linear import HyperLinear
+from fasthyper.nn.merge import merged_copy
 from fasthyper.nn.plain_linear import only_calls_forward
 from fasthyper.ops.primary import activation_of
 
@@ -110,6 +112,48 @@ class Hypernetwork(nn.Module):
             return hyper_primary(x, z, *layers)
         with use_z(z, incidence):
             return self.primary(x, *args, **kwargs)
+
+    def merged(self, cond: Any) -> nn.Module:
+        """Return an ordinary network: a copy of the primary with the weights that one instance's cond generates.
+
+        Every generated layer that takes its z from here is an :class:`torch.nn.Linear` there, so that the copy is
+        called without a cond and has the state dict of a network that was never generated. Layers that share their
+        weights and their z still share them. The trunk runs once, without gradients, in the mode that it is in: call
+        ``eval()`` before where it has dropout.
+
+        The layers of the primary of an inner Hypernetwork stay as they are, because their z depends on the input. A
+        layer that the primary calls with a z of its own has no weights without it: the copy raises when it runs.
+
+        Args:
+            cond: the input of the trunk for one instance, which makes a z of ``(R,)`` or ``(1, R)``.
+
+        Returns:
+            The copy, with parameters of its own.
+
+        Raises:
+            TypeError: the trunk returns neither a tensor nor a dict of tensors, or a z of another dtype.
+            ValueError: z is not that of one instance, or a generated layer has hooks or a forward of its own.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from fasthyper.nn import Hypernetwork, hyperize
+            >>> primary = hyperize(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1)), cond_features=16, rank=2)
+            >>> model, x, cond = Hypernetwork(nn.Linear(5, 16), primary), torch.randn(1, 100, 2), torch.randn(1, 5)
+            >>> network = model.merged(cond)
+            >>> list(network.state_dict())
+            ['0.weight', '0.bias', '2.weight', '2.bias']
+            >>> torch.allclose(network(x), model(x, cond), atol=1e-5)
+            True
+        """
+        with torch.no_grad():
+            z = self.trunk(cond)
+        if isinstance(z, dict):
+            z = self._z_by_layer(z)
+        elif not isinstance(z, Tensor):
+            raise TypeError(f"trunk must return a tensor or a dict of tensors, got a {type(z).__name__}")
+        z_of = z.__getitem__ if isinstance(z, dict) else lambda _: z
+        return merged_copy(self.primary, _generated_layers(self.primary), HyperLinear, z_of)
 
     def _z_by_layer(self, z: dict[str, Tensor]) -> dict[nn.Module, Tensor]:
         # Not cached, because the modules may be replicas, or may have been replaced since the last call.

@@ -12,6 +12,7 @@ from fasthyper.nn.current_z import current_z
 from fasthyper.nn.generated_norm import generated_norm_sq
 from fasthyper.nn.init import INITS
 from fasthyper.nn.low_rank import LowRank, check_rank
+from fasthyper.nn.merge import linear_of, one_z
 from fasthyper.nn.plain_linear import why_not_plain
 from fasthyper.ops import autocast
 
@@ -323,6 +324,34 @@ class HyperLinear(nn.Module):
             h = self.weight.flatten(0, 1)
             w = None if self.base_weight is None else self.base_weight.flatten()
             return generated_norm_sq(z, h, w)
+
+    def merged(self, z: Tensor) -> nn.Linear:
+        """Return an ordinary linear layer with the weights of one instance, base included.
+
+        Args:
+            z: ``(R,)`` or ``(1, R)``.
+
+        Returns:
+            A layer with parameters of its own: it does not follow later changes of z, heads or base.
+
+        Raises:
+            TypeError: z has another dtype than the parameters.
+            ValueError: z is not that of one instance.
+
+        Example:
+            >>> import torch
+            >>> from fasthyper.nn import HyperLinear
+            >>> layer, x, z = HyperLinear(8, 4, cond_features=16, rank=2), torch.randn(1, 8), torch.randn(1, 16)
+            >>> linear = layer.merged(z)
+            >>> linear
+            Linear(in_features=8, out_features=4, bias=True)
+            >>> torch.allclose(linear(x), layer(x, z), atol=1e-5)
+            True
+        """
+        z = one_z(z, self.cond_features)
+        z = z.to(self._dtype) if autocast.enabled(z.device.type) else z
+        with torch.no_grad(), autocast.off(z):
+            return linear_of(*self.materialize(z), self.training)
 
     def _check(self, z: Tensor) -> None:
         if z.ndim != 2 or z.shape[1] != self.cond_features:
