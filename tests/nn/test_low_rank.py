@@ -351,7 +351,7 @@ def test_bias_hyper_starts_from_the_base_as_lora_does():
 # networks
 
 
-def test_in_a_hypernetwork_and_not_fused():
+def test_in_a_hypernetwork_and_not_fused(fusing):
     primary = nn.Sequential(HyperLinear(4, 5, R, rank=2), nn.ReLU(), HyperLinear(5, 3, R, rank=2))
     for p in primary.parameters():
         nn.init.normal_(p)
@@ -362,6 +362,7 @@ def test_in_a_hypernetwork_and_not_fused():
     assert report.n_g == (2 * 4 + 5 * 2 + 5) + (2 * 5 + 3 * 2 + 3)
     mixed = nn.Sequential(HyperLinear(4, 5, R), nn.ReLU(), HyperLinear(5, 3, R, rank=2))
     assert Hypernetwork(nn.Linear(6, R), mixed)(x, cond).shape == (B, 3)
+    assert not fusing.calls
 
 
 def test_z_by_name():
