@@ -1,2 +1,3 @@
 // The kernels for one instruction set, which the compiler's flags in setup.py select.
+#include "conv_ops.h"
 #include "incidence_ops.h"

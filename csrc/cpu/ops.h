@@ -8,6 +8,7 @@
 #include "one_output.h"
 #include "many_points_grad.h"
 #include "weight_grad.h"
+#include "tensors.h"
 
 namespace fasthyper {
 namespace {
@@ -60,17 +61,6 @@ void grads_of_factors(const Factors<S>& f, Rows<S> dx, Rows<S> dz, Schedule sche
   if constexpr (std::is_same_v<S, float>)
     if (is_one_output(f, schedule)) return grads_one_output(f, dx, dz);
   grads_rows<S, T>(f, dx, dz, schedule, workspace);
-}
-
-// Whether a tensor's data is aligned for its dtype; a view of bytes may not be aligned.
-bool aligned(const at::Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % t.element_size() == 0; }
-
-bool aligned(const std::optional<at::Tensor>& t) { return !t || aligned(*t); }
-
-at::Tensor realigned(const at::Tensor& t) { return aligned(t) ? t : t.clone(); }
-
-std::optional<at::Tensor> realigned(const std::optional<at::Tensor>& t) {
-  return t ? std::optional<at::Tensor>(realigned(*t)) : std::nullopt;
 }
 
 at::Tensor apply(

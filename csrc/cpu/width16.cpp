@@ -6,4 +6,5 @@
 #define FASTHYPER_THREAD_WORK (1 << 12)
 #define FASTHYPER_PLAIN_PRODUCTS
 #define FASTHYPER_CHECKED
+#include "conv_ops.h"
 #include "incidence_ops.h"

@@ -1,6 +1,6 @@
 """Random calls of the compiled CPU kernels: those built for this machine, and every vector width under sanitizers.
 
-Each library runs fuzz.py and fuzz_terms.py in processes of their own, so that a crash is a test failure.
+Each library runs fuzz.py, fuzz_terms.py and fuzz_conv.py in processes of their own, so that a crash is a test failure.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fasthyper import compiled
 ROOT = Path(__file__).parents[2]
 SANITIZED = ROOT / "build" / "sanitized" / "fasthyper" / "_compiled"
 CASES = int(os.environ.get("FASTHYPER_FUZZ_CASES", "2000"))  # of each library: about half a minute
-SLOWER = {"fuzz.py": 1, "fuzz_terms.py": 5}  # the scripts; the time of a case, in cases of the first
+SLOWER = {"fuzz.py": 1, "fuzz_terms.py": 5, "fuzz_conv.py": 2}  # the scripts; the time of a case, in cases of the first
 
 
 def fuzz(name: str, library: Path, cases: int = CASES, seed: int = 0, preload: str = "") -> None:
