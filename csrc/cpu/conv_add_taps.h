@@ -56,11 +56,12 @@ class AddTaps {
     block_ = std::clamp<int64_t>(CHANNELS / std::max<int64_t>(channels, 1), 1, groups);
     blocks_ = ceil_div(groups, block_);
     const int64_t all = std::max<int64_t>(sources_, 1);
-    at_once_ = block_ > 1 ? all : std::clamp<int64_t>(SOURCE_FLOATS / source_ld_, 1, all);
+    const int64_t reuse = rows.cell.size() * columns.cell.size() > 1 ? 1 : 4;  // one tap reads a plane only once
+    at_once_ = block_ > 1 ? all : std::clamp<int64_t>(reuse * SOURCE_FLOATS / source_ld_, 1, all);
     parts_ = 1;
     if (block_ == 1) {
       const int64_t wanted = ceil_div(CONV_TASKS, instances * blocks_ * strips_), room = TARGET_FLOATS / target_ld_;
-      const int64_t most = ceil_div(targets_, 2 * OUTPUTS);
+      const int64_t most = ceil_div(targets_, 16 * OUTPUTS);
       parts_ = std::clamp<int64_t>(
           std::max(wanted, ceil_div(targets_, std::max<int64_t>(room, 2 * OUTPUTS))), 1, std::max<int64_t>(most, 1));
     }
@@ -154,8 +155,7 @@ class AddTaps {
     float init[OUTPUTS] = {};
     for (int64_t k = 0; k < t.size() && shift_.data; ++k)
       init[k] = shift_.data[b * shift_.instance + (g * targets_ + t.begin + k) * shift_.target];
-    if (in_place_)
-      prefetch(w + OUTPUTS * w_.target, std::min<int64_t>(OUTPUTS, targets_ - t.end), s.size() * phases_[0].taps);
+    prefetch(w + OUTPUTS * w_.target, std::min<int64_t>(OUTPUTS, targets_ - t.end), s.size());
     for (size_t k = 0; k < phases_.size(); ++k) {
       const Phase& phase = phases_[k];
       TapSum sum{phase.offsets.data(), s.size() * phase.taps,   planes.at(0, 0), {w, w_.target}, out.at(k * cells_, 0),
@@ -188,10 +188,14 @@ class AddTaps {
     add_taps<T, T>(sum, cells_);
   }
 
-  // Requests the weights of the next targets: a row of some sources is too short for the processor to foresee.
-  void prefetch(const float* w, int64_t targets, int64_t numbers) const {
-    for (int64_t t = 0; t < targets; ++t)
-      for (int64_t k = 0; k < numbers; k += LINE) __builtin_prefetch(w + t * w_.target + k);
+  // Requests the weights of the next targets: their rows are too short for the processor to foresee.
+  void prefetch(const float* w, int64_t targets, int64_t sources) const {
+    const int64_t taps = rows_.cell.size() * columns_.cell.size();
+    const bool by_target = w_.source == taps;  // the sources of a target are side by side, else targets of a source
+    const int64_t runs = by_target ? targets : sources, stride = by_target ? w_.target : w_.source;
+    const int64_t numbers = (by_target ? sources : targets) * taps;
+    for (int64_t k = 0; k < runs; ++k)
+      for (int64_t j = 0; j < numbers; j += LINE) __builtin_prefetch(w + k * stride + j);
   }
 
   const Images<const float> source_;

@@ -38,14 +38,14 @@ struct Window {
   }
 };
 
-// Copies n floats; the last register may overlap the one before it.
+// Copies n floats, W or fewer at a time; the last ones may overlap those before them. Most rows are short.
+template <int64_t W = WIDTH>
 inline void copy_row(const float* src, float* dst, int64_t n) {
-  if (n < WIDTH) {
-    for (int64_t i = 0; i < n; ++i) dst[i] = src[i];
-    return;
-  }
-  for (int64_t i = 0; i + WIDTH < n; i += WIDTH) store(dst + i, load<Vec>(src + i));
-  store(dst + n - WIDTH, load<Vec>(src + n - WIDTH));
+  if constexpr (W > 1)
+    if (n < W) return copy_row<W / 2>(src, dst, n);
+  if (n == 0) return;
+  for (int64_t i = 0; i + W < n; i += W) std::memcpy(dst + i, src + i, W * sizeof(float));
+  std::memcpy(dst + n - W, src + n - W, W * sizeof(float));
 }
 
 // dst[i·to] = src[i·from].

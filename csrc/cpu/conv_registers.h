@@ -42,6 +42,11 @@ inline void add_taps_at(const TapSum& s, int64_t p) {
   const float* const plane = s.plane + p;
   for (int64_t t = 0; t < s.taps; ++t) {
     const float* const from = plane + s.offsets[t];
+    if constexpr (K == 1) {  // each register of the plane has one use: it needs no name
+      const Vec weight = Vec{} + w[0][t * TAP];
+      for (int r = 0; r < R; ++r) sum[0][r] += load<Vec>(from + r * WIDTH) * weight;
+      continue;
+    }
     Vec x[R];
     for (int r = 0; r < R; ++r) x[r] = load<Vec>(from + r * WIDTH);
     for (int k = 0; k < K; ++k) {

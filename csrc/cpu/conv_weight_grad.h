@@ -89,7 +89,9 @@ class ConvWeightGrad {
     }
     for (int64_t k = 0; k < o.size(); ++k) {
       float* const to = dw_.data + b * dw_.instance + (group * outputs_ + o.begin + k) * dw_.output + i.begin * taps_;
-      pack((const float*)sums.at(k * taps_ * ld_, taps_ * ld_), 1, ld_, to, taps_, i.size(), taps_);
+      const float* const from = sums.at(k * taps_ * ld_, taps_ * ld_);
+      if (taps_ == 1) copy_row(from, to, i.size());
+      else pack(from, 1, ld_, to, taps_, i.size(), taps_);
     }
   }
 
