@@ -311,4 +311,6 @@ def grads_conv(
 
 def _way(x: Tensor) -> Way | None:
     """Return how convolutions run here; in float64 as in aten."""
-    return Way("cpu", cpu_conv, cast(Backend, sys.modules[__name__]), torch.float32) if x.dtype in DTYPES else None
+    if x.dtype not in DTYPES:
+        return None
+    return Way("cpu", cpu_conv, cast(Backend, sys.modules[__name__]), torch.float32, pointwise=True)

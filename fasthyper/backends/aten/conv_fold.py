@@ -1,10 +1,11 @@
-"""Generated convolutions, `fold`: the patches of the image are the points of a generated linear layer.
+"""Generated convolutions as linear layers: the patches of the image are the points.
 
     patch[b,p] = the pixels of x[b] under the kernel at output pixel p, (I·taps,)
     y[b,p]     = (H·z[b] + W0) patch[b,p]                     one layer for each group of channels
 
-It is the cheapest where an image has few output pixels. A transposed convolution is the layer (H·z[b] + W0)ᵀ at each
-pixel of its input, and adds up the patches that it gives.
+It is the schedule `fold`, the cheapest where an image has few output pixels. Pointwise kernels need no copy of the
+image, whose pixels are the patches; a backend may run them here in any schedule. A transposed convolution is the layer
+(H·z[b] + W0)ᵀ at each pixel of its input, and adds up the patches that it gives.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def apply(
     transposed: bool,
     tiling: Tiling,
     linear: Backend,
+    schedule: str,
 ) -> None:
     """Write y."""
     O, I = weight.shape[:2]
@@ -42,7 +44,7 @@ def apply(
     for b in _instances(x.shape[0], O, I, geo, tiling):
         for group in groups:
             head = cast(Tensor, group.head)
-            group.put_results(y[b], linear.apply(group.points(x[b]), z[b], head, None, group.base, schedule="fold"))
+            group.put_results(y[b], linear.apply(group.points(x[b]), z[b], head, None, group.base, schedule=schedule))
         shift = shift_of(z[b], bias, base_bias, tiling)
         if shift is not None:
             y[b] += shift[..., None, None, None].to(y.dtype)
@@ -62,6 +64,7 @@ def grads(
     transposed: bool,
     tiling: Tiling,
     linear: Backend,
+    schedule: str,
 ) -> tuple[Tensor | None, ...]:
     """Write dx and dh if given; return dz, dbias, dW0 and db0 where the mask is set."""
     O, R = (x if transposed else g).shape[1], cast(Tensor, z if weight is None else weight).shape[-1]
@@ -70,30 +73,48 @@ def grads(
     chunks = _instances(x.shape[0], O, I, geo, tiling)
     sums = BiasSums(g, z, bias, R, mask, tiling)
     dw0 = x.new_zeros(O, I, *geo.kernel, dtype=tiling.sum_dtype) if mask[4] else None
+    together = dh is None or len(chunks) <= 1 or dh.numel() <= tiling.elements  # dH of one chunk is a temporary
+    total = torch.zeros_like(dh, dtype=tiling.sum_dtype) if dh is not None and together and len(chunks) > 1 else None
+    wanted = Wanted(x=dx is not None, z=mask[1], weight=dh is not None and together, base_weight=mask[4])
     for b in chunks:
         dz = sums.add(b)
-        for group in groups:
-            points, of_g = group.points(x[b]), group.results(g[b])
-            wanted = Wanted(x=dx is not None, z=mask[1], base_weight=mask[4])
-            if any(wanted):
-                of = points, None if z is None else z[b], group.head, None, group.base, of_g
-                dpoints, dz_of, _, _, dw0_of, _ = linear.grads(*of, wanted, schedule="fold")
-                if dx is not None:
-                    group.put_points(dx[b], cast(Tensor, dpoints))
-                if dz is not None:
-                    dz += cast(Tensor, dz_of)
-                if dw0 is not None:
-                    group.of_kernel(dw0).add_(group.swap(cast(Tensor, dw0_of)))
+        for group in groups if any(wanted) else []:
+            of = group.points(x[b]), None if z is None else z[b], group.head, None, group.base, group.results(g[b])
+            dpoints, dz_of, dh_of, _, dw0_of, _ = linear.grads(*of, wanted, schedule=schedule)
+            if dx is not None:
+                group.put_points(dx[b], cast(Tensor, dpoints))
+            if dz is not None:
+                dz += cast(Tensor, dz_of)
+            if wanted.weight:
+                part, to = (
+                    group.swap(cast(Tensor, dh_of)),
+                    group.of_kernel(cast(Tensor, dh if total is None else total)),
+                )
+                to.copy_(part) if total is None else to.add_(part)
+            if dw0 is not None:
+                group.of_kernel(dw0).add_(group.swap(cast(Tensor, dw0_of)))
         sums.put(b, dz)
-    if dh is not None:
+    if dh is not None and total is not None:
+        dh.copy_(total)
+    elif dh is not None and not together:
         for group in groups:
-            _head_grad(x, cast(Tensor, z), g, group, group.of_kernel(dh), chunks, tiling, linear)
+            _head_grad(x, cast(Tensor, z), g, group, group.of_kernel(dh), chunks, tiling, linear, schedule)
+    elif dh is not None and not chunks:
+        dh.zero_()
     dbias, db0 = sums.of_bias()
     return sums.dz, dbias, None if dw0 is None else dw0.to(x.dtype), db0
 
 
 def _head_grad(
-    x: Tensor, z: Tensor, g: Tensor, group: _Group, dh: Tensor, chunks: list[slice], tiling: Tiling, linear: Backend
+    x: Tensor,
+    z: Tensor,
+    g: Tensor,
+    group: _Group,
+    dh: Tensor,
+    chunks: list[slice],
+    tiling: Tiling,
+    linear: Backend,
+    schedule: str,
 ) -> None:
     """Write dH (O, K, R) of a group, some outputs at a time."""
     O, K, R = dh.shape
@@ -102,7 +123,7 @@ def _head_grad(
         for b in chunks:
             points, of_g = group.points(x[b]), group.results(g[b])
             points, of_g = (points[..., o], of_g) if group.transposed else (points, of_g[..., o])
-            found = linear.grads(points, z[b], None, None, None, of_g, Wanted(weight=True), schedule="fold")[2]
+            found = linear.grads(points, z[b], None, None, None, of_g, Wanted(weight=True), schedule=schedule)[2]
             part = group.swap(cast(Tensor, found))
             total = part if total is None else total.to(tiling.sum_dtype) + part
         dh[o] = cast(Tensor, total)
@@ -166,6 +187,8 @@ class _Group:
         return t[:, self._outputs].flatten(2).mT
 
     def _patches(self, t: Tensor) -> Tensor:
+        if self.geo.pointwise:
+            return t[:, self._channels].flatten(2).mT
         padded = F.pad(t[:, self._channels], [pad for side in reversed(self._sides()) for pad in side])
         b, I = padded.shape[:2]
         view = self._windows(padded).permute(0, 5, 6, 7, 1, 2, 3, 4)  # b, output, channel, taps
@@ -174,6 +197,8 @@ class _Group:
     def _sum_patches(self, patches: Tensor) -> Tensor:
         """Return (b, I, *image): each pixel is the sum of its values in all patches."""
         geo, b = self.geo, patches.shape[0]
+        if geo.pointwise:
+            return patches.mT.unflatten(2, [*geo.image])
         I = patches.shape[2] // geo.taps
         sides = self._sides()
         size = [n + before + after for n, (before, after) in zip(geo.image, sides, strict=True)]

@@ -24,12 +24,18 @@ class Way(NamedTuple):
         products: those of an image with the kernel of its instance.
         linear: runs the patches of images as points.
         dtype: the dtype of the products; None for the one that the planner chooses.
+        pointwise: whether the linear layers also run pointwise kernels, in every schedule.
     """
 
     backend: str
     products: Products
     linear: Backend
     dtype: torch.dtype | None = None
+    pointwise: bool = False
+
+    def is_linear(self, geo: Geometry, schedule: str) -> bool:
+        """Return whether a convolution runs as a linear layer."""
+        return schedule == "fold" or (self.pointwise and geo.pointwise and geo.groups == 1)
 
     def tiling(self, plan: Plan) -> Tiling:
         """Return the tiles of a plan."""
@@ -58,8 +64,8 @@ def apply(
     if problem.is_empty and (problem._replace(cond_features=1).is_empty or base_weight is None):
         shift = shift_of(z, bias, base_bias, call[-1])
         y.copy_(y.new_zeros(()) if shift is None else shift[..., None, None, None])
-    elif plan.schedule == "fold":
-        conv_fold.apply(*call, way.linear)
+    elif way.is_linear(geo, plan.schedule):
+        conv_fold.apply(*call, way.linear, plan.schedule)
     else:
         conv_generate.apply(*call, way.products)
 
@@ -96,6 +102,6 @@ def grads(
         dbias, db0 = sums.of_bias()
         return sums.dz, dbias, x.new_zeros(O, I, *geo.kernel) if mask[4] else None, db0
     call = x, z, weight, bias, base_weight, g, dx, dh, mask, geo, transposed, tiling
-    if plan.schedule == "fold":
-        return conv_fold.grads(*call, way.linear)
+    if way.is_linear(geo, plan.schedule):
+        return conv_fold.grads(*call, way.linear, plan.schedule)
     return conv_generate.grads(*call, way.products)
