@@ -140,7 +140,8 @@ def cost_of_convolution(problem: ConvProblem, schedule: str, mach: Machine, limi
     """Return the plan of one schedule of a generated convolution, with its predicted cost."""
     p = problem
     c = costs_of(p).convolution(p, schedule, mach)
-    tile = min(limit // _SHARES * 2, mach.tile_bytes * 4) // max(mach.work_dtype.itemsize, torch.float32.itemsize)
+    share = limit // _SHARES * (2 if p.backend else 1)  # torch's convolutions copy their operands
+    tile = min(share, mach.tile_bytes * 4) // max(mach.work_dtype.itemsize, torch.float32.itemsize)
     outputs, channels = p.groups * p.out_features, p.groups * p.in_features // max(1, p.taps)
     numbers = p.batch * (channels * p.image + outputs * p.pixels) + outputs * p.in_features * p.cond_features
     operands = numbers * p.dtype.itemsize

@@ -201,12 +201,9 @@ def _define(name: str, of: type, kernel: Op) -> None:
         return functools.reduce(torch.add, each)
 
     def vmap(info: Any, dims: tuple[int | None, ...], *values: Any) -> Any:
-        args = of(*values)
         one = of(*(t if d is None else t.select(d, 0) for t, d in zip(values, dims, strict=True)))
         op, fields = getattr(ops, name), [*factors]
-        return rules.merge_or_loop(
-            op, axes, fields, letters, _MERGE[name], info.batch_size, dims, tuple(args), sizes(one)
-        )
+        return rules.merge_or_loop(op, axes, fields, letters, _MERGE[name], info.batch_size, dims, values, sizes(one))
 
     define(
         name,

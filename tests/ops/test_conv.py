@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -17,7 +18,7 @@ from fasthyper.backends import BACKENDS
 from fasthyper.geometry import Geometry, output_size
 from fasthyper.measure import peak_temporary_bytes
 from fasthyper.ops import reference
-from fasthyper.problem import CONV_SCHEDULES
+from fasthyper.problem import CONV_SCHEDULES, ConvProblem
 
 ops = torch.ops.fasthyper
 RUNNABLE = [name for name in ("aten", "cpu") if BACKENDS[name].unavailable() is None]
@@ -113,7 +114,11 @@ def test_small_tiles(backend, schedule, transposed, monkeypatch):
     plan = planner.plan
     for tile in (1, 60):
         with monkeypatch.context() as m:
-            small = lambda *a, tile=tile: plan(*a).__class__(**{**vars(plan(*a)), "tile": tile})
+
+            def small(problem, *schedule, tile=tile):
+                found = plan(problem, *schedule)
+                return dataclasses.replace(found, tile=tile) if isinstance(problem, ConvProblem) else found
+
             m.setattr(planner, "plan", small)
             for name, (*args, g) in args_of.items():
                 geo = GEOMETRIES[name]
@@ -312,8 +317,6 @@ def test_memory(backend, dtype, case):
 
 def test_schedules_follow_the_image():
     """Few pixels take `fold`, many `generate`, and a forced schedule is taken."""
-    from fasthyper.problem import ConvProblem
-
     few = ConvProblem("apply", 64, 1, 128 * 16, 64, 8, 16, 1, 16)
     many = few._replace(image=196, pixels=196)
     assert planner.plan(few).schedule == "fold"

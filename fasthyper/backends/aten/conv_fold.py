@@ -73,9 +73,10 @@ def grads(
     chunks = _instances(x.shape[0], O, I, geo, tiling)
     sums = BiasSums(g, z, bias, R, mask, tiling)
     dw0 = x.new_zeros(O, I, *geo.kernel, dtype=tiling.sum_dtype) if mask[4] else None
-    together = dh is None or len(chunks) <= 1 or dh.numel() <= tiling.elements  # dH of one chunk is a temporary
-    total = torch.zeros_like(dh, dtype=tiling.sum_dtype) if dh is not None and together and len(chunks) > 1 else None
-    wanted = Wanted(x=dx is not None, z=mask[1], weight=dh is not None and together, base_weight=mask[4])
+    # what linear layers return is a temporary here, so that large gradients are computed some outputs at a time
+    few = max(1, R if dh is not None else 1) * O * I * geo.taps <= tiling.elements
+    total = torch.zeros_like(dh, dtype=tiling.sum_dtype) if dh is not None and few and len(chunks) > 1 else None
+    wanted = Wanted(x=dx is not None, z=mask[1], weight=few and dh is not None, base_weight=few and mask[4])
     for b in chunks:
         dz = sums.add(b)
         for group in groups if any(wanted) else []:
@@ -85,48 +86,48 @@ def grads(
                 group.put_points(dx[b], cast(Tensor, dpoints))
             if dz is not None:
                 dz += cast(Tensor, dz_of)
-            if wanted.weight:
-                part, to = (
-                    group.swap(cast(Tensor, dh_of)),
-                    group.of_kernel(cast(Tensor, dh if total is None else total)),
-                )
-                to.copy_(part) if total is None else to.add_(part)
-            if dw0 is not None:
-                group.of_kernel(dw0).add_(group.swap(cast(Tensor, dw0_of)))
+            if dh_of is not None and total is None:
+                group.of_kernel(cast(Tensor, dh)).copy_(group.swap(dh_of))
+            elif dh_of is not None:
+                group.of_kernel(cast(Tensor, total)).add_(group.swap(dh_of))
+            if dw0 is not None and dw0_of is not None:
+                group.of_kernel(dw0).add_(group.swap(dw0_of))
         sums.put(b, dz)
     if dh is not None and total is not None:
         dh.copy_(total)
-    elif dh is not None and not together:
+    if not few:
         for group in groups:
-            _head_grad(x, cast(Tensor, z), g, group, group.of_kernel(dh), chunks, tiling, linear, schedule)
-    elif dh is not None and not chunks:
-        dh.zero_()
+            of_group = x, cast(Tensor, z), g, group, chunks, tiling, linear, schedule
+            if dh is not None:
+                _by_outputs(group.of_kernel(dh), Wanted(weight=True), *of_group)
+            if dw0 is not None:
+                _by_outputs(group.of_kernel(dw0), Wanted(base_weight=True), *of_group)
     dbias, db0 = sums.of_bias()
     return sums.dz, dbias, None if dw0 is None else dw0.to(x.dtype), db0
 
 
-def _head_grad(
+def _by_outputs(
+    out: Tensor,
+    wanted: Wanted,
     x: Tensor,
     z: Tensor,
     g: Tensor,
     group: _Group,
-    dh: Tensor,
     chunks: list[slice],
     tiling: Tiling,
     linear: Backend,
     schedule: str,
 ) -> None:
-    """Write dH (O, K, R) of a group, some outputs at a time."""
-    O, K, R = dh.shape
-    for o in blocks(O, tiling.elements // max(1, K * R)):
+    """Write the gradient of a head (O, K, R), or of a base (O, K), of a group, some outputs at a time."""
+    for o in blocks(out.shape[0], tiling.elements // max(1, out[0].numel())):
         total: Tensor | None = None
         for b in chunks:
             points, of_g = group.points(x[b]), group.results(g[b])
             points, of_g = (points[..., o], of_g) if group.transposed else (points, of_g[..., o])
-            found = linear.grads(points, z[b], None, None, None, of_g, Wanted(weight=True), schedule=schedule)[2]
-            part = group.swap(cast(Tensor, found))
+            found = linear.grads(points, z[b], None, None, None, of_g, wanted, schedule=schedule)
+            part = group.swap(cast(Tensor, found[2 if wanted.weight else 4]))
             total = part if total is None else total.to(tiling.sum_dtype) + part
-        dh[o] = cast(Tensor, total)
+        out[o] = cast(Tensor, total)
 
 
 def _instances(B: int, O: int, I: int, geo: Geometry, tiling: Tiling) -> list[slice]:

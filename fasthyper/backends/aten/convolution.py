@@ -15,6 +15,8 @@ from . import conv_fold, conv_generate
 from .conv_generate import BiasSums, Products, shift_of
 from .tiling import Tiling, tiling_of
 
+_MANY_PIXELS = 128
+
 
 class Way(NamedTuple):
     """How a backend runs convolutions.
@@ -36,6 +38,10 @@ class Way(NamedTuple):
     def is_linear(self, geo: Geometry, schedule: str) -> bool:
         """Return whether a convolution runs as a linear layer."""
         return schedule == "fold" or (self.pointwise and geo.pointwise and geo.groups == 1)
+
+    def swaps(self, x: Tensor, O: int, geo: Geometry) -> bool:
+        """Return whether a linear layer would swap the axes of more outputs than it has inputs, which costs more."""
+        return geo.pixels[0] >= _MANY_PIXELS and x.shape[1] < O and x.is_contiguous()
 
     def tiling(self, plan: Plan) -> Tiling:
         """Return the tiles of a plan."""
@@ -64,7 +70,7 @@ def apply(
     if problem.is_empty and (problem._replace(cond_features=1).is_empty or base_weight is None):
         shift = shift_of(z, bias, base_bias, call[-1])
         y.copy_(y.new_zeros(()) if shift is None else shift[..., None, None, None])
-    elif way.is_linear(geo, plan.schedule):
+    elif way.is_linear(geo, plan.schedule) and (plan.schedule == "fold" or not way.swaps(x, y.shape[1], geo)):
         conv_fold.apply(*call, way.linear, plan.schedule)
     else:
         conv_generate.apply(*call, way.products)
