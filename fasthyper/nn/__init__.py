@@ -1,5 +1,6 @@
 """Layers: generated linear layers, hypernetworks built from them, and the embedding method as a baseline."""
 
+from fasthyper.nn.affine import HyperAffine
 from fasthyper.nn.bilinear import Bilinear
 from fasthyper.nn.cond_conv import CondConv2d
 from fasthyper.nn.conv import (
@@ -11,6 +12,7 @@ from fasthyper.nn.conv import (
     HyperConvTranspose3d,
 )
 from fasthyper.nn.embedding import EmbeddingNetwork
+from fasthyper.nn.hyper_embedding import HyperEmbedding
 from fasthyper.nn.hyperize import hyperize, ungenerated
 from fasthyper.nn.hypernetwork import Hypernetwork
 from fasthyper.nn.init import bias_hyper_, hyperfan_in_, hyperfan_out_
@@ -19,19 +21,24 @@ from fasthyper.nn.nn_conv import NNConv
 from fasthyper.nn.pairwise_bilinear import PairwiseBilinear
 from fasthyper.nn.parameters import ParameterReport, parameter_report
 from fasthyper.nn.rgcn_conv import RGCNConv
+from fasthyper.nn.summary import GenerationSummary, LayerSummary, what_is_generated
 
 __all__ = [
     "Bilinear",
     "CondConv2d",
     "EmbeddingNetwork",
+    "GenerationSummary",
+    "HyperAffine",
     "HyperConv1d",
     "HyperConv2d",
     "HyperConv3d",
     "HyperConvTranspose1d",
     "HyperConvTranspose2d",
     "HyperConvTranspose3d",
+    "HyperEmbedding",
     "HyperLinear",
     "Hypernetwork",
+    "LayerSummary",
     "NNConv",
     "PairwiseBilinear",
     "ParameterReport",
@@ -42,4 +49,5 @@ __all__ = [
     "hyperize",
     "parameter_report",
     "ungenerated",
+    "what_is_generated",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +23,16 @@ class _Current(threading.local):
     Dynamo does not trace contextvars, and threads would share an attribute or a buffer of the modules.
     """
 
-    z: Tensor | dict[nn.Module, Tensor] | None
+    z: Tensor | dict[nn.Module, Any] | None
     incidence: Incidence | None
+    repeat: bool
     backward_id: int | None
 
     # In __init__, which runs once per thread: torch 2.11's Dynamo reads a class default instead of a thread's value.
     def __init__(self) -> None:
         self.z = None
         self.incidence = None
+        self.repeat = False
         self.backward_id = None
 
 
@@ -55,21 +58,29 @@ def _may_be_same_backward(backward_id: int | None) -> bool:
 
 
 @contextmanager
-def use_z(z: Tensor | dict[nn.Module, Tensor], incidence: Incidence | None = None) -> Iterator[None]:
+def use_z(z: Tensor | dict[nn.Module, Any], incidence: Incidence | None = None, repeat: bool = False) -> Iterator[None]:
     """Make z, or the z of each layer, and the incidence current in this thread; restore the previous ones at the end.
 
-    Without an incidence, none is current inside: that of an outer network belongs to the outer z.
+    Without an incidence, none is current inside: that of an outer network belongs to the outer z. With `repeat`, each
+    row of z is for as many consecutive rows of a layer's input as these are more.
     """
-    outer = _current.z, _current.incidence, _current.backward_id
-    _current.z, _current.incidence, _current.backward_id = z, incidence, _backward_id()
+    outer = _current.z, _current.incidence, _current.repeat, _current.backward_id
+    _current.z, _current.incidence, _current.repeat, _current.backward_id = z, incidence, repeat, _backward_id()
     try:
         yield
     finally:
-        _current.z, _current.incidence, _current.backward_id = outer
+        _current.z, _current.incidence, _current.repeat, _current.backward_id = outer
 
 
-def current_z(layer: nn.Module) -> tuple[Tensor, Incidence | None]:
+def repeats_z() -> bool:
+    """Return whether the current z is for several consecutive rows of a layer's input."""
+    return _current.repeat
+
+
+def current_z(layer: nn.Module) -> tuple[Any, Incidence | None]:
     """Return the current z for `layer`, and the incidence that belongs to it.
+
+    The z is a tensor, or a pair of them: for the weight and for the bias.
 
     Raises:
         ValueError: there is none; the message lists the possible causes.

@@ -13,10 +13,12 @@ from fasthyper.backends.contract import Layer
 from fasthyper.fused import hyper_primary, may_fuse
 from fasthyper.incidence import Incidence
 from fasthyper.nn.current_z import use_z
+from fasthyper.nn.generated import GeneratedLayer
 from fasthyper.nn.hyperize import ungenerated
 from fasthyper.nn.linear import HyperLinear
 from fasthyper.nn.merge import merged_copy
 from fasthyper.nn.plain_linear import only_calls_forward
+from fasthyper.nn.rows import in_instances
 from fasthyper.ops.primary import activation_of
 
 _MAX_LISTED = 8
@@ -37,13 +39,18 @@ class Hypernetwork(nn.Module):
     trunk take the outer z. So it is with an incidence.
 
     Args:
-        trunk: maps cond to z, ``(B, R)``, or to a dict with one z for each HyperLinear of the primary. The keys are
-            the names in ``primary.named_modules()``; a layer with several names has one z, under any of its names.
-        primary: the network, with at least one HyperLinear. Its other parameters are ordinary parameters, shared by
-            all instances; the repr of the Hypernetwork lists them.
+        trunk: maps cond to z, ``(B, R)``, or to a dict with one z for each generated layer of the primary. The keys
+            are the names in ``primary.named_modules()``; a layer with several names has one z, under any of its names.
+            For a HyperLinear there may be a z for each parameter: ``"fc.weight"`` and ``"fc.bias"``, or ``"fc"`` for
+            both, and ``"fc.bias"`` for the bias alone.
+        primary: the network, with at least one generated layer, such as a HyperLinear. Its other parameters are
+            ordinary parameters, shared by all instances; the repr of the Hypernetwork lists them.
+        repeat_z: if True, a layer may have k·B rows for B rows of z: k consecutive rows of an instance meet its z. So
+            it is in networks that fold windows, heads or beams into the batch; k may differ between layers.
 
     Shape:
-        - x: the input of the primary. Where it reaches a HyperLinear, its first dimension is B.
+        - x: the input of the primary. Where it reaches a generated layer, its first dimension is B, with ``repeat_z``
+          a multiple of B.
         - cond: the input of the trunk.
         - Output: the output of the primary.
 
@@ -54,7 +61,7 @@ class Hypernetwork(nn.Module):
 
     Raises:
         TypeError: the trunk or the primary is not a module.
-        ValueError: the primary has no HyperLinear.
+        ValueError: the primary has no generated layer.
 
     Example:
         >>> import torch
@@ -66,13 +73,16 @@ class Hypernetwork(nn.Module):
         torch.Size([32, 100, 1])
     """
 
-    def __init__(self, trunk: nn.Module, primary: nn.Module) -> None:
+    repeat_z: bool = False
+
+    def __init__(self, trunk: nn.Module, primary: nn.Module, *, repeat_z: bool = False) -> None:
         super().__init__()
         for name, module in (("trunk", trunk), ("primary", primary)):
             if not isinstance(module, nn.Module):
                 raise TypeError(f"{name} must be an nn.Module, got a {type(module).__name__}")
         self.trunk = trunk
         self.primary = primary
+        self.repeat_z = repeat_z
         if next(_generated_layers(primary), None) is None:
             raise ValueError(
                 f"primary must have a HyperLinear that z reaches, got a {type(primary).__name__} with none: "
@@ -101,16 +111,21 @@ class Hypernetwork(nn.Module):
         """
         if incidence is not None and not isinstance(incidence, Incidence):
             raise TypeError(f"incidence must be a fasthyper.Incidence, got {type(incidence).__name__}")
+        if incidence is not None and self.repeat_z:
+            raise ValueError("incidence must be None with repeat_z=True: both say which rows of x meet which z")
         z = self.trunk(cond)
         if isinstance(z, dict):
             z = self._z_by_layer(z)
         elif not isinstance(z, Tensor):
             raise TypeError(f"trunk must return a tensor or a dict of tensors, got a {type(z).__name__}")
         elif (
-            not args and not kwargs and incidence is None and may_fuse(x) and (layers := _fusable_layers(self.primary))
+            not (args or kwargs or self.repeat_z)
+            and incidence is None
+            and may_fuse(x)
+            and (layers := _fusable_layers(self.primary))
         ):
-            return hyper_primary(x, z, *layers)
-        with use_z(z, incidence):
+            return in_instances(lambda x, z: hyper_primary(x, z, *layers), x, z, repeat=False)
+        with use_z(z, incidence, self.repeat_z):
             return self.primary(x, *args, **kwargs)
 
     def merged(self, cond: Any) -> nn.Module:
@@ -155,19 +170,25 @@ class Hypernetwork(nn.Module):
         z_of = z.__getitem__ if isinstance(z, dict) else lambda _: z
         return merged_copy(self.primary, _generated_layers(self.primary), HyperLinear, z_of)
 
-    def _z_by_layer(self, z: dict[str, Tensor]) -> dict[nn.Module, Tensor]:
+    def _z_by_layer(self, z: dict[str, Tensor]) -> dict[nn.Module, Any]:
         # Not cached, because the modules may be replicas, or may have been replaced since the last call.
         layers = dict(_generated_layers(self.primary))
-        by_layer: dict[nn.Module, Tensor] = {}
+        known: dict[tuple[nn.Module, str], Tensor] = {}  # by layer, and parameter or "" for all
         for name, value in z.items():
-            if name not in layers:
-                raise ValueError(f"trunk returned a z for {name!r}; the primary's HyperLinears are {list(layers)}")
+            owner, _, parameter = name.rpartition(".")
             if not isinstance(value, Tensor):
                 raise TypeError(f"trunk must return tensors, got a {type(value).__name__} for {name!r}")
-            if layers[name] in by_layer:
+            if name in layers:
+                key = layers[name], ""
+            elif parameter in ("weight", "bias") and isinstance(layers.get(owner), HyperLinear):
+                key = layers[owner], parameter
+            else:
+                raise ValueError(f"trunk returned a z for {name!r}; the primary's HyperLinears are {list(layers)}")
+            if key in known:
                 raise ValueError(f"trunk returned a second z for {name!r}, a layer that has several names")
-            by_layer[layers[name]] = value
-        missing = [name for name, layer in layers.items() if layer not in by_layer]
+            known[key] = value
+        by_layer: dict[nn.Module, Any] = {layer: _z_of_layer(layer, known) for layer in layers.values()}
+        missing = [name for name, layer in layers.items() if by_layer[layer] is None]
         if missing:
             raise ValueError(f"trunk returned no z for {missing}, only for {list(z)}")
         return by_layer
@@ -178,9 +199,20 @@ class Hypernetwork(nn.Module):
         return f"ungenerated: {', '.join(names[:_MAX_LISTED]) or 'none'}{more}"
 
 
-def _generated_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, HyperLinear]]:
-    """Yield the HyperLinears that take z, by each of their names: not those in an inner Hypernetwork's primary."""
-    if isinstance(module, HyperLinear):
+def _z_of_layer(layer: nn.Module, known: dict[tuple[nn.Module, str], Tensor]) -> Any:
+    """Return one z, a pair for the weight and the bias, or None if one is missing."""
+    whole, weight, bias = (known.get((layer, parameter)) for parameter in ("", "weight", "bias"))
+    if weight is None and bias is None:
+        return whole
+    if bias is None and layer.bias is None:
+        return weight
+    weight, bias = whole if weight is None else weight, whole if bias is None else bias
+    return None if weight is None or bias is None else (weight, bias)
+
+
+def _generated_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, GeneratedLayer]]:
+    """Yield the layers that take z, by each of their names: not those in an inner Hypernetwork's primary."""
+    if isinstance(module, GeneratedLayer):
         yield prefix, module
     for name, child in module._modules.items():
         if child is None or (isinstance(module, Hypernetwork) and name == "primary"):

@@ -50,6 +50,11 @@ def _uniform_(tensor: Tensor | None, variance: float) -> None:
         nn.init.uniform_(tensor, -bound, bound)
 
 
+def _features(bias: Tensor | None) -> int:
+    """Return the features of the z of the bias, which may be another than that of the weight."""
+    return 0 if bias is None else bias.shape[-1]
+
+
 def _zero_(*tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is not None:
@@ -99,7 +104,7 @@ def hyperfan_in_(
     (fan_in, _), features = fans or _fans(weight), weight.shape[-1]
     halves = 1 if bias is None else 2
     _uniform_(weight, variance / max(1, halves * fan_in * features))
-    _uniform_(bias, variance / max(1, 2 * features))
+    _uniform_(bias, variance / max(1, 2 * _features(bias)))
     _zero_(base_weight, base_bias)
 
 
@@ -145,7 +150,7 @@ def hyperfan_out_(
     variance = _variance(z_second_moment, nonlinearity)
     (fan_in, fan_out), features = fans or _fans(weight), weight.shape[-1]
     _uniform_(weight, variance / max(1, fan_out * features))
-    _uniform_(bias, variance * max(0.0, 1 - fan_in / max(1, fan_out)) / max(1, features))
+    _uniform_(bias, variance * max(0.0, 1 - fan_in / max(1, fan_out)) / max(1, _features(bias)))
     _zero_(base_weight, base_bias)
 
 

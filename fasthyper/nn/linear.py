@@ -8,19 +8,17 @@ from torch import Tensor, nn
 
 from fasthyper.functional import hyper_linear
 from fasthyper.incidence import Incidence
-from fasthyper.nn.current_z import current_z
+from fasthyper.nn.generated import GeneratedLayer
 from fasthyper.nn.generated_norm import generated_norm_sq
+from fasthyper.nn.heads import Place, check_head, checked_layout
 from fasthyper.nn.init import INITS
 from fasthyper.nn.low_rank import LowRank, check_rank
 from fasthyper.nn.merge import linear_of, one_z
-from fasthyper.nn.plain_linear import why_not_plain
+from fasthyper.nn.rows import in_instances
 from fasthyper.ops import autocast
 
-HEADS = ("weight", "weight_a", "weight_b", "bias")
-"""The parameters of a HyperLinear that z is multiplied with."""
 
-
-class HyperLinear(nn.Module):
+class HyperLinear(GeneratedLayer):
     """Linear layer whose weights are generated from z for each instance, and never written out.
 
     It computes ``y[b] = x[b] (weight·z[b] + base_weight)ᵀ + bias·z[b] + base_bias``. For x of shape ``(B, I)`` this
@@ -44,10 +42,11 @@ class HyperLinear(nn.Module):
         rank: if given, the generated weights have this rank r, as in LoRA: ``base_weight + (alpha / r)·B[b] A[b]`` with
             ``A[b] = weight_a·z[b]`` and ``B[b] = weight_b·z[b]``. The product is never formed.
         alpha: the factor of generated weights of low rank, times r; None means r, so that the factor is 1.
+        bias_cond_features: the number of features of the z of the bias, if the bias has one of its own.
 
     Shape:
         - x: ``(B, I)`` or ``(B, *, I)``. The dimensions ``*`` are points, which share the weights of their instance.
-        - z: ``(B, R)``.
+        - z: ``(B, R)``, or a pair of the z of the weight and the z of the bias.
         - Output: ``(B, O)`` or ``(B, *, O)``.
 
     Attributes:
@@ -100,9 +99,13 @@ class HyperLinear(nn.Module):
         *,
         rank: int | None = None,
         alpha: float | None = None,
+        bias_cond_features: int | None = None,
     ) -> None:
         super().__init__()
         check_sizes(in_features=in_features, out_features=out_features, cond_features=cond_features)
+        if bias_cond_features is None:
+            bias_cond_features = cond_features
+        check_sizes(bias_cond_features=bias_cond_features)
         self.rank, self.alpha = rank, check_rank(rank, alpha)
         self.in_features = in_features
         self.out_features = out_features
@@ -116,7 +119,7 @@ class HyperLinear(nn.Module):
         self.register_parameter("weight", whole)
         self.register_parameter("weight_a", None if rank is None else parameter(rank, in_features, cond_features))
         self.register_parameter("weight_b", None if rank is None else parameter(out_features, rank, cond_features))
-        self.register_parameter("bias", parameter(out_features, cond_features) if bias else None)
+        self.register_parameter("bias", parameter(out_features, bias_cond_features) if bias else None)
         self.register_parameter("base_weight", parameter(out_features, in_features) if base else None)
         self.register_parameter("base_bias", parameter(out_features) if base and bias else None)
         self.reset_parameters()
@@ -158,15 +161,17 @@ class HyperLinear(nn.Module):
         )
 
     @classmethod
-    def from_head(cls, head: nn.Linear, in_features: int, out_features: int) -> HyperLinear:
+    def from_head(cls, head: nn.Linear, in_features: int, out_features: int, layout: str | None = None) -> HyperLinear:
         """Create a layer from an existing head, with shared storage.
 
         Args:
             head: a ``torch.nn.Linear(R, O * I)``, or a ``torch.nn.Linear(R, O * I + O)`` that generates the weights
-                and then the biases. Row ``o * I + i`` of its weight generates the weight from input i to output o.
-                Its bias becomes the base.
+                and then the biases. Its bias becomes the base.
             in_features: the number of input features, I.
             out_features: the number of output features, O.
+            layout: how the head's output was viewed: ``"oi"`` as ``(O, I)``, so that row ``o * I + i`` generates the
+                weight from input i to output o, or ``"io"`` as ``(I, O)``, row ``i * O + o``. It must be given,
+                unless I or O is 1.
 
         Returns:
             A layer whose parameters are views of the head's parameters. An in-place change of one, by training or
@@ -176,22 +181,20 @@ class HyperLinear(nn.Module):
         Raises:
             TypeError: ``head`` is not a :class:`torch.nn.Linear`, or it computes more than ``x @ weight.T + bias``
                 (parametrized, with hooks, or of a subclass with a forward of its own).
-            ValueError: the head's out_features are neither O * I nor O * I + O, or a size is negative.
+            ValueError: the head's out_features are neither O * I nor O * I + O, a size is negative, or ``layout`` is
+                unknown, or missing where both would fit.
 
         Example:
             >>> import torch
             >>> from fasthyper.nn import HyperLinear
             >>> trunk, head = torch.nn.Linear(3, 16), torch.nn.Linear(16, 4 * 8)
-            >>> layer = HyperLinear.from_head(head, in_features=8, out_features=4)
+            >>> layer = HyperLinear.from_head(head, in_features=8, out_features=4, layout="oi")
             >>> x, cond = torch.randn(5, 8), torch.randn(5, 3)
             >>> W = head(trunk(cond)).view(5, 4, 8)  # the layer does not form this
             >>> torch.allclose(layer(x, trunk(cond)), torch.einsum("boi,bi->bo", W, x), atol=1e-5)
             True
         """
-        if not isinstance(head, nn.Linear):
-            raise TypeError(f"head must be an nn.Linear, got {type(head).__name__}")
-        if problem := why_not_plain(head):
-            raise TypeError(f"head cannot be converted: {problem}")
+        check_head(head)
         check_sizes(in_features=in_features, out_features=out_features)
         weights = out_features * in_features
         if head.out_features not in (weights, weights + out_features):
@@ -200,30 +203,34 @@ class HyperLinear(nn.Module):
                 f"{weights + out_features} out_features for in_features={in_features} and "
                 f"out_features={out_features}, got {tuple(head.weight.shape)} (out_features, in_features)"
             )
+        layout = checked_layout(layout, (out_features, in_features), "head")
         bias, base = head.out_features != weights, head.bias is not None
         layer = cls(in_features, out_features, head.in_features, bias, base, device="meta")
-
-        def share(rows: Tensor, *shape: int) -> nn.Parameter:
-            return nn.Parameter(rows.detach().view(shape), requires_grad=rows.requires_grad)
-
-        layer.weight = share(head.weight[:weights], out_features, in_features, head.in_features)
+        weight = Place("weight", 0, (out_features, in_features), layout)
+        biases = Place("bias", weights, (out_features,), "oi")
+        layer.weight = weight.parameter(head.weight)
         if bias:
-            layer.bias = share(head.weight[weights:], out_features, head.in_features)
+            layer.bias = biases.parameter(head.weight)
         if base:
-            layer.base_weight = share(head.bias[:weights], out_features, in_features)
+            layer.base_weight = weight.parameter(head.bias)
         if bias and base:
-            layer.base_bias = share(head.bias[weights:], out_features)
+            layer.base_bias = biases.parameter(head.bias)
         return layer
 
     def forward(
-        self, x: Tensor, z: Tensor | None = None, incidence: Incidence | None = None, reduce: str = "sum"
+        self,
+        x: Tensor,
+        z: Tensor | tuple[Tensor, Tensor] | None = None,
+        incidence: Incidence | None = None,
+        reduce: str = "sum",
     ) -> Tensor:
         """Apply the generated weights of each instance to x, see :func:`fasthyper.hyper_linear`.
 
         Args:
             x: ``(B, I)`` or ``(B, *, I)``; with an incidence ``(S, I)`` or ``(S, *, I)``.
-            z: ``(B, R)``; with an incidence ``(C, R)``. If None, the layer takes the z of the running
-                :class:`~fasthyper.nn.Hypernetwork`, of whose primary it is a part, and the incidence of this call.
+            z: ``(B, R)``; with an incidence ``(C, R)``; or a pair, for the weight and for the bias. If None, the layer
+                takes the z of the running :class:`~fasthyper.nn.Hypernetwork`, of whose primary it is a part, and the
+                incidence of this call.
             incidence: which rows of x, z and the result belong to each term of a sum.
             reduce: ``"sum"``, ``"mean"`` or ``"max"`` of the terms of each target, with an incidence.
 
@@ -235,27 +242,50 @@ class HyperLinear(nn.Module):
             ValueError: the sizes do not fit, z is None outside of a Hypernetwork, or the layer has a rank and the
                 incidence has sources or targets.
         """
-        if z is None:
-            z, current = current_z(self)
-            incidence = current if incidence is None else incidence
-        if low_rank := self._low_rank():
-            return low_rank.forward(x, z, incidence, reduce)
-        return hyper_linear(
-            x,
-            z,
-            self.weight,
-            self.bias,
-            base_weight=self.base_weight,
-            base_bias=self.base_bias,
-            incidence=incidence,
-            reduce=reduce,
-        )
+        z, incidence, repeat = self._condition(z, incidence)
+        if repeat is None:
+            return self._run(x, z, incidence, reduce)
+        return in_instances(lambda x, z: self._run(x, z, incidence, reduce), x, z, repeat)
 
-    def materialize(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _run(self, x: Tensor, z: Tensor | tuple[Tensor, Tensor], incidence: Incidence | None, reduce: str) -> Tensor:
+        if isinstance(z, tuple):
+            z, bias_z = z
+            biases = self._generated_bias(x, bias_z, incidence, reduce)
+            bias = None
+        else:
+            biases, bias = None, self.bias
+            if bias is not None and bias.shape[1] != self.cond_features:
+                raise ValueError(
+                    f"z must be a pair: the z of the weight has {self.cond_features} features, that of the bias "
+                    f"{bias.shape[1]}; got one z {tuple(z.shape)}"
+                )
+        if low_rank := self._low_rank():
+            y = low_rank._replace(bias=bias).forward(x, z, incidence, reduce)
+        else:
+            base = {"base_weight": self.base_weight, "base_bias": self.base_bias}
+            y = hyper_linear(x, z, self.weight, bias, **base, incidence=incidence, reduce=reduce)
+        return y if biases is None else y + biases
+
+    def _generated_bias(self, x: Tensor, z: Tensor, incidence: Incidence | None, reduce: str) -> Tensor:
+        """Return the generated bias, without the base, of each row of the result, from a z of its own."""
+        if self.bias is None:
+            raise ValueError("z must be one tensor: the layer has no generated bias, which could take a second z")
+        if z.dim() != 2 or z.shape[1] != self.bias.shape[1]:
+            raise ValueError(f"z of the bias must be (B, R) with R = {self.bias.shape[1]}, got {tuple(z.shape)}")
+        if incidence is None:
+            if z.shape[0] != x.shape[0]:
+                raise ValueError(f"z of the bias must have the {x.shape[0]} rows of x, got {tuple(z.shape)}")
+            return F.linear(z, self.bias).view(z.shape[0], *(1,) * (x.dim() - 2), -1)
+        if reduce == "max":
+            raise ValueError("reduce must be 'sum' or 'mean' where the bias has a z of its own, got 'max'")
+        ones = x.new_ones(*x.shape[:-1], 1)
+        return hyper_linear(ones, z, self.bias.unsqueeze(1), incidence=incidence, reduce=reduce)
+
+    def materialize(self, z: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Return the weights and biases of each instance, base included, for inspection.
 
         Args:
-            z: ``(B, R)``.
+            z: ``(B, R)``, or a pair, for the weight and for the bias.
 
         Returns:
             The weights ``(B, O, I)`` and the biases ``(B, O)``, or None for a layer without biases.
@@ -271,6 +301,7 @@ class HyperLinear(nn.Module):
             >>> W.shape, b.shape
             (torch.Size([32, 4, 8]), torch.Size([32, 4]))
         """
+        z, bias_z = z if isinstance(z, tuple) else (z, z)
         self._check(z)
         if low_rank := self._low_rank():
             weight = low_rank.weight(z)
@@ -279,7 +310,7 @@ class HyperLinear(nn.Module):
             weight = F.linear(z, self.weight.flatten(0, 1), base_weight)
             weight = weight.view(z.shape[0], self.out_features, self.in_features)
         if self.bias is not None:
-            return weight, F.linear(z, self.bias, self.base_bias)
+            return weight, F.linear(bias_z, self.bias, self.base_bias)
         if self.base_bias is not None:
             return weight, self.base_bias.expand(z.shape[0], -1)
         return weight, None
@@ -352,12 +383,6 @@ class HyperLinear(nn.Module):
         z = z.to(self._dtype) if autocast.enabled(z.device.type) else z
         with torch.no_grad(), autocast.off(z):
             return linear_of(*self.materialize(z), self.training)
-
-    def _check(self, z: Tensor) -> None:
-        if z.ndim != 2 or z.shape[1] != self.cond_features:
-            raise ValueError(f"z must be (B, R) with R = {self.cond_features}, got {tuple(z.shape)}")
-        if z.dtype != self._dtype and not (autocast.enabled(z.device.type) and z.is_floating_point()):
-            raise TypeError(f"z must be {self._dtype} as the layer's weight is, got {z.dtype}")
 
     def _low_rank(self) -> LowRank | None:
         if self.rank is None or self.alpha is None or self.weight_a is None or self.weight_b is None:

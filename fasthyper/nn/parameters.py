@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from fasthyper.nn.embedding import EmbeddingNetwork
+from fasthyper.nn.generated import HEADS, GeneratedLayer, generating_parameters
 from fasthyper.nn.hypernetwork import Hypernetwork
-from fasthyper.nn.linear import HEADS, HyperLinear
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class ParameterReport:
     embedding method is a network q that reads an embedding e. The numbers of the other method are None.
 
     Attributes:
-        n_f: trainable parameters of f: the trunk and all HyperLinears, bases included.
+        n_f: trainable parameters of f: the trunk and all generated layers, bases included.
         n_g: weights and biases that f generates for one instance; the factors A and B of weights of low rank.
         n_e: trainable parameters of e.
         n_q: trainable parameters of q.
-        ungenerated: trainable parameters of a hypernetwork's primary outside of its HyperLinears.
+        ungenerated: trainable parameters of a hypernetwork's primary outside of its generated layers.
         trainable: all trainable parameters.
         total: all parameters, frozen ones included.
     """
@@ -84,8 +84,8 @@ def parameter_report(model: Hypernetwork | EmbeddingNetwork) -> ParameterReport:
         return ParameterReport(None, None, n_e, n_q, None, trainable, total)
     if not isinstance(model, Hypernetwork):
         raise TypeError(f"model must be a Hypernetwork or an EmbeddingNetwork, got {type(model).__name__}")
-    layers = [m for m in model.modules() if isinstance(m, HyperLinear)]
-    n_f = _count([*model.trunk.parameters(), *(p for layer in layers for p in layer.parameters())])
+    layers = [m for m in model.modules() if isinstance(m, GeneratedLayer)]
+    n_f = _count([*model.trunk.parameters(), *generating_parameters(model)])
     # A shared head generates its weights once.
     of_layers = (getattr(layer, name, None) for layer in layers for name in HEADS)
     heads = {id(p): p for p in of_layers if p is not None}

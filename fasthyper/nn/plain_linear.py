@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 
@@ -22,19 +23,22 @@ _HOOKS = (
 )
 
 
-def why_not_plain(linear: nn.Linear) -> str | None:
-    """Return why this Linear may compute more than `x @ weight.T + bias`, or None if it does not."""
-    if isinstance(linear.weight, UninitializedParameter):
+def why_not_plain(module: nn.Module, cls: type[nn.Module] = nn.Linear) -> str | None:
+    """Return why a module may compute more than the forward of `cls` with its parameters, or None if it does not."""
+    name = type(module).__name__
+    parameters = module._parameters
+    if any(isinstance(p, UninitializedParameter) for p in parameters.values()):
         return "it is lazy and not initialised yet: call its network once first"
-    if isinstance(linear, NonDynamicallyQuantizableLinear):
+    if isinstance(module, NonDynamicallyQuantizableLinear):
         return NEVER_CALLED
-    if not isinstance(linear._parameters.get("weight"), nn.Parameter):
+    if not isinstance(parameters.get("weight"), nn.Parameter):
         return "its weight is computed by a parametrization, a weight norm or a pruning: remove that first"
-    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
-        return f"it is a {type(linear).__name__} with a forward of its own"
-    if set(linear._parameters) != {"weight", "bias"} or linear._buffers or linear._modules:
-        return f"it is a {type(linear).__name__} with parameters, buffers or submodules beyond weight and bias"
-    if any(getattr(linear, hooks, None) for hooks in _HOOKS):
+    if type(module).forward is not cls.forward or "forward" in vars(module):
+        return f"it is a {name} with a forward of its own"
+    buffers = {"running_mean", "running_var", "num_batches_tracked"} if issubclass(cls, _BatchNorm) else set()
+    if not set(parameters) <= {"weight", "bias"} or not set(module._buffers) <= buffers or module._modules:
+        return f"it is a {name} with parameters, buffers or submodules beyond weight and bias"
+    if any(getattr(module, hooks, None) for hooks in _HOOKS):
         return "it has hooks, which would be lost: remove them first and register them again afterwards"
     return None
 

@@ -333,13 +333,6 @@ class Padded(nn.Module):
         return self.encoder(x, src_key_padding_mask=padding)
 
 
-def test_batch_second_warns():
-    with pytest.warns(UserWarning, match="'0' has batch_first=False"):
-        hyperize(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16)), R, "*.linear1")
-    with pytest.warns(UserWarning, match="'TransformerDecoderLayer' has batch_first=False"):
-        hyperize(nn.TransformerDecoderLayer(8, 2, 16), R, "linear1")
-
-
 def test_ungenerated():
     encoder = hyperize(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), R, "linear?")
     assert ungenerated(encoder) == [

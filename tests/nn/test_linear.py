@@ -141,7 +141,7 @@ def test_meta_to_empty_and_reset():
 def test_from_head_equals_the_usual_code(bias, head_bias):
     I, O, R = 3, 4, 5
     head = nn.Linear(R, O * I + (O if bias else 0), bias=head_bias, dtype=torch.float64)
-    layer = HyperLinear.from_head(head, I, O)
+    layer = HyperLinear.from_head(head, I, O, "oi")
     x, z = torch.randn(6, 2, I, dtype=torch.float64), torch.randn(6, R, dtype=torch.float64)
     out = head(z)
     y = torch.einsum("boi,bni->bno", out[:, : O * I].view(6, O, I), x)
@@ -154,9 +154,42 @@ def test_from_head_equals_the_usual_code(bias, head_bias):
     assert layer.weight.dtype == torch.float64
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_from_head_of_the_other_layout(bias):
+    I, O, R = 3, 4, 5
+    head = nn.Linear(R, O * I + (O if bias else 0), dtype=torch.float64)
+    layer = HyperLinear.from_head(head, I, O, layout="io")
+    x, z = torch.randn(6, 2, I, dtype=torch.float64), torch.randn(6, R, dtype=torch.float64)
+    out = head(z)
+    y = x @ out[:, : O * I].view(6, I, O)
+    if bias:
+        y = y + out[:, None, O * I :]
+    torch.testing.assert_close(layer(x, z), y)
+    assert layer.weight.data_ptr() == head.weight.data_ptr()
+    layer(x, z).square().sum().backward()
+    ours = layer.weight.grad
+    y.square().sum().backward()
+    torch.testing.assert_close(ours, head.weight.grad[: O * I].view(I, O, R).transpose(0, 1))
+    other = HyperLinear(I, O, R, bias=bias, dtype=torch.float64)
+    other.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(other(x, z), layer(x, z))
+
+
+def test_from_head_needs_the_layout_where_both_fit():
+    with pytest.raises(ValueError, match=r"layout is needed: .*'oi'.* \(4, 3\).*'io'.* \(3, 4\)"):
+        HyperLinear.from_head(nn.Linear(5, 12), 3, 4)
+    with pytest.raises(ValueError, match="layout must be 'oi', 'io' or None, got 'OI'"):
+        HyperLinear.from_head(nn.Linear(5, 12), 3, 4, layout="OI")
+    for I, O in ((12, 1), (1, 12)):
+        head, x, z = nn.Linear(5, 12), torch.randn(6, I), torch.randn(6, 5)
+        y = HyperLinear.from_head(head, I, O)(x, z)
+        for layout in ("oi", "io"):
+            assert torch.equal(HyperLinear.from_head(head, I, O, layout)(x, z), y)
+
+
 def test_from_head_shares_storage():
     head = nn.Linear(5, 16)
-    layer = HyperLinear.from_head(head, 3, 4)
+    layer = HyperLinear.from_head(head, 3, 4, "oi")
     x, z = torch.randn(6, 3), torch.randn(6, 5)
     before = head(z).detach()
     layer(x, z).square().sum().backward()
@@ -176,7 +209,7 @@ def test_from_head_shares_storage():
 def test_from_head_keeps_frozen_parameters():
     head = nn.Linear(5, 16)
     head.bias.requires_grad_(False)
-    layer = HyperLinear.from_head(head, 3, 4)
+    layer = HyperLinear.from_head(head, 3, 4, "oi")
     trainable = {name: p.requires_grad for name, p in layer.named_parameters()}
     assert trainable == {"weight": True, "bias": True, "base_weight": False, "base_bias": False}
 
@@ -185,7 +218,7 @@ def test_from_head_keeps_a_subclass():
     class Mine(HyperLinear):
         pass
 
-    assert type(Mine.from_head(nn.Linear(5, 12), 3, 4)) is Mine
+    assert type(Mine.from_head(nn.Linear(5, 12), 3, 4, "oi")) is Mine
 
 
 class OwnForward(nn.Linear):
@@ -195,21 +228,21 @@ class OwnForward(nn.Linear):
 
 def test_from_head_refuses():
     with pytest.raises(ValueError, match=r"12 or 16 .*in_features=3.*out_features=4.*\(13, 5\)"):
-        HyperLinear.from_head(nn.Linear(5, 13), 3, 4)
+        HyperLinear.from_head(nn.Linear(5, 13), 3, 4, "oi")
     with pytest.raises(ValueError, match="out_features must not be negative, got -4"):
         HyperLinear.from_head(nn.Linear(5, 12), 3, -4)
     with pytest.raises(TypeError, match=r"head must be an nn\.Linear, got Conv1d"):
-        HyperLinear.from_head(nn.Conv1d(5, 12, 1), 3, 4)
+        HyperLinear.from_head(nn.Conv1d(5, 12, 1), 3, 4, "oi")
     with pytest.raises(TypeError, match="OwnForward"):
         HyperLinear.from_head(OwnForward(5, 12), 3, 4)
     with pytest.raises(TypeError, match="parametrization"):
-        HyperLinear.from_head(nn.utils.parametrizations.weight_norm(nn.Linear(5, 12)), 3, 4)
+        HyperLinear.from_head(nn.utils.parametrizations.weight_norm(nn.Linear(5, 12)), 3, 4, "oi")
     with pytest.raises(TypeError, match="lazy"):
-        HyperLinear.from_head(nn.LazyLinear(12), 3, 4)
+        HyperLinear.from_head(nn.LazyLinear(12), 3, 4, "oi")
     hooked = nn.Linear(5, 12)
     hooked.register_forward_hook(lambda *_: None)
     with pytest.raises(TypeError, match="hooks"):
-        HyperLinear.from_head(hooked, 3, 4)
+        HyperLinear.from_head(hooked, 3, 4, "oi")
 
 
 # weight_norm_sq

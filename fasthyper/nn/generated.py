@@ -1,0 +1,59 @@
+"""`GeneratedLayer`: what all layers with generated parameters have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasthyper.incidence import Incidence
+from fasthyper.nn.current_z import current_z, repeats_z
+from fasthyper.ops import autocast
+
+HEADS = {"weight": "weight", "weight_a": "weight", "weight_b": "weight", "bias": "bias"}
+"""The parameters that z is multiplied with, and what they generate; a weight of low rank has two."""
+
+
+class GeneratedLayer(nn.Module):
+    """A layer whose parameters depend on z, which it takes from the running Hypernetwork if it is not passed.
+
+    Its heads are `weight` and `bias`, whose last axis is R, the features of z; with low rank `weight_a` and `weight_b`
+    take the place of `weight`. `base_weight` and `base_bias` are added to what they generate. `Hypernetwork`,
+    `ungenerated` and `parameter_report` know layers by this class.
+    """
+
+    weight: Any
+    bias: Any
+    base_weight: Any
+    base_bias: Any
+    cond_features: int
+
+    def _condition(self, z: Any, incidence: Incidence | None) -> tuple[Any, Incidence | None, bool | None]:
+        """Return z and the incidence of a call, and whether z is repeated: None if the caller passed z."""
+        if z is not None:
+            return z, incidence, None
+        z, current = current_z(self)
+        return z, current if incidence is None else incidence, repeats_z()
+
+    def _check(self, z: Any) -> None:
+        if not isinstance(z, Tensor):
+            raise TypeError(f"{type(self).__name__} takes one z, a tensor, got a {type(z).__name__}")
+        if z.ndim != 2 or z.shape[1] != self.cond_features:
+            raise ValueError(f"z must be (B, R) with R = {self.cond_features}, got {tuple(z.shape)}")
+        if z.dtype != self._dtype and not (autocast.enabled(z.device.type) and z.is_floating_point()):
+            raise TypeError(f"z must be {self._dtype} as the layer's weight is, got {z.dtype}")
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+
+class SharedHead(nn.Module):
+    """Parameters from which several generated layers compute theirs."""
+
+
+def generating_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of all generated layers in a module, without those of other modules inside of them."""
+    layers = [m for m in module.modules() if isinstance(m, (GeneratedLayer, SharedHead))]
+    return [p for layer in layers for p in layer.parameters(recurse=False)]
