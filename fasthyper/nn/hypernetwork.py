@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from fasthyper.backends.contract import Layer
 from fasthyper.fused import hyper_primary, may_fuse
 from fasthyper.incidence import Incidence
 from fasthyper.nn.current_z import use_z
-from fasthyper.nn.generated import GeneratedLayer
+from fasthyper.nn.flat_head import Order, flat_head_of, load_rows, primary_of_flat_head
+from fasthyper.nn.generated import GeneratedLayer, SharedHead
+from fasthyper.nn.heads import Place
 from fasthyper.nn.hyperize import ungenerated
 from fasthyper.nn.linear import HyperLinear
 from fasthyper.nn.merge import merged_copy
@@ -74,6 +76,7 @@ class Hypernetwork(nn.Module):
     """
 
     repeat_z: bool = False
+    _places: list[Place] | None = None
 
     def __init__(self, trunk: nn.Module, primary: nn.Module, *, repeat_z: bool = False) -> None:
         super().__init__()
@@ -192,6 +195,99 @@ class Hypernetwork(nn.Module):
         if missing:
             raise ValueError(f"trunk returned no z for {missing}, only for {list(z)}")
         return by_layer
+
+    @classmethod
+    def from_flat_head(
+        cls,
+        head: nn.Linear,
+        primary: nn.Module,
+        order: Order = "layers",
+        *,
+        layout: str | None = None,
+        chunks: Tensor | None = None,
+        trunk: nn.Module | None = None,
+        repeat_z: bool = False,
+    ) -> Hypernetwork:
+        """Create a Hypernetwork from a head that computes all parameters of a network as one flat vector.
+
+        Args:
+            head: a ``torch.nn.Linear(R, P)``, where P is the number of the primary's parameters. Its bias becomes the
+                bases.
+            primary: the network, whose parameters the vector has; it is not changed, and their values do not matter.
+                All its parameters must be those of layers that :func:`~fasthyper.nn.hyperize` can generate.
+            order: which part of the vector each parameter is: ``"layers"`` as in ``primary.named_parameters()``, so
+                that the bias of a layer follows its weight; ``"weights_first"``, all weights and then all biases; or a
+                list of all names, or of pairs (name, layout).
+            layout: how weights are viewed: ``"oi"`` as ``(O, I)``, or ``"io"`` as ``(I, O)``; for those to which
+                ``order`` gives no layout of their own. It must be given where both would fit.
+            chunks: for a head that computes one chunk of the vector at a time, the embeddings of the chunks,
+                ``(C, E)``. The head is then a ``torch.nn.Linear(R + E, K)``, whose input is z and the embedding, side
+                by side. The C chunks are one after the other, and what exceeds P is cut off. All layers of the primary
+                are Linears.
+            trunk: maps cond to the input of the head, z. None means that cond is z.
+            repeat_z: as in the constructor.
+
+        Returns:
+            A Hypernetwork. The parameters of its generated layers are views of the head's rows: an in-place change of
+            one, by training or loading, changes the other. Their gradients are separate, so give an optimizer only
+            one of the two. With ``chunks``, the parameters are the head's own and the embeddings, from which a call
+            computes the head of each layer, (O, I, R).
+
+        Raises:
+            TypeError: ``head`` is not a plain :class:`torch.nn.Linear`, see :meth:`HyperLinear.from_head
+                <fasthyper.nn.HyperLinear.from_head>`.
+            ValueError: the head does not compute P numbers, ``order`` does not name each parameter once, ``layout`` is
+                unknown, or missing where both would fit, or a parameter of the primary cannot be generated.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from fasthyper.nn import Hypernetwork
+            >>> net = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
+            >>> head = nn.Linear(16, 33)
+            >>> model = Hypernetwork.from_flat_head(head, net, layout="oi")
+            >>> x, z = torch.randn(5, 100, 2), torch.randn(5, 16)
+            >>> W1, b1, W2, b2 = head(z).split([16, 8, 8, 1], 1)  # the code before
+            >>> hidden = torch.relu(x @ W1.view(5, 8, 2).mT + b1[:, None])
+            >>> torch.allclose(model(x, z), hidden @ W2.view(5, 1, 8).mT + b2[:, None], atol=1e-5)
+            True
+        """
+        generated, places = primary_of_flat_head(head, primary, order, layout, chunks)
+        model = cls(nn.Identity() if trunk is None else trunk, generated, repeat_z=repeat_z)
+        model._places = places
+        return model
+
+    def to_flat_head(self) -> nn.Linear:
+        """Return the flat head of a Hypernetwork that :meth:`from_flat_head` made, as a copy.
+
+        Returns:
+            A ``torch.nn.Linear(R, P)`` with the rows in the order of the import; its state dict is the checkpoint that
+            the code before can load. A chunked head becomes one without chunks.
+
+        Raises:
+            ValueError: the Hypernetwork does not come from :meth:`from_flat_head`.
+        """
+        return flat_head_of(self.primary, self._flat_places())
+
+    def load_flat_head(self, state: Mapping[str, Tensor]) -> None:
+        """Load a checkpoint of the flat head into a Hypernetwork that :meth:`from_flat_head` made.
+
+        Args:
+            state: the state dict of the ``torch.nn.Linear(R, P)``: ``weight``, and ``bias`` if it has one.
+
+        Raises:
+            ValueError: the Hypernetwork does not come from :meth:`from_flat_head` or has a chunked head, whose
+                parameters are its own, or an entry is missing or has another shape.
+        """
+        places = self._flat_places()
+        if any(isinstance(module, SharedHead) for module in self.primary.modules()):
+            raise ValueError("the parameters of a chunked head are its own: load the checkpoint into the head")
+        load_rows(self.primary, places, state)
+
+    def _flat_places(self) -> list[Place]:
+        if self._places is None:
+            raise ValueError("this Hypernetwork has no flat head: Hypernetwork.from_flat_head did not make it")
+        return self._places
 
     def extra_repr(self) -> str:
         names = ungenerated(self.primary)
