@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fasthyper.incidence import Incidence
 from fasthyper.nn.generated import SharedHead
 from fasthyper.nn.heads import Place
 from fasthyper.nn.linear import HyperLinear
 
 
 class ChunkedHead(SharedHead):
-    """One head for all chunks of a flat vector. Chunk c is `weight @ [z, chunks[c]] + bias`.
+    """One head for all chunks of a flat vector.
 
-    The part of the embedding does not depend on z: it is the base of the chunk, and what z generates is the same in
-    each chunk.
+    With embeddings, chunk c is `weight @ [z, chunks[c]] + bias`. The part of the embedding does not depend on z: it is
+    the base of the chunk, and what z generates is the same in each chunk. With a number of chunks, z has a row for
+    each of them, and chunk c is `weight @ z[:, c] + bias`.
 
     Args:
         head: an `nn.Linear(R + E, K)`, whose parameters become those of this module.
-        chunks: an embedding for each chunk, `(C, E)`.
+        chunks: an embedding for each chunk, `(C, E)`, or the number of chunks, C; E is then 0.
     """
 
     weight: Tensor
     bias: Tensor | None
-    chunks: Tensor
+    chunks: Tensor | None
 
-    def __init__(self, head: nn.Linear, chunks: Tensor) -> None:
+    def __init__(self, head: nn.Linear, chunks: Tensor | int) -> None:
         super().__init__()
+        self.weight = head.weight
+        self.register_parameter("bias", head.bias)
+        if isinstance(chunks, int) and chunks > 0:
+            self.chunks = None
+            self.in_features, self.out_features = head.in_features, chunks * head.out_features
+            return
         if not isinstance(chunks, Tensor) or chunks.dim() != 2 or chunks.shape[1] > head.in_features:
             got = tuple(chunks.shape) if isinstance(chunks, Tensor) else type(chunks).__name__
             raise ValueError(
-                f"chunks must be a tensor (C, E) with at most the {head.in_features} in_features of the head, got {got}"
+                "chunks must be a number or a tensor (C, E) with at most the "
+                f"{head.in_features} in_features of the head, got {got}"
             )
-        self.weight = head.weight
-        self.register_parameter("bias", head.bias)
         if isinstance(chunks, nn.Parameter):
             self.register_parameter("chunks", chunks)
         else:
@@ -40,20 +51,32 @@ class ChunkedHead(SharedHead):
         self.in_features = head.in_features - chunks.shape[1]
         self.out_features = chunks.shape[0] * head.out_features
 
-    def rows(self, place: Place) -> Tensor:
-        """Return the rows of z of a parameter, `(*shape, R)`."""
+    def span(self, place: Place) -> slice:
+        """Return the chunks in which a parameter stands."""
         size = self.weight.shape[0]
-        repeated = self.weight[:, : self.in_features].repeat(-(-(place.start % size + place.count) // size), 1)
-        return place.view(repeated[place.start % size :][: place.count])
+        return slice(place.start // size, -(-place.stop // size))
 
-    def base(self, place: Place) -> Tensor:
-        """Return the base of a parameter, `shape`."""
+    def rows(self, place: Place) -> Tensor:
+        """Return the rows of z of a parameter, `(*shape, R)`; for z of its chunks side by side, with these zeros."""
         size = self.weight.shape[0]
-        first, last = place.start // size, -(-place.stop // size)
-        base = self.chunks[first:last] @ self.weight[:, self.in_features :].T
-        if self.bias is not None:
-            base = base + self.bias
-        return place.view(base.flatten()[place.start - first * size :][: place.count])
+        flat = torch.arange(place.start, place.stop, device=self.weight.device)
+        rows = self.weight[:, : self.in_features].index_select(0, flat % size)
+        if self.chunks is None:
+            span = self.span(place)
+            is_chunk = F.one_hot(flat // size - span.start, span.stop - span.start).to(rows.dtype)
+            rows = (is_chunk.unsqueeze(2) * rows.unsqueeze(1)).flatten(1)
+        return place.view(rows)
+
+    def base(self, place: Place) -> Tensor | None:
+        """Return the base of a parameter, `shape`."""
+        size, span = self.weight.shape[0], self.span(place)
+        if self.chunks is None:
+            if self.bias is None:
+                return None
+            base = self.bias.expand(span.stop - span.start, -1)
+        else:
+            base = F.linear(self.chunks[span], self.weight[:, self.in_features :], self.bias)
+        return place.view(base.flatten()[place.start - span.start * size :][: place.count])
 
 
 class ChunkedLinear(HyperLinear):
@@ -73,6 +96,24 @@ class ChunkedLinear(HyperLinear):
     base_weight = property(lambda self: self._of("base_weight"))
     base_bias = property(lambda self: self._of("base_bias"))
 
+    def _z_of(self, z: Any) -> Any:
+        """Return z of the chunks in which weight and bias stand, side by side, if each chunk has its own."""
+        if self.head.chunks is not None:
+            return z
+        size = self.head.out_features // self.head.weight.shape[0], self.head.in_features
+        if not isinstance(z, Tensor) or z.dim() != 3 or z.shape[1:] != size:
+            got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
+            raise ValueError(f"z must be (B, C, R) with (C, R) = {size}, a row for each chunk, got {got}")
+        names = [name for name in ("weight", "bias") if name in self.places]
+        parts = [z[:, self.head.span(self.places[name])].flatten(1) for name in names]
+        return parts[0] if len(parts) == 1 else tuple(parts)
+
+    def _run(self, x: Tensor, z: Any, incidence: Incidence | None, reduce: str) -> Tensor:
+        return super()._run(x, self._z_of(z), incidence, reduce)
+
+    def materialize(self, z: Any) -> tuple[Tensor, Tensor | None]:
+        return super().materialize(self._z_of(z))
+
     def reset_parameters(self, *args: object, **kwargs: object) -> None:
         raise TypeError("a layer of a chunked head has no parameters of its own: initialise the head")
 
@@ -89,3 +130,5 @@ def take_from(head: ChunkedHead, root: nn.Module, place: Place) -> None:
     if not isinstance(layer, ChunkedLinear):
         raise ValueError(f"chunks generate nn.Linears alone, not {place.name!r} of a {type(layer).__name__}")
     layer.places[attribute] = place
+    if attribute == "weight" and head.chunks is None:
+        layer.cond_features = head.in_features * (head.span(place).stop - head.span(place).start)

@@ -17,7 +17,7 @@ Order = str | Iterable[str | tuple[str, str | None]]
 
 
 def primary_of_flat_head(
-    head: nn.Linear, primary: nn.Module, order: Order, layout: str | None, chunks: Tensor | None
+    head: nn.Linear, primary: nn.Module, order: Order, layout: str | None, chunks: Tensor | int | None
 ) -> tuple[nn.Module, list[Place]]:
     """Return a copy of the primary whose parameters are the rows of a head, and where each of them stands.
 
@@ -38,7 +38,7 @@ def primary_of_flat_head(
         start = places[-1].stop
     low, high = (start, start) if chunks is None else (start, start + head.out_features - 1)
     if not low <= flat.out_features <= high:
-        chunked = "" if chunks is None else f" ({chunks.shape[0]} chunks of {head.out_features})"
+        chunked = "" if chunks is None else f" ({flat.out_features // head.out_features} chunks of {head.out_features})"
         raise ValueError(
             f"head must compute the {start} parameters of the primary, got {flat.out_features} outputs{chunked}"
         )
@@ -91,6 +91,8 @@ def _put_rows(root: nn.Module, place: Place, head: nn.Linear) -> None:
 
 def flat_head_of(root: nn.Module, places: list[Place]) -> nn.Linear:
     """Return a head that computes the parameters of the primary as one flat vector, a copy."""
+    if any(isinstance(module, ChunkedHead) and module.chunks is None for module in root.modules()):
+        raise ValueError("there is no flat head of one z where each chunk has a z of its own: use the chunked head")
     weights = [place.rows(_generated(root, place.name).detach()) for place in places]
     bases = [_generated(root, place.name, "base_") for place in places]
     has_base = bases[0] is not None

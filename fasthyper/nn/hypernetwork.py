@@ -204,7 +204,7 @@ class Hypernetwork(nn.Module):
         order: Order = "layers",
         *,
         layout: str | None = None,
-        chunks: Tensor | None = None,
+        chunks: Tensor | int | None = None,
         trunk: nn.Module | None = None,
         repeat_z: bool = False,
     ) -> Hypernetwork:
@@ -222,8 +222,9 @@ class Hypernetwork(nn.Module):
                 ``order`` gives no layout of their own. It must be given where both would fit.
             chunks: for a head that computes one chunk of the vector at a time, the embeddings of the chunks,
                 ``(C, E)``. The head is then a ``torch.nn.Linear(R + E, K)``, whose input is z and the embedding, side
-                by side. The C chunks are one after the other, and what exceeds P is cut off. All layers of the primary
-                are Linears.
+                by side. The C chunks are one after the other, and what exceeds P is cut off. If the trunk has seen the
+                embeddings, pass the number of chunks, C: the trunk then returns ``(B, C, R)``, and the head is a
+                ``torch.nn.Linear(R, K)``. All layers of the primary are Linears.
             trunk: maps cond to the input of the head, z. None means that cond is z.
             repeat_z: as in the constructor.
 
@@ -265,7 +266,7 @@ class Hypernetwork(nn.Module):
             the code before can load. A chunked head becomes one without chunks.
 
         Raises:
-            ValueError: the Hypernetwork does not come from :meth:`from_flat_head`.
+            ValueError: the Hypernetwork does not come from :meth:`from_flat_head`, or each chunk has a z of its own.
         """
         return flat_head_of(self.primary, self._flat_places())
 

@@ -222,6 +222,61 @@ def test_chunks(K, layout, bias):
         torch.testing.assert_close(ours, theirs)
 
 
+class EmbeddingsInTheTrunk(nn.Module):
+    """A trunk with hidden layers, which sees z and the embedding of each chunk: (B, C, R)."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.chunks = nn.Parameter(torch.randn(count, 3, dtype=torch.float64))
+        self.hidden = nn.Linear(2 + 3, R).double()
+
+    def forward(self, z):
+        z, chunks = z[:, None].expand(-1, self.chunks.shape[0], -1), self.chunks.expand(z.shape[0], -1, -1)
+        return torch.tanh(self.hidden(torch.cat([z, chunks], 2)))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layout", ["oi", "io"])
+@pytest.mark.parametrize("K", [1, 7, 10, 53, 100])
+def test_chunks_whose_embeddings_the_trunk_sees(K, layout, bias):
+    primary = net(bias=bias)
+    count = -(-size(primary) // K)
+    trunk, head = EmbeddingsInTheTrunk(count), nn.Linear(R, K, bias=bias).double()
+    model = Hypernetwork.from_flat_head(head, primary, layout=layout, chunks=count, trunk=trunk)
+    x, cond = torch.randn(B, N, 3).double(), torch.randn(B, 2).double()
+    out = head(trunk(cond)).flatten(1)[:, : size(primary)]
+    expected, y = written_out(out, primary, entries_of(primary, "layers", layout), x), model(x, cond)
+    torch.testing.assert_close(y, expected)
+    trainable = [*head.parameters(), *trunk.parameters()]
+    assert {id(p) for p in model.parameters()} == {id(p) for p in trainable}
+    g = torch.randn_like(y)
+    for ours, theirs in zip(
+        torch.autograd.grad(y, trainable, g), torch.autograd.grad(expected, trainable, g), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+    W, _ = model.primary[0].materialize(trunk(cond))
+    W_written = out[:, :12].view(B, 4, 3) if layout == "oi" else out[:, :12].view(B, 3, 4).mT
+    torch.testing.assert_close(W, W_written)
+
+
+def test_chunks_with_a_z_each_refusals():
+    primary = net()
+    head = nn.Linear(R, 10).double()
+    with pytest.raises(ValueError, match=r"the 53 parameters .*50 outputs \(5 chunks of 10\)"):
+        Hypernetwork.from_flat_head(head, primary, layout="oi", chunks=5)
+    model = Hypernetwork.from_flat_head(head, primary, layout="oi", chunks=6)
+    x, z = torch.randn(B, 3).double(), torch.randn(B, 6, R).double()
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x, z), model(x, z))
+    for wrong in (z[:, 0], z[:, :5]):
+        with pytest.raises(ValueError, match=r"z must be \(B, C, R\) with \(C, R\) = \(6, 6\)"):
+            model(x, wrong)
+    with pytest.raises(ValueError, match="no flat head of one z"):
+        model.to_flat_head()
+    for wrong in (0, -1, "6"):
+        with pytest.raises(ValueError, match="chunks must be a number or a tensor"):
+            Hypernetwork.from_flat_head(head, primary, layout="oi", chunks=wrong)
+
+
 def test_chunks_in_copies_and_transforms():
     primary = net()
     head, chunks = chunked(primary, 10)
@@ -248,7 +303,7 @@ def test_chunks_refusals():
     for wrong in (chunks[:-1], torch.cat([chunks, chunks[:1]])):
         with pytest.raises(ValueError, match=r"the 53 parameters .*chunks of 10\)"):
             Hypernetwork.from_flat_head(head, primary, layout="oi", chunks=wrong)
-    with pytest.raises(ValueError, match=r"chunks must be a tensor \(C, E\)"):
+    with pytest.raises(ValueError, match=r"chunks must be a number or a tensor \(C, E\)"):
         Hypernetwork.from_flat_head(head, primary, layout="oi", chunks=torch.randn(6))
     with_norm = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)).double()
     with pytest.raises(ValueError, match=r"Linears alone, not '1.weight' of a HyperAffine"):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from other_libraries import define_ops_of_torchvision
 from torch import nn
 
 from fasthyper import Incidence
@@ -107,6 +108,27 @@ def test_compiled_and_exported():
         x, z = torch.randn(b, 4, 6).double(), torch.randn(b, R).double()
         torch.testing.assert_close(dynamic(x, z), model(x, z))
     torch.testing.assert_close(copy.deepcopy(model)(x, z), model(x, z))
+
+
+def test_swin():
+    define_ops_of_torchvision()
+    timm = pytest.importorskip("timm")
+    net = timm.models.SwinTransformer(
+        img_size=32, patch_size=4, window_size=4, embed_dim=8, depths=(2, 1), num_heads=(2, 2), num_classes=3
+    )
+    net = net.double().eval()
+    primary = hyperize(net, R, types=("linear", "norm"))
+    for name, p in primary.named_parameters():
+        if name.endswith((".weight", ".bias")) and "base" not in name and p.shape[-1] == R:
+            nn.init.normal_(p, std=0.1)
+    model = Hypernetwork(nn.Identity(), primary, repeat_z=True)
+    images, z = torch.randn(B, 3, 32, 32).double(), torch.randn(B, R).double()
+    y = model(images, z)
+    one_by_one = [model(images[b : b + 1], z[b : b + 1]) for b in range(B)]
+    torch.testing.assert_close(y, torch.cat(one_by_one))
+    assert not torch.allclose(y, net(images), atol=1e-2)
+    with pytest.raises(ValueError, match=r"4 consecutive rows of x .* repeat_z=True"):
+        Hypernetwork(nn.Identity(), primary)(images, z)
 
 
 def test_an_inner_hypernetwork_has_its_own():
