@@ -281,6 +281,13 @@ def test_not_fused_with_a_z_per_layer(fusing):
     assert fusing.calls == []
 
 
+def test_not_fused_with_repeated_z(net, fusing):
+    x, cond = doubled()
+    y = Hypernetwork(net.trunk, net.primary, repeat_z=True)(torch.cat([x, x], 1).view(2 * B, 4), cond)
+    assert fusing.calls == []
+    torch.testing.assert_close(y[::2], by_hand(net, x, cond))
+
+
 def test_not_fused_with_other_layers(fusing):
     layer = HyperLinear(4, 4, R).apply(fill)
     nested = nn.Sequential(layer, nn.Tanh(), nn.Sequential(layer))
