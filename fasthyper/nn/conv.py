@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from fasthyper import functional_conv
 from fasthyper.convolution import Numbers, numbers
-from fasthyper.nn.current_z import current_z
+from fasthyper.nn.generated import GeneratedLayer
 from fasthyper.nn.init import INITS
 from fasthyper.nn.linear import check_sizes
+from fasthyper.nn.rows import spread
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
-class HyperConvolution(nn.Module):
+class HyperConvolution(GeneratedLayer):
     """What the generated convolutions share. Use one of the subclasses."""
 
     dims: int
@@ -127,10 +128,11 @@ class HyperConvolution(nn.Module):
             TypeError: the dtypes differ or are not floating point.
             ValueError: the sizes do not fit, z is None outside of a Hypernetwork, or its call has an incidence.
         """
-        if z is None:
-            z, incidence = current_z(self)
-            if incidence is not None:
-                raise ValueError(f"{type(self).__name__} takes no incidence: its x must have one image for each z")
+        z, incidence, repeat = self._condition(z, None)
+        if incidence is not None:
+            raise ValueError(f"{type(self).__name__} takes no incidence: its x must have one image for each z")
+        if repeat is not None and isinstance(x, Tensor) and isinstance(z, Tensor):
+            z = spread(z, x, None, repeat)
         bases = {"base_weight": self.base_weight, "base_bias": self.base_bias}
         if self.transposed:
             of = self.stride, self.padding, self.output_padding, self.groups, self.dilation

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from fasthyper.nn import conv
 from fasthyper.nn.affine import NORMS, HyperAffine
+from fasthyper.nn.conv import HyperConvolution
 from fasthyper.nn.generated import HEADS, GeneratedLayer
 from fasthyper.nn.hyper_embedding import HyperEmbedding
 from fasthyper.nn.linear import HyperLinear
@@ -110,12 +112,44 @@ def _why_no_embedding(layer: nn.Embedding) -> str | None:
     return None
 
 
+def _convolution(made: type[HyperConvolution]) -> Callable[[Any, Options], Any]:
+    def make(layer: Any, options: Options) -> Any:
+        more = {"output_padding": layer.output_padding} if made.transposed else {"padding_mode": layer.padding_mode}
+        return made(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            options.cond_features,
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
+            bias=_generates_bias(layer, options),
+            base=options.base,
+            init=options.init,
+            **more,
+            **_place(layer),
+        )
+
+    return make
+
+
+_CONVOLUTIONS: dict[type[nn.Module], type[HyperConvolution]] = {
+    nn.Conv1d: conv.HyperConv1d,
+    nn.Conv2d: conv.HyperConv2d,
+    nn.Conv3d: conv.HyperConv3d,
+    nn.ConvTranspose1d: conv.HyperConvTranspose1d,
+    nn.ConvTranspose2d: conv.HyperConvTranspose2d,
+    nn.ConvTranspose3d: conv.HyperConvTranspose3d,
+}
+
 RULES: dict[type[nn.Module], Rule] = {
     nn.Linear: Rule("linear", _linear),
     nn.Embedding: Rule("embedding", _embedding, _why_no_embedding),
     **dict.fromkeys(NORMS, Rule("norm", _norm)),
+    **{cls: Rule("conv", _convolution(made)) for cls, made in _CONVOLUTIONS.items()},
 }
-"""The rules, by class. Convolutions belong here: `nn.Conv2d: Rule("conv", make)`."""
+"""The rules, by class."""
 
 _OF_OTHER_LIBRARIES = {
     ("torch_geometric.nn.dense.linear", "Linear"): Rule("linear", _pyg_linear),

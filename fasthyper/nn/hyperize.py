@@ -50,6 +50,7 @@ def hyperize(
                      transformers (its weight is (I, O); the base is its transpose)
     ``"norm"``       ``LayerNorm``, ``RMSNorm``, ``GroupNorm``, ``BatchNorm1d|2d|3d``    ``HyperAffine``
     ``"embedding"``  ``Embedding``                                                       ``HyperEmbedding``
+    ``"conv"``       ``Conv1d|2d|3d``, ``ConvTranspose1d|2d|3d``                         ``HyperConv…``
     ===============  ==================================================================  ==================
 
     A norm without scale is never chosen. :func:`~fasthyper.nn.what_is_generated` lists what was chosen and what was

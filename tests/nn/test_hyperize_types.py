@@ -156,7 +156,7 @@ def test_compiled():
 
 def test_type_refusals():
     net = Net()
-    with pytest.raises(ValueError, match="no family 'convolution'; families are 'linear', 'embedding', 'norm'"):
+    with pytest.raises(ValueError, match="no family 'convolution'; families are 'linear', 'embedding', 'norm', 'conv'"):
         hyperize(net, R, types="convolution")
     with pytest.raises(ValueError, match=r"no rule for PReLU; pass one with replace=\{PReLU: …\}"):
         hyperize(net, R, types=(nn.Linear, nn.PReLU))
@@ -175,6 +175,43 @@ def test_type_refusals():
         hyperize(nn.Sequential(OwnForward(4)), R, types="norm")
     with pytest.raises(ValueError, match="cannot generate '0': its max_norm"):
         hyperize(nn.Sequential(nn.Embedding(4, 4, max_norm=1.0)), R, types="embedding")
+
+
+CONVOLUTIONS = {
+    "1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (B, 4, 9)),
+    "2d": (lambda: nn.Conv2d(4, 6, (3, 2), padding="same", dilation=2, groups=2), (B, 4, 8, 7)),
+    "reflect": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect", bias=False), (B, 4, 8, 7)),
+    "depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4), (B, 4, 5, 5)),
+    "3d": (lambda: nn.Conv3d(2, 3, 2), (B, 2, 3, 4, 3)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, output_padding=1, groups=2), (B, 4, 5, 4)),
+}
+
+
+@pytest.mark.parametrize("repeat_z", [False, True])
+@pytest.mark.parametrize("conv", CONVOLUTIONS)
+def test_convolutions(conv, repeat_z):
+    make, shape = CONVOLUTIONS[conv]
+    net = nn.Sequential(make(), nn.ReLU()).double()
+    copied = hyperize(net, R, types="conv")
+    x, z = torch.randn(shape).double(), torch.randn(B, R).double()
+    torch.testing.assert_close(hyper(copied)(x, z), net(x))
+    filled(copied)
+    assert ungenerated(copied) == []
+    expected = [one_instance(net, copied, z[b], x[b : b + 1]) for b in range(B)]
+    torch.testing.assert_close(hyper(copied)(x, z), torch.cat(expected))
+    if repeat_z:
+        model = Hypernetwork(nn.Identity(), copied, repeat_z=True)
+        twice = model(x.repeat_interleave(2, 0), z)
+        torch.testing.assert_close(twice, torch.cat(expected).repeat_interleave(2, 0))
+
+
+def one_instance(net, copied, z, x):
+    """Run the original with the kernel of one instance."""
+    one, layer = copy.deepcopy(net), copied[0]
+    one[0].weight = nn.Parameter(layer.weight @ z + layer.base_weight)
+    if layer.bias is not None:
+        one[0].bias = nn.Parameter(layer.bias @ z + layer.base_bias)
+    return one(x)
 
 
 # replace
