@@ -69,3 +69,25 @@ def checked_layout(layout: str | None, shape: Sequence[int], of: str) -> str:
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be 'oi', 'io' or None, got {layout!r}")
     return layout if len(shape) > 1 else "oi"
+
+
+def parameters_of_head(
+    head: nn.Linear, in_features: int, out_features: int, layout: str | None
+) -> dict[str, nn.Parameter]:
+    """Return the parameters of a HyperLinear as views of those of a head, by name; see `HyperLinear.from_head`."""
+    check_head(head)
+    weights = out_features * in_features
+    if head.out_features not in (weights, weights + out_features):
+        raise ValueError(
+            f"head must be an nn.Linear(R, O*I) or nn.Linear(R, O*I + O), that is with {weights} or "
+            f"{weights + out_features} out_features for in_features={in_features} and "
+            f"out_features={out_features}, got {tuple(head.weight.shape)} (out_features, in_features)"
+        )
+    layout = checked_layout(layout, (out_features, in_features), "head")
+    places = [Place("weight", 0, (out_features, in_features), layout)]
+    if head.out_features != weights:
+        places.append(Place("bias", weights, (out_features,), "oi"))
+    parameters = {place.name: place.parameter(head.weight) for place in places}
+    if head.bias is not None:
+        parameters |= {f"base_{place.name}": place.parameter(head.bias) for place in places}
+    return parameters

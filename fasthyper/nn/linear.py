@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fasthyper.functional import hyper_linear
 from fasthyper.incidence import Incidence
 from fasthyper.nn.generated import GeneratedLayer
 from fasthyper.nn.generated_norm import generated_norm_sq
-from fasthyper.nn.heads import Place, check_head, checked_layout
+from fasthyper.nn.heads import parameters_of_head
 from fasthyper.nn.init import INITS
+from fasthyper.nn.linear_call import run, written_out
 from fasthyper.nn.low_rank import LowRank, check_rank
 from fasthyper.nn.merge import linear_of, one_z
 from fasthyper.nn.rows import in_instances
@@ -194,27 +193,12 @@ class HyperLinear(GeneratedLayer):
             >>> torch.allclose(layer(x, trunk(cond)), torch.einsum("boi,bi->bo", W, x), atol=1e-5)
             True
         """
-        check_head(head)
         check_sizes(in_features=in_features, out_features=out_features)
-        weights = out_features * in_features
-        if head.out_features not in (weights, weights + out_features):
-            raise ValueError(
-                f"head must be an nn.Linear(R, O*I) or nn.Linear(R, O*I + O), that is with {weights} or "
-                f"{weights + out_features} out_features for in_features={in_features} and "
-                f"out_features={out_features}, got {tuple(head.weight.shape)} (out_features, in_features)"
-            )
-        layout = checked_layout(layout, (out_features, in_features), "head")
-        bias, base = head.out_features != weights, head.bias is not None
+        parameters = parameters_of_head(head, in_features, out_features, layout)
+        bias, base = "bias" in parameters, "base_weight" in parameters
         layer = cls(in_features, out_features, head.in_features, bias, base, device="meta")
-        weight = Place("weight", 0, (out_features, in_features), layout)
-        biases = Place("bias", weights, (out_features,), "oi")
-        layer.weight = weight.parameter(head.weight)
-        if bias:
-            layer.bias = biases.parameter(head.weight)
-        if base:
-            layer.base_weight = weight.parameter(head.bias)
-        if bias and base:
-            layer.base_bias = biases.parameter(head.bias)
+        for name, parameter in parameters.items():
+            setattr(layer, name, parameter)
         return layer
 
     def forward(
@@ -248,38 +232,7 @@ class HyperLinear(GeneratedLayer):
         return in_instances(lambda x, z: self._run(x, z, incidence, reduce), x, z, repeat)
 
     def _run(self, x: Tensor, z: Tensor | tuple[Tensor, Tensor], incidence: Incidence | None, reduce: str) -> Tensor:
-        if isinstance(z, tuple):
-            z, bias_z = z
-            biases = self._generated_bias(x, bias_z, incidence, reduce)
-            bias = None
-        else:
-            biases, bias = None, self.bias
-            if bias is not None and bias.shape[1] != self.cond_features:
-                raise ValueError(
-                    f"z must be a pair: the z of the weight has {self.cond_features} features, that of the bias "
-                    f"{bias.shape[1]}; got one z {tuple(z.shape)}"
-                )
-        if low_rank := self._low_rank():
-            y = low_rank._replace(bias=bias).forward(x, z, incidence, reduce)
-        else:
-            base = {"base_weight": self.base_weight, "base_bias": self.base_bias}
-            y = hyper_linear(x, z, self.weight, bias, **base, incidence=incidence, reduce=reduce)
-        return y if biases is None else y + biases
-
-    def _generated_bias(self, x: Tensor, z: Tensor, incidence: Incidence | None, reduce: str) -> Tensor:
-        """Return the generated bias, without the base, of each row of the result, from a z of its own."""
-        if self.bias is None:
-            raise ValueError("z must be one tensor: the layer has no generated bias, which could take a second z")
-        if z.dim() != 2 or z.shape[1] != self.bias.shape[1]:
-            raise ValueError(f"z of the bias must be (B, R) with R = {self.bias.shape[1]}, got {tuple(z.shape)}")
-        if incidence is None:
-            if z.shape[0] != x.shape[0]:
-                raise ValueError(f"z of the bias must have the {x.shape[0]} rows of x, got {tuple(z.shape)}")
-            return F.linear(z, self.bias).view(z.shape[0], *(1,) * (x.dim() - 2), -1)
-        if reduce == "max":
-            raise ValueError("reduce must be 'sum' or 'mean' where the bias has a z of its own, got 'max'")
-        ones = x.new_ones(*x.shape[:-1], 1)
-        return hyper_linear(ones, z, self.bias.unsqueeze(1), incidence=incidence, reduce=reduce)
+        return run(self, x, z, incidence, reduce)
 
     def materialize(self, z: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Return the weights and biases of each instance, base included, for inspection.
@@ -303,17 +256,7 @@ class HyperLinear(GeneratedLayer):
         """
         z, bias_z = z if isinstance(z, tuple) else (z, z)
         self._check(z)
-        if low_rank := self._low_rank():
-            weight = low_rank.weight(z)
-        else:
-            base_weight = None if self.base_weight is None else self.base_weight.flatten()
-            weight = F.linear(z, self.weight.flatten(0, 1), base_weight)
-            weight = weight.view(z.shape[0], self.out_features, self.in_features)
-        if self.bias is not None:
-            return weight, F.linear(bias_z, self.bias, self.base_bias)
-        if self.base_bias is not None:
-            return weight, self.base_bias.expand(z.shape[0], -1)
-        return weight, None
+        return written_out(self, z, bias_z)
 
     def weight_norm_sq(self, z: Tensor) -> Tensor:
         """Return the squared norm ‖W[b]‖² of each instance's weights, for weight decay on generated weights.
