@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, maps
 from .incidence import Incidence
-from .ops import autocast, linear, linear_terms, shapes
+from .ops import autocast, linear, linear_terms, mapped, shapes
 
 _op = torch.ops.fasthyper.hyper_linear.default
+_op_of_map = torch.ops.fasthyper.mapped_linear.default
 _op_of_terms = torch.ops.fasthyper.hyper_linear_terms.default
 _AXES = {**linear.AXES, "x": "B*I"}  # as the caller passes them, before the points are flattened
 _AXES_OF_TERMS = {**linear_terms.AXES, "x": "S*I"}
@@ -33,6 +34,7 @@ def hyper_linear(
     base_bias: Tensor | None = None,
     incidence: Incidence | None = None,
     reduce: str = "sum",
+    weight_map: maps.Map | None = None,
 ) -> Tensor:
     """Apply a linear layer whose weights are generated per instance, without writing them out.
 
@@ -42,6 +44,10 @@ def hyper_linear(
     sum, the mean or the largest of its terms:
 
     ``y[target[e]] += (weight·z[cond[e]] + base_weight) x[source[e]] + bias·z[cond[e]] + base_bias``
+
+    With a weight_map φ, which is applied to the generated weights, base included:
+
+    ``y[b] = x[b] φ(weight·z[b] + base_weight)ᵀ + bias·z[b] + base_bias``
 
     Under autocast, the arguments are cast to the region's dtype, except for float64. The function is differentiable to
     any order, in reverse and forward mode, under `torch.func`, `torch.compile` and `torch.export`.
@@ -60,14 +66,19 @@ def hyper_linear(
         incidence: which rows of x, z and y belong to each term of a sum.
         reduce: ``"sum"``, ``"mean"`` or ``"max"`` of the terms of each target; zero without terms. ``"max"`` writes
             out the terms, ``(E, O)``.
+        weight_map: φ, a function of the weights: ``"abs"``, ``"softplus"``, ``"relu"``, ``"sigmoid"``, ``"tanh"`` or
+            ``"exp"`` of each; ``"normalize"`` (norm 1) or ``"softmax"`` of each row, the weights of one output; or an
+            elementwise function of a tensor, which may have parameters. None applies none. Not with an incidence.
 
     Returns:
         ``(B, O)`` or ``(B, *, O)``, contiguous; with an incidence ``(T, O)`` or ``(T, *, O)``.
 
     Raises:
-        TypeError: if an argument is not a floating point tensor, or the dtypes differ.
-        ValueError: if a rank or a size does not match, the devices differ, an index is out of range, or ``reduce`` is
-            unknown or used without an incidence.
+        TypeError: if an argument is not a floating point tensor, the dtypes differ, ``weight_map`` is neither a string
+            nor a function, or the function returns another dtype.
+        ValueError: if a rank or a size does not match, the devices differ, an index is out of range, ``reduce`` is
+            unknown or used without an incidence, ``weight_map`` is unknown or used with one, or the function that it
+            is returns another shape.
 
     Example:
         >>> import torch, fasthyper
@@ -81,6 +92,9 @@ def hyper_linear(
     if isinstance(x, Tensor) and autocast.enabled(x.device.type):
         x, z, weight, bias, base_weight, base_bias = map(autocast.follow, (x, z, weight, bias, base_weight, base_bias))
     tensors = x, z, weight, bias, base_weight, base_bias
+    maps.check(weight_map)
+    if incidence is not None and weight_map is not None:
+        raise ValueError(f"weight_map must be None with an incidence, got {weight_map!r}: W is not written out there")
     if incidence is not None:
         return _over_terms(tensors, incidence, reduce)
     if reduce != "sum":
@@ -88,7 +102,7 @@ def hyper_linear(
     if torch.compiler.is_compiling():  # what an op raises while it is traced, compiled code cannot catch
         _check(_AXES, *tensors)
     try:
-        y = _op(shapes.flatten_points(x), *tensors[1:], *backends.current())
+        y = _over_points(shapes.flatten_points(x), *tensors[1:], weight_map=weight_map)
     except Exception:
         try:
             _check(_AXES, *tensors)
@@ -96,6 +110,15 @@ def hyper_linear(
             raise wrong from None
         raise
     return shapes.restore_points(y, x)
+
+
+def _over_points(*tensors: Any, weight_map: maps.Map | None) -> Tensor:
+    if weight_map is None:
+        return _op(*tensors, *backends.current())
+    if isinstance(weight_map, str):
+        return _op_of_map(*tensors, weight_map, *backends.current())
+    _check(linear.AXES, *tensors)
+    return mapped.compose(mapped.MappedLinear(*tensors, ""), weight_map, backends.current().backend == "materialised")
 
 
 def _over_terms(tensors: tuple[Any, ...], incidence: Incidence, reduce: str) -> Tensor:

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fasthyper import maps
+from fasthyper.ops import chunks
+from fasthyper.ops.mapped import generate
 from fasthyper.ops.register import transformed
 
 _CHUNK_ELEMENTS = 2**22
@@ -53,6 +56,29 @@ def generated_norm_sq(z: Tensor, head: Tensor, base: Tensor | None) -> Tensor:
     if base_terms:
         norm = norm + 2 * (z @ base_terms[0]) + base_terms[1]
     return norm.clamp_min(0)
+
+
+def mapped_norm_sq(z: Tensor, weight: Tensor, base_weight: Tensor | None, weight_map: maps.Map) -> Tensor:
+    """Return ‖φ(H·z[b] + W0)‖² of each instance; W is formed for some instances at a time.
+
+    Args:
+        z: `(B, R)`; its dtype is that of all computation.
+        weight: H, `(O, I, R)`.
+        base_weight: W0, `(O, I)`, or None.
+        weight_map: φ.
+
+    Returns:
+        `(B,)`.
+    """
+
+    def some(z: Tensor, weight: Tensor, base_weight: Tensor | None) -> chunks.Results:
+        base_weight = None if base_weight is None else base_weight.to(z.dtype)
+        w = generate(z, weight.to(z.dtype), base_weight, weight_map)
+        return (w.square().sum((1, 2)),), ()
+
+    (norm,), _ = chunks.run(some, (z,), (weight, base_weight), weight.shape[0] * weight.shape[1])
+    assert norm is not None
+    return norm
 
 
 def _checkpointed(function, *args):

@@ -331,11 +331,17 @@ def _fusable_layers(primary: nn.Module) -> tuple[Layer, Layer, str] | None:
     activation = activation_of(between)
     if activation is None or not (type(first) is type(second) is HyperLinear):
         return None
-    if first.rank is not None or second.rank is not None:
+    if not (_is_of_one_head(first) and _is_of_one_head(second)):
         return None
     if not all(map(only_calls_forward, (primary, first, between, second))):
         return None
     return _parameters(first), _parameters(second), activation
+
+
+def _is_of_one_head(layer: HyperLinear) -> bool:
+    """Return whether one z is multiplied with one head, and nothing else comes before the product with x."""
+    one_z = layer.bias is None or layer.bias.shape[1] == layer.cond_features
+    return layer.rank is None and layer.weight_map is None and one_z
 
 
 def _parameters(layer: HyperLinear) -> Layer:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fasthyper import maps
 from fasthyper.incidence import Incidence
 from fasthyper.nn.generated import GeneratedLayer
-from fasthyper.nn.generated_norm import generated_norm_sq
+from fasthyper.nn.generated_norm import generated_norm_sq, mapped_norm_sq
 from fasthyper.nn.heads import parameters_of_head
 from fasthyper.nn.init import INITS
 from fasthyper.nn.linear_call import run, written_out
@@ -26,7 +27,8 @@ class HyperLinear(GeneratedLayer):
         W = (z @ weight.flatten(0, 1).T).view(B, O, I) + base_weight
         y = torch.einsum("boi,bi->bo", W, x) + z @ bias.T + base_bias
 
-    B is the number of instances; the other letters are below.
+    With a ``weight_map`` φ, the weights are ``φ(weight·z[b] + base_weight)``; biases have no map. B is the number of
+    instances; the other letters are below.
 
     Args:
         in_features: the number of input features, I.
@@ -42,6 +44,9 @@ class HyperLinear(GeneratedLayer):
             ``A[b] = weight_a·z[b]`` and ``B[b] = weight_b·z[b]``. The product is never formed.
         alpha: the factor of generated weights of low rank, times r; None means r, so that the factor is 1.
         bias_cond_features: the number of features of the z of the bias, if the bias has one of its own.
+        weight_map: φ, a function of the weights: ``"abs"``, ``"softplus"``, ``"relu"``, ``"sigmoid"``, ``"tanh"`` or
+            ``"exp"`` of each; ``"normalize"`` (norm 1) or ``"softmax"`` of each row, the weights of one output; or an
+            elementwise function of a tensor. A module becomes a part of the layer, with its parameters.
 
     Shape:
         - x: ``(B, I)`` or ``(B, *, I)``. The dimensions ``*`` are points, which share the weights of their instance.
@@ -55,11 +60,12 @@ class HyperLinear(GeneratedLayer):
         bias: the head of the bias, ``(O, R)``, or None.
         base_weight: the shared weights, ``(O, I)``, or None.
         base_bias: the shared bias, ``(O,)``, or None.
+        weight_map: φ, or None.
 
     Raises:
-        TypeError: a size or the rank is not an integer.
-        ValueError: a size is negative, the rank or alpha is not positive, ``init`` is unknown, or it is
-            ``"bias_hyper"`` without a base.
+        TypeError: a size or the rank is not an integer, or ``weight_map`` is neither a string nor a function.
+        ValueError: a size is negative, the rank or alpha is not positive, ``init`` or ``weight_map`` is unknown,
+            ``init`` is ``"bias_hyper"`` without a base, or there are both a rank and a ``weight_map``.
 
     References:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022,
@@ -74,6 +80,9 @@ class HyperLinear(GeneratedLayer):
         torch.Size([32, 4])
         >>> layer(torch.randn(32, 10, 10, 8), z).shape  # 100 points per instance
         torch.Size([32, 10, 10, 4])
+        >>> positive = HyperLinear(8, 4, cond_features=16, weight_map="softplus")
+        >>> bool((positive.materialize(z)[0] > 0).all())
+        True
     """
 
     weight: nn.Parameter
@@ -84,6 +93,7 @@ class HyperLinear(GeneratedLayer):
     base_bias: nn.Parameter | None
     rank: int | None = None  # class attributes, for layers that were pickled before there were ranks
     alpha: float | None = None
+    weight_map: maps.Map | None
 
     def __init__(
         self,
@@ -99,17 +109,25 @@ class HyperLinear(GeneratedLayer):
         rank: int | None = None,
         alpha: float | None = None,
         bias_cond_features: int | None = None,
+        weight_map: maps.Map | None = None,
     ) -> None:
         super().__init__()
         check_sizes(in_features=in_features, out_features=out_features, cond_features=cond_features)
         if bias_cond_features is None:
             bias_cond_features = cond_features
         check_sizes(bias_cond_features=bias_cond_features)
+        maps.check(weight_map)
+        if rank is not None and weight_map is not None:
+            raise ValueError(
+                f"rank must be None with a weight_map, which needs the weights formed, got rank={rank} and "
+                f"weight_map={weight_map!r}"
+            )
         self.rank, self.alpha = rank, check_rank(rank, alpha)
         self.in_features = in_features
         self.out_features = out_features
         self.cond_features = cond_features
         self.init = init
+        self.weight_map = weight_map
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -160,7 +178,14 @@ class HyperLinear(GeneratedLayer):
         )
 
     @classmethod
-    def from_head(cls, head: nn.Linear, in_features: int, out_features: int, layout: str | None = None) -> HyperLinear:
+    def from_head(
+        cls,
+        head: nn.Linear,
+        in_features: int,
+        out_features: int,
+        layout: str | None = None,
+        weight_map: maps.Map | None = None,
+    ) -> HyperLinear:
         """Create a layer from an existing head, with shared storage.
 
         Args:
@@ -171,6 +196,7 @@ class HyperLinear(GeneratedLayer):
             layout: how the head's output was viewed: ``"oi"`` as ``(O, I)``, so that row ``o * I + i`` generates the
                 weight from input i to output o, or ``"io"`` as ``(I, O)``, row ``i * O + o``. It must be given,
                 unless I or O is 1.
+            weight_map: the function of the weights, as in the constructor.
 
         Returns:
             A layer whose parameters are views of the head's parameters. An in-place change of one, by training or
@@ -179,9 +205,10 @@ class HyperLinear(GeneratedLayer):
 
         Raises:
             TypeError: ``head`` is not a :class:`torch.nn.Linear`, or it computes more than ``x @ weight.T + bias``
-                (parametrized, with hooks, or of a subclass with a forward of its own).
-            ValueError: the head's out_features are neither O * I nor O * I + O, a size is negative, or ``layout`` is
-                unknown, or missing where both would fit.
+                (parametrized, with hooks, or of a subclass with a forward of its own), or ``weight_map`` is neither a
+                string nor a function.
+            ValueError: the head's out_features are neither O * I nor O * I + O, a size is negative, ``weight_map`` is
+                unknown, or ``layout`` is unknown, or missing where both would fit.
 
         Example:
             >>> import torch
@@ -196,7 +223,7 @@ class HyperLinear(GeneratedLayer):
         check_sizes(in_features=in_features, out_features=out_features)
         parameters = parameters_of_head(head, in_features, out_features, layout)
         bias, base = "bias" in parameters, "base_weight" in parameters
-        layer = cls(in_features, out_features, head.in_features, bias, base, device="meta")
+        layer = cls(in_features, out_features, head.in_features, bias, base, device="meta", weight_map=weight_map)
         for name, parameter in parameters.items():
             setattr(layer, name, parameter)
         return layer
@@ -235,7 +262,7 @@ class HyperLinear(GeneratedLayer):
         return run(self, x, z, incidence, reduce)
 
     def materialize(self, z: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Return the weights and biases of each instance, base included, for inspection.
+        """Return the weights and biases of each instance, base and ``weight_map`` included, for inspection.
 
         Args:
             z: ``(B, R)``, or a pair, for the weight and for the bias.
@@ -266,8 +293,8 @@ class HyperLinear(GeneratedLayer):
 
             ‖h z + w‖² = zᵀ(hᵀh)z + 2 zᵀ(hᵀw) + ‖w‖²
 
-        needs one R × R matrix for all instances. With fewer instances than features, chunks of W are formed and
-        squared instead, which is less work. The result is differentiable in z and in the parameters; the gradient of
+        needs one R × R matrix for all instances. With fewer instances than features, and with a ``weight_map``, chunks
+        of W are formed and squared instead. The result is differentiable in z and in the parameters; the gradient of
         the head needs temporary memory of the head's size. Weights of low rank are not formed, only their factors.
 
         Args:
@@ -295,6 +322,8 @@ class HyperLinear(GeneratedLayer):
         with autocast.off(z):
             if low_rank := self._low_rank():
                 return low_rank.norm_sq(z)
+            if self.weight_map is not None:
+                return mapped_norm_sq(z, self.weight, self.base_weight, self.weight_map)
             h = self.weight.flatten(0, 1)
             w = None if self.base_weight is None else self.base_weight.flatten()
             return generated_norm_sq(z, h, w)
@@ -338,11 +367,13 @@ class HyperLinear(GeneratedLayer):
         return (self.weight if low_rank is None else low_rank.weight_b).dtype
 
     def extra_repr(self) -> str:
-        rank = "" if self.rank is None else f", rank={self.rank}, alpha={self.alpha}"
+        more = "" if self.rank is None else f", rank={self.rank}, alpha={self.alpha}"
+        if self.weight_map is not None:
+            more = f", weight_map={maps.name_of(self.weight_map)}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"cond_features={self.cond_features}, bias={self.bias is not None}, "
-            f"base={self.base_weight is not None}{rank}"
+            f"base={self.base_weight is not None}{more}"
         )
 
 

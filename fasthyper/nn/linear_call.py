@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from fasthyper import maps
 from fasthyper.functional import hyper_linear
 from fasthyper.incidence import Incidence
 
@@ -23,7 +24,8 @@ def run(layer: Any, x: Tensor, z: Z, incidence: Incidence | None, reduce: str) -
         y = low_rank._replace(bias=bias).forward(x, z, incidence, reduce)
     else:
         base = {"base_weight": layer.base_weight, "base_bias": layer.base_bias}
-        y = hyper_linear(x, z, layer.weight, bias, **base, incidence=incidence, reduce=reduce)
+        of = {"incidence": incidence, "reduce": reduce, "weight_map": layer.weight_map}
+        y = hyper_linear(x, z, layer.weight, bias, **base, **of)
     return y if more is None else y + more
 
 
@@ -58,13 +60,15 @@ def _generated_bias(head: Tensor | None, x: Tensor, z: Tensor, incidence: Incide
 
 
 def written_out(layer: Any, z: Tensor, bias_z: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the weights (B, O, I) and the biases (B, O) of each instance, base included."""
+    """Return the weights (B, O, I) and the biases (B, O) of each instance, base and map included."""
     if low_rank := layer._low_rank():
         weight = low_rank.weight(z)
     else:
         base_weight = None if layer.base_weight is None else layer.base_weight.flatten()
         weight = F.linear(z, layer.weight.flatten(0, 1), base_weight)
         weight = weight.view(z.shape[0], layer.out_features, layer.in_features)
+        if layer.weight_map is not None:
+            weight = maps.value(layer.weight_map, weight)
     if layer.bias is not None:
         if bias_z.shape != (z.shape[0], layer.bias.shape[1]):
             expected = z.shape[0], layer.bias.shape[1]

@@ -20,7 +20,7 @@ _INSTANCES = 128
 _INSTANCES_WITH_POINTS = 4
 
 
-def _shape(B: int, N: int, O: int, I: int, R: int, copied: bool | None, tiling: Tiling) -> tuple[int, int]:
+def tile_shape(B: int, N: int, O: int, I: int, R: int, copied: bool | None, tiling: Tiling) -> tuple[int, int]:
     """Return the instances and outputs of a tile of W; `copied`: whether H is copied, None if only a part of it is."""
     few = _INSTANCES if N == 1 else _INSTANCES_WITH_POINTS
     room = (
@@ -33,7 +33,7 @@ def _shape(B: int, N: int, O: int, I: int, R: int, copied: bool | None, tiling: 
     return max(1, min(B, room // max(1, outputs * I, R))), outputs
 
 
-def _copied(weight: Tensor, tiling: Tiling) -> bool | None:
+def is_copied(weight: Tensor, tiling: Tiling) -> bool | None:
     if weight.dtype == tiling.dtype:
         if head_matrix(weight) is not None:
             return False
@@ -46,7 +46,7 @@ def apply(x: Tensor, z: Tensor, weight: Tensor, y: Tensor, affine: Affine, tilin
     """Compute y = T(x, z, H) + affine."""
     B, N, I = x.shape
     O, _, R = weight.shape
-    instances, outputs = _shape(B, N, O, I, R, _copied(weight, tiling), tiling)
+    instances, outputs = tile_shape(B, N, O, I, R, is_copied(weight, tiling), tiling)
     points = tiling.elements // max(1, instances * max(I, outputs))
     for o in blocks(O, outputs):
         head = Head(weight[o], tiling)
@@ -74,8 +74,8 @@ def grads(
     shared = False
     if dz is not None:
         (B, N, I), O, R = x.shape, g.shape[2], weight.shape[2]
-        copied = tiling.dtype != tiling.sum_dtype or _copied(weight, tiling)  # sums convert their operands
-        instances, outputs = _shape(B, N, O, I, R, copied, tiling)
+        copied = tiling.dtype != tiling.sum_dtype or is_copied(weight, tiling)  # sums convert their operands
+        instances, outputs = tile_shape(B, N, O, I, R, copied, tiling)
         # dz sums over blocks of outputs, dH over blocks of instances: one loop computes both if one is a single block
         shared = dh is not None and B > 0 and (outputs >= O or instances >= B)
         if dh is not None and dh.dtype != tiling.sum_dtype:
@@ -101,7 +101,7 @@ def _weight_grad(x: Tensor, z: Tensor, g: Tensor, dh: Tensor, tiling: Tiling) ->
     O, I, R = dh.shape
     # If dH itself cannot hold the sums, the block of dH is a tile, too.
     inputs = I if dh.dtype == tiling.sum_dtype else max(1, min(I, tiling.elements // max(1, R)))
-    _, outputs = _shape(len(x), x.shape[1], O, inputs, R, dh.dtype != tiling.sum_dtype, tiling)
+    _, outputs = tile_shape(len(x), x.shape[1], O, inputs, R, dh.dtype != tiling.sum_dtype, tiling)
     for o in blocks(O, outputs):
         for i in blocks(I, inputs):
             total = Sum(dh[o, i], tiling)
