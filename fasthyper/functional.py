@@ -118,7 +118,9 @@ def _over_points(*tensors: Any, weight_map: maps.Map | None) -> Tensor:
     if isinstance(weight_map, str):
         return _op_of_map(*tensors, weight_map, *backends.current())
     _check(linear.AXES, *tensors)
-    return mapped.compose(mapped.MappedLinear(*tensors, ""), weight_map, backends.current().backend == "materialised")
+    x, z, weight, bias, base_weight, base_bias = tensors
+    whole = backends.current().backend == "materialised"
+    return mapped.compose(x, z, weight, bias, base_weight, base_bias, weight_map, whole)
 
 
 def _over_terms(tensors: tuple[Any, ...], incidence: Incidence, reduce: str) -> Tensor:

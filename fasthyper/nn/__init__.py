@@ -20,6 +20,7 @@ from fasthyper.nn.linear import HyperLinear
 from fasthyper.nn.nn_conv import NNConv
 from fasthyper.nn.pairwise_bilinear import PairwiseBilinear
 from fasthyper.nn.parameters import ParameterReport, parameter_report
+from fasthyper.nn.qmixer import QMixer
 from fasthyper.nn.rgcn_conv import RGCNConv
 from fasthyper.nn.summary import GenerationSummary, LayerSummary, what_is_generated
 
@@ -42,6 +43,7 @@ __all__ = [
     "NNConv",
     "PairwiseBilinear",
     "ParameterReport",
+    "QMixer",
     "RGCNConv",
     "bias_hyper_",
     "hyperfan_in_",

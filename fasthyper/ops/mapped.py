@@ -66,7 +66,16 @@ def generate(z: Tensor, weight: Tensor, base_weight: Tensor | None, weight_map: 
     return maps.value(weight_map, p if base_weight is None else p + base_weight)
 
 
-def compose(args: MappedLinear, weight_map: maps.Map, whole: bool = False) -> Tensor:
+def compose(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    base_weight: Tensor | None,
+    base_bias: Tensor | None,
+    weight_map: maps.Map,
+    whole: bool = False,
+) -> Tensor:
     """Return y by torch's own operations. W is written out for some instances at a time, or for all of them."""
 
     def some(x: Tensor, z: Tensor, weight: Tensor, *rest: Tensor | None) -> chunks.Results:
@@ -76,22 +85,22 @@ def compose(args: MappedLinear, weight_map: maps.Map, whole: bool = False) -> Te
             y = y + (z @ bias.T).unsqueeze(1)
         return (y if base_bias is None else y + base_bias,), ()
 
-    with autocast.off(args.x):
-        O, I, _ = args.weight.shape
-        (y,), _ = chunks.run(some, args[:2], args[2:6], O * I, whole)
+    with autocast.off(x):
+        shared = (weight, bias, base_weight, base_bias)
+        (y,), _ = chunks.run(some, (x, z), shared, weight.shape[0] * weight.shape[1], whole)
         assert y is not None
         return y.contiguous()
 
 
 def _kernel(args: MappedLinear) -> Tensor:
     if _materialised(args, args.x.device):
-        return compose(args, args.map, whole=True)
+        return compose(*args[:7], whole=True)
     with autocast.off(args.x):
         return aten.apply(*args[:7])
 
 
 def _composite(args: MappedLinear) -> Tensor:
-    return compose(args, args.map, choice(args).backend == "materialised")
+    return compose(*args[:7], whole=choice(args).backend == "materialised")
 
 
 def _backward(args: MappedLinear, wanted: dict[str, bool], g: Tensor) -> Gradients:

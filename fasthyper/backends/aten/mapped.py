@@ -30,16 +30,21 @@ class Weights(NamedTuple):
     base_weight: Tensor | None
     tiling: Tiling
 
-    def of(self, o: slice) -> tuple[Head, Callable[[slice], Tensor]]:
+    def of(self, o: slice) -> tuple[Head, Callable[[slice, Tensor], Tensor]]:
         """Return the head of a range of outputs, and the function that computes P of a range of instances."""
         head = Head(self.weight[o], self.tiling)
         base = None if self.base_weight is None else self.tiling.work(self.base_weight[o])
 
-        def p(b: slice) -> Tensor:
-            tile = head.weights(self.tiling.work(self.z[b]))
+        def p(b: slice, room: Tensor) -> Tensor:
+            tile = head.weights(self.tiling.work(self.z[b]), room)
             return tile if base is None else tile.add_(base)
 
         return head, p
+
+    def room(self, instances: int, outputs: int) -> Tensor:
+        """Return the memory of a tile. All blocks use the same, because new memory costs more than a product."""
+        size = min(instances, len(self.z)) * min(outputs, len(self.weight)) * self.weight.shape[1]
+        return torch.empty(size, dtype=self.tiling.dtype, device=self.z.device)
 
     def blocks(self, N: int, limit: int) -> tuple[int, int]:
         """Return the instances and the outputs of a tile of P; `limit`: the most outputs."""
@@ -72,16 +77,16 @@ def apply(
     weights, affine = Weights(z, weight, base_weight, tiling), Affine(x, z, bias, None, base_bias, tiling)
     instances, outputs = weights.blocks(N, O)
     points = tiling.elements // max(1, instances * max(I, outputs))
+    room = weights.room(instances, outputs)
     for o in blocks(O, outputs):
         _, p_of = weights.of(o)
         for b in blocks(B, instances):
-            w = maps.value_(name, p_of(b)).mT
+            w = maps.value_(name, p_of(b, room)).mT
             for n in blocks(N, points):
                 out = tiling.target(y[b, n, o])
                 torch.bmm(tiling.work(x[b, n]), w, out=out)
                 affine.add(out, b, n, o)
                 put(y[b, n, o], out)
-            del w  # before the next tile is allocated
     return y
 
 
@@ -113,9 +118,9 @@ def grads(
     return dx, dz, dh, dbias, dw0, db0
 
 
-def _dp(name: str, p: Tensor, g: Tensor, x: Tensor, tiling: Tiling) -> Tensor:
-    """Return dP of a tile, with the strides of P, which is lost."""
-    dw = outer(g, x, tiling) if p.is_contiguous() else outer(x, g, tiling).mT
+def _dp(name: str, p: Tensor, g: Tensor, x: Tensor, tiling: Tiling, room: Tensor) -> Tensor:
+    """Return dP of a tile, with the strides of P, which is lost, in the memory of `room`."""
+    dw = outer(g, x, tiling, room) if p.is_contiguous() else outer(x, g, tiling, room).mT
     return maps.vjp_(name, p, dw)
 
 
@@ -142,27 +147,35 @@ def _instances(
             t.zero_()
     if dx is None and dz is None and dh is None and dw0 is None:
         return
+    of_p, of_w = weights.room(instances, outputs), weights.room(instances, outputs)
     for b in blocks(B, instances):
         dz_b = None if dz is None else into_z.start(g[b], R)
         for o in blocks(O, outputs):
             head, p_of = weights.of(o)
-            p = p_of(b)
+            p = p_of(b, of_p)
             if dx is not None:
-                _add_dx(dx, b, o, g, maps.value(name, p), tiling)
+                w = of_w.as_strided(p.shape, p.stride()).copy_(p)
+                _add_dx(dx, b, o, g, maps.value_(name, w), tiling)
             if dz is not None or dh is not None or dw0 is not None:
-                dp = _dp(name, p, g[b, :, o], x[b], tiling)
+                dp = _dp(name, p, g[b, :, o], x[b], tiling, of_w)
                 if dz_b is not None:
                     head.contract(dz_b, dp)
                 if sums is not None:
                     _add_dh(sums[o], dp, tiling.work(z[b]), first=b.start == 0)
                 if dw0 is not None:
-                    dw0[o] += dp.sum(0)
-                del dp
-            del p, head, p_of  # before the next tile is allocated
+                    dw0[o] += _sum(dp)
+            del head, p_of  # before the next block of the head is copied
         if dz is not None and dz_b is not None:
             dz[b] = dz_b
     if dh is not None and sums is not None and sums is not dh:
         dh.copy_(sums)
+
+
+def _sum(dp: Tensor) -> Tensor:
+    """Return Σ_b dP[b]: as a product, several times faster than a sum of strided rows."""
+    if not dp.is_contiguous():
+        return _sum(dp.mT).T
+    return torch.mv(dp.flatten(1).T, dp.new_ones(len(dp))).view(dp.shape[1:])
 
 
 def _add_dx(dx: Tensor, b: slice, o: slice, g: Tensor, w: Tensor, tiling: Tiling) -> None:
@@ -197,13 +210,13 @@ def _inputs(weights: Weights, g: Tensor, dx: Tensor, name: str) -> None:
     tiling, (B, N, I), O = weights.tiling, dx.shape, g.shape[2]
     instances, outputs = weights.blocks(N, O)
     step = tiling.elements // max(1, instances * max(I, outputs))
+    room = weights.room(instances, outputs)
     for b in blocks(B, instances):
         for n in blocks(N, step):
             total = torch.zeros(dx[b, n].shape, dtype=tiling.sum_dtype, device=dx.device)
             for o in blocks(O, outputs):
-                w = maps.value_(name, weights.of(o)[1](b))
+                w = maps.value_(name, weights.of(o)[1](b, room))
                 total += torch.bmm(tiling.work(g[b, n, o]), w)
-                del w
             dx[b, n] = total
 
 
@@ -214,18 +227,18 @@ def _head(weights: Weights, x: Tensor, g: Tensor, dh: Tensor | None, dw0: Tensor
     tiling, (O, I, R) = weights.tiling, weights.weight.shape
     inputs = max(1, min(I, tiling.elements // max(1, R)))
     instances, outputs = weights.blocks(x.shape[1], tiling.elements // max(1, inputs * R))
+    of_p, of_w = weights.room(instances, outputs), weights.room(instances, outputs)
     for o in blocks(O, outputs):
         _, p_of = weights.of(o)
         for i in blocks(I, inputs):
             total = None if dh is None else Sum(dh[o, i], tiling)
             base = None if dw0 is None else torch.zeros_like(dw0[o, i], dtype=tiling.sum_dtype)
             for b in blocks(len(x), instances):
-                dp = _dp(name, p_of(b), g[b, :, o], x[b], tiling)[:, :, i]
+                dp = _dp(name, p_of(b, of_p), g[b, :, o], x[b], tiling, of_w)[:, :, i]
                 if total is not None:
                     total.add(dp.flatten(1).T, tiling.work(weights.z[b]))
                 if base is not None:
                     base += dp.sum(0, dtype=base.dtype)
-                del dp
             if total is not None:
                 total.store()
             if dw0 is not None and base is not None:

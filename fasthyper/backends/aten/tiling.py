@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -75,13 +76,13 @@ class Head:
             for i in blocks(I, self._tiling.elements // max(R, 1)):
                 yield o, i, self._tiling.work(self._weight[o, i])
 
-    def weights(self, z: Tensor) -> Tensor:
-        """Return W[b,o,i] = Σ_r H[o,i,r] z[b,r] for a block of instances."""
+    def weights(self, z: Tensor, room: Tensor | None = None) -> Tensor:
+        """Return W[b,o,i] = Σ_r H[o,i,r] z[b,r] for a block of instances, in the memory of `room` if it is given."""
         O, I, _ = self._weight.shape
         if self._rows is not None:
-            w = torch.mm(z, self._rows.T)
+            w = torch.mm(z, self._rows.T, out=None if room is None else cut(room, len(z), O * I))
             return w.view(len(z), I, O).mT if self._swapped else w.view(len(z), O, I)
-        w = z.new_empty(len(z), O, I)
+        w = z.new_empty(len(z), O, I) if room is None else cut(room, len(z), O, I)
         for o, i, h in self._pieces():
             w[:, o, i] = torch.mm(z, h.T)
         return w
@@ -100,17 +101,25 @@ def put(out: Tensor, tile: Tensor) -> None:
         out.copy_(tile)
 
 
-def outer(g: Tensor, x: Tensor, tiling: Tiling) -> Tensor:
-    """Return dW[b,o,i] = Σ_n g[b,n,o] x[b,n,i] for a block of instances."""
+def cut(room: Tensor, *shape: int) -> Tensor:
+    """Return a tensor of this shape in the memory of a larger one with one axis."""
+    return room[: math.prod(shape)].view(shape)
+
+
+def outer(g: Tensor, x: Tensor, tiling: Tiling, room: Tensor | None = None) -> Tensor:
+    """Return dW[b,o,i] = Σ_n g[b,n,o] x[b,n,i] for a block of instances, in the memory of `room` if it is given."""
     B, N, O = g.shape
     I = x.shape[2]
     if N == 1:  # several times faster than a batched product with K = 1
-        out = torch.empty(B, O, I, dtype=tiling.dtype, device=x.device)
+        out = torch.empty(B, O, I, dtype=tiling.dtype, device=x.device) if room is None else cut(room, B, O, I)
         return torch.mul(tiling.work(g).mT, tiling.work(x), out=out)
     dw: Tensor | None = None
     for n in blocks(N, tiling.elements // max(1, B * max(O, I))):
         a, b = tiling.work(g[:, n]).mT, tiling.work(x[:, n])
-        dw = torch.bmm(a, b) if dw is None else dw.baddbmm_(a, b)
+        if dw is None:
+            dw = torch.bmm(a, b, out=None if room is None else cut(room, B, O, I))
+        else:
+            dw.baddbmm_(a, b)
     return x.new_zeros(B, O, I, dtype=tiling.dtype) if dw is None else dw
 
 
