@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 
@@ -209,3 +210,18 @@ INITS: dict[str, Callable[..., None]] = {
     "hyperfan_out": hyperfan_out_,
     "bias_hyper": bias_hyper_,
 }
+
+
+def adapt_to_map_(weight_map: object, weight: Tensor, bias: Tensor | None, base_weight: Tensor | None) -> None:
+    """Change an initialised layer so that its mapped weights, not those before the map, have the second moment.
+
+    A relu of a symmetric P halves E[P²]. `"normalize"` gives a row the norm 1, the whole second moment, so that nothing
+    is left to the bias. `"abs"` changes no second moment, and `"tanh"` almost none of small weights.
+    """
+    if weight_map == "relu":
+        for t in (weight, base_weight):
+            if t is not None:
+                with torch.no_grad():
+                    t.mul_(math.sqrt(2))
+    if weight_map == "normalize":
+        _zero_(bias)

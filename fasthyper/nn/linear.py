@@ -10,7 +10,7 @@ from fasthyper.incidence import Incidence
 from fasthyper.nn.generated import GeneratedLayer
 from fasthyper.nn.generated_norm import generated_norm_sq, mapped_norm_sq
 from fasthyper.nn.heads import parameters_of_head
-from fasthyper.nn.init import INITS
+from fasthyper.nn.init import INITS, adapt_to_map_
 from fasthyper.nn.linear_call import run, written_out
 from fasthyper.nn.low_rank import LowRank, check_rank
 from fasthyper.nn.merge import linear_of, one_z
@@ -146,6 +146,11 @@ class HyperLinear(GeneratedLayer):
     ) -> None:
         """Initialise all parameters again.
 
+        With a ``weight_map``, ``"tanh"`` and ``"normalize"`` preserve variances through many layers, as without a map.
+        ``"abs"`` and ``"relu"`` preserve the second moment of outputs for inputs of mean zero, in one layer: their
+        weights have a mean, so that a mean of the inputs grows with each layer. The weights of the other maps, and of
+        functions, have a scale of their own; pass them a suitable base or follow the layer with a norm.
+
         Args:
             init: ``"hyperfan_in"`` preserves the variance of activations (:func:`~fasthyper.nn.hyperfan_in_`),
                 ``"hyperfan_out"`` the variance of gradients (:func:`~fasthyper.nn.hyperfan_out_`); both set the base
@@ -176,6 +181,7 @@ class HyperLinear(GeneratedLayer):
             z_second_moment=z_second_moment,
             nonlinearity=nonlinearity,
         )
+        adapt_to_map_(self.weight_map, self.weight, self.bias, self.base_weight)
 
     @classmethod
     def from_head(

@@ -9,6 +9,8 @@ terms.py      the family over terms that share rows
 conv.py       the family of convolutions with a generated kernel
 hyper_conv.py hyper_conv, hyper_conv_transpose: with a generated bias and a base added in place
 groups.py     apply_groups and weight_grad_groups: rows, each with the matrix of its group
+mapped.py     hyper_linear with a function of the generated weights
+chunks.py     a differentiable function of instances, some of them at a time
 pairs.py      pairs: every member of one set with every member of another
 primary.py    primary: two hyper_linear and the activation between them
 reference.py  the definition of each op, as one einsum

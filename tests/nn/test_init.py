@@ -121,3 +121,33 @@ def test_second_moment_is_checked(init, moment):
 def test_unknown_nonlinearity(init):
     with pytest.raises(ValueError, match="swoosh"):
         HyperLinear(3, 4, 5).reset_parameters(init, nonlinearity="swoosh")
+
+
+@pytest.mark.parametrize("weight_map", ["abs", "relu", "tanh", "normalize"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_maps_keep_the_second_moment_of_one_layer(weight_map, bias):
+    z, moment = features("normal", 128)
+    layer = HyperLinear(64, 256, 128, bias=bias, weight_map=weight_map)
+    layer.reset_parameters("hyperfan_in", z_second_moment=moment)
+    assert outputs(layer, z).square().mean().item() == pytest.approx(1, rel=0.12)
+
+
+@pytest.mark.parametrize("weight_map", [None, "tanh", "normalize"])
+def test_ten_layers_are_within_a_factor_of_two_of_an_ordinary_network(weight_map):
+    width, R = 64, 64
+    layers = [HyperLinear(width, width, R, bias=False, weight_map=weight_map) for _ in range(10)]
+    ordinary = [torch.randn(width, width) / math.sqrt(width) for _ in range(10)]
+    x, g = torch.randn(B, width, requires_grad=True), torch.randn(B, width)
+    # All layers share z: were its norm not that of E[z²] = 1 in each instance, its tenth power would be in the mean.
+    z = math.sqrt(R) * torch.nn.functional.normalize(torch.randn(B, R))
+
+    def moments(apply, layers):
+        y = x
+        for layer in layers:
+            y = apply(layer, y)
+        (dx,) = torch.autograd.grad(y, x, g)
+        return y.square().mean().item(), dx.square().mean().item()
+
+    usual = moments(lambda weight, y: y @ weight, ordinary)
+    for got, expected in zip(moments(lambda layer, y: layer(y, z), layers), usual, strict=True):
+        assert 0.5 < got / expected < 2

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import fasthyper
 from fasthyper.nn import HyperLinear
 
 ALL = ("weight", "bias", "base_weight", "base_bias")
@@ -381,3 +382,27 @@ def test_weight_norm_sq_by_chunks_under_func(monkeypatch, instances, dtype):
         rtol=0.02 if dtype == torch.bfloat16 else 1e-9,
         atol=1e-1 if dtype == torch.bfloat16 else 1e-9,
     )
+
+
+@pytest.mark.parametrize("weight_map", ["abs", "softmax", torch.square])
+def test_a_layer_with_a_weight_map(weight_map):
+    layer = HyperLinear(4, 3, 5, weight_map=weight_map, dtype=torch.float64)
+    x, z = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    W, b = layer.materialize(z)
+    p = torch.einsum("br,oir->boi", z, layer.weight) + layer.base_weight
+    torch.testing.assert_close(W, {"abs": p.abs(), "softmax": p.softmax(-1)}.get(weight_map, p**2))
+    y = layer(x, z)
+    torch.testing.assert_close(y, torch.einsum("boi,bi->bo", W, x) + b)
+    torch.testing.assert_close(layer.weight_norm_sq(z), W.square().sum((1, 2)))
+    torch.testing.assert_close(copy.deepcopy(layer)(x, z), y)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(layer))(x, z), y)
+    assert f"weight_map={getattr(weight_map, '__name__', weight_map)}" in repr(layer)
+    model = fasthyper.Hypernetwork(nn.Identity(), nn.Sequential(layer, nn.ReLU(), HyperLinear(3, 2, 5).double()))
+    torch.testing.assert_close(model(x, z), model.primary[2](y.relu(), z))
+
+
+def test_errors_of_weight_maps():
+    with pytest.raises(ValueError, match="weight_map must be one of"):
+        HyperLinear(4, 3, 5, weight_map="cube")
+    with pytest.raises(TypeError, match="weight_map must be a string"):
+        HyperLinear(4, 3, 5, weight_map=2)

@@ -384,18 +384,18 @@ def test_the_measure_sees_W():
 
 
 MEMORY = [
-    ((4000, 1, 16, 32, 32), torch.float32),
-    ((400, 8, 16, 32, 32), torch.float32),
-    ((2000, 1, 16, 32, 16), torch.bfloat16),
-    ((3, 8, 64, 512, 128), torch.float32),  # a head of 16 MiB
-    ((2, 3, 64, 128, 128), torch.bfloat16),
-    ((40, 3, 8, 4096, 2), torch.float16),
+    ((1000, 1, 16, 32, 32), torch.float32),
+    ((300, 8, 16, 32, 32), torch.float32),
+    ((1000, 1, 16, 32, 16), torch.bfloat16),
+    ((3, 8, 32, 256, 64), torch.float32),  # a head of 2 MiB
+    ((2, 3, 32, 64, 128), torch.bfloat16),
+    ((20, 3, 8, 4096, 2), torch.float16),
 ]
 
 
 @pytest.mark.parametrize("head", [lambda w: w, lambda w: w.transpose(0, 1).contiguous().transpose(0, 1)])
 @pytest.mark.parametrize(("sizes", "dtype"), MEMORY, ids=str)
-@pytest.mark.parametrize("name", ["abs", "normalize"])
+@pytest.mark.parametrize("name", ["normalize"])
 def test_memory(name, sizes, dtype, head):
     fasthyper.set_workspace_limit(MIB)
     once = temporary(name, *sizes, dtype, head)
@@ -405,15 +405,15 @@ def test_memory(name, sizes, dtype, head):
 
 
 def test_memory_of_a_function_and_of_second_order():
-    """W of 32 MiB is not written out; the inputs' gradients and the head's have one copy."""
+    """W of 16 MiB is not written out; the inputs' gradients and the head's have one copy."""
     fasthyper.set_workspace_limit(4 * MIB)
-    sizes = (8000, 1, 16, 32, 32)
-    assert temporary(snake, *sizes) < 8 * MIB
-    x, z, weight = (torch.randn(s, requires_grad=True) for s in ((8000, 1, 32), (8000, 16), (32, 32, 16)))
+    sizes = (4000, 1, 16, 32, 32)
+    assert temporary(snake, *sizes) < 6 * MIB
+    x, z, weight = (torch.randn(s, requires_grad=True) for s in ((4000, 1, 32), (4000, 16), (32, 32, 16)))
 
     def second_order():
         y = hyper_linear(x, z, weight, weight_map="tanh")
         (first,) = torch.autograd.grad(y.square().sum(), z, create_graph=True)
         return first, torch.autograd.grad(first.square().sum(), (x, z, weight))
 
-    assert peak_temporary_bytes(second_order) < 16 * MIB
+    assert peak_temporary_bytes(second_order) < 12 * MIB
