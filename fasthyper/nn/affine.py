@@ -13,6 +13,7 @@ from fasthyper.incidence import Incidence
 from fasthyper.nn.generated import GeneratedLayer
 from fasthyper.nn.init import INITS
 from fasthyper.nn.linear import check_sizes
+from fasthyper.nn.merge import with_parameters
 from fasthyper.nn.rows import spread
 from fasthyper.ops import autocast
 
@@ -149,8 +150,40 @@ class HyperAffine(GeneratedLayer):
         shape = self.weight.shape[:-1]
         return rows.reshape(rows.shape[0], *(1,) * (x.dim() - 1 - len(shape)), *shape)
 
+    def merged(self, z: Tensor) -> nn.Module:
+        """Return the norm with the scale and shift of one instance.
+
+        Args:
+            z: ``(R,)`` or ``(1, R)``.
+
+        Returns:
+            A copy of the norm, with parameters of its own.
+
+        Raises:
+            TypeError: z has another dtype than the parameters.
+            ValueError: z is not that of one instance, or an RMSNorm would have a shift.
+        """
+        z, plain = self._one(z), copy.deepcopy(self.norm)
+        with torch.no_grad(), autocast.off(z):
+            scale = _written_out(z, self.weight, self.base_weight)
+            shift = self.base_bias if self.bias is None else _written_out(z, self.bias, self.base_bias)
+        for flag in ("affine", "elementwise_affine"):
+            if hasattr(plain, flag):
+                setattr(plain, flag, True)
+        if isinstance(plain, nn.RMSNorm):
+            if shift is not None:
+                raise ValueError("an RMSNorm has no shift, but this layer has one")
+            return with_parameters(plain, plain.training, weight=scale)
+        return with_parameters(plain, plain.training, weight=scale, bias=shift)
+
     def extra_repr(self) -> str:
         return f"cond_features={self.cond_features}, bias={self.bias is not None}, base={self.base_weight is not None}"
+
+
+def _written_out(z: Tensor, head: Tensor, base: Tensor | None) -> Tensor:
+    """Return the scale or shift (*C) that z (1, R) generates."""
+    rows = F.linear(z, head.flatten(0, -2), None if base is None else base.flatten())
+    return rows.view(head.shape[:-1])
 
 
 def _shape_of_scale(norm: nn.Module) -> tuple[int, ...]:

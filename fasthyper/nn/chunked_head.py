@@ -114,6 +114,11 @@ class ChunkedLinear(HyperLinear):
     def materialize(self, z: Any) -> tuple[Tensor, Tensor | None]:
         return super().materialize(self._z_of(z))
 
+    def merged(self, z: Any) -> nn.Linear:
+        if self.head.chunks is None and isinstance(z, Tensor):
+            z = self._z_of(z.unsqueeze(0) if z.dim() == 2 else z)
+        return super().merged(z)
+
     def reset_parameters(self, *args: object, **kwargs: object) -> None:
         raise TypeError("a layer of a chunked head has no parameters of its own: initialise the head")
 

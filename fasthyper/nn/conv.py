@@ -15,7 +15,9 @@ from fasthyper.convolution import Numbers, numbers
 from fasthyper.nn.generated import GeneratedLayer
 from fasthyper.nn.init import INITS
 from fasthyper.nn.linear import check_sizes
+from fasthyper.nn.merge import with_parameters
 from fasthyper.nn.rows import spread
+from fasthyper.ops import autocast
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -169,6 +171,30 @@ class HyperConvolution(GeneratedLayer):
         if self.bias is not None:
             return kernel, F.linear(z, self.bias, self.base_bias)
         return kernel, None if self.base_bias is None else self.base_bias.expand(z.shape[0], -1)
+
+    def merged(self, z: Tensor) -> nn.Module:
+        """Return an ordinary convolution with the kernel of one instance, base included.
+
+        Args:
+            z: ``(R,)`` or ``(1, R)``.
+
+        Returns:
+            A layer of :mod:`torch.nn`, such as a Conv2d, with parameters of its own.
+
+        Raises:
+            TypeError: z has another dtype than the parameters.
+            ValueError: z is not that of one instance.
+        """
+        z = self._one(z)
+        with torch.no_grad(), autocast.off(z):
+            kernel, bias = self.materialize(z)
+        return with_parameters(self._plain(), self.training, weight=kernel[0], bias=None if bias is None else bias[0])
+
+    def _plain(self) -> nn.Module:
+        made = getattr(nn, f"Conv{'Transpose' if self.transposed else ''}{self.dims}d")
+        more = {"output_padding": self.output_padding} if self.transposed else {"padding_mode": self.padding_mode}
+        names = "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"
+        return made(**{name: getattr(self, name) for name in names}, **more, device="meta")
 
     def extra_repr(self) -> str:
         of = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, cond_features="

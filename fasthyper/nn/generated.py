@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fasthyper.incidence import Incidence
 from fasthyper.nn.current_z import current_z, repeats_z
+from fasthyper.nn.merge import one_z
 from fasthyper.ops import autocast
 
 HEADS = {"weight": "weight", "weight_a": "weight", "weight_b": "weight", "bias": "bias"}
@@ -36,13 +37,22 @@ class GeneratedLayer(nn.Module):
         z, current = current_z(self)
         return z, current if incidence is None else incidence, repeats_z()
 
-    def _check(self, z: Any) -> None:
+    def _check(self, z: Any, features: int | None = None) -> None:
+        features = self.cond_features if features is None else features
         if not isinstance(z, Tensor):
             raise TypeError(f"{type(self).__name__} takes one z, a tensor, got a {type(z).__name__}")
-        if z.ndim != 2 or z.shape[1] != self.cond_features:
-            raise ValueError(f"z must be (B, R) with R = {self.cond_features}, got {tuple(z.shape)}")
+        if z.ndim != 2 or z.shape[1] != features:
+            raise ValueError(f"z must be (B, R) with R = {features}, got {tuple(z.shape)}")
         if z.dtype != self._dtype and not (autocast.enabled(z.device.type) and z.is_floating_point()):
             raise TypeError(f"z must be {self._dtype} as the layer's weight is, got {z.dtype}")
+
+    def _one(self, z: Any, features: int | None = None) -> Tensor:
+        """Check the z of one instance, and return it as `(1, R)`, in the dtype of the parameters under autocast."""
+        features = self.cond_features if features is None else features
+        z = one_z(z, features)
+        z = z.to(self._dtype) if autocast.enabled(z.device.type) else z
+        self._check(z, features)
+        return z
 
     @property
     def _dtype(self) -> torch.dtype:

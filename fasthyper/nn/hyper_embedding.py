@@ -14,6 +14,7 @@ from fasthyper.incidence import Incidence
 from fasthyper.nn.generated import GeneratedLayer
 from fasthyper.nn.init import INITS
 from fasthyper.nn.linear import check_sizes
+from fasthyper.nn.merge import with_parameters
 from fasthyper.nn.rows import row_numbers
 from fasthyper.ops import autocast
 from fasthyper.ops.register import transformed
@@ -138,6 +139,28 @@ class HyperEmbedding(GeneratedLayer):
         if self.base_weight is not None:
             y = y + F.embedding(ids, self.base_weight, self.padding_idx)
         return y
+
+    def merged(self, z: Tensor) -> nn.Embedding:
+        """Return an ordinary embedding with the table of one instance, base included.
+
+        Args:
+            z: ``(R,)`` or ``(1, R)``.
+
+        Returns:
+            A layer with parameters of its own.
+
+        Raises:
+            TypeError: z has another dtype than the parameters.
+            ValueError: z is not that of one instance.
+        """
+        z = self._one(z)
+        with torch.no_grad(), autocast.off(z):
+            table = F.linear(z, self.weight.flatten(0, 1)).view(self.num_embeddings, self.embedding_dim)
+            if self.padding_idx is not None:
+                table[self.padding_idx] = 0
+            table = table if self.base_weight is None else table + self.base_weight
+        plain = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
+        return with_parameters(plain, self.training, weight=table)
 
     def extra_repr(self) -> str:
         return (

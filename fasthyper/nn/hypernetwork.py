@@ -134,10 +134,10 @@ class Hypernetwork(nn.Module):
     def merged(self, cond: Any) -> nn.Module:
         """Return an ordinary network: a copy of the primary with the weights that one instance's cond generates.
 
-        Every generated layer that takes its z from here is an :class:`torch.nn.Linear` there, so that the copy is
-        called without a cond and has the state dict of a network that was never generated. Layers that share their
-        weights and their z still share them. The trunk runs once, without gradients, in the mode that it is in: call
-        ``eval()`` before where it has dropout.
+        Every generated layer that takes its z from here is an ordinary one there, such as an
+        :class:`torch.nn.Linear`, so that the copy is called without a cond and has the state dict of a network that
+        was never generated. Layers that share their weights and their z still share them. The trunk runs once, without
+        gradients, in the mode that it is in: call ``eval()`` before where it has dropout.
 
         The layers of the primary of an inner Hypernetwork stay as they are, because their z depends on the input. A
         layer that the primary calls with a z of its own has no weights without it: the copy raises when it runs.
@@ -150,7 +150,8 @@ class Hypernetwork(nn.Module):
 
         Raises:
             TypeError: the trunk returns neither a tensor nor a dict of tensors, or a z of another dtype.
-            ValueError: z is not that of one instance, or a generated layer has hooks or a forward of its own.
+            ValueError: z is not that of one instance, or a generated layer has hooks, a forward of its own, or no
+                ordinary counterpart.
 
         Example:
             >>> import torch
@@ -171,7 +172,7 @@ class Hypernetwork(nn.Module):
         elif not isinstance(z, Tensor):
             raise TypeError(f"trunk must return a tensor or a dict of tensors, got a {type(z).__name__}")
         z_of = z.__getitem__ if isinstance(z, dict) else lambda _: z
-        return merged_copy(self.primary, _generated_layers(self.primary), HyperLinear, z_of)
+        return merged_copy(self.primary, _generated_layers(self.primary), z_of)
 
     def _z_by_layer(self, z: dict[str, Tensor]) -> dict[nn.Module, Any]:
         # Not cached, because the modules may be replicas, or may have been replaced since the last call.

@@ -13,7 +13,7 @@ from fasthyper.nn.heads import parameters_of_head
 from fasthyper.nn.init import INITS, adapt_to_map_
 from fasthyper.nn.linear_call import run, written_out
 from fasthyper.nn.low_rank import LowRank, check_rank
-from fasthyper.nn.merge import linear_of, one_z
+from fasthyper.nn.merge import with_parameters
 from fasthyper.nn.rows import in_instances
 from fasthyper.ops import autocast
 
@@ -334,11 +334,11 @@ class HyperLinear(GeneratedLayer):
             w = None if self.base_weight is None else self.base_weight.flatten()
             return generated_norm_sq(z, h, w)
 
-    def merged(self, z: Tensor) -> nn.Linear:
+    def merged(self, z: Tensor | tuple[Tensor, Tensor]) -> nn.Linear:
         """Return an ordinary linear layer with the weights of one instance, base included.
 
         Args:
-            z: ``(R,)`` or ``(1, R)``.
+            z: ``(R,)`` or ``(1, R)``, or a pair, for the weight and for the bias.
 
         Returns:
             A layer with parameters of its own: it does not follow later changes of z, heads or base.
@@ -357,10 +357,12 @@ class HyperLinear(GeneratedLayer):
             >>> torch.allclose(linear(x), layer(x, z), atol=1e-5)
             True
         """
-        z = one_z(z, self.cond_features)
-        z = z.to(self._dtype) if autocast.enabled(z.device.type) else z
+        z, bias_z = z if isinstance(z, tuple) else (z, z)
+        z, bias_z = self._one(z), bias_z if self.bias is None else self._one(bias_z, self.bias.shape[1])
         with torch.no_grad(), autocast.off(z):
-            return linear_of(*self.materialize(z), self.training)
+            weight, bias = written_out(self, z, bias_z)
+        plain = nn.Linear(self.in_features, self.out_features, bias is not None, "meta")
+        return with_parameters(plain, self.training, weight=weight[0], bias=None if bias is None else bias[0])
 
     def _low_rank(self) -> LowRank | None:
         if self.rank is None or self.alpha is None or self.weight_a is None or self.weight_b is None:

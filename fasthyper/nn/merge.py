@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fasthyper.nn.plain_linear import only_calls_forward
 
-HEADS = ("weight", "weight_a", "weight_b", "base_weight")
-"""The parameters that W is computed from. Layers with the same ones and the same z have the same W."""
+_READ = {"weight": ("weight", "weight_a", "weight_b", "base_weight"), "bias": ("bias", "base_bias")}
+"""The parameters that each parameter of a merged layer is computed from."""
 
 
 def one_z(z: Tensor, features: int) -> Tensor:
@@ -27,41 +27,62 @@ def one_z(z: Tensor, features: int) -> Tensor:
     return z.reshape(1, -1)
 
 
-def linear_of(weight: Tensor, bias: Tensor | None, training: bool) -> nn.Linear:
-    """Return an `nn.Linear` with copies of a weight (1, O, I) and a bias (1, O)."""
-    _, O, I = weight.shape
-    linear = nn.Linear(I, O, bias is not None, "meta", weight.dtype)
-    linear.weight = nn.Parameter(weight[0].detach().clone())
-    if bias is not None:
-        linear.bias = nn.Parameter(bias[0].detach().clone())
-    return linear.train(training)
+def with_parameters(plain: nn.Module, training: bool, **values: Tensor | None) -> Any:
+    """Put copies of tensors into an ordinary layer as its parameters, and set its mode."""
+    for name, value in values.items():
+        parameter = None if value is None else nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format))
+        plain.register_parameter(name, parameter)
+    return plain.train(training)
 
 
-def merged_copy(
-    primary: nn.Module, layers: Iterable[tuple[str, Any]], kind: type[nn.Module], z_of: Callable[[nn.Module], Tensor]
-) -> nn.Module:
-    """Return a copy of a network in which generated layers have become `nn.Linear`s.
+def merged_copy(primary: nn.Module, layers: Iterable[tuple[str, Any]], z_of: Callable[[nn.Module], Any]) -> nn.Module:
+    """Return a copy of a network in which generated layers have become ordinary ones.
 
     Args:
         primary: the network.
         layers: its generated layers, by name.
-        kind: their class.
-        z_of: returns the z of a layer.
+        z_of: returns the z of a layer, or a pair: for its weight and for its bias.
 
     Raises:
-        ValueError: a layer does more than its class: it has hooks or a forward of its own.
+        TypeError: a z is of another type or dtype.
+        ValueError: a z is not that of one instance, a layer has no counterpart, or it does more than its class: it has
+            hooks or a forward of its own.
     """
-    linears: dict[int, nn.Linear] = {}
+    merged: dict[int, nn.Module] = {}
     tied: dict[Hashable, nn.Parameter] = {}
     for name, layer in layers:
-        if type(layer).forward is not kind.forward or not only_calls_forward(layer):
-            raise ValueError(
-                f"cannot merge {name!r}: it is a {type(layer).__name__} with hooks or a forward of its own"
-            )
-        if id(layer) not in linears:
-            z = z_of(layer)
-            linear = linears[id(layer)] = layer.merged(z)
-            heads = tuple(id(getattr(layer, head)) for head in HEADS)
-            linear.weight = tied.setdefault((heads, id(z)), linear.weight)
+        if id(layer) not in merged:
+            merged[id(layer)] = _merged(name, layer, z_of(layer))
+            _tie(merged[id(layer)], layer, z_of(layer), tied)
     with torch.no_grad():  # deepcopy takes what its memo has in place of a layer, under any name and in any list
-        return copy.deepcopy(getattr(primary, "_orig_mod", primary), dict(linears))
+        return copy.deepcopy(getattr(primary, "_orig_mod", primary), dict(merged))
+
+
+def _merged(name: str, layer: Any, z: Any) -> nn.Module:
+    kind = type(layer).__name__
+    by, run_by = (_defined_by(type(layer), method) for method in ("merged", "forward"))
+    if by is None:
+        raise ValueError(f"cannot merge {name!r}: there is no ordinary layer for a {kind}")
+    if not issubclass(by, run_by) or not only_calls_forward(layer):
+        raise ValueError(f"cannot merge {name!r}: it is a {kind} with hooks or a forward of its own")
+    try:
+        return layer.merged(z)
+    except (TypeError, ValueError) as wrong:
+        raise type(wrong)(f"cannot merge {name!r}: {wrong}") from wrong
+
+
+def _defined_by(cls: type, method: str) -> Any:
+    """Return the class whose method instances of a class have, or None."""
+    return next((base for base in cls.__mro__ if method in vars(base)), None)
+
+
+def _tie(plain: nn.Module, layer: Any, z: Any, tied: dict[Hashable, nn.Parameter]) -> None:
+    """Give an ordinary layer the parameters of an earlier one that has read the same parameters and the same z."""
+    of = dict(zip(("weight", "bias"), z if isinstance(z, tuple) else (z, z), strict=True))
+    options = tuple(getattr(layer, option, None) for option in ("alpha", "padding_idx"))
+    options += (id(getattr(layer, "weight_map", None)),)  # a function need not be hashable
+    for name, read in _READ.items():
+        heads = tuple(id(p) if (p := layer._parameters.get(parameter)) is not None else None for parameter in read)
+        mine = plain._parameters.get(name)
+        if mine is not None and heads != (None,) * len(heads):  # layers of a chunked head have no parameters
+            plain.register_parameter(name, tied.setdefault((name, heads, id(of[name]), options), mine))
