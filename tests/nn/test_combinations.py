@@ -74,6 +74,14 @@ def test_tied_linears_of_low_rank_share_all_heads():
     assert merged[0].bias is merged[1].bias
 
 
+def test_a_rank_without_a_base():
+    layer = hyperize(nn.Linear(4, 3), R, rank=2, base=False)
+    assert layer.base_weight is layer.base_bias is None
+    layer = hyperize(nn.Linear(4, 3), R, rank=2, base=False, bias=False)
+    assert layer.base_weight is layer.bias is None
+    assert layer.base_bias.shape == (3,)
+
+
 @pytest.mark.parametrize("points", [(), (7,), (100,)])
 def test_a_rank_with_a_z_of_the_bias(points):
     layer = HyperLinear(6, 4, R, rank=2, alpha=3, bias_cond_features=R + 1).double().apply(fill)
