@@ -27,7 +27,7 @@ FLOORS = (
     ("planner", "compiled", "kernels"),
     ("costs",),
     ("problem", "processor", "_version"),
-    ("terms", "geometry"),
+    ("terms", "geometry", "maps"),
 )
 """The floors of the package, highest first: a component imports only from itself and from lower floors."""
 
