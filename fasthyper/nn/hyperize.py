@@ -59,7 +59,8 @@ def hyperize(
     Ties are preserved:
 
     - A layer in two places becomes one generated layer. It is chosen if any of its names is chosen.
-    - Layers that share a parameter share its base and its head; with a rank, HyperLinears share both heads.
+    - Layers that share a parameter share its base and its head. With a rank, HyperLinears share both heads, but other
+      layers, whose heads are full, share the base alone.
     - A layer that shares its weight with another module, such as an Embedding, shares its base with that module.
 
     The first dimension of any tensor that reaches a generated layer is B, the instances.
