@@ -144,7 +144,7 @@ def test_a_mixer_of_hyper_linears():
         hidden = torch.bmm(q[:, None], first(state).abs().view(-1, width, agents).mT) + b1(state)[:, None]
         return (torch.bmm(F.elu(hidden), last(state).abs().view(-1, width, 1)) + v(state)[:, None]).view(-1, 1)
 
-    mix1 = HyperLinear.from_head(first[2], agents, width, weight_map="abs")
+    mix1 = HyperLinear.from_head(first[2], agents, width, layout="oi", weight_map="abs")
     mix2 = HyperLinear.from_head(last[2], width, 1, weight_map="abs")
 
     def generated():
