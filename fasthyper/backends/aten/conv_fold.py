@@ -72,9 +72,9 @@ def grads(
     groups = _Group.all(weight, base_weight, geo, O, I, transposed)
     chunks = _instances(x.shape[0], O, I, geo, tiling)
     sums = BiasSums(g, z, bias, R, mask, tiling)
-    dw0 = x.new_zeros(O, I, *geo.kernel, dtype=tiling.sum_dtype) if mask[4] else None
     # what linear layers return is a temporary here, so that large gradients are computed some outputs at a time
     few = max(1, R if dh is not None else 1) * O * I * geo.taps <= tiling.elements
+    dw0 = x.new_zeros(O, I, *geo.kernel, dtype=tiling.sum_dtype if few else x.dtype) if mask[4] else None
     total = torch.zeros_like(dh, dtype=tiling.sum_dtype) if dh is not None and few and len(chunks) > 1 else None
     wanted = Wanted(x=dx is not None, z=mask[1], weight=few and dh is not None, base_weight=few and mask[4])
     for b in chunks:

@@ -9,6 +9,7 @@ them. A backend with its own products of an instance's kernel passes them in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol, cast
 
@@ -42,7 +43,7 @@ class Piece(NamedTuple):
 def _is_matrix(weight: Tensor) -> bool:
     """Return whether H is a view of a matrix (O·I·taps, R)."""
     try:
-        weight.view(weight[..., 0].numel(), weight.shape[-1])
+        weight.view(math.prod(weight.shape[:-1]), weight.shape[-1])
     except RuntimeError:
         return False
     return True
@@ -178,29 +179,31 @@ def grads(
     """Write dx and dh if given; return dz, dbias, dW0 and db0 where the mask is set."""
     call = _Gradients(x, z, weight, base_weight, g, mask, geo, transposed, tiling, products)
     sums = BiasSums(g, z, bias, call.R, mask, tiling)
-    dw0 = x.new_zeros(call.O, call.I, *geo.kernel, dtype=tiling.sum_dtype) if mask[4] else None
-    together = dh is None or dh.dtype == tiling.sum_dtype or dh.numel() <= tiling.elements
-    totals = call.sums_of(dh, call.cut) if dh is not None and together else None
+    dw0 = x.new_empty(call.O, call.I, *geo.kernel, 1) if mask[4] else None
+    ones = tiling.work(x.new_ones(x.shape[0], 1))
+    heads = [(out, of) for out, of in ((dh, z), (dw0, ones)) if out is not None and of is not None]
+    # in fewer bits, the sums of a whole head would be a copy of it in float32
+    together = [(h, of) for h, of in heads if h.dtype == tiling.sum_dtype or h.numel() <= tiling.elements]
+    totals = [([call.sum_of(h, piece) for piece in call.pieces(call.cut)], of) for h, of in together]
     for b in blocks(x.shape[0], call.cut.instances):
         dz = sums.add(b)
         if dx is not None:
             call.spread_back(b, dx)
-        if mask[1] or totals is not None or dw0 is not None:
-            call.add_kernels(b, call.cut, dz, totals, dw0)
+        if mask[1] or totals:
+            for k, piece in enumerate(call.pieces(call.cut)):
+                call.add_kernels(b, piece, dz, [(each[k], of) for each, of in totals])
         sums.put(b, dz)
-    if dh is not None and not together:  # the sums of all of dH would be a copy of it in float32
-        cut = call.cut._replace(outputs=max(1, tiling.elements // max(1, call.I * geo.taps * call.R)))
-        for piece in cut.pieces(call.O, call.I, geo):
-            total = Sum(dh[piece.outputs].flatten(1, -2), tiling)
-            for b in blocks(x.shape[0], cut.instances):
-                dw = call.kernels(b, piece)
-                total.add(dw.flatten(2).flatten(1).T, tiling.work(cast(Tensor, z)[b]))
-                del dw
-            total.store()
-    for total in totals or []:
+    for total in (total for each, _ in totals for total in each):
         total.store()
+    for head, of in [pair for pair in heads if not any(pair is other for other in together)]:
+        cut = call.cut._replace(outputs=max(1, tiling.elements // max(1, head[0].numel())))
+        for piece in call.pieces(cut):
+            total = call.sum_of(head, piece)
+            for b in blocks(x.shape[0], cut.instances):
+                call.add_kernels(b, piece, None, [(total, of)])
+            total.store()
     dbias, db0 = sums.of_bias()
-    return sums.dz, dbias, None if dw0 is None else dw0.to(x.dtype), db0
+    return sums.dz, dbias, None if dw0 is None else dw0.squeeze(-1), db0
 
 
 class _Gradients:
@@ -226,8 +229,11 @@ class _Gradients:
         self.R = cast(Tensor, weight if z is None else z).shape[-1]
         self.cut = Sizes.of(x.shape[0], self.O, self.I * geo.taps, self.R, weight, geo, tiling)
 
-    def sums_of(self, dh: Tensor, cut: Sizes) -> list[Sum]:
-        return [Sum(dh[p.outputs].flatten(1, -2), self.tiling) for p in cut.pieces(self.O, self.I, self.geo)]
+    def pieces(self, cut: Sizes) -> Iterator[Piece]:
+        return cut.pieces(self.O, self.I, self.geo)
+
+    def sum_of(self, head: Tensor, piece: Piece) -> Sum:
+        return Sum(head[piece.outputs].flatten(1, -2), self.tiling)
 
     def spread_back(self, b: slice, dx: Tensor) -> None:
         """Write dx of some instances."""
@@ -242,20 +248,13 @@ class _Gradients:
         self.products.kernels(x, g, dw, piece.geometry)
         return dw
 
-    def add_kernels(
-        self, b: slice, cut: Sizes, dz: Tensor | None, totals: list[Sum] | None, dw0: Tensor | None
-    ) -> None:
-        """Add what dW of some instances gives to dz, dH and dW0."""
-        for k, piece in enumerate(cut.pieces(self.O, self.I, self.geo)):
-            dw = self.kernels(b, piece)
-            rows = dw.flatten(2)
-            if dz is not None:
-                Head(self.weight[piece.outputs].flatten(1, -2), self.tiling).contract(dz, rows)
-            if totals is not None:
-                totals[k].add(rows.flatten(1).T, self.tiling.work(self.z[b]))
-            if dw0 is not None:
-                dw0[piece.outputs] += dw.sum(0, dtype=dw0.dtype)
-            del dw, rows  # before the next are allocated
+    def add_kernels(self, b: slice, piece: Piece, dz: Tensor | None, totals: list[tuple[Sum, Tensor]]) -> None:
+        """Add what dW of some instances and outputs gives to dz, and to sums of dW ⊗ z."""
+        rows = self.kernels(b, piece).flatten(2)
+        if dz is not None:
+            Head(self.weight[piece.outputs].flatten(1, -2), self.tiling).contract(dz, rows)
+        for total, z in totals:
+            total.add(rows.flatten(1).T, self.tiling.work(z[b]))
 
 
 class BiasSums:
