@@ -21,11 +21,12 @@ class Inputs:
     """One set of tensors.
 
     Attributes:
-        x: `(B, N, I)`; over terms `(S, I)`, of pairs `(sentences, L, I)`.
+        x: `(B, N, I)`; over terms `(S, I)`, of pairs `(sentences, L, I)`, of a convolution `(B, I, side, side)`.
         z: `(B, R)`; over terms `(C, R)`, of pairs `(sentences, M, R)`.
-        head: H `(O, I, R)`; of two layers, H, bias `(O, R)`, base weight `(O, I)` and base bias `(O,)` of each.
+        head: H `(O, I, R)`; of a convolution `(O, I / groups, kernel, kernel, R)`; of two layers, H, bias `(O, R)`,
+            base weight `(O, I)` and base bias `(O,)` of each; of low rank, the heads of A and B.
         g: the gradient of y, or the target of a training step: `(B, N, O)`; over terms `(T, O)`, of pairs
-            `(sentences, L, M, O)`.
+            `(sentences, L, M, O)`, of a convolution `(B, O, √N, √N)`.
         trunk: `(R, R)`, the weights of the layer that computes z in a training step.
     """
 
@@ -63,8 +64,15 @@ def inputs(w: Workload, dtype: torch.dtype, device: str = "cpu", seed: int = 0) 
         return H, bias, normal(O, I, scale=I**-0.5), normal(O)
 
     x, z, y = shapes(w)
-    head = (*generated(w.hidden, w.I), *generated(w.O, w.hidden)) if w.hidden else (normal(w.O, w.I, w.R),)
+    head = (*generated(w.hidden, w.I), *generated(w.O, w.hidden)) if w.hidden else tuple(normal(*H) for H in heads(w))
     return Inputs(normal(*x), normal(*z), head, normal(*y), normal(w.R, w.R, scale=w.R**-0.5))
+
+
+def heads(w: Workload) -> list[tuple[int, ...]]:
+    """Return the shapes of the head, or of the heads of A and B."""
+    if w.rank:
+        return [(w.rank, w.I, w.R), (w.O, w.rank, w.R)]
+    return [(w.O, w.I // w.groups, w.kernel, w.kernel, w.R) if w.kernel else (w.O, w.I, w.R)]
 
 
 def shapes(w: Workload) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -72,6 +80,9 @@ def shapes(w: Workload) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ..
     if w.form == "pairs":
         sets, left, right = pair_sizes(w)
         return (sets, left, w.I), (sets, right, w.R), (sets, left, right, w.O)
+    if w.kernel:
+        output = math.isqrt(w.N)
+        return (w.B, w.I, w.side, w.side), (w.B, w.R), (w.B, w.O, output, output)
     if w.draw:
         return (w.S or w.B, w.I), (w.C or w.B, w.R), (w.T or w.B, w.O)
     return (w.B, w.N, w.I), (w.B, w.R), (w.B, w.N, w.O)

@@ -114,3 +114,14 @@ def rgcnconv(w: Workload, device: str, fast: bool = False) -> Function:
         return functional_call(conv, {"weight": weight, "comp": z}, ((x, targets), index, cond))
 
     return layer
+
+
+def condconv(w: Workload, device: str) -> Function:
+    """Use timm's `CondConv2d`. Its weight is `(R, O, I / groups, kernel, kernel)`, flat after the first axis."""
+    for name in ("nms", "qnms"):  # timm imports torchvision: a build for another torch lacks two ops that it describes
+        if not hasattr(torch.ops.torchvision, name):
+            torch.library.define(f"torchvision::{name}", "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+    from timm.layers import CondConv2d
+
+    conv = CondConv2d(w.I, w.O, w.kernel, w.stride, w.kernel // 2, groups=w.groups, num_experts=w.R).to(device)
+    return lambda x, z, weight: functional_call(conv, {"weight": weight.flatten(1)}, (x, z))

@@ -26,6 +26,8 @@ of graphs, ragged points and pairs, share is this time over fasthyper's
 - MiB: peak temporary memory by PyTorch's allocator, without outputs and gradients; resident: the same by the system
 - ms: median (lower–upper quartile); in the tables of all ways, the median, in parentheses if the way was tried once
 - `+` after a commit: with uncommitted changes"""
+CONVOLUTION_LEGEND = """\
+Of convolutions, N is the pixels of the output, and I and O are channels; k: taps of the kernel along each side."""
 
 WORKLOAD_COLUMNS = [
     "workload",
@@ -42,6 +44,7 @@ WORKLOAD_COLUMNS = [
     "resident",
     "MiB, least peer",
 ]
+CONVOLUTION_COLUMNS = ["workload", "k", "stride", "groups", *WORKLOAD_COLUMNS[1:]]
 TERM_COLUMNS = [
     "workload",
     "E",
@@ -73,7 +76,7 @@ def markdown(found: Iterable[Record], figures: Iterable[str] = ()) -> str:
         f"{', '.join(f'{name} {version}' for name, version in versions.items() if version)}; "
         f"backend {context.backend}; {results.commit(context)}.",
         *footnotes(results, results.subjects),
-        LEGEND,
+        *legend(results),
         "## Summary",
         _summary(results),
         *_ceilings(results),
@@ -86,6 +89,11 @@ def markdown(found: Iterable[Record], figures: Iterable[str] = ()) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def legend(results: Results) -> list[str]:
+    """Return what the letters and columns mean."""
+    return [LEGEND, *[CONVOLUTION_LEGEND] * any(r.kernel for r in results.records)]
+
+
 def footnotes(results: Results, subjects: list[Subject]) -> list[str]:
     """Return one paragraph that explains the marks of these subjects, or nothing if they have none."""
     marks = results.mark(*subjects)
@@ -94,11 +102,22 @@ def footnotes(results: Results, subjects: list[Subject]) -> list[str]:
 
 
 def workload_tables(results: Results, dtype: str, mode: str) -> list[str]:
-    """Return the tables of all workloads in a dtype and mode: layers and networks, then sums over terms."""
+    """Return the tables of all workloads in a dtype and mode: layers and networks, convolutions, sums over terms."""
     subjects = results.select("workloads", dtype, mode)
-    layers_, terms = ([s for s in subjects if s.record.over_terms == over] for over in (False, True))
-    tables = [table(WORKLOAD_COLUMNS, (_workload(results, s) for s in layers_))] if layers_ else []
-    return [*tables, table(TERM_COLUMNS, (_terms(results, s) for s in terms))] if terms else tables
+    terms = [s for s in subjects if s.record.over_terms]
+    convolutions = [s for s in subjects if s.record.kernel]
+    others = [s for s in subjects if not s.record.over_terms and not s.record.kernel]
+    kinds = (
+        (WORKLOAD_COLUMNS, _workload, others),
+        (CONVOLUTION_COLUMNS, _convolution, convolutions),
+        (TERM_COLUMNS, _terms, terms),
+    )
+    return [table(columns, (row(results, s) for s in found)) for columns, row, found in kinds if found]
+
+
+def _convolution(results: Results, subject: Subject) -> list[str]:
+    record, (name, *rest) = subject.record, _workload(results, subject)
+    return [name, *map(str, (record.kernel, record.stride, record.groups)), *rest]
 
 
 def _terms(results: Results, subject: Subject) -> list[str]:
@@ -171,7 +190,8 @@ def _ways(results: Results, subjects: list[Subject]) -> list[str]:
     """Return a table for each group of workloads that have ways in common."""
     groups: dict[tuple[bool, ...], list[Subject]] = {}
     for s in subjects:
-        groups.setdefault((s.record.S > 0, s.record.C > 0, s.record.T > 0), []).append(s)
+        r = s.record
+        groups.setdefault((r.S > 0, r.C > 0, r.T > 0, r.kernel > 0, r.rank > 0), []).append(s)
     tables = []
     for group in groups.values():
         names = _names(group, "ours", "again", "variant", "peer")

@@ -18,7 +18,7 @@ from .context import ROOT, Context
 RESULTS = ROOT / "benchmarks" / "results"
 FORWARD, FORWARD_BACKWARD, TRAINING_STEP = MODES = ("forward", "forward + backward", "training step")
 PRODUCT, COPY = "matrix product", "copy"
-SIZES = ("B", "N", "R", "I", "O", "S", "C", "T", "hidden")
+SIZES = ("B", "N", "R", "I", "O", "S", "C", "T", "hidden", "rank", "kernel", "stride", "groups")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,9 @@ class Record:
         B, N, R, I, O: sizes; see `workloads.Workload`.
         S, C, T: rows of x, z and y that the B terms share; 0 if each term has its own.
         hidden: units between the two layers of a generated network; 0 for a single layer.
+        rank: units between the two factors of a weight of low rank; 0 for one of full rank.
+        kernel: taps of a convolution along each side of its image; 0 for a linear layer.
+        stride, groups: of a convolution.
         axis: of `scaling`, the size that grows: `"B"`, `"N"`, `"R"` or `"width"`.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`.
         mode: `"forward"`, `"forward + backward"` or `"training step"`.
@@ -61,6 +64,10 @@ class Record:
     C: int = 0
     T: int = 0
     hidden: int = 0
+    rank: int = 0
+    kernel: int = 0
+    stride: int = 1
+    groups: int = 1
     axis: str = ""
     dtype: str = "float32"
     mode: str = ""
@@ -98,6 +105,7 @@ class Record:
 _RECORD_FIELDS = [f for f in dataclasses.fields(Record) if f.name != "context"]
 _CONTEXT_FIELDS = [f.name for f in dataclasses.fields(Context)]
 COLUMNS = [*(f.name for f in _RECORD_FIELDS), *_CONTEXT_FIELDS]
+_NEWER = ("rank", "kernel", "stride", "groups")  # older files lack these columns, and have no workload that needs them
 
 
 def _cell(value: object) -> str:
@@ -116,7 +124,7 @@ def _value(annotation: str, cell: str) -> object:
 
 
 def read(path: Path) -> list[Record]:
-    """Return the records of a file, none if it does not exist.
+    """Return the records of a file, none if it does not exist. Only sizes added later may be missing.
 
     Raises:
         ValueError: if the file has other columns than `COLUMNS`.
@@ -125,12 +133,13 @@ def read(path: Path) -> list[Record]:
         return []
     with path.open(newline="") as lines:
         rows = csv.DictReader(lines)
-        if rows.fieldnames != COLUMNS:
+        found = rows.fieldnames or []
+        if found != [name for name in COLUMNS if name in found or name not in _NEWER]:
             raise ValueError(f"{path.name} has other columns than {', '.join(COLUMNS)}: delete it and measure again")
         return [
             Record(
                 context=Context(**{name: row[name] for name in _CONTEXT_FIELDS}),
-                **{f.name: _value(str(f.type), row[f.name]) for f in _RECORD_FIELDS},  # type: ignore[arg-type]
+                **{f.name: _value(str(f.type), row[f.name]) for f in _RECORD_FIELDS if f.name in found},  # type: ignore[arg-type]
             )
             for row in rows
         ]
@@ -169,7 +178,7 @@ def quartiles(values: Sequence[float]) -> list[float]:
 
 def layers(of: Any) -> str:
     """Return the features of the one or two generated layers, such as `64 → 128`, from a record or a workload."""
-    return " → ".join(str(features) for features in (of.I, of.hidden, of.O) if features)
+    return " → ".join(str(features) for features in (of.I, of.hidden, of.rank, of.O) if features)
 
 
 def sizes(of: Any) -> tuple[int, ...]:

@@ -10,10 +10,13 @@ SIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def features(of: Any) -> list[tuple[int, int]]:
-    """Return in and out features of each generated layer, of a record or a workload."""
-    if of.hidden:
-        return [(of.I, of.hidden), (of.hidden, of.O)]
-    return [(of.I, of.O)]
+    """Return in and out features of each generated layer, of a record or a workload.
+
+    An output pixel of a convolution has the channels of a group at each tap as its in features.
+    """
+    if between := of.hidden or of.rank:
+        return [(of.I, between), (between, of.O)]
+    return [(of.I // of.groups * max(1, of.kernel**2), of.O)]
 
 
 def flops(record: Record) -> int:
@@ -46,7 +49,8 @@ def compulsory_bytes(record: Record) -> int:
     """Return the bytes of x, z, the head and y, each moved once; with backward, also those of their gradients."""
     S, C, T = rows(record)
     head = sum(record.R * I * O for I, O in features(record))
-    numbers = record.N * (S * record.I + T * record.O) + C * record.R + head
+    inputs = record.N * record.stride**2  # pixels of the image
+    numbers = S * inputs * record.I + T * record.N * record.O + C * record.R + head
     return numbers * SIZE[record.dtype] * (1 if record.mode == FORWARD else 2)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .analysis import Results, Subject
 from .formatting import mib, ms, ratio, table
-from .page import LEGEND, footnotes, training_table, workload_tables
+from .page import footnotes, legend, training_table, workload_tables
 from .records import FORWARD_BACKWARD, Record, layers
 from .workloads import WORKLOADS
 
@@ -85,7 +85,7 @@ def full(found: Iterable[Record], source: Path, base: Path, others: Sequence[Ite
     parts = [
         f"Measured on {results.headline}; torch {results.context.torch}.",
         *footnotes(results, results.subjects),
-        LEGEND,
+        *legend(results),
     ]
     for dtype, mode in results.modes:
         if mode == FORWARD_BACKWARD:

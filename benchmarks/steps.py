@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from .terms import indices
 from .workloads import Workload
 
 Step = Callable[[], tuple[Tensor, ...]]
-Layout = tuple[int, int, int]
+Layout = tuple[int, ...]
 DEFAULT: Layout = (0, 1, 2)
 
 
@@ -32,7 +33,7 @@ def step(function: Function, mode: str, sets: Sets, layout: Layout = DEFAULT) ->
         function: computes y.
         mode: one of `records.MODES`.
         sets: the tensors.
-        layout: the order of the axes O, I, R in the head that the function takes.
+        layout: the order of the head's axes that the function takes.
     """
     if mode == TRAINING_STEP:
         return _training(function, sets, layout)
@@ -87,7 +88,19 @@ def definition(w: Workload, device: str) -> Function:
         return lambda x, z, weight: torch.einsum("bmi,oir,bnr->bmno", x, weight, z)
     if w.draw:
         return _sum_of_terms(w, device)
+    if w.form == "convolution":
+        return partial(_convolution, w)
+    if w.form == "low rank":
+        return lambda x, z, a, b: reference.apply(reference.apply(x, z, a), z, b)
     return primary if w.form == "primary" else reference.apply
+
+
+def _convolution(w: Workload, x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+    W = torch.einsum("br,oikmr->boikm", z, weight).flatten(0, 1)
+    y = torch.nn.functional.conv2d(
+        x.flatten(0, 1).unsqueeze(0), W, stride=w.stride, padding=w.kernel // 2, groups=len(x) * w.groups
+    )
+    return y.view(len(x), w.O, *y.shape[2:])
 
 
 def _sum_of_terms(w: Workload, device: str) -> Function:

@@ -9,13 +9,14 @@ from functools import partial
 import torch
 
 from fasthyper import planner
-from fasthyper.problem import Problem, TermProblem
+from fasthyper.problem import ConvProblem, Problem, TermProblem
 
 from . import training
 from .context import Context
 from .devices import CPU, GPU
 from .records import FORWARD_BACKWARD, TRAINING_STEP, Record, sizes
 from .resident import resident_bytes
+from .roofline import features
 from .timing import RoundLimits, compare
 from .ways import AGAIN, OURS, PEERS, TERMS, ours, peers, schedules
 from .workloads import AXES, WORKLOADS, Workload
@@ -78,6 +79,22 @@ def planned_term_schedules(w: Workload, dtype: torch.dtype, context: Context) ->
     return " / ".join(planner.plan(call).schedule for call in calls)
 
 
+def planned_convolution_schedules(w: Workload, dtype: torch.dtype, context: Context) -> str:
+    """Return the planner's schedules for forward and backward of a convolution."""
+    ((I, _),) = features(w)
+    sizes = (w.B, w.groups, I, w.O // w.groups, w.R, w.side**2, w.N, w.kernel**2, dtype, context.kind)
+    calls = [ConvProblem(op, *sizes, backend=context.backend) for op in ("apply", "grads")]
+    return " / ".join(planner.plan(call).schedule for call in calls)
+
+
+PLANNED = {
+    "layer": planned_schedules,
+    "convolution": planned_convolution_schedules,
+    **dict.fromkeys(TERMS, planned_term_schedules),
+}
+"""The planner's schedules, by the form of a workload."""
+
+
 def measure_workloads(
     workloads: Sequence[Workload],
     dtypes: Sequence[torch.dtype],
@@ -133,8 +150,7 @@ def measure_workloads(
                 group = compare(w, mode, dtype, device, ways, context, limits, skip=skip, study="workloads")
                 if mode == FORWARD_BACKWARD:
                     near_best = {r.way for r in group if r.rounds and r.rounds > 1}
-                    planned = {"layer": planned_schedules, **dict.fromkeys(TERMS, planned_term_schedules)}.get(w.form)
-                    plan = planned(w, dtype, context) if planned else ""
+                    plan = PLANNED[w.form](w, dtype, context) if w.form in PLANNED else ""
                     group = _with(group, resident=resident.get(w), plan=plan)
                 yield group
 

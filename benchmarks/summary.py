@@ -89,8 +89,9 @@ _EXTRA = {w.name for w in WORKLOADS if w.extra}
 
 
 def published(record: Record) -> bool:
-    """Return whether it is a single layer of a published network, not over terms. Means are over these records."""
-    return not record.over_terms and not record.hidden and record.workload not in _EXTRA
+    """Return whether it is a single linear layer of a published network. Means are over these records."""
+    other = record.over_terms or record.hidden or record.rank or record.kernel
+    return not other and record.workload not in _EXTRA
 
 
 def _over_terms(record: Record) -> bool:
@@ -102,7 +103,11 @@ def _single(record: Record) -> bool:
 
 
 def _several(record: Record) -> bool:
-    return record.N > 1
+    return record.N > 1 and not record.kernel
+
+
+def _convolutions(record: Record) -> bool:
+    return record.kernel > 0
 
 
 def _single_published(record: Record) -> bool:
@@ -163,6 +168,11 @@ _TERMS = (
         _over_terms,
     ),
 )
+CONVOLUTIONS = (
+    Metric("convolutions: speed-up, geometric mean", _speed_up, "mean", _convolutions, {"float32": "≥ 1.3"}),
+    Metric("convolutions: speed-up, least", _speed_up, "least", _convolutions, {"float32": "≥ 0.95"}),
+)
+"""Of files that have convolutions."""
 _CHECKS = (
     Metric(
         "planner's choice over the best schedule, most",
@@ -244,4 +254,7 @@ METRICS = {
 def summarise(records: Iterable[Record]) -> list[Line]:
     """Return the metrics of each dtype, for the kind of device that most records are of."""
     results = Results(records)
-    return [metric.line(results, dtype) for dtype in results.dtypes for metric in METRICS[results.context.kind]]
+    metrics = METRICS[results.context.kind]
+    if any(record.kernel for record in results.records):
+        metrics += CONVOLUTIONS
+    return [metric.line(results, dtype) for dtype in results.dtypes for metric in metrics]

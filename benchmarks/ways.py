@@ -1,7 +1,8 @@
 """The measured ways to compute y[b,n,o] = Σ_i Σ_r H[o,i,r] x[b,n,i] z[b,r]: fasthyper's own and its peers.
 
-The functions come first, then the class `Way` and the list of all ways. Other libraries are in `libraries.py`, the
-peers of graphs, ragged points and pairs in `term_ways.py`.
+The functions come first, then the class `Way` and the list of all ways. fasthyper's are in `own_ways.py`, other
+libraries in `libraries.py`, the peers of graphs, ragged points and pairs in `term_ways.py`, and those of convolutions
+and of low rank in `conv_ways.py`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 import fasthyper
-from fasthyper.fused import hyper_primary
 from fasthyper.planner import machine
 
-from . import libraries, term_ways
+from . import conv_ways, libraries, term_ways
 from .inputs import Function
-from .roofline import contraction_flops
-from .terms import indices
+from .own_ways import forced, fused, fused_convolution, fused_low_rank, fused_pairs, fused_terms
+from .roofline import contraction_flops, features
 from .workloads import Workload
 
 
@@ -159,6 +159,22 @@ def _two_shared_W(w: Workload) -> int:
     return 2 * (w.C or w.B) * w.I * w.O
 
 
+def _two_kernels(w: Workload) -> int:
+    return 2 * w.B * sum(I * O for I, O in features(w))
+
+
+def _kernels_and_patches(w: Workload) -> int:
+    return _two_kernels(w) + w.B * w.N * w.I * w.kernel**2
+
+
+def _two_mixtures(w: Workload) -> int:
+    return 2 * w.B * w.N * w.O * w.R
+
+
+def _two_images(w: Workload) -> int:
+    return 2 * w.B * w.side**2 * w.I * w.R
+
+
 def _few(w: Workload) -> int:
     return w.B * w.R
 
@@ -174,10 +190,10 @@ class Way:
         forms: `Workload.form` of the workloads that it computes.
         compiled: whether it runs through torch.compile.
         per_sample: whether it works at N = 1 only.
-        folds: whether it writes out x ⊗ z of every point, which takes much more work if N is large.
+        folds: whether it multiplies x ⊗ z of every point by the head, which takes much more work if N is large.
         each: whether it multiplies by the head once for each term, which takes much more work if terms share rows.
         casts: whether it casts to float32, for processors without 16-bit matrix products.
-        layout: the order in which its head has the axes O, I, R.
+        layout: the order in which its head has the axes O, I, R; of a convolution O, I, those of the kernel, R.
         library: the package that it needs.
         role: see `records.Record`.
     """
@@ -191,7 +207,7 @@ class Way:
     folds: bool = False
     each: bool = False
     casts: bool = False
-    layout: tuple[int, int, int] = (0, 1, 2)
+    layout: tuple[int, ...] = (0, 1, 2)
     library: str = ""
     role: str = "peer"
 
@@ -214,37 +230,6 @@ class Way:
         function = self.make(w, device)
         function = in_float32(function) if self.casts else function
         return torch.compile(function, dynamic=False) if self.compiled else function
-
-
-def fused(x: Tensor, z: Tensor, *head: Tensor) -> Tensor:
-    """Call fasthyper."""
-    if len(head) == 1:
-        return fasthyper.hyper_linear(x, z, *head)
-    return hyper_primary(x, z, head[:4], head[4:], "relu")
-
-
-def fused_terms(w: Workload, device: str) -> Function:
-    """Return fasthyper's sum over terms. Its `Incidence` is made once."""
-    source, cond, target = indices(w, device)
-    rows = {"num_sources": w.S or None, "num_conds": w.C or None, "num_targets": w.T or None}
-    incidence = fasthyper.Incidence(source, cond, target, **rows)
-    return lambda x, z, weight: fasthyper.hyper_linear(x, z, weight, incidence=incidence)
-
-
-def fused_pairs(w: Workload, device: str) -> Function:
-    """Return fasthyper's layer of pairs."""
-    layer = fasthyper.nn.PairwiseBilinear(w.I, w.R, w.O, bias=False, device="meta")
-    return lambda x, z, weight: functional_call(layer, {"weight": weight}, (x, z))
-
-
-def forced(backend: str, schedule: str | None = None, function: Function = fused) -> Function:
-    """Return fasthyper with the given backend and schedule."""
-
-    def with_choice(*leaves: Tensor) -> Tensor:
-        with fasthyper.use_backend(backend, schedule):
-            return function(*leaves)
-
-    return with_choice
 
 
 def _always(function: Function) -> Callable[[Workload, str], Function]:
@@ -275,8 +260,8 @@ _PRIMARIES = (
     Way("compiled materialise + bmm", _always(primary), forms=("primary",), compiled=True),
 )
 GRAPHS, SHARED_Z = ("graph", "relations"), ("relations", "ragged")
-TERMS = ("graph", "relations", "ragged")
-X_FIRST, Z_FIRST = (1, 0, 2), (2, 0, 1)
+TERMS, CONVOLUTION = ("graph", "relations", "ragged"), ("convolution",)
+X_FIRST, Z_FIRST, EXPERTS_FIRST = (1, 0, 2), (2, 0, 1), (4, 0, 1, 2, 3)
 _EACH = ("materialise + bmm", "x ⊗ z first", "materialise in chunks", "compiled materialise + bmm")
 """The ways of layers that are also applied to each term: the others take longer in the same order."""
 
@@ -343,7 +328,26 @@ _OVER_TERMS = (
     *_PAIRS,
     *map(_compiled, (*_AGGREGATED, *_PROJECTED[1:], _GENERATED[2], *_PAIRS[2:4])),
 )
-PEERS = (*_LAYERS, *_PRIMARIES, *_OVER_TERMS)
+_CONVOLUTIONS = (
+    Way("instances as groups", conv_ways.instances_as_groups, _two_kernels, CONVOLUTION),
+    Way("R convolutions, mixed", conv_ways.mixed, _two_mixtures, CONVOLUTION, folds=True),
+    Way("unfold + bmm", conv_ways.unfolded, _kernels_and_patches, CONVOLUTION),
+    Way("x ⊗ z first", conv_ways.outer, _two_images, CONVOLUTION, folds=True),
+    Way("one instance at a time", conv_ways.one_by_one, _two_kernels, CONVOLUTION),
+    Way("materialise in chunks", lambda w, d: conv_ways.in_chunks(w, d, CHUNK[d]), _few, CONVOLUTION),
+    Way("timm CondConv2d", libraries.condconv, _two_kernels, CONVOLUTION, library="timm"),
+)
+_CONVOLUTIONS = tuple(replace(way, layout=EXPERTS_FIRST) for way in _CONVOLUTIONS)
+_LOW_RANK = Way("materialise A, B + bmm", _always(conv_ways.low_rank), _two_kernels, ("low rank",))
+PEERS = (
+    *_LAYERS,
+    *_PRIMARIES,
+    *_OVER_TERMS,
+    *_CONVOLUTIONS,
+    _LOW_RANK,
+    *map(_compiled, (*_CONVOLUTIONS[:3], _LOW_RANK)),
+)
+_OURS = {"convolution": fused_convolution, "low rank": fused_low_rank, "pairs": fused_pairs}
 
 
 def peers(w: Workload, dtype: torch.dtype, device: str) -> list[Way]:
@@ -356,21 +360,23 @@ def peers(w: Workload, dtype: torch.dtype, device: str) -> list[Way]:
 
 def ours(w: Workload, device: str) -> list[Way]:
     """Return fasthyper, the same again to measure the noise, and variants with a choice forced."""
-    make = fused_pairs if w.form == "pairs" else fused_terms if w.draw else _always(fused)
+    make = _OURS.get(w.form) or (fused_terms if w.draw else _always(fused))
     first = Way(OURS, make, _few, (w.form,), role="ours")
     variants = []
     if w.form in TERMS:
         shared = {"generate": w.C, "project": w.S, "aggregate": w.T}  # others multiply by the head once for each term
-        names = [name for name, rows in shared.items() if rows]
-        variants = [replace(first, name=f"fasthyper, {name}", make=partial(_forced_terms, name)) for name in names]
-    elif w.form != "pairs" and device != "cpu":
+        variants = [_forced(first, name) for name, rows in shared.items() if rows]
+    elif w.form == "convolution":
+        variants = [replace(_forced(first, name), folds=name == "fold") for name in fasthyper.problem.CONV_SCHEDULES]
+    elif w.form in ("layer", "primary") and device != "cpu":
         ready = [name for name in ("triton", "cuda") if fasthyper.backends.BACKENDS[name].unavailable() is None]
         variants = [replace(first, name=f"fasthyper, {name}", make=_always(forced(name))) for name in ready]
     return [first, replace(first, name=AGAIN, role="again"), *(replace(v, role="variant") for v in variants)]
 
 
-def _forced_terms(schedule: str, w: Workload, device: str) -> Function:
-    return forced("auto", schedule, fused_terms(w, device))
+def _forced(first: Way, schedule: str) -> Way:
+    make = lambda w, device: forced("auto", schedule, first.make(w, device))
+    return replace(first, name=f"fasthyper, {schedule}", make=make)
 
 
 def schedules(backend: str) -> list[Way]:

@@ -2,12 +2,13 @@
 
 B instances, N points per instance, R features of z, a generated layer of I → O features. On a CPU, B is smaller than
 published where a run on two cores would be long. Graphs, ragged points and pairs have B terms, which share S rows of x,
-C rows of z and T rows of y.
+C rows of z and T rows of y. A convolution has N pixels of its output as points, and I and O channels.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -31,6 +32,11 @@ class Workload:
         T: rows of y, each a sum of terms; 0 if each term has its own.
         draw: how the indices of the terms are drawn, a key of `terms.DRAWS`; empty if there are none.
         hidden: units between two generated layers, I → hidden → O, with a ReLU. 0 for a single layer.
+        rank: the same between the two factors of a weight of low rank, without a ReLU.
+        kernel: taps of a convolution along each side of its image, an odd number; half of them is the padding. 0 for
+            a linear layer.
+        stride: of a convolution.
+        groups: of a convolution.
         published: B in the public code, if it differs.
         readme: whether the README's table shows it and a CPU measures it in more than one mode and dtype.
         large: whether it needs gigabytes or minutes on a CPU, which then measures it only with `--large`.
@@ -49,6 +55,10 @@ class Workload:
     T: int = 0
     draw: str = ""
     hidden: int = 0
+    rank: int = 0
+    kernel: int = 0
+    stride: int = 1
+    groups: int = 1
     published: int | None = None
     readme: bool = False
     large: bool = False
@@ -68,12 +78,21 @@ class Workload:
     def form(self) -> str:
         """What the instances share, which decides on the ways that compute it.
 
-        `"layer"`: nothing; `"primary"`: nothing, two layers; `"graph"`: x and y; `"relations"`: x, z and y;
-        `"ragged"`: z; `"pairs"`: x and z.
+        `"layer"`: nothing; `"primary"`: nothing, two layers; `"low rank"`: nothing, two factors; `"convolution"`:
+        nothing, with images for x; `"graph"`: x and y; `"relations"`: x, z and y; `"ragged"`: z; `"pairs"`: x and z.
         """
+        if self.kernel:
+            return "convolution"
+        if self.hidden or self.rank:
+            return "primary" if self.hidden else "low rank"
         if self.T:
             return "relations" if self.C else "graph"
-        return "pairs" if self.S else "ragged" if self.C else "primary" if self.hidden else "layer"
+        return "pairs" if self.S else "ragged" if self.C else "layer"
+
+    @property
+    def side(self) -> int:
+        """The pixels along each side of a convolution's image, which is a square."""
+        return self.stride * math.isqrt(self.N)
 
     def as_published(self) -> Workload:
         """Return the workload with as many instances as in the public code."""
@@ -97,6 +116,9 @@ PAIRS = "stanza's PairwiseBilinear: labels of a dependency parser"
 RGCN = "PyG examples/rgcn.py: 30 bases"
 RAGGED = "PyG Batch: weights for each graph"
 D2L = "Doc-to-LoRA on Gemma-2-2B, r = 8"
+TIMM = "timm's efficientnet_cc_b0_4e, images of 224 × 224"
+ODCONV = "ODConv: four kernels in a ResNet's third stage"
+SMALL_NET = "a layer of a small network that is generated as a whole"
 
 WORKLOADS = (
     Workload("synthetic depth", 200, 1, 100, 1000, 10, SYNTHETIC),
@@ -143,6 +165,24 @@ WORKLOADS = (
     Workload("ragged tokens B", 8_192, 1, 512, 8, 2304, D2L, C=8, draw="128 to 2048 each"),
     # Pairs: all 64 × 64 pairs of tokens of 32 sentences.
     Workload("biaffine pairs", 131_072, 1, 401, 401, 50, PAIRS, S=2_048, C=2_048, draw="all pairs", readme=True),
+    # Convolutions: N pixels of the output.
+    Workload("efficientnet pointwise", 32, 196, 4, 80, 480, TIMM, kernel=1),
+    Workload("efficientnet pointwise", 32, 196, 4, 480, 112, TIMM, kernel=1),
+    Workload("efficientnet pointwise", 32, 196, 4, 112, 672, TIMM, kernel=1),
+    Workload("efficientnet pointwise", 32, 196, 4, 672, 112, TIMM, kernel=1),
+    Workload("efficientnet pointwise", 32, 49, 4, 672, 192, TIMM, kernel=1),
+    Workload("efficientnet pointwise", 32, 49, 4, 192, 1152, TIMM, kernel=1, readme=True),
+    Workload("efficientnet pointwise", 32, 49, 4, 1152, 192, TIMM, kernel=1),
+    Workload("efficientnet pointwise", 32, 49, 4, 1152, 320, TIMM, kernel=1),
+    Workload("efficientnet depthwise 5x5", 32, 196, 4, 480, 480, TIMM, kernel=5, groups=480),
+    Workload("efficientnet depthwise 5x5", 32, 196, 4, 672, 672, TIMM, kernel=5, groups=672, readme=True),
+    Workload("efficientnet depthwise 5x5 by 2", 32, 49, 4, 672, 672, TIMM, kernel=5, stride=2, groups=672),
+    Workload("efficientnet depthwise 5x5", 32, 49, 4, 1152, 1152, TIMM, kernel=5, groups=1152),
+    Workload("efficientnet depthwise 3x3", 32, 49, 4, 1152, 1152, TIMM, kernel=3, groups=1152),
+    Workload("odconv 3x3", 64, 196, 4, 256, 256, ODCONV, kernel=3, readme=True),
+    Workload("small nets 3x3", 64, 784, 64, 16, 32, SMALL_NET, kernel=3, readme=True),
+    # Two generated factors: W has rank 8.
+    Workload("text-to-lora A and B", 8, 512, 512, 4096, 4096, LORA, rank=8),
     # Whole primary networks, with biases and shared weights.
     Workload("rotation mnist primary", 64, 1, 50, 784, 12, ROTATION, hidden=10),
     Workload("rotation cifar primary", 64, 1, 100, 3072, 12, ROTATION, hidden=10),

@@ -23,7 +23,12 @@ RELATIONS = Workload("relations", 24, 1, 3, 4, 2, "made up", S=6, C=5, T=7, draw
 RAGGED = Workload("ragged", 50, 1, 3, 4, 2, "made up", C=4, draw="5 to 30 each")
 PAIRS = Workload("pairs", 24, 1, 3, 4, 2, "made up", S=6, C=8, draw="all pairs")
 OVER_TERMS = [GRAPH, COMPLETE, POWER, RELATIONS, RAGGED, PAIRS]
-FORMS = [TINY, POINTS, PRIMARY, *OVER_TERMS]
+POINTWISE = Workload("pointwise", 5, 9, 3, 4, 2, "made up", kernel=1)
+KERNEL = Workload("kernel", 5, 9, 3, 4, 6, "made up", kernel=3, groups=2)
+DEPTHWISE = Workload("depthwise", 5, 9, 3, 4, 4, "made up", kernel=5, stride=2, groups=4)
+CONVOLUTIONS = [POINTWISE, KERNEL, DEPTHWISE]
+LOW_RANK = Workload("low rank", 5, 4, 3, 4, 6, "made up", rank=2)
+FORMS = [TINY, POINTS, PRIMARY, LOW_RANK, *CONVOLUTIONS, *OVER_TERMS]
 
 MIB = 1 << 20
 HERE = records.Context(
@@ -73,6 +78,9 @@ WORKLOADS = (
     ("text-to-lora B", 8, 512, 512, 8, 4096),
     ("condconv 1x1", 128, 49, 4, 192, 1152),
     ("condconv 1x1", 128, 49, 8, 192, 1152),
+    ("text-to-lora A and B", 8, 512, 512, 4096, 4096, 0, 0, 0, 0, 8),
+    ("efficientnet pointwise", 32, 49, 4, 192, 1152, 0, 0, 0, 0, 0, 1),
+    ("efficientnet depthwise 5x5 by 2", 32, 49, 4, 672, 672, 0, 0, 0, 0, 0, 5, 2, 672),
 )
 NAMES = ("workload", *records.SIZES)
 BRIEF = timing.RoundLimits(target_seconds=0.05, min_rounds=3, max_seconds=1.0, max_rounds=5)
@@ -198,4 +206,5 @@ def training(context, draw):
 def few(found):
     """Return a few of the records, with every kind of row."""
     kept = ("qm9 mpnn", "qm9 graph", "condconv 1x1", "siren images", "qmix primary", "qm9 network")
+    kept += ("text-to-lora A and B", "efficientnet pointwise", "efficientnet depthwise 5x5 by 2")
     return [r for r in found if r.workload in kept and (r.axis in ("", "N") or r.B > 8192)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import pathlib
 
@@ -29,6 +30,29 @@ def test_reading_returns_what_was_written(tmp_path):
     assert records.read(path) == written
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"here\.csv has other columns"):
+        records.read(path)
+
+
+def without(path, names):
+    """Delete columns of a file."""
+    rows = [*csv.reader(path.read_text().splitlines())]
+    kept = [i for i, name in enumerate(rows[0]) if name not in names]
+    with path.open("w", newline="") as lines:
+        csv.writer(lines, lineterminator="\n").writerows([row[i] for i in kept] for row in rows)
+
+
+def test_older_files_lack_sizes(tmp_path):
+    path = tmp_path / "here.csv"
+    sizes = {"rank": 8, "kernel": 3, "stride": 2, "groups": 4}
+    older, newer = record(median=0.125), record(**sizes)
+    records.write(path, [older])
+    without(path, sizes)
+    assert records.read(path) == [older]
+    records.write(path, [older, newer])
+    assert records.read(path) == [older, newer]
+    assert len(records.by_subject([older, newer])) == 2
+    without(path, ["hidden"])
+    with pytest.raises(ValueError, match="other columns"):
         records.read(path)
 
 

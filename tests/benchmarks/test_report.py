@@ -56,6 +56,22 @@ def test_terms_have_a_table_of_their_own():
     assert "| workload | fasthyper | fasthyper again | bmm | index_add |\n" in text
 
 
+def test_convolutions_have_a_table_of_their_own():
+    flops = 3 * 2 * 100 * 25 * 64 * (4 + 49)  # each kernel once, then applied to 49 pixels
+    of = {"N": 49, "R": 4, "kernel": 5, "stride": 2, "groups": 64, "workload": "depthwise"}
+    found = comparison(1.0, 1.1, {"groups": 2.0}, product=2 * flops, copy=1e15, **of)
+    text = page.markdown([*comparison(), *found])
+    row = "| depthwise | 5 | 2 | 64 | 100 | 49 | 4 | 64 → 64 | 1,000 (900–1,200) | 2,000 (groups) |"
+    assert f"{row} 2.00 | 1.10 | 0.50 | 1.0 | 2.0 | 9.0 |" in text
+    assert "| made up | 100 | 1 | 64 | 64 → 64 |" in text
+    assert "| workload | fasthyper | fasthyper again | best |\n" in text
+    assert "| workload | fasthyper | fasthyper again | groups |\n" in text
+    assert page.CONVOLUTION_LEGEND in text
+    assert page.CONVOLUTION_LEGEND not in page.markdown(comparison())
+    low_rank = page.markdown(comparison(rank=8))
+    assert "| made up | 100 | 1 | 64 | 64 → 8 → 64 |" in low_rank
+
+
 def test_peers_without_full_times():
     found = comparison(1.0, 1.0, {"bmm": 5.0, "once": 4.0, "never": 1.0})
     once = {"q1": None, "q3": None, "rounds": 1, "note": "tried once"}

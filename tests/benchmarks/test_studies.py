@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 with pytest.MonkeyPatch.context() as path:
     path.syspath_prepend(str(ROOT))
     path.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
-    from example_records import BRIEF, GRAPH, HERE, POINTS, RAGGED, TINY, Clock, Workload, record
+    from example_records import BRIEF, DEPTHWISE, GRAPH, HERE, LOW_RANK, POINTS, RAGGED, TINY, Clock, Workload, record
 
     from benchmarks import __main__ as command
     from benchmarks import records, resident, studies, ways, workloads
@@ -31,6 +31,19 @@ def test_records_of_other_sizes_are_not_current():
     sizes = {name: getattr(point, name) for name in ("B", "N", "R", "I", "O")}
     assert studies.is_current(record(study="scaling", axis="B", workload=point.name, **sizes))
     assert not studies.is_current(record(study="scaling", axis="R", workload=point.name, **sizes))
+
+
+def test_convolutions_and_low_rank(monkeypatch):
+    monkeypatch.setattr(studies, "RoundLimits", lambda **limits: BRIEF)
+    given = [DEPTHWISE, LOW_RANK], [torch.float32], [records.FORWARD_BACKWARD]
+    with fasthyper.use_backend("aten"):
+        groups = [*studies.measure_workloads(*given, Clock(), HERE, compiled=False)]
+    for group, w in zip(groups, given[0], strict=True):
+        assert {records.sizes(r) for r in group} == {records.sizes(w)}
+        assert all(r.median or r.note == "not compiled" for r in group if r.role == "peer")
+    planned = [next(r.plan for r in group if r.role == "ours") for group in groups]
+    assert set(planned[0].split(" / ")) <= set(fasthyper.problem.CONV_SCHEDULES)
+    assert planned[1] == ""
 
 
 def test_skipped_ways_have_a_note(monkeypatch):

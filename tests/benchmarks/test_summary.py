@@ -59,6 +59,22 @@ def test_the_summary_of_a_cpu():
     assert seen["noise: fasthyper measured twice, ratio, most"].where == "b, 64 → 64"
 
 
+def test_convolutions_have_floors_of_their_own():
+    of = {"N": 49, "kernel": 3}
+    convolutions = [
+        *comparison(1.0, 1.0, {"best": 2.0}, workload="a", **of),
+        *comparison(1.0, 1.0, {"best": 0.5}, workload="b", **of),
+    ]
+    layer = comparison(1.0, 1.0, {"best": 3.0}, N=2, workload="c")
+    low_rank = comparison(1.0, 1.0, {"best": 7.0}, rank=8, workload="d")
+    seen = lines([*layer, *low_rank, *convolutions])
+    assert seen["convolutions: speed-up, geometric mean"][2:4] == (pytest.approx(1.0), "≥ 1.3")
+    assert seen["convolutions: speed-up, least"][2:4] == (0.5, "≥ 0.95")
+    assert seen["speed-up at N > 1, least"].value == 3.0
+    assert seen["speed-up at N = 1, geometric mean"].value is None
+    assert not any(name.startswith("convolutions") for name in lines(layer))
+
+
 def test_some_floors_need_amx():
     plain = comparison(dtype="bfloat16")
     with_amx = comparison(dtype="bfloat16", context=dataclasses.replace(HERE, device="Xeon, AVX512 + AMX, 2 threads"))
@@ -116,6 +132,16 @@ def test_the_share_of_the_roofline():
     for rows, I, O in (({"T": 100}, 8, 16), ({"S": 100}, 16, 8)):  # R times the lesser of I and O for each term
         of = dataclasses.replace(over_terms, R=32, I=I, O=O, **rows)
         assert roofline.flops(of) == 6 * (100 * 32 * 16 * 8 + 1000 * 32 * 8)
+    # a convolution: 32 · 9 in features of each of 100 pixels, of an image of 400; 100 kernels, then applied to pixels
+    kernel = dataclasses.replace(like, N=100, I=64, O=64, kernel=3, stride=2, groups=2)
+    assert roofline.flops(kernel) == 6 * 100 * (64 * 32 * 9 * 64 + 100 * 32 * 9 * 64)
+    numbers = 100 * (400 * 64 + 100 * 64 + 64) + 64 * 32 * 9 * 64
+    assert roofline.compulsory_bytes(kernel) == 2 * 4 * numbers
+    few_experts = dataclasses.replace(kernel, N=1, R=2)
+    assert roofline.flops(few_experts) == 6 * 100 * 2 * 32 * 9 * 64
+    low_rank = dataclasses.replace(like, N=100, rank=8)
+    assert roofline.flops(low_rank) == 6 * 100 * (64 + 100) * 2 * 8 * 64
+    assert roofline.compulsory_bytes(low_rank) == 2 * 4 * (100 * (2 * 100 * 64 + 64) + 2 * 64 * 8 * 64)
     few = dataclasses.replace(over_terms, B=100, S=100, C=100, T=100)
     assert roofline.flops(few) == 6 * 100 * 64**3  # each term a row: no product of terms
     assert "| 1.00 | 0.50 | 1.0 |" in page.markdown(comparison(product=2 * work, copy=1e15))

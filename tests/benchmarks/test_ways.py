@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import pathlib
 
 import pytest
@@ -13,9 +15,22 @@ ROOT = pathlib.Path(__file__).parents[2]
 with pytest.MonkeyPatch.context() as path:
     path.syspath_prepend(str(ROOT))
     path.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
-    from example_records import COMPLETE, FORMS, GRAPH, OVER_TERMS, PAIRS, POWER, RAGGED, TINY, Workload
+    from example_records import (
+        COMPLETE,
+        CONVOLUTIONS,
+        DEPTHWISE,
+        FORMS,
+        GRAPH,
+        LOW_RANK,
+        OVER_TERMS,
+        PAIRS,
+        POWER,
+        RAGGED,
+        TINY,
+        Workload,
+    )
 
-    from benchmarks import inputs, records, steps, studies, term_ways, terms, ways, workloads
+    from benchmarks import conv_ways, inputs, records, steps, studies, term_ways, terms, ways, workloads
 
 
 def all_ways(w, dtype=torch.float64):
@@ -58,7 +73,9 @@ def test_the_definition_is_the_sum_instance_by_instance(w):
         y = x @ (H @ z).T
         return y if bias is None else y + x @ base.T + bias @ z + base_bias
 
-    if w.draw:
+    if w.kernel:
+        y = torch.stack([convolution(w, x, given.head[0] @ z) for x, z in zip(given.x, given.z, strict=True)])
+    elif w.draw:
         x, z = given.x.view(-1, w.I), given.z.view(-1, w.R)
         y = torch.zeros(w.T or w.B, w.O, dtype=torch.float64)
         for e in range(w.B):
@@ -69,9 +86,21 @@ def test_the_definition_is_the_sum_instance_by_instance(w):
         rows = []
         for x, z in zip(given.x, given.z, strict=True):
             x = torch.relu(layer(x, z, given.head[:4])) if w.hidden else x
-            rows.append(layer(x, z, given.head[4:] if w.hidden else given.head))
+            x = layer(x, z, given.head[:1]) if w.rank else x
+            rows.append(layer(x, z, given.head[4:] if w.hidden else given.head[-1:]))
         y = torch.stack(rows)
     torch.testing.assert_close(steps.definition(w, "cpu")(*given.leaves), y)
+
+
+def convolution(w, x, W):
+    """Sum over the taps of each output pixel."""
+    padded = torch.nn.functional.pad(x, [w.kernel // 2] * 4)
+    side = w.side // w.stride
+    y = torch.zeros(w.O, side, side, dtype=x.dtype)
+    for o, c, u, v, i, j in itertools.product(*map(range, (*W.shape, side, side))):
+        channel = o // (w.O // w.groups) * (w.I // w.groups) + c
+        y[o, i, j] += W[o, c, u, v] * padded[channel, i * w.stride + u, j * w.stride + v]
+    return y
 
 
 @pytest.mark.parametrize("wrong", range(4))
@@ -206,6 +235,43 @@ def test_the_fold_in_chunks_has_several_chunks():
     truth.check("fold", steps.step(function, records.FORWARD_BACKWARD, inputs.Sets([first]))())
 
 
+@pytest.mark.parametrize("instances", [1, 2, 5])
+@pytest.mark.parametrize("w", CONVOLUTIONS, ids=lambda w: w.name)
+def test_kernels_in_chunks(w, instances):
+    first = inputs.inputs(w, torch.float64)
+    truth = steps.Truth(w, records.FORWARD_BACKWARD, first)
+    size = instances * w.O * w.I // w.groups * w.kernel**2 * 8
+    function = conv_ways.in_chunks(w, "cpu", size)
+    layout = ways.EXPERTS_FIRST
+    results = steps.step(function, records.FORWARD_BACKWARD, inputs.Sets([first]), layout)()
+    truth.check("chunks", results, layout)
+
+
+@pytest.mark.parametrize("w", [LOW_RANK, *CONVOLUTIONS], ids=lambda w: w.name)
+@pytest.mark.parametrize("wrong", range(4))
+def test_a_wrong_result_of_a_convolution_or_of_low_rank_is_found(w, wrong):
+    first = inputs.inputs(w, torch.float32)
+    truth = steps.Truth(w, records.FORWARD_BACKWARD, first)
+    results = list(steps.step(steps.definition(w, "cpu"), records.FORWARD_BACKWARD, inputs.Sets([first]))())
+    truth.check("right", results)
+    results[wrong] = results[wrong] * 1.01
+    with pytest.raises(AssertionError, match=r"is off by 0\.01"):
+        truth.check("wrong", results)
+
+
+def test_ways_of_convolutions():
+    assert [way.name for way in ways.ours(DEPTHWISE, "cpu")[2:]] == ["fasthyper, fold", "fasthyper, generate"]
+    assert [way.name for way in ways.ours(LOW_RANK, "cuda")] == ["fasthyper", "fasthyper again"]
+    many = dataclasses.replace(DEPTHWISE, N=784, R=64)
+    reasons = {way.name: way.reason_to_skip(many, torch.float32, 1 << 40) for way in all_ways(many, torch.float32)}
+    folds = {"fasthyper, fold", "R convolutions, mixed", "compiled R convolutions, mixed", "x ⊗ z first"}
+    assert {name for name, reason in reasons.items() if reason == "59 times the work"} == folds
+    grouped = next(way for way in ways.peers(many, torch.float32, "cpu") if way.name == "instances as groups")
+    size = 2 * many.B * many.O * many.kernel**2 * 4
+    assert grouped.reason_to_skip(many, torch.float32, size) is None
+    assert grouped.reason_to_skip(many, torch.float32, size - 1)
+
+
 @pytest.mark.parametrize("w", OVER_TERMS, ids=lambda w: w.name)
 def test_a_wrong_sum_over_terms_is_found(w):
     first = inputs.inputs(w, torch.float32)
@@ -226,6 +292,12 @@ def test_the_workloads():
     forms = [w.form for w in workloads.WORKLOADS if w.draw]
     assert [forms.count(form) for form in ("graph", "relations", "ragged", "pairs")] == [6, 1, 4, 1]
     assert Workload("layer", 2, 1, 3, 4, 5, "made up").form == "layer"
+    convolutions = [w for w in workloads.WORKLOADS if w.form == "convolution"]
+    assert sum(w.kernel == 1 for w in convolutions) == 8
+    assert [(w.kernel, w.stride, w.side, w.I) for w in convolutions if w.groups > 1] == [
+        (5, 1, 14, 480), (5, 1, 14, 672), (5, 2, 14, 672), (5, 1, 7, 1152), (3, 1, 7, 1152)
+    ]  # fmt: skip
+    assert all(math.isqrt(w.N) ** 2 == w.N and w.I % w.groups == w.O % w.groups == 0 for w in convolutions)
     assert [w.B for w in studies.select("qm9 mpnn", False, "cuda")] == [39_168]
     assert [w.B for w in studies.select("qm9 mpnn", False, "cpu")] == [4_896]
     over_terms = studies.select("graph, ragged,pairs", False, "cpu")
