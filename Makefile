@@ -166,6 +166,6 @@ EDITABLE := FASTHYPER_BUILD=later $(INSTALL) --no-build-isolation --editable
 
 .venv/ready: .venv/compare
 	$(EDITABLE) '.[dev]'
-	$(INSTALL) --no-deps hyper-nn
+	$(INSTALL) --no-deps hyper-nn timm torchvision
 	$(BIN)/python -W ignore -m compileall -qq -j 0 .venv/lib || true  # some files are for other versions of Python
 	touch $@
