@@ -180,10 +180,9 @@ def grads(
     call = _Gradients(x, z, weight, base_weight, g, mask, geo, transposed, tiling, products)
     sums = BiasSums(g, z, bias, call.R, mask, tiling)
     dw0 = x.new_empty(call.O, call.I, *geo.kernel, 1) if mask[4] else None
-    ones = tiling.work(x.new_ones(x.shape[0], 1))
-    heads = [(out, of) for out, of in ((dh, z), (dw0, ones)) if out is not None and of is not None]
+    heads = [(out, of) for out, of in ((dh, z), (dw0, None)) if out is not None]
     # in fewer bits, the sums of a whole head would be a copy of it in float32
-    together = [(h, of) for h, of in heads if h.dtype == tiling.sum_dtype or h.numel() <= tiling.elements]
+    together = [pair for pair in heads if pair[0].dtype == tiling.sum_dtype or pair[0].numel() <= tiling.elements]
     totals = [([call.sum_of(h, piece) for piece in call.pieces(call.cut)], of) for h, of in together]
     for b in blocks(x.shape[0], call.cut.instances):
         dz = sums.add(b)
@@ -196,7 +195,8 @@ def grads(
     for total in (total for each, _ in totals for total in each):
         total.store()
     for head, of in [pair for pair in heads if not any(pair is other for other in together)]:
-        cut = call.cut._replace(outputs=max(1, tiling.elements // max(1, head[0].numel())))
+        most = max(1, tiling.elements // max(1, head[0].numel()))
+        cut = call.cut._replace(outputs=min(call.cut.outputs, most))
         for piece in call.pieces(cut):
             total = call.sum_of(head, piece)
             for b in blocks(x.shape[0], cut.instances):
@@ -248,13 +248,16 @@ class _Gradients:
         self.products.kernels(x, g, dw, piece.geometry)
         return dw
 
-    def add_kernels(self, b: slice, piece: Piece, dz: Tensor | None, totals: list[tuple[Sum, Tensor]]) -> None:
-        """Add what dW of some instances and outputs gives to dz, and to sums of dW ⊗ z."""
+    def add_kernels(self, b: slice, piece: Piece, dz: Tensor | None, totals: list[tuple[Sum, Tensor | None]]) -> None:
+        """Add what dW of some instances and outputs gives to dz, and to sums of dW ⊗ z, or of dW."""
         rows = self.kernels(b, piece).flatten(2)
         if dz is not None:
             Head(self.weight[piece.outputs].flatten(1, -2), self.tiling).contract(dz, rows)
         for total, z in totals:
-            total.add(rows.flatten(1).T, self.tiling.work(z[b]))
+            if z is None:
+                total.add_rows(rows.flatten(1))
+            else:
+                total.add(rows.flatten(1).T, self.tiling.work(z[b]))
 
 
 class BiasSums:

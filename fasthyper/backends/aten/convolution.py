@@ -95,7 +95,8 @@ def grads(
     image, output = (g, x) if transposed else (x, g)
     O, I = output.shape[1], image.shape[1] // geo.groups
     R = cast(Tensor, weight if z is None else z).shape[-1]
-    problem = ConvProblem.of("grads", x, I, O, R, geo, (mask[0], mask[1], mask[2]), way.backend)
+    needs = mask[0], mask[1], mask[2] or mask[4]
+    problem = ConvProblem.of("grads", x, I, O, R, geo, needs, way.backend)
     plan = planner.plan(problem, schedule)
     tiling = way.tiling(plan)
     if problem._replace(cond_features=1).is_empty:

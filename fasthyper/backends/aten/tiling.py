@@ -148,6 +148,15 @@ class Sum:
         accumulate(self._total, a, b, beta=0 if self._empty else 1)
         self._empty = False
 
+    def add_rows(self, rows: Tensor) -> None:
+        """Add Σ rows[b], as `add` does with a z of ones."""
+        total = rows.sum(0, dtype=self._total.dtype).unsqueeze(1)
+        if self._empty:
+            self._total.copy_(total)
+        else:
+            self._total += total
+        self._empty = False
+
     def store(self) -> None:
         if self._empty:
             self._out.zero_()
