@@ -10,8 +10,8 @@ from torch import nn
 
 from fasthyper.nn import conv
 from fasthyper.nn.affine import NORMS, HyperAffine
-from fasthyper.nn.conv import HyperConvolution
 from fasthyper.nn.generated import HEADS, GeneratedLayer
+from fasthyper.nn.hyper_convolution import HyperConvolution
 from fasthyper.nn.hyper_embedding import HyperEmbedding
 from fasthyper.nn.linear import HyperLinear
 from fasthyper.nn.plain_linear import why_not_plain
@@ -114,7 +114,10 @@ def _why_no_embedding(layer: nn.Embedding) -> str | None:
 
 def _convolution(made: type[HyperConvolution]) -> Callable[[Any, Options], Any]:
     def make(layer: Any, options: Options) -> Any:
-        more = {"output_padding": layer.output_padding} if made.transposed else {"padding_mode": layer.padding_mode}
+        if made.transposed:
+            more = {"output_padding": layer.output_padding}
+        else:
+            more = {"padding_mode": layer.padding_mode, "rank": options.rank, "alpha": options.alpha}
         return made(
             layer.in_channels,
             layer.out_channels,

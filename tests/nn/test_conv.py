@@ -19,6 +19,7 @@ from fasthyper.nn import (
     HyperConvTranspose3d,
     HyperLinear,
     Hypernetwork,
+    hyperize,
 )
 
 CONVOLUTIONS = {1: HyperConv1d, 2: HyperConv2d, 3: HyperConv3d}
@@ -82,6 +83,42 @@ def test_as_a_loop_of_transposed_convolutions(settings, dims):
     layer = TRANSPOSED[dims](4, 6, cond_features=5, dtype=torch.float64, **settings)
     plain = getattr(nn, f"ConvTranspose{dims}d")(4, 6, dtype=torch.float64, **settings)
     check(layer, plain, torch.randn(3, 4, *range(3, 3 + dims)).double(), torch.randn(3, 5).double())
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize(
+    "settings", [{}, {"groups": 2, "stride": 2}, {"padding": "same", "bias": False, "base": False}], ids=str
+)
+def test_low_rank_as_a_loop_of_convolutions(settings, dims):
+    layer = CONVOLUTIONS[dims](4, 6, 3, cond_features=5, rank=2, alpha=3, dtype=torch.float64, **settings)
+    plain = getattr(nn, f"Conv{dims}d")(
+        4, 6, 3, dtype=torch.float64, **{k: v for k, v in settings.items() if k != "base"}
+    )
+    assert layer.weight is None
+    check(layer, plain, torch.randn(3, 4, *range(6, 6 + dims)).double(), torch.randn(3, 5).double())
+
+
+def test_low_rank_starts_from_the_base_and_merges():
+    """hyperize gives a convolution that starts as it was; one instance's kernel becomes an ordinary layer."""
+    plain = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(6, 4, 2))
+    primary = hyperize(plain, 5, types="conv", rank=2, alpha=4)
+    assert primary[0].rank == 2
+    assert primary[2].weight is not None  # a transposed convolution has full rank
+    model, x, cond = Hypernetwork(nn.Identity(), primary), torch.randn(3, 4, 6, 6), torch.randn(3, 5)
+    torch.testing.assert_close(model(x, cond), plain(x))
+    nn.init.normal_(primary[0].weight_b)
+    merged = model.merged(cond[1:2])
+    assert type(merged[0]) is nn.Conv2d
+    torch.testing.assert_close(merged(x[1:2]), model(x, cond)[1:2], rtol=1e-4, atol=1e-4)
+
+
+def test_low_rank_init_keeps_the_variance():
+    for groups in (1, 4):
+        layer = HyperConv2d(64, 64, 3, cond_features=32, groups=groups, rank=16)
+        z = nn.functional.normalize(torch.randn(64, 32)) * 32**0.5
+        assert 0.5 < layer(torch.randn(64, 64, 12, 12), z)[:, :, 2:-2, 2:-2].var() < 2
+    with pytest.raises(ValueError, match="rank must be a multiple of groups"):
+        HyperConv2d(64, 64, 3, cond_features=32, groups=4, rank=6)
 
 
 def test_pointwise_is_a_linear_layer():
