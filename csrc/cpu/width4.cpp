@@ -8,3 +8,4 @@
 #define FASTHYPER_CHECKED
 #include "conv_ops.h"
 #include "incidence_ops.h"
+#include "mapped_ops.h"

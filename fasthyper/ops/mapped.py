@@ -9,12 +9,14 @@ every transform, and `chunks.run` limits what it writes out at a time.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from types import ModuleType
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from .. import backends, maps
+from ..backends import cpu, cpu_mapped
 from ..backends.aten import mapped as aten
 from ..backends.contract import Wanted
 from . import autocast, chunks
@@ -53,11 +55,17 @@ def _validate(args: MappedLinear | MappedLinearGrads) -> None:
     maps.check(args.map)
 
 
-def _materialised(args: Arguments, device: torch.device) -> bool:
-    """Return whether a call is to write out W; raise if its backend does not run on the device."""
+def _kernels(args: Arguments, device: torch.device) -> ModuleType | None:
+    """Return the module that computes a call, or None if it is to write out W.
+
+    Raises:
+        ValueError: its backend does not run on the device.
+    """
     name = choice(args).backend
-    backends.backend(name, device)
-    return name == "materialised"
+    backend = backends.backend(name, device)
+    if name == "materialised":
+        return None
+    return cpu_mapped if backend is cpu else aten
 
 
 def generate(z: Tensor, weight: Tensor, base_weight: Tensor | None, weight_map: maps.Map) -> Tensor:
@@ -93,10 +101,11 @@ def compose(
 
 
 def _kernel(args: MappedLinear) -> Tensor:
-    if _materialised(args, args.x.device):
+    kernels = _kernels(args, args.x.device)
+    if kernels is None:
         return compose(*args[:7], whole=True)
     with autocast.off(args.x):
-        return aten.apply(*args[:7])
+        return cast(Tensor, kernels.apply(*args[:7]))
 
 
 def _composite(args: MappedLinear) -> Tensor:
@@ -123,10 +132,11 @@ define(
 
 
 def _grads_kernel(args: MappedLinearGrads) -> tuple[Tensor | None, ...]:
-    if _materialised(args, args.x.device):
+    kernels = _kernels(args, args.x.device)
+    if kernels is None:
         return _grads_composite(args)
     with autocast.off(args.x):
-        return aten.grads(*args[:6], tuple(args.mask), args.map)
+        return cast(tuple[Tensor | None, ...], kernels.grads(*args[:6], tuple(args.mask), args.map))
 
 
 def _grads_composite(args: MappedLinearGrads) -> tuple[Tensor | None, ...]:
