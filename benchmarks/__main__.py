@@ -3,7 +3,8 @@
     python -m benchmarks measure [--device cpu] [--only LIST] [--studies workloads,scaling,training] ...
     python -m benchmarks report
 
-Each device has one file of results. A new measurement replaces the old one; all others stay.
+Each device has one file of results. A new measurement replaces the old one. All others stay, except those of workloads
+that no longer exist or have other sizes, which both commands delete.
 """
 
 from __future__ import annotations
@@ -102,6 +103,9 @@ def main(given: Sequence[str] | None = None) -> None:
     if args.command == "report" or not args.no_report:
         from . import report  # needs matplotlib, which a machine with a GPU may not have
 
+        for source in sorted(args.out.glob("*.csv")):
+            for workload in dict.fromkeys(record.workload for record in studies.drop_outdated(source)):
+                print(f"deleted from {source.name}: {workload}, which is no longer measured like this")
         for path in report.write_all(args.out):
             print(f"written: {path.name}")
 

@@ -40,6 +40,11 @@ def fused_convolution(w: Workload, device: str) -> Function:
     return lambda x, z, weight: fasthyper.hyper_conv2d(x, z, weight, **settings)
 
 
+def fused_mapped(w: Workload, device: str) -> Function:
+    """Return fasthyper's layer with a function of its weights."""
+    return lambda x, z, weight: fasthyper.hyper_linear(x, z, weight, weight_map=w.weight_map)
+
+
 def fused_low_rank(w: Workload, device: str) -> Function:
     """Return fasthyper's layer with a rank."""
     layer = fasthyper.nn.HyperLinear(w.I, w.O, w.R, bias=False, base=False, rank=w.rank, device="meta")

@@ -28,6 +28,7 @@ of graphs, ragged points and pairs, share is this time over fasthyper's
 - `+` after a commit: with uncommitted changes"""
 CONVOLUTION_LEGEND = """\
 Of convolutions, N is the pixels of the output, and I and O are channels; k: taps of the kernel along each side."""
+MAP_LEGEND = "A function of the generated weights is named after the features, as in 10 → 32, abs."
 
 WORKLOAD_COLUMNS = [
     "workload",
@@ -91,7 +92,12 @@ def markdown(found: Iterable[Record], figures: Iterable[str] = ()) -> str:
 
 def legend(results: Results) -> list[str]:
     """Return what the letters and columns mean."""
-    return [LEGEND, *[CONVOLUTION_LEGEND] * any(r.kernel for r in results.records)]
+    found = results.records
+    return [
+        LEGEND,
+        *[CONVOLUTION_LEGEND] * any(r.kernel for r in found),
+        *[MAP_LEGEND] * any(bool(r.weight_map) for r in found),
+    ]
 
 
 def footnotes(results: Results, subjects: list[Subject]) -> list[str]:
@@ -191,7 +197,7 @@ def _ways(results: Results, subjects: list[Subject]) -> list[str]:
     groups: dict[tuple[bool, ...], list[Subject]] = {}
     for s in subjects:
         r = s.record
-        groups.setdefault((r.S > 0, r.C > 0, r.T > 0, r.kernel > 0, r.rank > 0), []).append(s)
+        groups.setdefault((r.S > 0, r.C > 0, r.T > 0, r.kernel > 0, r.rank > 0, bool(r.weight_map)), []).append(s)
     tables = []
     for group in groups.values():
         names = _names(group, "ours", "again", "variant", "peer")

@@ -18,7 +18,8 @@ from .context import ROOT, Context
 RESULTS = ROOT / "benchmarks" / "results"
 FORWARD, FORWARD_BACKWARD, TRAINING_STEP = MODES = ("forward", "forward + backward", "training step")
 PRODUCT, COPY = "matrix product", "copy"
-SIZES = ("B", "N", "R", "I", "O", "S", "C", "T", "hidden", "rank", "kernel", "stride", "groups")
+SIZES = ("B", "N", "R", "I", "O", "S", "C", "T", "hidden", "rank", "kernel", "stride", "groups", "weight_map")
+"""The sizes of a workload, and its function of W: what tells it from others of the same name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class Record:
         rank: units between the two factors of a weight of low rank; 0 for one of full rank.
         kernel: taps of a convolution along each side of its image; 0 for a linear layer.
         stride, groups: of a convolution.
+        weight_map: the function of the generated weights; empty if there is none.
         axis: of `scaling`, the size that grows: `"B"`, `"N"`, `"R"` or `"width"`.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`.
         mode: `"forward"`, `"forward + backward"` or `"training step"`.
@@ -68,6 +70,7 @@ class Record:
     kernel: int = 0
     stride: int = 1
     groups: int = 1
+    weight_map: str = ""
     axis: str = ""
     dtype: str = "float32"
     mode: str = ""
@@ -105,7 +108,13 @@ class Record:
 _RECORD_FIELDS = [f for f in dataclasses.fields(Record) if f.name != "context"]
 _CONTEXT_FIELDS = [f.name for f in dataclasses.fields(Context)]
 COLUMNS = [*(f.name for f in _RECORD_FIELDS), *_CONTEXT_FIELDS]
-_NEWER = ("rank", "kernel", "stride", "groups")  # older files lack these columns, and have no workload that needs them
+_NEWER = (
+    "rank",
+    "kernel",
+    "stride",
+    "groups",
+    "weight_map",
+)  # older files lack them, and have no workload that needs them
 
 
 def _cell(value: object) -> str:
@@ -177,10 +186,14 @@ def quartiles(values: Sequence[float]) -> list[float]:
 
 
 def layers(of: Any) -> str:
-    """Return the features of the one or two generated layers, such as `64 → 128`, from a record or a workload."""
-    return " → ".join(str(features) for features in (of.I, of.hidden, of.rank, of.O) if features)
+    """Return the features of the one or two generated layers, such as `64 → 128`, from a record or a workload.
+
+    The name of a function of W follows: `64 → 128, abs`.
+    """
+    features = " → ".join(str(features) for features in (of.I, of.hidden, of.rank, of.O) if features)
+    return f"{features}, {of.weight_map}" if of.weight_map else features
 
 
-def sizes(of: Any) -> tuple[int, ...]:
+def sizes(of: Any) -> tuple[int | str, ...]:
     """Return the sizes named in `SIZES`, from a record or a workload."""
     return tuple(getattr(of, name) for name in SIZES)

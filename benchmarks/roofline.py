@@ -28,7 +28,8 @@ def contraction_flops(of: Any) -> int:
     """Return the flops of one contraction of a record or a workload by the cheapest schedule.
 
     A schedule multiplies by the head once for each of its rows: points of all terms, sources, conditions or targets.
-    Unless its rows are the points themselves, it multiplies the other two factors of each point, too.
+    Unless its rows are the points themselves, it multiplies the other two factors of each point, too. With a
+    function of W, its rows are the conditions.
     """
     (S, C, T), N, R, total = rows(of), of.N, of.R, 0
     points = of.B * N
@@ -36,7 +37,7 @@ def contraction_flops(of: Any) -> int:
         head = R * I * O
         fold, generate = points * head, C * head + points * I * O
         project, aggregate = S * N * head + points * R * O, T * N * head + points * R * I
-        total += 2 * min(fold, generate, project, aggregate)
+        total += 2 * (generate if of.weight_map else min(fold, generate, project, aggregate))
     return total
 
 

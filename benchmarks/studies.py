@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -14,7 +15,7 @@ from fasthyper.problem import ConvProblem, Problem, TermProblem
 from . import training
 from .context import Context
 from .devices import CPU, GPU
-from .records import FORWARD_BACKWARD, TRAINING_STEP, Record, sizes
+from .records import FORWARD_BACKWARD, TRAINING_STEP, Record, read, sizes, write
 from .resident import resident_bytes
 from .roofline import features
 from .timing import RoundLimits, compare
@@ -42,7 +43,7 @@ def select(only: str | None, large: bool, kind: str) -> list[Workload]:
 
 
 def is_current(record: Record) -> bool:
-    """Return whether the workload or axis of a record still has the record's sizes."""
+    """Return whether the workload or axis of a record still exists, with the record's sizes and function of W."""
     if record.study == "workloads":
         current = [w for one in WORKLOADS for w in (one, one.as_published())]
     elif record.study == "scaling":
@@ -50,6 +51,15 @@ def is_current(record: Record) -> bool:
     else:
         return True
     return any((record.workload, sizes(record)) == (w.name, sizes(w)) for w in current)
+
+
+def drop_outdated(path: Path) -> list[Record]:
+    """Delete the records of a file that are not current, and return them. They would be shown as the new workload's."""
+    found = read(path)
+    outdated = [record for record in found if not is_current(record)]
+    if outdated:
+        write(path, [record for record in found if is_current(record)])
+    return outdated
 
 
 def planned_schedules(w: Workload, dtype: torch.dtype, context: Context) -> str:

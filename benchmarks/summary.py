@@ -90,7 +90,7 @@ _EXTRA = {w.name for w in WORKLOADS if w.extra}
 
 def published(record: Record) -> bool:
     """Return whether it is a single linear layer of a published network. Means are over these records."""
-    other = record.over_terms or record.hidden or record.rank or record.kernel
+    other = record.over_terms or record.hidden or record.rank or record.kernel or record.weight_map
     return not other and record.workload not in _EXTRA
 
 
@@ -104,6 +104,10 @@ def _single(record: Record) -> bool:
 
 def _several(record: Record) -> bool:
     return record.N > 1 and not record.kernel
+
+
+def _mapped(record: Record) -> bool:
+    return bool(record.weight_map)
 
 
 def _convolutions(record: Record) -> bool:
@@ -173,6 +177,11 @@ CONVOLUTIONS = (
     Metric("convolutions: speed-up, least", _speed_up, "least", _convolutions, {"float32": "≥ 0.95"}),
 )
 """Of files that have convolutions."""
+MAPPED = (
+    Metric("functions of the weights: speed-up, geometric mean", _speed_up, "mean", _mapped),
+    Metric("functions of the weights: speed-up, least", _speed_up, "least", _mapped),
+)
+"""Of files that have functions of the weights."""
 _CHECKS = (
     Metric(
         "planner's choice over the best schedule, most",
@@ -257,4 +266,6 @@ def summarise(records: Iterable[Record]) -> list[Line]:
     metrics = METRICS[results.context.kind]
     if any(record.kernel for record in results.records):
         metrics += CONVOLUTIONS
+    if any(record.weight_map for record in results.records):
+        metrics += MAPPED
     return [metric.line(results, dtype) for dtype in results.dtypes for metric in metrics]

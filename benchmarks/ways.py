@@ -1,8 +1,8 @@
 """The measured ways to compute y[b,n,o] = Σ_i Σ_r H[o,i,r] x[b,n,i] z[b,r]: fasthyper's own and its peers.
 
 The functions come first, then the class `Way` and the list of all ways. fasthyper's are in `own_ways.py`, other
-libraries in `libraries.py`, the peers of graphs, ragged points and pairs in `term_ways.py`, and those of convolutions
-and of low rank in `conv_ways.py`.
+libraries in `libraries.py`, the peers of graphs, ragged points and pairs in `term_ways.py`, those of convolutions
+and of low rank in `conv_ways.py`, and those with a function of W in `mapped_ways.py`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch.func import functional_call, vmap
 import fasthyper
 from fasthyper.planner import machine
 
-from . import conv_ways, libraries, term_ways
+from . import conv_ways, libraries, mapped_ways, term_ways
 from .inputs import Function
-from .own_ways import forced, fused, fused_convolution, fused_low_rank, fused_pairs, fused_terms
+from .own_ways import forced, fused, fused_convolution, fused_low_rank, fused_mapped, fused_pairs, fused_terms
 from .roofline import contraction_flops, features
 from .workloads import Workload
 
@@ -339,15 +339,28 @@ _CONVOLUTIONS = (
 )
 _CONVOLUTIONS = tuple(replace(way, layout=EXPERTS_FIRST) for way in _CONVOLUTIONS)
 _LOW_RANK = Way("materialise A, B + bmm", _always(conv_ways.low_rank), _two_kernels, ("low rank",))
+_MAPPED = (
+    Way("materialise + bmm", mapped_ways.materialised, forms=("mapped",)),
+    Way("materialise Wᵀ + bmm", mapped_ways.materialised_x_first, forms=("mapped",), layout=X_FIRST),
+    Way("materialise + einsum", mapped_ways.einsum, forms=("mapped",)),
+    Way("materialise + multiply and sum", mapped_ways.summed, forms=("mapped",)),
+    Way("materialise in chunks", lambda w, d: mapped_ways.in_chunks(w, d, CHUNK[d]), _few, ("mapped",)),
+)
 PEERS = (
     *_LAYERS,
     *_PRIMARIES,
     *_OVER_TERMS,
     *_CONVOLUTIONS,
     _LOW_RANK,
-    *map(_compiled, (*_CONVOLUTIONS[:3], _LOW_RANK)),
+    *_MAPPED,
+    *map(_compiled, (*_CONVOLUTIONS[:3], _LOW_RANK, *_MAPPED[:4])),
 )
-_OURS = {"convolution": fused_convolution, "low rank": fused_low_rank, "pairs": fused_pairs}
+_OURS = {
+    "convolution": fused_convolution,
+    "low rank": fused_low_rank,
+    "mapped": fused_mapped,
+    "pairs": fused_pairs,
+}
 
 
 def peers(w: Workload, dtype: torch.dtype, device: str) -> list[Way]:

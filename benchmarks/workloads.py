@@ -37,6 +37,7 @@ class Workload:
             a linear layer.
         stride: of a convolution.
         groups: of a convolution.
+        weight_map: φ, the function of the generated weights, a key of `mapped_ways.MAPS`; empty if there is none.
         published: B in the public code, if it differs.
         readme: whether the README's table shows it and a CPU measures it in more than one mode and dtype.
         large: whether it needs gigabytes or minutes on a CPU, which then measures it only with `--large`.
@@ -59,6 +60,7 @@ class Workload:
     kernel: int = 0
     stride: int = 1
     groups: int = 1
+    weight_map: str = ""
     published: int | None = None
     readme: bool = False
     large: bool = False
@@ -71,7 +73,7 @@ class Workload:
 
     @property
     def layers(self) -> str:
-        """The features of each layer, such as `64 → 128`."""
+        """The features of each layer, such as `64 → 128`, and φ."""
         return layers(self)
 
     @property
@@ -79,10 +81,13 @@ class Workload:
         """What the instances share, which decides on the ways that compute it.
 
         `"layer"`: nothing; `"primary"`: nothing, two layers; `"low rank"`: nothing, two factors; `"convolution"`:
-        nothing, with images for x; `"graph"`: x and y; `"relations"`: x, z and y; `"ragged"`: z; `"pairs"`: x and z.
+        nothing, with images for x; `"mapped"`: nothing, with a function of W; `"graph"`: x and y; `"relations"`: x, z
+        and y; `"ragged"`: z; `"pairs"`: x and z.
         """
         if self.kernel:
             return "convolution"
+        if self.weight_map:
+            return "mapped"
         if self.hidden or self.rank:
             return "primary" if self.hidden else "low rank"
         if self.T:
@@ -106,6 +111,7 @@ MODELNET = "edge-conditioned MPNN benchmark on ModelNet"
 DIFFDOCK = "DiffDock's per-edge weights, one path"
 BIAFFINE = "deep biaffine parsers: torch.nn.Bilinear"
 QMIX = "PyMARL qmix on MMM2"
+SIGNED = "sizes of PyMARL's qmix on MMM2; without its absolute values, and with ReLU for ELU"
 SIREN = "SIREN's hypernetwork, neural-process images"
 DEEPONET = "HyperDeepONet's target net"
 LORA = "Text-to-LoRA on Mistral-7B, r = 8"
@@ -131,12 +137,12 @@ WORKLOADS = (
     Workload("modelnet mpnn", 4_096, 1, 25, 64, 64, MODELNET, published=8_192),
     Workload("modelnet mpnn", 4_096, 1, 25, 64, 128, MODELNET, published=8_192, readme=True),
     Workload("diffdock-like", 2_500, 1, 144, 48, 48, DIFFDOCK, published=50_000, readme=True),
-    Workload("qmix mmm2", 5_760, 1, 64, 10, 32, QMIX),
-    Workload("qmix mmm2", 5_760, 1, 64, 32, 1, QMIX),
-    Workload("qmix 27m", 5_760, 1, 64, 27, 32, "PyMARL qmix on 27m_vs_30m", readme=True),
+    Workload("qmix mixer mmm2", 5_760, 1, 64, 10, 32, QMIX, weight_map="abs"),
+    Workload("qmix mixer mmm2", 5_760, 1, 64, 32, 1, QMIX, weight_map="abs"),
+    Workload("qmix mixer 27m", 5_760, 1, 64, 27, 32, "PyMARL qmix on 27m_vs_30m", weight_map="abs", readme=True),
     Workload("hyper policy", 256, 1, 256, 17, 256, "Sarafian et al. 2021", readme=True),
     Workload("biaffine labels", 1_024, 1, 101, 101, 50, BIAFFINE, published=4_096, readme=True),
-    Workload("tiny batch", 32, 1, 64, 10, 32, "qmix mmm2 with few instances", extra=True),
+    Workload("tiny batch", 32, 1, 64, 10, 32, "few instances of a small layer", extra=True),
     Workload("square", 16_384, 1, 128, 128, 128, "no published layer with O ≥ 128 is as large", large=True, extra=True),
     Workload("colorization", 64, 64, 100, 42, 10, COLORIZATION),
     Workload("colorization", 64, 64, 100, 10, 3, COLORIZATION),
@@ -186,7 +192,7 @@ WORKLOADS = (
     # Whole primary networks, with biases and shared weights.
     Workload("rotation mnist primary", 64, 1, 50, 784, 12, ROTATION, hidden=10),
     Workload("rotation cifar primary", 64, 1, 100, 3072, 12, ROTATION, hidden=10),
-    Workload("qmix mmm2 primary", 5_760, 1, 64, 10, 1, QMIX, hidden=32),
+    Workload("qmix mmm2 primary", 5_760, 1, 64, 10, 1, SIGNED, hidden=32),
 )
 
 

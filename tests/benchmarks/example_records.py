@@ -28,7 +28,8 @@ KERNEL = Workload("kernel", 5, 9, 3, 4, 6, "made up", kernel=3, groups=2)
 DEPTHWISE = Workload("depthwise", 5, 9, 3, 4, 4, "made up", kernel=5, stride=2, groups=4)
 CONVOLUTIONS = [POINTWISE, KERNEL, DEPTHWISE]
 LOW_RANK = Workload("low rank", 5, 4, 3, 4, 6, "made up", rank=2)
-FORMS = [TINY, POINTS, PRIMARY, LOW_RANK, *CONVOLUTIONS, *OVER_TERMS]
+MAPPED = [Workload("mapped", 5, N, 3, 4, 2, "made up", weight_map="abs") for N in (1, 3)]
+FORMS = [TINY, POINTS, PRIMARY, LOW_RANK, *MAPPED, *CONVOLUTIONS, *OVER_TERMS]
 
 MIB = 1 << 20
 HERE = records.Context(

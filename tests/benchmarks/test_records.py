@@ -43,7 +43,7 @@ def without(path, names):
 
 def test_older_files_lack_sizes(tmp_path):
     path = tmp_path / "here.csv"
-    sizes = {"rank": 8, "kernel": 3, "stride": 2, "groups": 4}
+    sizes = {"rank": 8, "kernel": 3, "stride": 2, "groups": 4, "weight_map": "abs"}
     older, newer = record(median=0.125), record(**sizes)
     records.write(path, [older])
     without(path, sizes)
@@ -51,6 +51,7 @@ def test_older_files_lack_sizes(tmp_path):
     records.write(path, [older, newer])
     assert records.read(path) == [older, newer]
     assert len(records.by_subject([older, newer])) == 2
+    assert len(records.by_subject([older, record(weight_map="abs")])) == 2
     without(path, ["hidden"])
     with pytest.raises(ValueError, match="other columns"):
         records.read(path)

@@ -72,6 +72,14 @@ def test_convolutions_have_a_table_of_their_own():
     assert "| made up | 100 | 1 | 64 | 64 → 8 → 64 |" in low_rank
 
 
+def test_functions_of_weights_are_named_after_the_features():
+    text = page.markdown([*comparison(), *comparison(peers={"chunks": 2.0}, weight_map="abs", workload="mixer")])
+    assert "| mixer | 100 | 1 | 64 | 64 → 64, abs |" in text
+    assert "| workload | fasthyper | fasthyper again | chunks |\n" in text
+    assert page.MAP_LEGEND in text
+    assert page.MAP_LEGEND not in page.markdown(comparison())
+
+
 def test_peers_without_full_times():
     found = comparison(1.0, 1.0, {"bmm": 5.0, "once": 4.0, "never": 1.0})
     once = {"q1": None, "q3": None, "rounds": 1, "note": "tried once"}

@@ -15,7 +15,20 @@ ROOT = pathlib.Path(__file__).parents[2]
 with pytest.MonkeyPatch.context() as path:
     path.syspath_prepend(str(ROOT))
     path.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
-    from example_records import BRIEF, DEPTHWISE, GRAPH, HERE, LOW_RANK, POINTS, RAGGED, TINY, Clock, Workload, record
+    from example_records import (
+        BRIEF,
+        DEPTHWISE,
+        GRAPH,
+        HERE,
+        LOW_RANK,
+        MAPPED,
+        POINTS,
+        RAGGED,
+        TINY,
+        Clock,
+        Workload,
+        record,
+    )
 
     from benchmarks import __main__ as command
     from benchmarks import records, resident, studies, ways, workloads
@@ -33,9 +46,28 @@ def test_records_of_other_sizes_are_not_current():
     assert not studies.is_current(record(study="scaling", axis="R", workload=point.name, **sizes))
 
 
-def test_convolutions_and_low_rank(monkeypatch):
+def test_the_report_deletes_records_that_are_not_current(tmp_path, capsys):
+    w = next(w for w in workloads.WORKLOADS if w.weight_map)
+    sizes = dict(zip(records.SIZES, records.sizes(w), strict=True))
+    found = [
+        record(workload=w.name, **sizes),
+        record(workload=w.name, **{**sizes, "weight_map": ""}),  # the same sizes without the function of W
+        record(workload="gone", **sizes),
+        record(study="training", workload="any"),
+    ]
+    path = tmp_path / "here.csv"
+    records.write(path, found)
+    command.main(["report", "--out", str(tmp_path)])
+    assert records.read(path) == [found[0], found[3]]
+    assert capsys.readouterr().out.startswith(f"deleted from here.csv: {w.name}, ")
+    before = path.read_bytes()
+    assert studies.drop_outdated(path) == []
+    assert path.read_bytes() == before
+
+
+def test_other_forms(monkeypatch):
     monkeypatch.setattr(studies, "RoundLimits", lambda **limits: BRIEF)
-    given = [DEPTHWISE, LOW_RANK], [torch.float32], [records.FORWARD_BACKWARD]
+    given = [DEPTHWISE, LOW_RANK, *MAPPED], [torch.float32], [records.FORWARD_BACKWARD]
     with fasthyper.use_backend("aten"):
         groups = [*studies.measure_workloads(*given, Clock(), HERE, compiled=False)]
     for group, w in zip(groups, given[0], strict=True):
@@ -43,7 +75,7 @@ def test_convolutions_and_low_rank(monkeypatch):
         assert all(r.median or r.note == "not compiled" for r in group if r.role == "peer")
     planned = [next(r.plan for r in group if r.role == "ours") for group in groups]
     assert set(planned[0].split(" / ")) <= set(fasthyper.problem.CONV_SCHEDULES)
-    assert planned[1] == ""
+    assert planned[1:] == ["", "", ""]
 
 
 def test_skipped_ways_have_a_note(monkeypatch):

@@ -75,6 +75,19 @@ def test_convolutions_have_floors_of_their_own():
     assert not any(name.startswith("convolutions") for name in lines(layer))
 
 
+def test_functions_of_weights_have_means_of_their_own():
+    mapped = [
+        *comparison(peers={"best": 2.0}, weight_map="abs"),
+        *comparison(peers={"best": 8.0}, weight_map="abs", R=8),
+    ]
+    seen = lines([*comparison(peers={"best": 3.0}), *mapped])
+    assert seen["functions of the weights: speed-up, geometric mean"].value == pytest.approx(4.0)
+    assert seen["functions of the weights: speed-up, least"].value == 2.0
+    assert seen["speed-up at N = 1, geometric mean"].value == pytest.approx(3.0)
+    assert seen["speed-up at N = 1, least"].value == 2.0
+    assert not any(name.startswith("functions") for name in lines(comparison()))
+
+
 def test_some_floors_need_amx():
     plain = comparison(dtype="bfloat16")
     with_amx = comparison(dtype="bfloat16", context=dataclasses.replace(HERE, device="Xeon, AVX512 + AMX, 2 threads"))
@@ -137,6 +150,8 @@ def test_the_share_of_the_roofline():
     assert roofline.flops(kernel) == 6 * 100 * (64 * 32 * 9 * 64 + 100 * 32 * 9 * 64)
     numbers = 100 * (400 * 64 + 100 * 64 + 64) + 64 * 32 * 9 * 64
     assert roofline.compulsory_bytes(kernel) == 2 * 4 * numbers
+    mapped = dataclasses.replace(like, N=1, weight_map="abs")  # W is needed, then 64 · 64 numbers meet one point
+    assert roofline.flops(mapped) == 6 * 100 * (mapped.R + 1) * 64 * 64
     few_experts = dataclasses.replace(kernel, N=1, R=2)
     assert roofline.flops(few_experts) == 6 * 100 * 2 * 32 * 9 * 64
     low_rank = dataclasses.replace(like, N=100, rank=8)

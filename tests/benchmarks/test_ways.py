@@ -22,6 +22,7 @@ with pytest.MonkeyPatch.context() as path:
         FORMS,
         GRAPH,
         LOW_RANK,
+        MAPPED,
         OVER_TERMS,
         PAIRS,
         POWER,
@@ -30,7 +31,7 @@ with pytest.MonkeyPatch.context() as path:
         Workload,
     )
 
-    from benchmarks import conv_ways, inputs, records, steps, studies, term_ways, terms, ways, workloads
+    from benchmarks import conv_ways, inputs, mapped_ways, records, steps, studies, term_ways, terms, ways, workloads
 
 
 def all_ways(w, dtype=torch.float64):
@@ -70,7 +71,8 @@ def test_the_definition_is_the_sum_instance_by_instance(w):
 
     def layer(x, z, head):
         H, bias, base, base_bias = head if len(head) == 4 else (*head, None, None, None)
-        y = x @ (H @ z).T
+        W = (H @ z).abs() if w.weight_map == "abs" else H @ z
+        y = x @ W.T
         return y if bias is None else y + x @ base.T + bias @ z + base_bias
 
     if w.kernel:
@@ -247,9 +249,27 @@ def test_kernels_in_chunks(w, instances):
     truth.check("chunks", results, layout)
 
 
-@pytest.mark.parametrize("w", [LOW_RANK, *CONVOLUTIONS], ids=lambda w: w.name)
+@pytest.mark.parametrize("instances", [1, 2, 5])
+@pytest.mark.parametrize("w", MAPPED, ids=lambda w: f"N{w.N}")
+def test_functions_of_weights_in_chunks(w, instances):
+    first = inputs.inputs(w, torch.float64)
+    run = lambda function: steps.step(function, records.FORWARD_BACKWARD, inputs.Sets([first]))()
+    results = run(mapped_ways.in_chunks(w, "cpu", instances * w.O * w.I * 8))
+    torch.testing.assert_close(results, run(steps.definition(w, "cpu")))
+
+
+@pytest.mark.parametrize("w", MAPPED, ids=lambda w: f"N{w.N}")
+def test_signed_weights_are_wrong_for_a_function_of_weights(w):
+    first = inputs.inputs(w, torch.float32)
+    truth = steps.Truth(w, records.FORWARD, first)
+    truth.check("right", [mapped_ways.materialised(w, "cpu")(*first.leaves)])
+    with pytest.raises(AssertionError, match="y is off"):
+        truth.check("signed", [ways.materialised(*first.leaves)])
+
+
+@pytest.mark.parametrize("w", [LOW_RANK, *MAPPED, *CONVOLUTIONS], ids=lambda w: f"{w.name}{w.N}")
 @pytest.mark.parametrize("wrong", range(4))
-def test_a_wrong_result_of_a_convolution_or_of_low_rank_is_found(w, wrong):
+def test_a_wrong_result_of_another_form_is_found(w, wrong):
     first = inputs.inputs(w, torch.float32)
     truth = steps.Truth(w, records.FORWARD_BACKWARD, first)
     results = list(steps.step(steps.definition(w, "cpu"), records.FORWARD_BACKWARD, inputs.Sets([first]))())
@@ -287,7 +307,11 @@ def test_a_wrong_sum_over_terms_is_found(w):
 
 def test_the_workloads():
     ones = [w for w in workloads.WORKLOADS if w.N == 1 and not w.extra and w.form == "layer"]
-    assert (len(ones), sum(w.O >= 16 for w in ones)) == (15, 8)
+    assert (len(ones), sum(w.O >= 16 for w in ones)) == (12, 6)
+    mapped = [w for w in workloads.WORKLOADS if w.form == "mapped"]
+    assert [(w.B, w.R, w.layers) for w in mapped] == [
+        (5_760, 64, "10 → 32, abs"), (5_760, 64, "32 → 1, abs"), (5_760, 64, "27 → 32, abs")
+    ]  # fmt: skip
     assert all(w.source for w in workloads.WORKLOADS)
     forms = [w.form for w in workloads.WORKLOADS if w.draw]
     assert [forms.count(form) for form in ("graph", "relations", "ragged", "pairs")] == [6, 1, 4, 1]
