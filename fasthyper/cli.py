@@ -153,6 +153,8 @@ def plan(
                 backend=backend,
             )
             return typer.echo(text)
+        if kernel != "1" or (stride, padding, dilation, groups) != (1, 0, 1, 1):
+            raise ValueError("image must be given with kernel, stride, padding, dilation or groups")
         text = explain(
             batch=batch,
             points=points,

@@ -125,7 +125,7 @@ def _checked(dims: int, transposed: bool, groups: Any, *tensors: Any) -> tuple[A
             raise ValueError(f"groups must divide the channels of x, got groups={groups} and x {tuple(x.shape)}")
     elif channels != per_group * groups or weight.shape[0] % groups:
         raise ValueError(
-            f"x must have groups · I channels, and weight a multiple of groups outputs: groups is {groups}, "
+            f"x must have groups · I = {groups * per_group} channels, and weight a multiple of {groups} outputs: "
             f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}"
         )
     outputs = per_group * groups if transposed else weight.shape[0]

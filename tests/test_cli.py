@@ -233,3 +233,21 @@ def test_compare_names_what_it_lacks(monkeypatch):
     result = call("compare", "rotation")
     assert result.exit_code == 1
     assert "pip install fasthyper[compare]" in result.output
+
+
+def test_plan_of_a_convolution():
+    of = "--batch", 64, "--cond", 4, "--in", 256, "--out", 256
+    result = call("plan", *of, "--image", "14x14", "--kernel", 3, "--padding", 1)
+    assert result.exit_code == 0, result.output
+    assert "256 → 256 channels, 14 × 14 → 14 × 14 pixels, kernel 3 × 3" in result.output
+    assert "taken: generate" in result.output
+    assert "taken: fold" in call("plan", *of, "--image", "4x4", "--kernel", 4).output
+    for wrong in (
+        ("--kernel", 3),
+        ("--image", "4y4"),
+        ("--image", "2x2", "--kernel", 3),
+        ("--image", 4, "--groups", 3),
+    ):
+        result = call("plan", *of, *wrong)
+        assert result.exit_code != 0
+        assert "must" in result.output

@@ -131,6 +131,11 @@ class CondConv2d(nn.Module):
         padding: Sequence[int] = self.padding
         if self.dynamic_padding:
             x = F.pad(x, self._sides(x.shape[-2:]))
+        if routing_weights.dim() != 2 or routing_weights.shape != (x.shape[0], self.num_experts):
+            raise ValueError(
+                f"routing_weights must have shape (B, R) = ({x.shape[0]}, {self.num_experts}), "
+                f"got {tuple(routing_weights.shape)}"
+            )
         weight = self.weight.T.view(*self.weight_shape, self.num_experts)
         bias = None if self.bias is None else self.bias.T
         return hyper_conv2d(x, routing_weights, weight, bias, self.stride, padding, self.dilation, self.groups)

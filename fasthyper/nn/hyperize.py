@@ -59,8 +59,8 @@ def hyperize(
     Ties are preserved:
 
     - A layer in two places becomes one generated layer. It is chosen if any of its names is chosen.
-    - Layers that share a parameter share its base and its head. With a rank, HyperLinears share both heads, but other
-      layers, whose heads are full, share the base alone.
+    - Layers that share a parameter share its base and its head. With a rank, layers share both heads of low
+      rank, but share the base alone with a layer whose head is full.
     - A layer that shares its weight with another module, such as an Embedding, shares its base with that module.
 
     The first dimension of any tensor that reaches a generated layer is B, the instances.
@@ -81,7 +81,8 @@ def hyperize(
         init: the initialisation of the heads, see :meth:`HyperLinear.reset_parameters
             <fasthyper.nn.HyperLinear.reset_parameters>`. None means ``"bias_hyper"`` with a base, so that every
             instance starts from the base alone, and ``"hyperfan_in"`` without.
-        rank: if given, the generated weights of HyperLinears have this rank, see :class:`~fasthyper.nn.HyperLinear`.
+        rank: if given, the generated weights of HyperLinears and convolutions have this rank, see
+            :class:`~fasthyper.nn.HyperLinear`.
         alpha: the factor of generated weights of low rank, times the rank; None means the rank.
         bias_cond_features: the number of features of the z of the biases of HyperLinears, if they have one of their
             own.

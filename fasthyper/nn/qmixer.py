@@ -70,6 +70,8 @@ class QMixer(nn.Module):
         device: torch.device | str | int | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(state_shape, Sequence):
+            raise TypeError(f"state_shape must be a tuple of sizes, got {state_shape!r}")
         sizes = {f"state_shape[{k}]": size for k, size in enumerate(state_shape)}
         check_sizes(mixing_embed_dim=mixing_embed_dim, n_agents=n_agents, **sizes)
         self.n_agents = n_agents

@@ -67,9 +67,9 @@ def what_is_generated(module: nn.Module) -> GenerationSummary:
         >>> print(what_is_generated(hyperize(net, cond_features=16, exclude="3")))
         layer  class        generated     shared        why it is not generated
         0      HyperLinear  weight, bias  -
-        1      LayerNorm    -             weight, bias  not chosen: types="norm" chooses it
+        1      LayerNorm    -             weight, bias  not chosen by types ("norm"), include and exclude
         2      PReLU        -             weight        no rule for PReLU: replace={PReLU: ...} gives one
-        3      Linear       -             weight, bias  not chosen by types, include and exclude
+        3      Linear       -             weight, bias  not chosen by types ("linear"), include and exclude
     """
     return GenerationSummary(tuple(_layer(module, *entry) for entry in module.named_modules() if _has_own(entry[1])))
 
@@ -96,6 +96,4 @@ def _why(root: nn.Module, name: str, module: nn.Module) -> str:
         return f"no rule for {kind}: replace={{{kind}: ...}} gives one"
     if problem := why_not_generated(root, name):
         return f"cannot be: {problem}"
-    if isinstance(module, nn.Linear):
-        return "not chosen by types, include and exclude"
-    return f'not chosen: types="{found[1].family}" chooses it'
+    return f'not chosen by types ("{found[1].family}"), include and exclude'

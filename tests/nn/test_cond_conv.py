@@ -117,5 +117,5 @@ def test_wrong_settings(settings, message):
 
 
 def test_routing_weights_of_another_batch():
-    with pytest.raises(ValueError, match="z must have"):
+    with pytest.raises(ValueError, match=r"routing_weights must have shape \(B, R\) = \(3, 4\), got \(2, 4\)"):
         CondConv2d(8, 16)(torch.randn(3, 8, 6, 6), torch.rand(2, 4))
