@@ -39,7 +39,8 @@ class Geometry(NamedTuple):
     @property
     def pointwise(self) -> bool:
         """Whether each output pixel meets one image pixel, its own."""
-        return self.taps == 1 and all(s == 1 for s in self.stride) and all(p == 0 for p in self.padding)
+        steps = [*self.stride, *(p + 1 for p in self.padding)]
+        return self.taps == 1 and all(step == 1 for step in steps) and [*self.image] == [*self.output]
 
     @property
     def dims(self) -> int:

@@ -117,6 +117,11 @@ def _convolution(made: type[HyperConvolution]) -> Callable[[Any, Options], Any]:
         if made.transposed:
             more = {"output_padding": layer.output_padding}
         else:
+            if options.rank is not None and options.rank % layer.groups:
+                raise ValueError(
+                    f"rank must be a multiple of the groups of each convolution that is generated, got {options.rank} "
+                    f"and {layer}: leave it out with exclude, or give it a rule with replace"
+                )
             more = {"padding_mode": layer.padding_mode, "rank": options.rank, "alpha": options.alpha}
         return made(
             layer.in_channels,

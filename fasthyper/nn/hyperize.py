@@ -82,7 +82,7 @@ def hyperize(
             <fasthyper.nn.HyperLinear.reset_parameters>`. None means ``"bias_hyper"`` with a base, so that every
             instance starts from the base alone, and ``"hyperfan_in"`` without.
         rank: if given, the generated weights of HyperLinears and convolutions have this rank, see
-            :class:`~fasthyper.nn.HyperLinear`.
+            :class:`~fasthyper.nn.HyperLinear`. Transposed convolutions, norms and embeddings have full heads.
         alpha: the factor of generated weights of low rank, times the rank; None means the rank.
         bias_cond_features: the number of features of the z of the biases of HyperLinears, if they have one of their
             own.

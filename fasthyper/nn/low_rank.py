@@ -117,23 +117,32 @@ class LowRank(NamedTuple):
             norm = torch.cat([checkpoint(of_chunk, c, use_reentrant=False, preserve_rng_state=False) for c in chunks])
         return (norm if base is None else norm + base.square().sum()).clamp_min(0)
 
-    def reset(self, init: str, z_second_moment: float, nonlinearity: str) -> None:
+    def reset(
+        self,
+        init: str,
+        z_second_moment: float,
+        nonlinearity: str,
+        fans: tuple[tuple[int, int], tuple[int, int], tuple[int, int]] | None = None,
+    ) -> None:
         """Initialise the heads so that W has the variance of one of full rank; the biases and the base as beside it.
 
         B has the gain and the scale, and its fan-in is r. An entry of A has second moment 1 / I, or 1 / r with
-        "hyperfan_out". With "bias_hyper" B's head is zero, and A's is not.
+        "hyperfan_out". With "bias_hyper" B's head is zero, and A's is not. `fans` has the fan-in and the fan-out of A,
+        of B and of their product; by default those of matrices.
         """
         (_, I, R), O = self.weight_a.shape, self.weight_b.shape[0]
+        of_a, of_b, of_product = fans or (None, None, None)
         zero_b = init == "bias_hyper"
-        (hyperfan_in_ if zero_b else INITS[init])(self.weight_a, z_second_moment=z_second_moment)
+        (hyperfan_in_ if zero_b else INITS[init])(self.weight_a, z_second_moment=z_second_moment, fans=of_a)
         if zero_b:
             torch.nn.init.zeros_(self.weight_b)
         else:
-            INITS[init](self.weight_b, self.bias, z_second_moment=z_second_moment, nonlinearity=nonlinearity)
+            more = {"z_second_moment": z_second_moment, "nonlinearity": nonlinearity}
+            INITS[init](self.weight_b, self.bias, **more, fans=of_b)
             with torch.no_grad():
                 self.weight_b.div_(self.scale)
         full = torch.empty(O, I, R, device="meta"), self.bias, self.base_weight, self.base_bias
-        INITS[init](*full, z_second_moment=z_second_moment, nonlinearity=nonlinearity)
+        INITS[init](*full, z_second_moment=z_second_moment, nonlinearity=nonlinearity, fans=of_product)
 
 
 def _has_room(x: Tensor, z: Tensor, weight_a: Tensor, weight_b: Tensor) -> bool:

@@ -62,7 +62,11 @@ class LowRankConv(NamedTuple):
         return w if self.base_weight is None else w + self.base_weight
 
     def reset(self, init: str, z_second_moment: float, nonlinearity: str) -> None:
-        """Initialise as the linear layer that the convolution is at each pixel."""
+        """Initialise as the linear layers that the convolutions are at each pixel."""
+        G = self.groups
+        inputs, rank, outputs = self.weight_a[0, ..., 0].numel(), self.weight_b.shape[1], self.weight_b.shape[0] // G
+        taps = self.weight_a[0, 0, ..., 0].numel()
+        fans = (inputs, rank * taps), (rank, outputs), (inputs, outputs * taps)
         base = None if self.base_weight is None else self.base_weight.flatten(1)
         of = self.weight_a.flatten(1, -2), self.weight_b.flatten(1, -2), self.bias, base, self.base_bias
-        LowRank(*of, self.alpha).reset(init, z_second_moment, nonlinearity)
+        LowRank(*of, self.alpha).reset(init, z_second_moment, nonlinearity, fans)

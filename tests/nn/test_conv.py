@@ -42,6 +42,7 @@ OF_TRANSPOSED = [
     {"groups": 2, "bias": False},
     {"stride": 2, "dilation": 4, "output_padding": 3},
     {"kernel_size": 1, "stride": 3},
+    {"kernel_size": 1, "dilation": 2, "output_padding": 1},
 ]
 
 
@@ -99,7 +100,7 @@ def test_low_rank_as_a_loop_of_convolutions(settings, dims):
 
 
 def test_low_rank_starts_from_the_base_and_merges():
-    """hyperize gives a convolution that starts as it was; one instance's kernel becomes an ordinary layer."""
+    """A convolution of hyperize starts as it was; one instance's kernel becomes an ordinary layer."""
     plain = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(6, 4, 2))
     primary = hyperize(plain, 5, types="conv", rank=2, alpha=4)
     assert primary[0].rank == 2
@@ -117,8 +118,23 @@ def test_low_rank_init_keeps_the_variance():
         layer = HyperConv2d(64, 64, 3, cond_features=32, groups=groups, rank=16)
         z = nn.functional.normalize(torch.randn(64, 32)) * 32**0.5
         assert 0.5 < layer(torch.randn(64, 64, 12, 12), z)[:, :, 2:-2, 2:-2].var() < 2
+    depthwise = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4))
+    with pytest.raises(ValueError, match="rank must be a multiple of the groups of each convolution"):
+        hyperize(depthwise, 5, types="conv", rank=2)
     with pytest.raises(ValueError, match="rank must be a multiple of groups"):
         HyperConv2d(64, 64, 3, cond_features=32, groups=4, rank=6)
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 8}, {"rank": 8, "groups": 4}], ids=str)
+def test_hyperfan_out_keeps_the_gradients_of_ten_layers(options):
+    x = torch.randn(4, 64, 8, 8, requires_grad=True)
+    y = x
+    for _ in range(10):
+        of = {"padding": 1, "padding_mode": "circular", "bias": False, "init": "hyperfan_out", **options}
+        z = nn.functional.normalize(torch.randn(4, 32)) * 32**0.5
+        y = HyperConv2d(64, 64, 3, 32, **of)(y, z)
+    (dx,) = torch.autograd.grad(y, x, torch.randn_like(y))
+    assert 0.5 < dx.var() < 2
 
 
 def test_pointwise_is_a_linear_layer():

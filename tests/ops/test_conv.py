@@ -40,6 +40,7 @@ GEOMETRIES = {
     "pointwise, stride 2": geometry((1, 5, 4), (1, 1, 1), (1, 2, 2)),
     "one pixel": geometry((1, 5, 4), (1, 5, 4)),
     "much padding": geometry((1, 2, 3), (1, 3, 3), padding=(0, 4, 4)),
+    "pointwise with unreached pixels": geometry((1, 5, 4), (1, 1, 1), dilation=(1, 2, 2))._replace(output=[1, 4, 3]),
     "one axis": geometry((1, 1, 11), (1, 1, 4), (1, 1, 3)),
 }
 
