@@ -17,6 +17,7 @@ with pytest.MonkeyPatch.context() as path:
     from example_records import BRIEF, GRAPH, HERE, PAIRS, POINTS, RAGGED, RELATIONS, TINY, Clock
 
     from benchmarks import devices, records, term_ways, timing, ways
+    from benchmarks.terms import indices
 
 
 def slowed(seconds, name="late", way=ways.materialised, **fields):
@@ -114,7 +115,7 @@ def test_a_wrong_result_of_fasthyper_raises():
 def test_a_peer_with_a_wrong_sum_over_terms_is_left_out(w, mode):
     def without_the_last_term(w, device):
         right = term_ways.each_term(ways.materialised, w, device)
-        source, cond, target = ways.indices(w, device)
+        source, cond, target = indices(w, device)
         last = [rows - 1 if index is None else index[-1] for index, rows in ((source, w.B), (cond, w.B))]
 
         def wrong(x, z, weight):

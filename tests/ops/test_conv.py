@@ -190,7 +190,9 @@ def test_family(name):
     }[name]
     f = lambda *t: getattr(ops, name)(*t, *geo)
     torch.testing.assert_close(f(*args), getattr(reference, name)(*args, geo))
-    assert gradcheck(f, [t.clone().requires_grad_() for t in args], check_forward_ad=True)
+    leaves = [t.clone().requires_grad_() for t in args]
+    torch.library.opcheck(getattr(ops, name).default, (*leaves, *geo))
+    assert gradcheck(f, leaves, check_forward_ad=True)
     for batched in itertools.product((False, True), repeat=3):
         if any(batched):
             many = [torch.stack([t, 2 * t, t + 1]) if b else t for t, b in zip(args, batched, strict=True)]
