@@ -183,10 +183,10 @@ class HyperConvolution(GeneratedLayer):
             ``(B, out_channels)``, or None for a layer without biases.
 
         Raises:
+            TypeError: z has another dtype than the parameters, outside autocast.
             ValueError: z does not have shape ``(B, R)``.
         """
-        if z.ndim != 2 or z.shape[1] != self.cond_features:
-            raise ValueError(f"z must be (B, R) with R = {self.cond_features}, got {tuple(z.shape)}")
+        self._check(z)
         if low_rank := self._low_rank():
             kernel = low_rank.kernels(z)
         else:
