@@ -1,7 +1,7 @@
 """The compiled CPU kernels of csrc/cpu: float32, bfloat16 and float16, every schedule.
 
-`aten` computes the rest: float64, empty problems, and `project` if all instances share x, which is two plain matrix
-products.
+`aten` computes the rest: float64, empty problems, and what two or three plain matrix products compute faster: `project`
+if all instances share x, and many points in bfloat16 where the processor multiplies it.
 """
 
 from __future__ import annotations
@@ -121,8 +121,21 @@ def _forget() -> None:
 planner.on_forget.append(_forget)
 
 
-def _shares_products(problem: Problem, plan: Plan) -> bool:
-    return problem.shared_x and plan.schedule == "project"
+_MANY_POINTS = 256
+
+
+def _is_for_torch(problem: Problem, plan: Plan, schedule: str) -> bool:
+    """Return whether torch's own products are faster than these kernels.
+
+    They are for shared products of x and H, and where the processor multiplies bfloat16 and instances have points:
+    these kernels compute W and the products with it in float32. In backward, the points must be many enough to pay for
+    sums of tiles in float32.
+    """
+    if problem.shared_x and plan.schedule == "project":
+        return True
+    if problem.points == 1 or plan.work_dtype != torch.bfloat16 or plan.schedule != "generate" or schedule != AUTO:
+        return False
+    return problem.op == "apply" or (problem.points >= _MANY_POINTS and problem.in_features >= 8)
 
 
 def apply(
@@ -142,7 +155,7 @@ def apply(
     if not takes(problem):
         return aten.apply(*tensors, schedule=schedule)
     plan = planner.plan(problem, schedule)
-    if _shares_products(problem, plan):
+    if _is_for_torch(problem, plan, schedule):
         return aten.apply(*tensors, schedule=plan.schedule)
     options = (planner.get_workspace_limit(), plan.work_dtype != torch.float32)
     if schedule == AUTO:
@@ -175,7 +188,7 @@ def grads(
     out: list[Tensor | None] = [None] * 6
     if dx or dz or dh:
         plan = planner.plan(problem, schedule)
-        if _shares_products(problem, plan):
+        if _is_for_torch(problem, plan, schedule):
             return aten.grads(*tensors, mask, schedule=plan.schedule)
         plan_of_weight = plan
         groups = COSTS.backward(problem)

@@ -281,6 +281,25 @@ def test_aten_is_used_without_kernels(monkeypatch):
         fasthyper.set_backend("cpu")
 
 
+@ready
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("points", [1, 300])
+def test_torch_multiplies_points_in_bfloat16_where_the_processor_does(points, native, factors, oracle, monkeypatch):
+    called = []
+    for name in ("apply", "grads"):
+        of_aten = getattr(cpu.aten, name)
+        monkeypatch.setattr(cpu.aten, name, lambda *a, f=of_aten, **k: called.append(f.__name__) or f(*a, **k))
+    monkeypatch.setattr("fasthyper.processor.kernels_multiply", lambda dtype: native and dtype == torch.bfloat16)
+    planner.forget()
+    args = factors((3, points, 64, 20, 20), torch.bfloat16, NAMES)
+    oracle.check_linear(args, everything(*args))
+    assert called == (["apply", "grads"] if native and points > 1 else [])
+    called.clear()
+    everything(*args, schedule="generate")
+    assert not called
+    planner.forget()
+
+
 def test_another_device():
     with pytest.raises(ValueError, match="on meta"):
         backends.backend("cpu", torch.device("meta"))

@@ -84,10 +84,10 @@ def grads(
             dz_b = affine.start(g[b], R)
             for o in blocks(O, outputs):
                 dw = outer(g[b, :, o], x[b], tiling)
-                Head(weight[o], tiling).contract(dz_b, dw)
+                Head(weight[o], tiling).contract(dz_b, dw, outputs >= O)
                 if shared and dh is not None:
                     if b.start == 0:
-                        total = Sum(dh[o], tiling)
+                        total = Sum(dh[o], tiling, instances >= B)
                     total.add(dw.flatten(1).T, tiling.work(z[b]))
                     if b.stop == B:
                         total.store()
@@ -104,7 +104,8 @@ def _weight_grad(x: Tensor, z: Tensor, g: Tensor, dh: Tensor, tiling: Tiling) ->
     _, outputs = tile_shape(len(x), x.shape[1], O, inputs, R, dh.dtype != tiling.sum_dtype, tiling)
     for o in blocks(O, outputs):
         for i in blocks(I, inputs):
-            total = Sum(dh[o, i], tiling)
-            for b in blocks(len(x), tiling.elements // max(1, outputs * inputs, R)):
+            instances = max(1, tiling.elements // max(1, outputs * inputs, R))
+            total = Sum(dh[o, i], tiling, instances >= len(x))
+            for b in blocks(len(x), instances):
                 total.add(outer(g[b, :, o], x[b, :, i], tiling).flatten(1).T, tiling.work(z[b]))
             total.store()

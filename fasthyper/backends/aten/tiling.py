@@ -87,10 +87,14 @@ class Head:
             w[:, o, i] = torch.mm(z, h.T)
         return w
 
-    def contract(self, total: Tensor, dw: Tensor) -> None:
-        """Compute total[b,r] += Σ_{o,i} dW[b,o,i] H[o,i,r]."""
+    def contract(self, total: Tensor, dw: Tensor, one: bool = False) -> None:
+        """Compute total[b,r] += Σ_{o,i} dW[b,o,i] H[o,i,r]; `one`: total has no other products of tiles."""
         if self._rows is not None:
-            return accumulate(total, (dw.mT if self._swapped else dw).flatten(1), self._rows)
+            a = (dw.mT if self._swapped else dw).flatten(1)
+            if one and total.dtype != a.dtype == self._rows.dtype:
+                total += a @ self._rows
+                return None
+            return accumulate(total, a, self._rows)
         for o, i, h in self._pieces():
             accumulate(total, dw[:, o, i], h)
 
@@ -135,11 +139,11 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
 
 
 class Sum:
-    """A sum of products a·b into a block (o, i, R) of dH, rounded once, at the end."""
+    """A sum of products a·b into a block (o, i, R) of dH, rounded once, at the end; `one`: it is a single product."""
 
-    def __init__(self, out: Tensor, tiling: Tiling):
+    def __init__(self, out: Tensor, tiling: Tiling, one: bool = False):
         O, I, R = out.shape
-        direct = out.dtype == tiling.sum_dtype
+        direct = out.dtype == (tiling.dtype if one else tiling.sum_dtype)
         self._out = out
         self._total = out.view(O * I, R) if direct else torch.empty(O * I, R, dtype=tiling.sum_dtype, device=out.device)
         self._empty = True
