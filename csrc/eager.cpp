@@ -4,8 +4,10 @@
 // A call is plain in eager reverse mode: no torch.func transform, no dual numbers, no gradient of a gradient, no forced
 // backend or schedule, and a problem that was planned before. All other calls continue to the kernels that
 // fasthyper/ops registers for every device and every autograd key, and that the kernels here shadow on the CPU.
+#include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -13,6 +15,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <mutex>
 #include <unordered_map>
 
@@ -59,22 +62,46 @@ bool transformed() {
   return c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
+// Whether a subclass of torch.Tensor handles calls with t, such as a DTensor, or a tracer's tensor.
+bool in_python(const Tensor& t) { return t.key_set().has(c10::DispatchKey::Python); }
+
+bool in_python(const Maybe& t) { return t && in_python(*t); }
+
 // Whether backend and schedule have been chosen, and no transform or forward mode is active.
 template <class... Tensors>
 bool plain(string_view backend, string_view schedule, const Tensors&... tensors) {
   return !backend.empty() && !schedule.empty() && !transformed() && !(dual(tensors) || ...);
 }
 
+// For each argument of hyper_linear, a bit for each argument that its gradient reads: `rules.READS`.
+std::vector<int64_t> reads(6, 63);
+
+void declare_reads(const std::vector<int64_t>& declared) {
+  TORCH_CHECK(declared.size() == 6, "reads must have 6 numbers, got ", declared.size());
+  reads = declared;
+}
+
 struct HyperLinear : torch::autograd::Function<HyperLinear> {
   static constexpr bool is_traceable = true;  // compiled autograd may trace backward, which calls one op
+  static constexpr const char* SHAPES[] = {"x", "z", "weight"};
 
   static Tensor forward(
       torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& z, const Tensor& weight, const Maybe& bias,
       const Maybe& base_weight, const Maybe& base_bias, int64_t keys, string_view backend, string_view schedule) {
-    ctx->save_for_backward({x, z, weight, bias.value_or(Tensor()), base_weight.value_or(Tensor())});
+    const bool needed[] = {recorded(x),    recorded(z),           recorded(weight),
+                           recorded(bias), recorded(base_weight), recorded(base_bias)};
+    int64_t read = 0;  // by the gradients of this call
+    for (size_t i = 0; i < 6; ++i) read |= needed[i] ? reads[i] : 0;
+    const Tensor given[] = {x, z, weight, bias.value_or(Tensor()), base_weight.value_or(Tensor())};
+    torch::autograd::variable_list saved(5);
+    for (size_t i = 0; i < saved.size(); ++i)
+      if (read >> i & 1) saved[i] = given[i];
+      else if (i < 3) ctx->saved_data[SHAPES[i]] = given[i].sizes().vec();
+    ctx->save_for_backward(std::move(saved));
     ctx->saved_data["backend"] = std::string(backend);
     ctx->saved_data["schedule"] = std::string(schedule);
-    ctx->saved_data["base_bias"] = base_bias.has_value();
+    ctx->saved_data["given"] =
+        int64_t(7 | bias.has_value() << 3 | base_weight.has_value() << 4 | base_bias.has_value() << 5);
     const at::AutoDispatchBelowAutograd guard;
     return forward_op().redispatch(
         DispatchKeySet(DispatchKeySet::RAW, keys), x, z, weight, bias, base_weight, base_bias, backend, schedule);
@@ -82,14 +109,16 @@ struct HyperLinear : torch::autograd::Function<HyperLinear> {
 
   static torch::autograd::variable_list backward(
       torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grad) {
-    const auto saved = ctx->get_saved_variables();
+    auto saved = ctx->get_saved_variables();
+    for (size_t i = 0; i < 3; ++i)  // an argument that no gradient reads has its shape, and NaN as its values
+      if (!saved[i].defined())
+        saved[i] = at::full({}, NAN, grad[0].options()).expand(ctx->saved_data[SHAPES[i]].toIntVector());
     const auto given = [](const Tensor& t) { return t.defined() ? Maybe(t) : std::nullopt; };
     const Maybe bias = given(saved[3]), base_weight = given(saved[4]);
-    const bool is_there[] = {
-        true, true, true, bias.has_value(), base_weight.has_value(), ctx->saved_data["base_bias"].toBool()};
+    const int64_t is_there = ctx->saved_data["given"].toInt();
     Mask mask{};
     size_t edge = 0;  // one for each tensor that is not absent
-    for (size_t i = 0; i < mask.size(); ++i) mask[i] = is_there[i] && ctx->needs_input_grad(edge++);
+    for (size_t i = 0; i < mask.size(); ++i) mask[i] = (is_there >> i & 1) && ctx->needs_input_grad(edge++);
     const auto out = backward_op().call(
         saved[0], saved[1], saved[2], bias, base_weight, grad[0], mask, ctx->saved_data["backend"].toStringView(),
         ctx->saved_data["schedule"].toStringView());
@@ -105,7 +134,9 @@ struct HyperLinear : torch::autograd::Function<HyperLinear> {
 Tensor hyper_linear(
     DispatchKeySet keys, const Tensor& x, const Tensor& z, const Tensor& weight, const Maybe& bias,
     const Maybe& base_weight, const Maybe& base_bias, string_view backend, string_view schedule) {
-  if (!plain(backend, schedule, x, z, weight, bias, base_weight, base_bias))
+  const bool traced = in_python(x) || in_python(z) || in_python(weight) || in_python(bias) || in_python(base_weight) ||
+                      in_python(base_bias);
+  if (traced || !plain(backend, schedule, x, z, weight, bias, base_weight, base_bias))
     return forward_op().redispatch(shadowed(keys), x, z, weight, bias, base_weight, base_bias, backend, schedule);
   const auto below = keys & c10::after_autograd_keyset;
   const bool records = at::GradMode::is_enabled() && (recorded(x) || recorded(z) || recorded(weight) ||
@@ -180,7 +211,8 @@ Plans plans;
 constexpr int64_t FORWARD = 0;  // for `needs`; a backward has a bit for each gradient
 
 Problem problem_of(const Tensor& x, int64_t R, int64_t O, int64_t needs) {
-  const bool shared = x.size(0) > 1 && x.stride(0) == 0;
+  const bool reads_x = needs != 1;  // not if dx alone is requested
+  const bool shared = reads_x && x.size(0) > 1 && x.stride(0) == 0;
   return {x.size(0), x.size(1), R, x.size(2), O, int64_t(x.scalar_type()), needs, at::get_num_threads(), shared};
 }
 
@@ -285,6 +317,12 @@ void remember(
       problem_of(x, R, O, needs), {std::string(schedule), std::string(schedule_of_weight), workspace, native});
 }
 
+// Casts t to the dtype of the autocast region, through the region's cache, which keeps one copy of each parameter.
+Tensor cached_cast(const Tensor& t) {
+  const auto device = t.device().type();
+  return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), t, device);
+}
+
 TORCH_LIBRARY_IMPL(fasthyper, AutogradCPU, m) {
   m.impl("hyper_linear", hyper_linear);
   m.impl("hyper_linear_grads", hyper_linear_grads);
@@ -302,6 +340,8 @@ TORCH_LIBRARY(fasthyper_eager, m) {
       remember);
   m.def("forget() -> ()", [] { plans.forget(); });
   m.def("declare_axes(str[] names, str[] letters) -> ()", declare_axes);
+  m.def("declare_reads(int[] reads) -> ()", declare_reads);
+  m.def("cached_cast(Tensor t) -> Tensor", cached_cast);
 }
 
 }  // namespace

@@ -69,7 +69,9 @@ class Problem(NamedTuple):
     ) -> Problem:
         """Return the problem of a call with x (B, N, I)."""
         B, N, I = x.shape
-        return cls(op, B, N, R, I, O, x.dtype, x.device.type, B > 1 and x.stride(0) == 0, needs, backend)
+        reads_x = op == "apply" or needs[1] or needs[2]  # else x may be a tensor without values, with strides of zero
+        shared = reads_x and B > 1 and x.stride(0) == 0
+        return cls(op, B, N, R, I, O, x.dtype, x.device.type, shared, needs, backend)
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:

@@ -111,6 +111,11 @@ def new_like_image(t: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=t.dtype, device=t.device, memory_format=order)
 
 
+def like_x(args: Any) -> Tensor:
+    """Return the image whose order dx takes: x, or g in a backward that does not read x and has not saved it."""
+    return args.x if any(args.x.stride()) else args.g
+
+
 def run_apply(args: Arguments, *bases: Tensor | None) -> Tensor:
     """Run a convolution, or a transposed one, on the backend of a call, with a bias and a base if given."""
     a: Any = args
@@ -138,7 +143,7 @@ def run_grads(
     known = sizes(a)
     with autocast.off(a.x):
         module = backends.of_convolutions(backend, a.x.device)
-        dx = new_like_image(a.x, tuple(a.x.shape)) if wanted.x else None
+        dx = new_like_image(like_x(a), tuple(a.x.shape)) if wanted.x else None
         dh = a.x.new_empty(shape_of(AXES["weight"], known)) if wanted.weight else None
         of: Any = {"geometry": geometry_of(a), "transposed": a.transposed, "schedule": schedule}
         dz, *bases = module.grads_conv(a.x, z, weight, bias, base_weight, a.g, dx, dh, wanted, **of)
@@ -215,6 +220,7 @@ def _define(name: str, of: type, kernel: Op) -> None:
             *(getattr(args, field) for field in factors), geometry_of(args)
         ),
         backward=backward,
+        reads=rules.others([*factors]),
         jvp=jvp,
         vmap=vmap,
         validate=validate,

@@ -131,6 +131,7 @@ def _define(name: str, arguments: type, kernel: Op) -> None:
         kernel=kernel,
         definition=lambda args: getattr(reference, name)(**factors_of(args)),
         backward=backward,
+        reads=rules.others([*factors]),
         jvp=jvp,
         vmap=lambda info, dims, *values: rules.vmap(name, info.batch_size, dims, values),
     )

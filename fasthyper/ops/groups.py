@@ -129,6 +129,7 @@ def _define(name: str, arguments: type, kernel: Any, definition: Any) -> None:
         kernel=kernel,
         definition=definition,
         backward=backward,
+        reads=rules.others([*factors]),
         jvp=jvp,
         vmap=vmap,
         validate=_validate,

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..backends.contract import Wanted
 from . import autocast
-from .conv import arguments, geometry_of, new_like_image, run_apply, run_grads, sizes, validate
+from .conv import arguments, geometry_of, like_x, new_like_image, run_apply, run_grads, sizes, validate
 from .register import Gradients, choice, define
+from .rules import READS
 from .shapes import CONV, CONV_TRANSPOSE, shape_of
 
 ops = torch.ops.fasthyper
@@ -69,7 +70,7 @@ def _define(name: str, prefix: str, axes: dict[str, str]) -> None:
         kernel=kernel,
         composite=composite,
         backward=backward,
-        not_saved=("base_bias",),
+        reads=READS,
         validate=validate,
         empty=empty,
     )
@@ -103,7 +104,7 @@ def _define(name: str, prefix: str, axes: dict[str, str]) -> None:
         known = sizes(args)
         shapes = [shape_of(axes[field], known) for field in Wanted._fields]
         found: list[Tensor | None] = [args.x.new_empty(shape) for shape in shapes]
-        found[0] = new_like_image(args.x, shapes[0])
+        found[0] = new_like_image(like_x(args), shapes[0])
         return tuple(t if k else None for t, k in zip(found, args.mask, strict=True))
 
     define(

@@ -20,6 +20,7 @@ from ..backends.contract import Wanted
 from . import autocast
 from .family import run_apply, run_grads
 from .register import MISSING, Gradients, choice, define
+from .rules import READS
 from .shapes import LINEAR as AXES
 
 ops = torch.ops.fasthyper
@@ -76,7 +77,7 @@ define(
     kernel=_kernel,
     composite=_composite,
     backward=_backward,
-    not_saved=("base_bias",),
+    reads=READS,
 )
 
 
@@ -109,3 +110,4 @@ define(
 )
 if not MISSING and compiled.load("eager") is None:  # runs on the CPU instead of these kernels
     torch.ops.fasthyper_eager.declare_axes([*AXES], [*AXES.values()])
+    torch.ops.fasthyper_eager.declare_reads([sum(1 << [*READS].index(other) for other in of) for of in READS.values()])

@@ -18,6 +18,7 @@ from ..terms import Terms
 from . import autocast
 from .reference import sum_rows
 from .register import Gradients, choice, define
+from .rules import READS
 from .shapes import TERMS as AXES
 from .terms import run_apply, run_grads, terms_of, validate
 
@@ -98,7 +99,7 @@ define(
     kernel=_kernel,
     composite=_composite,
     backward=_backward,
-    not_saved=("base_bias",),
+    reads=READS,
     validate=validate,
 )
 

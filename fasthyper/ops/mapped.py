@@ -21,6 +21,7 @@ from ..backends.aten import mapped as aten
 from ..backends.contract import Wanted
 from . import autocast, chunks
 from .register import Arguments, Gradients, choice, define
+from .rules import READS
 from .shapes import LINEAR as AXES
 
 ops = torch.ops.fasthyper
@@ -49,6 +50,10 @@ class MappedLinearGrads(NamedTuple):
     mask: list[bool]
     backend: str = ""
     schedule: str = ""
+
+
+_OF_W = ("z", "weight", "base_weight")  # what W is computed from
+_READS = {**READS, "x": _OF_W, "z": ("x", "bias", *_OF_W), "weight": ("x", *_OF_W), "base_weight": ("x", *_OF_W)}
 
 
 def _validate(args: MappedLinear | MappedLinearGrads) -> None:
@@ -126,7 +131,7 @@ define(
     kernel=_kernel,
     composite=_composite,
     backward=_backward,
-    not_saved=("base_bias",),
+    reads=_READS,
     validate=_validate,
 )
 

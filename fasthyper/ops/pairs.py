@@ -18,6 +18,7 @@ from .. import backends
 from ..backends.aten import pairs as aten
 from . import autocast
 from .register import Arguments, Gradients, choice, define
+from .rules import others
 from .shapes import PAIRS as AXES
 
 ops = torch.ops.fasthyper
@@ -97,7 +98,7 @@ define(
     kernel=_kernel,
     composite=_composite,
     backward=_backward,
-    not_saved=("bias",),
+    reads={**others(("x", "z", "weight")), "bias": ()},
     validate=_validate,
 )
 

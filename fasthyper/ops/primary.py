@@ -146,6 +146,21 @@ def backend_that_fuses(args: Primary | PrimaryGrads) -> Fusing | None:
     return backend
 
 
+_SECOND = ("z", "weight2", "base_weight2")  # what the gradient of a reads
+_READS: dict[str, tuple[str, ...]] = {
+    "x": ("weight1", "base_weight1", *_SECOND),
+    "z": ("x", "weight1", "bias1", "bias2", *_SECOND),
+    "weight1": ("x", *_SECOND),
+    "bias1": _SECOND,
+    "base_weight1": ("x", *_SECOND),
+    "base_bias1": _SECOND,
+    "weight2": ("z",),
+    "bias2": ("z",),
+    "base_weight2": (),
+    "base_bias2": (),
+}
+
+
 def _validate(args: Primary | PrimaryGrads) -> None:
     sigma(args.activation)
 
@@ -187,7 +202,7 @@ define(
     kernel=_kernel,
     composite=_composite,
     backward=_backward,
-    not_saved=("base_bias1", "base_bias2"),
+    reads=_READS,
     saved_results=("a",),
 )
 

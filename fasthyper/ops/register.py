@@ -9,12 +9,14 @@ weights and works under every transform.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, get_type_hints
+from typing import Any, NamedTuple, Protocol, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import backends
 from ..problem import AUTO
@@ -93,7 +95,7 @@ def define(
     backward: Op | None = None,
     jvp: Op | None = None,
     vmap: Op | None = None,
-    not_saved: Sequence[str] = (),
+    reads: Mapping[str, Sequence[str]] | None = None,
     saved_results: Sequence[str] = (),
     validate: Op | None = None,
     empty: Op | None = None,
@@ -117,7 +119,9 @@ def define(
             gradient is requested. If an op has several results, g is None for a result without a gradient.
         jvp: ``(args, tangents)`` returns the tangent of the result from the tangents of some arguments, by name.
         vmap: ``(info, dims, *arguments)``, as for `torch.library.register_vmap`.
-        not_saved: arguments that backward does not read.
+        reads: for each differentiable argument, the other ones that its gradient reads. Only those are saved that the
+            gradients of this call may read; in backward, the others have their shapes, and NaN as values.
+            None saves all.
         saved_results: results that backward reads: ``(args, wanted, *saved_results, *g)``.
         validate: checks the other arguments, such as a string, and raises.
         empty: returns the results with no values; None for contiguous results whose sizes the axes tell.
@@ -131,7 +135,7 @@ def define(
 
     op = getattr(torch.ops.fasthyper, name).default
     positions = [[*results].index(result) for result in saved_results]
-    recorded = None if backward is None else _record(op, arguments, backward, jvp, not_saved, positions)
+    recorded = None if backward is None else _record(op, arguments, backward, jvp, reads or {}, positions)
 
     def autograd(keys: Any, *values: Any) -> Any:
         args = arguments(*values)
@@ -262,8 +266,33 @@ def _will_run(node: Any) -> bool:
         return True
 
 
+class _NotSaved(NamedTuple):
+    """An argument that no gradient of a call reads."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def stand_in(self) -> Tensor:
+        """Return a tensor of the argument's shape with one number in memory: NaN, which spreads if it is read."""
+        return torch.full((), math.nan, dtype=self.dtype, device=self.device).expand(self.shape)
+
+
+def _are_read(fields: Sequence[str], requires_grad: Sequence[bool], reads: Mapping[str, Sequence[str]]) -> list[bool]:
+    """Return which arguments the gradients of a call read: those of arguments that require one."""
+    used = {
+        name for field, needed in zip(fields, requires_grad, strict=True) if needed for name in reads.get(field, ())
+    }
+    return [field not in reads or field in used for field in fields]
+
+
 def _record(
-    op: Op, arguments: type, backward: Op, jvp: Op | None, not_saved: Sequence[str], positions: Sequence[int]
+    op: Op,
+    arguments: type,
+    backward: Op,
+    jvp: Op | None,
+    reads: Mapping[str, Sequence[str]],
+    positions: Sequence[int],
 ) -> Op:
     """Return a function of the dispatch keys and the arguments of an op that records it for backward."""
     fields = arguments._fields  # type: ignore[attr-defined]
@@ -282,13 +311,18 @@ def _record(
         def setup_context(ctx, inputs, output):
             values = inputs[1:]
             ctx.is_tensor = tuple(isinstance(t, Tensor) for t in values)
-            ctx.is_saved = tuple(t and field not in not_saved for t, field in zip(ctx.is_tensor, fields, strict=True))
+            whole = transformed() or any(map(is_traceable_wrapper_subclass, values))
+            read = [True] * len(values) if whole else _are_read(fields, ctx.needs_input_grad[1:], reads)
+            ctx.is_saved = tuple(t and r for t, r in zip(ctx.is_tensor, read, strict=True))
             tensors = [t for t, saved in zip(values, ctx.is_saved, strict=True) if saved]
             tensors += [output[i] for i in positions]
             ctx.set_materialize_grads(isinstance(output, Tensor))
             ctx.save_for_backward(*tensors)
             ctx.save_for_forward(*tensors)
-            ctx.others = tuple(None if t else value for value, t in zip(values, ctx.is_tensor, strict=True))
+            ctx.others = tuple(
+                None if saved else _NotSaved(value.shape, value.dtype, value.device) if t else value
+                for value, t, saved in zip(values, ctx.is_tensor, ctx.is_saved, strict=True)
+            )
 
         @staticmethod
         def backward(ctx, *g):
@@ -310,7 +344,8 @@ def _record(
 
     def _restore(ctx: Any) -> tuple[Any, list[Tensor]]:
         saved = iter(ctx.saved_tensors)
-        args = arguments(*(next(saved) if s else t for s, t in zip(ctx.is_saved, ctx.others, strict=True)))
+        others = (t.stand_in() if isinstance(t, _NotSaved) else t for t in ctx.others)
+        args = arguments(*(next(saved) if s else t for s, t in zip(ctx.is_saved, others, strict=True)))
         return args, list(saved)
 
     def recorded(keys: Any, *values: Any) -> Any:

@@ -29,6 +29,22 @@ RESULT = {"apply": "g", "cond_grad": "z", "weight_grad": "weight"}
 ops = torch.ops.fasthyper
 
 
+def others(factors: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return which arguments the gradient of each factor reads: the other factors of a product."""
+    return {f: tuple(other for other in factors if other != f) for f in factors}
+
+
+READS: dict[str, tuple[str, ...]] = {
+    "x": ("z", "weight", "base_weight"),
+    "z": ("x", "weight", "bias"),
+    "weight": ("x", "z"),
+    "bias": ("z",),
+    "base_weight": ("x",),
+    "base_bias": (),
+}
+"""Which arguments the gradient of each argument reads, with a base and a generated bias."""
+
+
 def derivative(factor: str, t: Mapping[str, Tensor], *choice: str) -> Tensor:
     """Return dT/d(factor), given the other three factors and the choice of a backend."""
     if factor == "x":

@@ -219,6 +219,7 @@ def _define(name: str, arguments: type, kernel: Op) -> None:
         kernel=kernel,
         definition=lambda args: getattr(reference, f"{name}_terms")(**factors_of(args), terms=terms_of(args)),
         backward=backward,
+        reads=rules.others([*factors]),
         jvp=jvp,
         vmap=vmap,
         validate=validate,
