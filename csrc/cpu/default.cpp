@@ -2,3 +2,4 @@
 #include "conv_ops.h"
 #include "incidence_ops.h"
 #include "mapped_ops.h"
+#include "models.h"

@@ -63,6 +63,25 @@ void grads_of_factors(const Factors<S>& f, Rows<S> dx, Rows<S> dz, Schedule sche
   grads_rows<S, T>(f, dx, dz, schedule, workspace);
 }
 
+template <class S, class T>
+void apply_layer(
+    const Factors<S>& f, const S* base_bias, int64_t stride, Rows<S> y, Schedule schedule, int64_t workspace) {
+  if constexpr (std::is_same_v<S, float>)
+    if (is_one_output(f, schedule)) return apply_one_output(f, base_bias, y);
+  if (f.N > 1 && schedule == Schedule::generate) apply_many_points<S, T>(f, base_bias, stride, y, workspace);
+  else apply_rows<S, T>(f, base_bias, stride, y, schedule, workspace);
+}
+
+// Those of dx, dz and dH that are not null. `bases` are only computed with many points and `generate`.
+template <class S, class T>
+void grads_layer(
+    const Factors<S>& f, Rows<S> dx, Rows<S> dz, S* dh, const BaseGrads& bases, Schedule schedule,
+    Schedule schedule_of_weight, int64_t workspace) {
+  if (f.N > 1 && schedule == Schedule::generate) return grads_many_points<S, T>(f, dx, dz, dh, bases, workspace);
+  if (dx.data || dz.data) grads_of_factors<S, T>(f, dx, dz, schedule, workspace);
+  if (dh) weight_grad<S, T>(f, dh, schedule_of_weight, workspace);
+}
+
 at::Tensor apply(
     const at::Tensor& x, const at::Tensor& z, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& base_weight, const std::optional<at::Tensor>& base_bias, c10::string_view schedule,
@@ -81,11 +100,7 @@ at::Tensor apply(
     f.bias = matrix<S>(bias), f.base = matrix<S>(base_weight);
     const S* const b0 = base_bias ? base_bias->const_data_ptr<S>() : nullptr;
     const int64_t stride = b0 ? base_bias->stride(0) : 0;
-    const Schedule order = parse_schedule(schedule);
-    if constexpr (std::is_same_v<S, float>)
-      if (is_one_output(f, order)) return apply_one_output(f, b0, out<S>(y));
-    if (f.N > 1 && order == Schedule::generate) apply_many_points<S, decltype(t)>(f, b0, stride, out<S>(y), workspace);
-    else apply_rows<S, decltype(t)>(f, b0, stride, out<S>(y), order, workspace);
+    apply_layer<S, decltype(t)>(f, b0, stride, out<S>(y), parse_schedule(schedule), workspace);
   });
   return y;
 }
@@ -119,20 +134,17 @@ SixTensors grads(
     f.bias = matrix<S>(bias), f.base = matrix<S>(base_weight);
     S* const to_h = mask[2] ? dh.mutable_data_ptr<S>() : nullptr;
     const Schedule order = parse_schedule(schedule);
-    if (N > 1 && order == Schedule::generate) {
-      BaseGrads bases;
-      if constexpr (std::is_same_v<S, float>) {
-        const auto allocate = [&](bool wanted, at::Tensor& t, at::IntArrayRef shape) {
-          if (wanted) t = at::empty(shape, x.options());
-          return wanted ? t.mutable_data_ptr<float>() : nullptr;
-        };
+    BaseGrads bases;
+    if constexpr (std::is_same_v<S, float>) {
+      const auto allocate = [&](bool wanted, at::Tensor& t, at::IntArrayRef shape) {
+        if (wanted) t = at::empty(shape, x.options());
+        return wanted ? t.mutable_data_ptr<float>() : nullptr;
+      };
+      if (N > 1 && order == Schedule::generate)
         bases = {
             allocate(mask[3], dbias, {O, R}), allocate(mask[4], dbase, {O, I}), allocate(mask[5], dbase_bias, {O})};
-      }
-      return grads_many_points<S, T>(f, out<S>(dx), out<S>(dz), to_h, bases, workspace);
     }
-    if (mask[0] || mask[1]) grads_of_factors<S, T>(f, out<S>(dx), out<S>(dz), order, workspace);
-    if (mask[2]) weight_grad<S, T>(f, to_h, parse_schedule(schedule_of_weight), workspace);
+    grads_layer<S, T>(f, out<S>(dx), out<S>(dz), to_h, bases, order, parse_schedule(schedule_of_weight), workspace);
   });
   return {dx, dz, dh, dbias, dbase, dbase_bias};
 }

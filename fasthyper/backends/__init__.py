@@ -13,7 +13,8 @@ import torch
 from .. import planner
 from ..problem import AUTO, TERM_SCHEDULES
 from . import aten, cpu, cuda, materialised, triton
-from .contract import Backend, Convolving, OverTerms
+from .aten.models import Models
+from .contract import Backend, Convolving, OfModels, OverTerms
 
 FALLBACK = "aten"
 """The backend that runs any call on any device."""
@@ -174,6 +175,12 @@ def of_terms(name: str, device: torch.device) -> OverTerms:
     """Return the backend that runs a call over terms: that of `backend`, or aten if it lacks these functions."""
     module = backend(name, device)
     return cast(OverTerms, module) if hasattr(module, "apply_terms") else aten
+
+
+def of_models(name: str, device: torch.device) -> OfModels:
+    """Return the backend that runs a call of many models: that of `backend`, in aten's way if it lacks these functions."""
+    module = backend(name, device)
+    return cast(OfModels, module) if hasattr(module, "apply_models") else Models(module)
 
 
 def of_convolutions(name: str, device: torch.device) -> Convolving:

@@ -157,6 +157,34 @@ class OverTerms(Protocol):
         """Return the gradients of x, z, H, bias, W0 and b0, None for each that is not requested."""
 
 
+class OfModels(Protocol):
+    """Additional functions of a backend that runs M layers in one call; `aten.models` runs the others'.
+
+        y[m,b,n] = (H[m]·z[m,b]) x[m,b,n]
+
+    x is (M, B, N, I), z (M, B, R), H (M, O, I, R), y and g (M, B, N, O). Factors may be views of stride 0 along M.
+    Temporary memory does not grow with M.
+    """
+
+    def apply_models(self, x: Tensor, z: Tensor, weight: Tensor, *, schedule: str) -> Tensor:
+        """Return y. The schedule is as for `Backend.apply`."""
+
+    def grads_models(
+        self,
+        x: Tensor,
+        z: Tensor | None,
+        weight: Tensor | None,
+        g: Tensor,
+        mask: tuple[bool, ...],
+        *,
+        schedule: str,
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, z and H, None for each that is not requested.
+
+        z may be None if only dz is requested, and H if only dH is.
+        """
+
+
 class Convolving(Protocol):
     """Additional functions of a backend that runs generated convolutions; `aten` runs the others'.
 

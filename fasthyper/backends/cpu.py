@@ -19,7 +19,7 @@ from ..geometry import Geometry
 from ..problem import AUTO, Machine, Plan, Problem, TermProblem
 from ..terms import Terms
 from . import aten, cpu_conv
-from .aten import grouped, term_bases
+from .aten import grouped, models, term_bases
 from .aten.convolution import Way
 from .aten.terms import FACTORS, INDEX
 from .contract import Backend
@@ -190,10 +190,7 @@ def grads(
         plan = planner.plan(problem, schedule)
         if _is_for_torch(problem, plan, schedule):
             return aten.grads(*tensors, mask, schedule=plan.schedule)
-        plan_of_weight = plan
-        groups = COSTS.backward(problem)
-        if schedule == AUTO and len(groups) == 2:
-            plan, plan_of_weight = (planner.plan(problem._replace(needs=needs)) for needs in groups)
+        plan, plan_of_weight = _plans_of_grads(problem, schedule)
         options = (planner.get_workspace_limit(), plan.work_dtype != torch.float32)
         if schedule == AUTO:
             needs = dx | dz << 1 | dh << 2
@@ -203,6 +200,70 @@ def grads(
         tiling = aten.tiling_of(planner.plan(problem._replace(backend="")))
         out[3:] = aten.base_grads(x, z, g, R, mask, tiling)
     return tuple(t if k else None for t, k in zip(out, mask, strict=True))
+
+
+def apply_models(x: Tensor, z: Tensor, weight: Tensor, *, schedule: str) -> Tensor:
+    """Return y (M, B, N, O) of x (M, B, N, I), z (M, B, R), H (M, O, I, R); see `contract.OfModels`."""
+    problem = _problem_of_models("apply", x, weight.shape[3], weight.shape[1])
+    if not _loops_over_models(problem, len(x), schedule) or models.is_shared(weight):
+        return models.Models(cast(Backend, sys.modules[__name__])).apply_models(x, z, weight, schedule=schedule)
+    plan = planner.plan(problem, schedule)
+    options = planner.get_workspace_limit(), plan.work_dtype != torch.float32
+    return _ops.apply_models(x, z, weight, plan.schedule, *options)
+
+
+def grads_models(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    g: Tensor,
+    mask: tuple[bool, ...],
+    *,
+    schedule: str,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, z and H where the mask is set; see `contract.OfModels`."""
+    dx, dz, dh = mask
+    R = cast(Tensor, z if weight is None else weight).shape[-1]
+    problem = _problem_of_models("grads", x, R, g.shape[3], (dx, dz, dh))
+    if not _loops_over_models(problem, len(x), schedule) or not any(mask):
+        of = models.Models(cast(Backend, sys.modules[__name__]))
+        return of.grads_models(x, z, weight, g, mask, schedule=schedule)
+    plan, plan_of_weight = _plans_of_grads(problem, schedule)
+    options = planner.get_workspace_limit(), plan.work_dtype != torch.float32
+    out = _ops.grads_models(x, z, weight, g, mask, plan.schedule, plan_of_weight.schedule, *options)
+    return tuple(t if k else None for t, k in zip(out, mask, strict=True))
+
+
+def _problem_of_models(
+    op: str, x: Tensor, R: int, O: int, needs: tuple[bool, bool, bool] = (True, True, True)
+) -> Problem:
+    """Return the problem of one of the models of x (M, B, N, I)."""
+    _, B, N, I = x.shape
+    return Problem(op, B, N, R, I, O, x.dtype, x.device.type, needs=needs, backend="cpu")
+
+
+_INSTANCES_OF_MODEL, _ROWS_OF_MODEL = 4, 8
+
+
+def _loops_over_models(problem: Problem, count: int, schedule: str) -> bool:
+    """Return whether the kernels run the models, rather than torch's batched products.
+
+    The kernels fill vectors with rows of different instances, which a model of few instances leaves empty.
+    """
+    if count == 0 or not takes(problem):
+        return False
+    few = problem.batch < _INSTANCES_OF_MODEL or problem.batch * problem.points < _ROWS_OF_MODEL
+    return schedule != AUTO or not few
+
+
+def _plans_of_grads(problem: Problem, schedule: str) -> tuple[Plan, Plan]:
+    """Return the plan of dx and dz, and that of dH."""
+    plan = planner.plan(problem, schedule)
+    groups = COSTS.backward(problem)
+    if schedule != AUTO or len(groups) < 2:
+        return plan, plan
+    first, second = (planner.plan(problem._replace(needs=needs)) for needs in groups)
+    return first, second
 
 
 def _takes_terms(problem: TermProblem) -> bool:

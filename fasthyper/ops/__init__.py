@@ -4,6 +4,7 @@ shapes.py     the axes of every tensor: the check, its message, the shapes of re
 register.py   `define` registers an op; torch's private names
 rules.py      the table of derivatives and of vmap
 family.py     apply, cond_grad, weight_grad, and grads, the gradients of apply
+models.py     the family with a leading axis of models, which vmap calls
 linear.py     hyper_linear: the family with a generated bias and a base added in place
 terms.py      the family over terms that share rows
 conv.py       the family of convolutions with a generated kernel
@@ -16,6 +17,7 @@ primary.py    primary: two hyper_linear and the activation between them
 reference.py  the definition of each op, as one einsum
 """
 
+from . import models as models
 from .family import apply, cond_grad, grads, weight_grad
 
 __all__ = ["apply", "cond_grad", "grads", "weight_grad"]

@@ -21,7 +21,7 @@ from .. import backends
 from ..backends.contract import Wanted
 from . import autocast, reference, rules
 from .register import MISSING, Arguments, Gradients, Op, choice, define
-from .shapes import LINEAR
+from .shapes import LINEAR, Axes
 
 ops = torch.ops.fasthyper
 
@@ -105,8 +105,17 @@ def _weight_grad(args: WeightGrad) -> Tensor | None:
     return run_grads(args, args.x, args.z, None, None, None, args.g, Wanted(weight=True))[2]
 
 
-def _define(name: str, arguments: type, kernel: Op) -> None:
-    """Define an op of the family, with its derivatives from the table of rules."""
+def define_op(name: str, arguments: type, kernel: Op, axes: Axes, vmap: Op, suffix: str = "") -> None:
+    """Define an op of the family, with its derivatives from the table of rules.
+
+    Args:
+        name: the op in the table of rules.
+        arguments: as for `register.define`.
+        kernel: as for `register.define`.
+        axes: the table of axes.
+        vmap: the rule of `rules`, which takes the name.
+        suffix: what the names of the registered ops have after those of the table.
+    """
     factors, result = rules.INPUTS[name], rules.RESULT[name]
 
     def factors_of(args: Any, **more: Any) -> dict[str, Tensor]:
@@ -116,50 +125,56 @@ def _define(name: str, arguments: type, kernel: Op) -> None:
         t = factors_of(args, **{result: g})
         if name == "apply":
             mask = [wanted[f] for f in factors]  # one call for all gradients, because they share products
-            return dict(zip(factors, ops.grads(t["x"], t["z"], t["weight"], g, mask, *choice(args)), strict=True))
-        return {f: rules.derivative(f, t, *choice(args)) for f in factors if wanted[f]}
+            found = getattr(ops, f"grads{suffix}")(t["x"], t["z"], t["weight"], g, mask, *choice(args))
+            return dict(zip(factors, found, strict=True))
+        return {f: rules.derivative(f, t, *choice(args), suffix=suffix) for f in factors if wanted[f]}
 
     def jvp(args: Any, tangents: Gradients) -> Tensor:
-        terms = (rules.derivative(result, factors_of(args, **{f: t}), *choice(args)) for f, t in tangents.items())
-        return functools.reduce(torch.add, terms)
+        each = (
+            rules.derivative(result, factors_of(args, **{f: t}), *choice(args), suffix=suffix)
+            for f, t in tangents.items()
+        )
+        return functools.reduce(torch.add, each)
 
     define(
-        name,
+        f"{name}{suffix}",
         arguments,
-        {result: LINEAR[result]},
-        axes=LINEAR,
+        {result: axes[result]},
+        axes=axes,
         kernel=kernel,
         definition=lambda args: getattr(reference, name)(**factors_of(args)),
         backward=backward,
         reads=rules.others([*factors]),
         jvp=jvp,
-        vmap=lambda info, dims, *values: rules.vmap(name, info.batch_size, dims, values),
+        vmap=lambda info, dims, *values: vmap(name, info.batch_size, dims, values),
     )
 
 
-_define("apply", Apply, _apply)
-_define("cond_grad", CondGrad, _cond_grad)
-_define("weight_grad", WeightGrad, _weight_grad)
+def define_grads(arguments: type, kernel: Op, axes: Axes, suffix: str = "") -> None:
+    """Define the op that returns the requested gradients of `apply`."""
+    factors = ("x", "z", "weight")
+
+    def composite(args: Any) -> tuple[Tensor | None, ...]:
+        t = {f: getattr(args, f) for f in (*factors, "g")}
+        return tuple(
+            rules.derivative(f, t, *choice(args), suffix=suffix) if k else None
+            for f, k in zip(factors, args.mask, strict=True)
+        )
+
+    results = {"dx": axes["x"], "dz": axes["z"], "dh": axes["weight"]}
+    define(f"grads{suffix}", arguments, results, axes=axes, kernel=kernel, composite=composite)
+
+
+define_op("apply", Apply, _apply, LINEAR, rules.vmap)
+define_op("cond_grad", CondGrad, _cond_grad, LINEAR, rules.vmap)
+define_op("weight_grad", WeightGrad, _weight_grad, LINEAR, rules.vmap)
 
 
 def _grads(args: Grads) -> tuple[Tensor | None, ...]:
     return run_grads(args, args.x, args.z, args.weight, None, None, args.g, Wanted(*args.mask))[:3]
 
 
-def _grads_composite(args: Grads) -> tuple[Tensor | None, ...]:
-    t = {"x": args.x, "z": args.z, "weight": args.weight, "g": args.g}
-    factors = ("x", "z", "weight")
-    return tuple(rules.derivative(f, t, *choice(args)) if k else None for f, k in zip(factors, args.mask, strict=True))
-
-
-define(
-    "grads",
-    Grads,
-    {"dx": LINEAR["x"], "dz": LINEAR["z"], "dh": LINEAR["weight"]},
-    axes=LINEAR,
-    kernel=_grads,
-    composite=_grads_composite,
-)
+define_grads(Grads, _grads, LINEAR)
 if MISSING:
     warnings.warn(
         f"fasthyper runs in plain torch operations, since torch {torch.__version__} has no {MISSING}. Results are "

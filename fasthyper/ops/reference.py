@@ -1,7 +1,8 @@
 """The definition of every op of the family, as one einsum. Tests and benchmarks compare with it, in float64.
 
 T(x, z, H, g) = Σ_{b,n,r,i,o} x[b,n,i] z[b,r] H[o,i,r] g[b,n,o], and each op is T with one factor taken out. The ops
-over terms are the same ops on gathered rows, with their results added up by an index.
+over terms are the same ops on gathered rows, with their results added up by an index. The first three functions also
+take factors with a leading axis of models.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from ..terms import Terms
 
 def apply(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
     """Return y[b,n,o] = Σ_{i,r} H[o,i,r] x[b,n,i] z[b,r], by writing out W[b] = H·z[b]."""
-    return torch.einsum("bni,boi->bno", x, torch.einsum("br,oir->boi", z, weight))
+    return torch.einsum("...bni,...boi->...bno", x, torch.einsum("...br,...oir->...boi", z, weight))
 
 
 def cond_grad(x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
     """Return dz[b,r] = Σ_{n,i,o} H[o,i,r] x[b,n,i] g[b,n,o], by writing out dW[b] = g[b]ᵀ x[b]."""
-    return torch.einsum("boi,oir->br", torch.einsum("bno,bni->boi", g, x), weight)
+    return torch.einsum("...boi,...oir->...br", torch.einsum("...bno,...bni->...boi", g, x), weight)
 
 
 def weight_grad(x: Tensor, z: Tensor, g: Tensor) -> Tensor:
     """Return dH[o,i,r] = Σ_{b,n} x[b,n,i] z[b,r] g[b,n,o], by writing out dW[b] = g[b]ᵀ x[b]."""
-    return torch.einsum("boi,br->oir", torch.einsum("bno,bni->boi", g, x), z)
+    return torch.einsum("...boi,...br->...oir", torch.einsum("...bno,...bni->...boi", g, x), z)
 
 
 def hyper_linear(

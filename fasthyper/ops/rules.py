@@ -9,7 +9,8 @@ T(x, z, H, g) = Σ x[b,n,i] z[b,r] H[o,i,r] g[b,n,o] has four factors, and each 
 | `weight_grad` | x, z, g | in place of H  |
 
 The derivative of an op in an argument is T without that argument, with the cotangent in place of the result. dT/dx
-needs no fourth op: it is `apply(g, z, Hᵀ)`, where Hᵀ swaps o and i.
+needs no fourth op: it is `apply(g, z, Hᵀ)`, where Hᵀ swaps o and i. The same holds with a leading axis of models, for
+the ops whose names end in `_models`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .shapes import LINEAR as AXES
-from .shapes import Axes, shape_of, sizes_of
+from .shapes import LINEAR, MODELS, Axes, shape_of, sizes_of
 
 INPUTS = {"apply": ("x", "z", "weight"), "cond_grad": ("x", "g", "weight"), "weight_grad": ("x", "z", "g")}
 RESULT = {"apply": "g", "cond_grad": "z", "weight_grad": "weight"}
@@ -45,20 +45,20 @@ READS: dict[str, tuple[str, ...]] = {
 """Which arguments the gradient of each argument reads, with a base and a generated bias."""
 
 
-def derivative(factor: str, t: Mapping[str, Tensor], *choice: str) -> Tensor:
-    """Return dT/d(factor), given the other three factors and the choice of a backend."""
+def derivative(factor: str, t: Mapping[str, Tensor], *choice: str, suffix: str = "") -> Tensor:
+    """Return dT/d(factor), given the other three factors, the choice of a backend, and the suffix of the ops' names."""
     if factor == "x":
-        return ops.apply(t["g"], t["z"], t["weight"].transpose(0, 1), *choice)
+        return getattr(ops, f"apply{suffix}")(t["g"], t["z"], t["weight"].transpose(-3, -2), *choice)
     if factor == "z":
-        return ops.cond_grad(t["x"], t["g"], t["weight"], *choice)
+        return getattr(ops, f"cond_grad{suffix}")(t["x"], t["g"], t["weight"], *choice)
     if factor == "weight":
-        return ops.weight_grad(t["x"], t["z"], t["g"], *choice)
-    return ops.apply(t["x"], t["z"], t["weight"], *choice)
+        return getattr(ops, f"weight_grad{suffix}")(t["x"], t["z"], t["g"], *choice)
+    return getattr(ops, f"apply{suffix}")(t["x"], t["z"], t["weight"], *choice)
 
 
 # The axis that a batched dimension v is merged into, by the batched factors: every batched argument and the result have
-# this axis, so that the op runs once. Arguments without v that have the axis are repeated along it. For other
-# combinations of factors there is no such axis, and the op runs once for each v.
+# this axis, so that the op runs once. Arguments without v that have the axis are repeated along it. Other combinations
+# of factors have no such axis: there v becomes the axis of models, M, and the factors without it are views.
 MERGE: dict[str, dict[tuple[str, ...], str]] = {
     "apply": {("x",): "N", ("z",): "B", ("x", "z"): "B", ("weight",): "O"},
     "cond_grad": {("x",): "B", ("g",): "B", ("x", "g"): "B", ("weight",): "R"},
@@ -67,8 +67,24 @@ MERGE: dict[str, dict[tuple[str, ...], str]] = {
 
 
 def vmap(name: str, batch: int, dims: Sequence[int | None], args: tuple[Any, ...]) -> tuple[Tensor, int]:
-    """Return the result of an op with some arguments batched, and its batched dimension."""
-    return merge_or_loop(getattr(ops, name), AXES, INPUTS[name], AXES[RESULT[name]], MERGE[name], batch, dims, args)
+    """Return the result of an op with some arguments batched, and its batched dimension. One op runs."""
+    factors = INPUTS[name]
+    axis = MERGE[name].get(_batched(factors, dims))
+    if axis is not None:
+        return _merge(getattr(ops, name), LINEAR, factors, LINEAR[RESULT[name]], axis, batch, dims, args)
+    count = len(factors)
+    each = (
+        t.expand(batch, *t.shape) if d is None else t.movedim(d, 0)
+        for t, d in zip(args[:count], dims[:count], strict=True)
+    )
+    return getattr(ops, f"{name}_models")(*each, *args[count:]), 0
+
+
+def vmap_models(name: str, batch: int, dims: Sequence[int | None], args: tuple[Any, ...]) -> tuple[Tensor, int]:
+    """Return the same for an op with an axis of models, which takes what no other axis takes."""
+    factors = INPUTS[name]
+    axis = MERGE[name].get(_batched(factors, dims), "M")
+    return _merge(getattr(ops, f"{name}_models"), MODELS, factors, MODELS[RESULT[name]], axis, batch, dims, args)
 
 
 def merge_or_loop(
@@ -95,24 +111,55 @@ def merge_or_loop(
         args: the arguments.
         sizes: the sizes of letters that no factor has.
     """
-    count = len(factors)
-    tensors = {f: t if d is None else t.movedim(d, 0) for f, t, d in zip(factors, args, dims, strict=False)}
-    batched = tuple(f for f, d in zip(factors, dims, strict=False) if d is not None)
-    sizes = {**sizes_of(axes, {f: t.shape[f in batched :] for f, t in tensors.items()}), **(sizes or {})}
-    others = any(d is not None for d in dims[count:])
-    axis = None if others else merge.get(batched)
-    if axis is None and batch == 0:
-        return tensors[factors[0]].new_zeros(0, *shape_of(result_axes, sizes)), 0
-    if axis is None:
-        each = ([t if d is None else t.select(d, v) for t, d in zip(args, dims, strict=True)] for v in range(batch))
-        return torch.stack([op(*values) for values in each]), 0
+    others = any(d is not None for d in dims[len(factors) :])
+    axis = None if others else merge.get(_batched(factors, dims))
+    if axis is not None:
+        return _merge(op, axes, factors, result_axes, axis, batch, dims, args, sizes)
+    if batch == 0:
+        known = _sizes(axes, factors, dims, args, sizes)
+        return args[0].new_zeros(0, *shape_of(result_axes, known)), 0
+    each = ([t if d is None else t.select(d, v) for t, d in zip(args, dims, strict=True)] for v in range(batch))
+    return torch.stack([op(*values) for values in each]), 0
+
+
+def _batched(factors: Sequence[str], dims: Sequence[int | None]) -> tuple[str, ...]:
+    return tuple(f for f, d in zip(factors, dims, strict=False) if d is not None)
+
+
+def _sizes(
+    axes: Axes,
+    factors: Sequence[str],
+    dims: Sequence[int | None],
+    args: tuple[Any, ...],
+    more: Mapping[str, int] | None,
+) -> dict[str, int]:
+    """Return the size of every letter, without the batched dimension."""
+    shapes = {}
+    for f, t, d in zip(factors, args, dims, strict=False):
+        shapes[f] = [n for k, n in enumerate(t.shape) if d is None or k != d % t.dim()]
+    return {**sizes_of(axes, shapes), **(more or {})}
+
+
+def _merge(
+    op: Callable[..., Tensor],
+    axes: Axes,
+    factors: Sequence[str],
+    result_axes: str,
+    axis: str,
+    batch: int,
+    dims: Sequence[int | None],
+    args: tuple[Any, ...],
+    more: Mapping[str, int] | None = None,
+) -> tuple[Tensor, int]:
+    """Run an op once, on arguments with the batched dimension merged into an axis; see `merge_or_loop`."""
     merged = []
-    for f, t in tensors.items():
+    for f, t, d in zip(factors, args, dims, strict=False):
         if axis in axes[f]:
             position = axes[f].index(axis)
-            t = t if f in batched else t.expand(batch, *t.shape)
+            t = t.expand(batch, *t.shape) if d is None else t.movedim(d, 0)
             t = t.movedim(0, position).flatten(position, position + 1)
         merged.append(t)
-    y = op(*merged, *args[count:])
+    y = op(*merged, *args[len(factors) :])
     position = result_axes.index(axis)
-    return y.view(*y.shape[:position], batch, *shape_of(result_axes, sizes)[position:]), position
+    known = _sizes(axes, factors, dims, args, more)
+    return y.view(*y.shape[:position], batch, *shape_of(result_axes, known)[position:]), position

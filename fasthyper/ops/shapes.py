@@ -7,7 +7,7 @@
 | R      | features of z                    | J      | features between two layers        |
 | S      | sources, rows of x               | C      | conditions, rows of z              |
 | T      | targets, rows of y               | E      | terms, each with s, c and t        |
-| M      | members of the first of two sets | P, Q   | I and R, with an appended one      |
+| M      | members of a first set; models   | P, Q   | I and R, with an appended one      |
 | X      | channels of an image             | dhw    | its pixels                         |
 | ijk    | taps of a kernel                 | abc    | pixels of a convolution's output   |
 
@@ -37,6 +37,8 @@ LINEAR: Axes = {
     "base_bias": "O",
     "g": "BNO",
 }
+MODELS: Axes = {name: f"M{LINEAR[name]}" for name in ("weight", "x", "z", "g")}
+"""M layers of the same sizes, each with its own factors."""
 PAIRS: Axes = {
     "weight": "OPQ",
     "x": "BMI",

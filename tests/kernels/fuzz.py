@@ -188,8 +188,9 @@ def check(name: str, got: Tensor, truth: Tensor, scale: Tensor, dtype: torch.dty
 
 
 def run(case: Case, rng: random.Random) -> None:
-    """Run both operators on a case, and compare their results with einsum."""
+    """Run all operators on a case, and compare their results with einsum."""
     torch.set_num_threads(case.threads)
+    run_models(case, rng)
     with operands(case, rng) as t:
         truth = expected(t, case.given)
         scale = expected({name: tensor.abs() for name, tensor in t.items()}, case.given)
@@ -214,6 +215,42 @@ def run(case: Case, rng: random.Random) -> None:
                     check(label, got, exact, most, case.dtype)
                 elif asked and name in ("dx", "dz", "dH"):
                     raise AssertionError(f"{schedule}: {name} was requested but is missing")
+
+
+def run_models(case: Case, rng: random.Random) -> None:
+    """Run the operators of models on some of the cases: each factor has an axis of models, of any stride."""
+    count, schedule = rng.choice((1, 2, 3, 5)), rng.choice(SCHEDULES)
+    if rng.random() < 0.6:
+        return
+    length = dict(zip("bnrio", case.sizes, strict=True))
+    held, ts = [], []
+    for name in ("x", "z", "weight", "g"):
+        shape = [count, *(length[axis] for axis in AXES[name])]
+        shared = rng.random() < 0.2  # by all models
+        memory, t = guarded(shape[shared:], case.layouts[[*AXES].index(name)], case.dtype, 0, rng)
+        held.append(memory)
+        ts.append(t.expand(shape) if shared else t)
+    x, z, weight, g = ts
+    mask = case.mask[:3]
+    options = (case.workspace, case.dtype == torch.bfloat16 and rng.random() < 0.5)
+    ops = torch.ops.fasthyper_cpu
+    y = ops.apply_models(x, z, weight, schedule, *options)
+    to_z_only, to_h_only = mask == (False, True, False), mask == (False, False, True)
+    of = x, None if to_z_only else z, None if to_h_only else weight, g
+    out = ops.grads_models(*of, mask, schedule, schedule, *options)
+    rest = {name: torch.zeros([length[axis] for axis in AXES[name]]) for name in ("bias", "base_weight", "base_bias")}
+    for m in range(count):
+        one = {"x": x[m], "z": z[m], "weight": weight[m], "g": g[m], **rest}
+        truth = expected(one, (False,) * 3)
+        scale = expected({name: t.abs() for name, t in one.items()}, (False,) * 3)
+        for name, got, exact, most, asked in zip(NAMES, (y, *out), truth, scale, (True, *mask), strict=False):
+            if asked:
+                got = got[m].nan_to_num() if case.dtype == torch.float16 else got[m]
+                check(f"model {m} of {count}, {schedule}: {name}", got, exact, most, case.dtype)
+    del x, z, weight, g, of, one
+    ts.clear()
+    for memory in held:
+        memory.free()
 
 
 def main(draw: Callable, run: Callable, description: str) -> None:
