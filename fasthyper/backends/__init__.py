@@ -178,7 +178,7 @@ def of_terms(name: str, device: torch.device) -> OverTerms:
 
 
 def of_models(name: str, device: torch.device) -> OfModels:
-    """Return the backend that runs a call of many models: that of `backend`, in aten's way if it lacks these functions."""
+    """Return the backend that runs a call of M models: that of `backend`, in aten's way if it lacks these functions."""
     module = backend(name, device)
     return cast(OfModels, module) if hasattr(module, "apply_models") else Models(module)
 

@@ -68,7 +68,7 @@ def test_all_gradients(sizes, how, dtype, factors, oracle):
         oracle.check_all([t[m] for t in out], oracle.grads, *(t[m] for t in ts))
 
 
-@pytest.mark.parametrize("mask", itertools.product((True, False), repeat=3), ids=str)
+@pytest.mark.parametrize("mask", [*itertools.product((True, False), repeat=3)], ids=str)
 def test_the_mask_selects_gradients(mask, how, factors, oracle):
     ts = factors(lead=M)
     with fasthyper.use_backend(*how):

@@ -95,7 +95,7 @@ class Models(NamedTuple):
     ) -> tuple[Tensor | None, ...]:
         """Return dx, dz and dH where the mask is set."""
         z, weight = cast(Tensor, z), cast(Tensor, weight)  # None only if no requested gradient reads it
-        M, B, N, I = x.shape
+        M, B, _, I = x.shape
         O, R = g.shape[3], (z if weight is None else weight).shape[-1]
         to_x, to_z, to_h = mask
         dx = self.apply_models(g, z, weight.transpose(1, 2), schedule=schedule) if to_x else None
@@ -147,7 +147,7 @@ class Models(NamedTuple):
     def _together(
         x: Tensor, weight: Tensor | None, O: int, R: int, plan: Plan, schedule: str, to_h: bool = False
     ) -> int:
-        """Return how many models fit a tile. A forced schedule runs them one by one: batched products have no choice."""
+        """Return how many models fit a tile. A forced schedule runs them one by one: products have no choice."""
         if schedule != AUTO:
             return 1
         _, B, N, I = x.shape
