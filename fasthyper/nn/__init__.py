@@ -18,8 +18,10 @@ from fasthyper.nn.hypernetwork import Hypernetwork
 from fasthyper.nn.init import bias_hyper_, hyperfan_in_, hyperfan_out_
 from fasthyper.nn.linear import HyperLinear
 from fasthyper.nn.nn_conv import NNConv
+from fasthyper.nn.opacus_samplers import register_with_opacus
 from fasthyper.nn.pairwise_bilinear import PairwiseBilinear
 from fasthyper.nn.parameters import ParameterReport, parameter_report
+from fasthyper.nn.per_sample import per_sample_norm_sq
 from fasthyper.nn.qmixer import QMixer
 from fasthyper.nn.rgcn_conv import RGCNConv
 from fasthyper.nn.summary import GenerationSummary, LayerSummary, what_is_generated
@@ -50,6 +52,8 @@ __all__ = [
     "hyperfan_out_",
     "hyperize",
     "parameter_report",
+    "per_sample_norm_sq",
+    "register_with_opacus",
     "ungenerated",
     "what_is_generated",
 ]
