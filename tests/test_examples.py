@@ -14,6 +14,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 ARGUMENTS = {
+    "clipped_gradients.py": "--epochs 3 --batches 12",
+    "maml.py": "--epochs 3 --batches 12 --tasks 8 --width 16",
+    "newton.py": "--epochs 3 --instances 16",
     "qm9_message_passing.py": "--epochs 3 --batches 6 --molecules 8 --width 16 --hidden 16",
     "ragged_graphs.py": "--epochs 3 --batches 8 --graphs 16 --width 16 --hidden 32",
 }
