@@ -206,7 +206,7 @@ def apply_models(x: Tensor, z: Tensor, weight: Tensor, *, schedule: str) -> Tens
     """Return y (M, B, N, O) of x (M, B, N, I), z (M, B, R), H (M, O, I, R); see `contract.OfModels`."""
     problem = _problem_of_models("apply", x, weight.shape[3], weight.shape[1])
     if not _loops_over_models(problem, len(x), schedule) or models.is_shared(weight):
-        return models.Models(cast(Backend, sys.modules[__name__])).apply_models(x, z, weight, schedule=schedule)
+        return _together(problem).apply_models(x, z, weight, schedule=schedule)
     plan = planner.plan(problem, schedule)
     options = planner.get_workspace_limit(), plan.work_dtype != torch.float32
     return _ops.apply_models(x, z, weight, plan.schedule, *options)
@@ -226,8 +226,7 @@ def grads_models(
     R = cast(Tensor, z if weight is None else weight).shape[-1]
     problem = _problem_of_models("grads", x, R, g.shape[3], (dx, dz, dh))
     if not _loops_over_models(problem, len(x), schedule) or not any(mask):
-        of = models.Models(cast(Backend, sys.modules[__name__]))
-        return of.grads_models(x, z, weight, g, mask, schedule=schedule)
+        return _together(problem).grads_models(x, z, weight, g, mask, schedule=schedule)
     plan, plan_of_weight = _plans_of_grads(problem, schedule)
     options = planner.get_workspace_limit(), plan.work_dtype != torch.float32
     out = _ops.grads_models(x, z, weight, g, mask, plan.schedule, plan_of_weight.schedule, *options)
@@ -242,18 +241,24 @@ def _problem_of_models(
     return Problem(op, B, N, R, I, O, x.dtype, x.device.type, needs=needs, backend="cpu")
 
 
-_INSTANCES_OF_MODEL, _ROWS_OF_MODEL = 4, 8
+def _together(problem: Problem) -> models.Models:
+    return models.Models(cast(Backend, sys.modules[__name__]) if takes(problem) else aten)
+
+
+_INSTANCES_OF_MODEL, _ROWS_OF_MODEL, _LARGE_MODEL = 4, 8, 1 << 18
 
 
 def _loops_over_models(problem: Problem, count: int, schedule: str) -> bool:
     """Return whether the kernels run the models, rather than torch's batched products.
 
-    The kernels fill vectors with rows of different instances, which a model of few instances leaves empty.
+    The kernels fill vectors with rows of different instances, which a model of few instances leaves empty. Batched
+    products of large models would have no room for two.
     """
     if count == 0 or not takes(problem):
         return False
     few = problem.batch < _INSTANCES_OF_MODEL or problem.batch * problem.points < _ROWS_OF_MODEL
-    return schedule != AUTO or not few
+    large = problem.batch * problem.in_features * problem.out_features > _LARGE_MODEL
+    return schedule != AUTO or large or not few
 
 
 def _plans_of_grads(problem: Problem, schedule: str) -> tuple[Plan, Plan]:

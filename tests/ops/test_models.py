@@ -273,9 +273,9 @@ def test_a_forced_backend_runs_every_model(forced, factors, oracle, monkeypatch)
         for method in ("apply", "grads"):
             original = getattr(module, method)
 
-            def spy(*args, _original=original, _name=name, schedule):
+            def spy(*args, _original=original, _name=name, schedule, **out):
                 ran.append((_name, schedule))
-                return _original(*args, schedule=schedule)
+                return _original(*args, schedule=schedule, **out)
 
             monkeypatch.setattr(module, method, spy)
     ts = factors(lead=M)
@@ -314,6 +314,21 @@ def test_the_workspace_holds(name, sizes, transposed, dtype):
     once, twice = temporary(sizes[0]), temporary(2 * sizes[0])
     assert once < 34 * MIB
     assert twice - once < MIB
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_heads_larger_than_the_workspace(dtype):
+    """The gradients of large heads are written where they are returned."""
+    fasthyper.set_workspace_limit(4 * MIB)
+    x, z, g = (torch.randn(2, 1, *size, dtype=dtype) for size in ((1, 520), (12,), (1, 520)))
+    weight = torch.randn(2, 520, 520, 12, dtype=dtype)
+
+    def step():
+        return ops.grads_models(x, z, weight, g, [True] * 3)
+
+    step()
+    assert peak_temporary_bytes(step) < 5 * MIB
+    torch.testing.assert_close(step()[2], torch.einsum("mbno,mbni,mbr->moir", g, x, z))
 
 
 def test_results_do_not_depend_on_the_number_of_threads():

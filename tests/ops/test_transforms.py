@@ -259,9 +259,9 @@ def test_a_forced_backend_runs_every_call_of_a_transform(forced, f, xzw, oracle,
         for method in ("apply", "grads"):
             original = getattr(module, method)
 
-            def spy(*args, _original=original, _name=name, schedule):
+            def spy(*args, _original=original, _name=name, schedule, **out):
                 ran.append((_name, schedule))
-                return _original(*args, schedule=schedule)
+                return _original(*args, schedule=schedule, **out)
 
             monkeypatch.setattr(module, method, spy)
     with fasthyper.use_backend(*forced):

@@ -93,10 +93,11 @@ def grads(
     mask: tuple[bool, ...],
     *,
     schedule: str,
+    out: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, z, H, bias, W0, b0 where the mask is set.
 
-    z may be None if only dz is needed, and H if only dH is.
+    z may be None if only dz is needed, and H if only dH is. The first three are written to `out` if it is given.
     """
     B, N, I = x.shape
     O = g.shape[2]
@@ -106,14 +107,14 @@ def grads(
     )  # None only if no requested gradient reads it
     R = (z if weight is None else weight).shape[-1]
     plan = planner.plan(Problem.of("grads", x, R, O, (mask[0], mask[1], mask[2])), schedule)
-    if schedule == AUTO and _is_one_tile(x, weight, g, O, plan):
+    if out is None and schedule == AUTO and _is_one_tile(x, weight, g, O, plan):
         return materialised.grads(x, z, weight, bias, base_weight, g, mask, schedule=schedule)
     tiling = tiling_of(plan)
 
     def new(wanted: bool, *size: int) -> Tensor | None:
         return x.new_empty(size) if wanted else None
 
-    dx, dz, dh = new(mask[0], B, N, I), new(mask[1], B, R), new(mask[2], O, I, R)
+    dx, dz, dh = out or (new(mask[0], B, N, I), new(mask[1], B, R), new(mask[2], O, I, R))
     none = Affine(g, z, None, None, None, tiling)
     into_x = none._replace(base_weight=None if base_weight is None else base_weight.T)
     into_z = none._replace(bias=bias)

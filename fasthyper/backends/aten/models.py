@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ... import planner
 from ...problem import AUTO, Plan, Problem
+from .. import aten
 from ..contract import Backend
 from .tiling import blocks, head_matrix, put
 
@@ -108,11 +109,14 @@ class Models(NamedTuple):
         if together < 2:
             for k in range(M):
                 of = x[k], None if z is None else z[k], None if weight is None else weight[k], None, None, g[k]
-                _, of_z, of_h, *_ = self.module.grads(*of, (False, to_z, to_h, False, False, False), schedule=schedule)
-                if dz is not None:
-                    dz[k] = cast(Tensor, of_z)
-                if dh is not None:
-                    dh[k] = cast(Tensor, of_h)
+                wanted = False, to_z, to_h, False, False, False
+                outs = None, None if dz is None else dz[k], None if dh is None else dh[k]
+                if self.module is aten:  # no second dH
+                    aten.grads(*of, wanted, schedule=schedule, out=outs)
+                    continue
+                for out, found in zip(outs, self.module.grads(*of, wanted, schedule=schedule), strict=False):
+                    if out is not None:
+                        out.copy_(cast(Tensor, found))
             return dx, dz, dh
         for m in blocks(M, together):
             self._grads_together(x[m], z, weight, g[m], dz, dh, m, plan.work_dtype)
