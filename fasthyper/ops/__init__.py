@@ -14,10 +14,18 @@ mapped.py     hyper_linear with a function of the generated weights
 chunks.py     a differentiable function of instances, some of them at a time
 pairs.py      pairs: every member of one set with every member of another
 primary.py    primary: two hyper_linear and the activation between them
+flops.py      the flops of each op, for torch's counter
+decompose.py  each op in ATen operations, for exported programs
 reference.py  the definition of each op, as one einsum
 """
 
-from . import models as models
+# Some are imported for their ops alone, which must be there when torch's counter and exporter hear of them.
+from . import conv, flops, groups, hyper_conv, linear, linear_terms, mapped, models, pairs, primary, register, terms  # noqa: F401
+from .decompose import decompositions
 from .family import apply, cond_grad, grads, weight_grad
 
-__all__ = ["apply", "cond_grad", "grads", "weight_grad"]
+__all__ = ["apply", "cond_grad", "decompositions", "grads", "weight_grad"]
+
+flops.watch()
+if not register.MISSING:
+    register.add_to_export(decompositions)

@@ -145,6 +145,11 @@ def _grads_kernel(args: MappedLinearGrads) -> tuple[Tensor | None, ...]:
 
 
 def _grads_composite(args: MappedLinearGrads) -> tuple[Tensor | None, ...]:
+    return compose_grads(args, whole=choice(args).backend == "materialised")
+
+
+def compose_grads(args: MappedLinearGrads, whole: bool = False) -> tuple[Tensor | None, ...]:
+    """Return the gradients of `compose` by torch's own operations."""
     wanted = Wanted(*args.mask)
 
     def some(x: Tensor, z: Tensor, g: Tensor, weight: Tensor, *rest: Tensor | None) -> chunks.Results:
@@ -166,7 +171,6 @@ def _grads_composite(args: MappedLinearGrads) -> tuple[Tensor | None, ...]:
 
     with autocast.off(args.x):
         O, I, _ = args.weight.shape
-        whole = choice(args).backend == "materialised"
         shared = (args.weight, args.bias, args.base_weight)
         (dx, dz), (dh, dw0) = chunks.run(some, (args.x, args.z, args.g), shared, O * I, whole)
         per_instance = args.g.sum(1) if wanted.bias or wanted.base_bias else args.g

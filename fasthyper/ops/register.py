@@ -58,6 +58,17 @@ Gradients = Mapping[str, Tensor | None]
 """Gradients, or tangents, by the name of an argument."""
 
 
+class Defined(NamedTuple):
+    """An op that `define` has registered: its named tuple of arguments, and the same computation by other ops."""
+
+    arguments: Any
+    composite: Op
+
+
+DEFINED: dict[str, Defined] = {}
+"""All ops, by name."""
+
+
 class Arguments(Protocol):
     """The arguments of an op: a named tuple that ends in the choice of a backend."""
 
@@ -128,6 +139,7 @@ def define(
     """
     signature = _Signature(name, arguments, results, axes, validate)
     run_composite = signature.with_check(composite or definition)
+    DEFINED[name] = Defined(arguments, run_composite)
     LIBRARY.define(signature.schema(), tags=(torch.Tag.pt2_compliant_tag,))
     if MISSING:
         LIBRARY.impl(name, run_composite, "CompositeImplicitAutograd")
@@ -156,6 +168,25 @@ def define(
     else:
         assert vmap is not None
         torch.library.register_vmap(f"fasthyper::{name}", signature.with_check_of_one(vmap), lib=LIBRARY)
+
+
+def add_to_export(decompositions: Callable[[], Mapping[Any, Op]]) -> None:
+    """Add decompositions to the default table of ``torch.export``, from which a user may remove them.
+
+    The table takes custom ops by itself only if they are CompositeImplicitAutograd, which ``torch.compile`` would
+    decompose as well: it has another table, and keeps our ops.
+    """
+    try:
+        from torch.export.decomp_utils import CustomDecompTable
+    except ImportError:
+        return
+    init = CustomDecompTable.__init__
+
+    def init_with_ours(self: Any) -> None:
+        init(self)
+        self.update(decompositions())
+
+    CustomDecompTable.__init__ = init_with_ours  # type: ignore[method-assign]
 
 
 class _Signature:
