@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import backends
 from .geometry import AXES, image_size, output_size
@@ -31,7 +32,10 @@ def convolve(
     groups: int,
 ) -> Tensor:
     """Return `hyper_conv1d`, `2d` or `3d`; see there."""
-    tensors = _checked(dims, False, groups, x, z, weight, bias, base_weight, base_bias)
+    given = x, z, weight, bias, base_weight, base_bias
+    if has_torch_function_variadic(*given):
+        return handle_torch_function(convolve, given, dims, *given, stride, padding, dilation, groups)
+    tensors = _checked(dims, False, groups, *given)
     x, kernel = tensors[0], weight.shape[2:-1]
     strides, dilations = numbers("stride", stride, dims, 1), numbers("dilation", dilation, dims, 1)
     if padding == "same":
@@ -73,7 +77,12 @@ def convolve_transposed(
     dilation: Numbers,
 ) -> Tensor:
     """Return `hyper_conv_transpose1d`, `2d` or `3d`; see there."""
-    tensors = _checked(dims, True, groups, x, z, weight, bias, base_weight, base_bias)
+    given = x, z, weight, bias, base_weight, base_bias
+    if has_torch_function_variadic(*given):
+        return handle_torch_function(
+            convolve_transposed, given, dims, *given, stride, padding, output_padding, groups, dilation
+        )
+    tensors = _checked(dims, True, groups, *given)
     output, kernel = x.shape[2:], weight.shape[2:-1]
     strides, dilations = numbers("stride", stride, dims, 1), numbers("dilation", dilation, dims, 1)
     paddings, more = numbers("padding", padding, dims, 0), numbers("output_padding", output_padding, dims, 0)
@@ -141,6 +150,8 @@ def _run(op: Any, dims: int, tensors: Sequence[Any], *geometry: Any) -> Tensor:
     x, z, weight, bias, base_weight, base_bias = tensors
     defaults = (1, 0, 1, None, 1, 1, 1)
     of = [value if d is None else [d] * missing + [*value] for value, d in zip(geometry, defaults, strict=True)]
+    if torch.jit.is_tracing():  # torch's tracer takes no lists of recorded sizes: the pixels become constants
+        of = [[int(n) for n in values] if isinstance(values, list) else values for values in of]
     if missing:
         x, weight, base_weight = (_with_axes(t, missing) for t in (x, weight, base_weight))
     y = op(x, z, weight, bias, base_weight, base_bias, *of, *backends.current())

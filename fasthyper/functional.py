@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import backends, maps
 from .incidence import Incidence
@@ -89,6 +90,11 @@ def hyper_linear(
         >>> torch.allclose(y, torch.einsum("boi,bi->bo", W, x) + z @ bias.T, atol=1e-4)
         True
     """
+    if has_torch_function_variadic(x, z, weight, bias, base_weight, base_bias):
+        overriding = x, z, weight, bias, base_weight, base_bias
+        more: dict[str, Any] = {"incidence": incidence, "reduce": reduce, "weight_map": weight_map}
+        more.update(base_weight=base_weight, base_bias=base_bias)
+        return handle_torch_function(hyper_linear, overriding, x, z, weight, bias, **more)
     if isinstance(x, Tensor) and autocast.enabled(x.device.type):
         x, z, weight, bias, base_weight, base_bias = map(autocast.follow, (x, z, weight, bias, base_weight, base_bias))
     tensors = x, z, weight, bias, base_weight, base_bias

@@ -34,6 +34,7 @@ class Incidence:
         num_targets: the number of rows of y, T. By default the largest target plus one; E if ``target`` is None.
 
     Raises:
+        NotImplementedError: ``torch.jit.trace`` runs.
         TypeError: an index is not a tensor of int64 or int32, or a number is not an integer.
         ValueError: an index is not one-dimensional, lengths or devices differ, a value is negative or not below its
             number, or a number contradicts an identity.
@@ -65,6 +66,11 @@ class Incidence:
         num_conds: int | None = None,
         num_targets: int | None = None,
     ) -> None:
+        if torch.jit.is_tracing():  # it would make constants of the numbers of rows, and be wrong for others
+            raise NotImplementedError(
+                "torch.jit.trace cannot record an Incidence that is made inside of the model: make it outside, or use "
+                "torch.export.export(model, inputs)"
+            )
         given = {"source": source, "cond": cond, "target": target}
         _check_indices(given)
         numbers = {"source": num_sources, "cond": num_conds, "target": num_targets}

@@ -15,6 +15,7 @@ from fasthyper.nn.init import INITS
 from fasthyper.nn.linear import check_sizes
 from fasthyper.nn.merge import with_parameters
 from fasthyper.nn.rows import spread
+from fasthyper.nn.tracing import is_proxy, recorded
 from fasthyper.ops import autocast
 
 OVER_LAST_AXES = nn.LayerNorm, nn.RMSNorm
@@ -129,6 +130,8 @@ class HyperAffine(GeneratedLayer):
             ValueError: the sizes do not fit, or z is None outside of a Hypernetwork.
         """
         z, incidence, repeat = self._condition(z, incidence)
+        if is_proxy(x) and (y := recorded(self, x, *self._to_record(z, incidence, repeat))) is not None:
+            return y
         self._check(z)
 
         def generated(head: Tensor, base: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ import math
 from torch import Tensor, nn
 
 from fasthyper.functional import hyper_linear
+from fasthyper.nn.tracing import is_proxy, recorded, refuse_script
 
 
 class Bilinear(nn.Bilinear):
@@ -50,6 +51,8 @@ class Bilinear(nn.Bilinear):
         True
     """
 
+    __prepare_scriptable__ = refuse_script
+
     def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         """Return ``input1ᵀ weight input2 + bias``.
 
@@ -64,6 +67,8 @@ class Bilinear(nn.Bilinear):
             TypeError: the dtypes differ or are not floating point.
             ValueError: the sizes do not fit; nothing is broadcast.
         """
+        if is_proxy(input1) and (y := recorded(self, input1, input2)) is not None:
+            return y
         lead = input1.shape[:-1]
         if input1.ndim == 0 or input1.shape[-1] != self.in1_features:
             raise ValueError(f"input1 must be (*, {self.in1_features}), got {tuple(input1.shape)}")

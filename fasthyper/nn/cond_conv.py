@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fasthyper.convolution import Numbers, numbers
 from fasthyper.functional_conv import hyper_conv2d
+from fasthyper.nn.tracing import is_proxy, recorded, refuse_script
 
 
 class CondConv2d(nn.Module):
@@ -58,6 +59,8 @@ class CondConv2d(nn.Module):
     """
 
     bias: nn.Parameter | None
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -128,6 +131,8 @@ class CondConv2d(nn.Module):
             TypeError: the dtypes differ or are not floating point.
             ValueError: the sizes do not fit.
         """
+        if is_proxy(x) and (y := recorded(self, x, routing_weights)) is not None:
+            return y
         padding: Sequence[int] = self.padding
         if self.dynamic_padding:
             x = F.pad(x, self._sides(x.shape[-2:]))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fasthyper.incidence import Incidence
 from fasthyper.nn.current_z import current_z, repeats_z
 from fasthyper.nn.merge import one_z
+from fasthyper.nn.tracing import refuse_script
 from fasthyper.ops import autocast
 
 HEADS = {"weight": "weight", "weight_a": "weight", "weight_b": "weight", "bias": "bias"}
@@ -29,6 +30,7 @@ class GeneratedLayer(nn.Module):
     base_weight: Any
     base_bias: Any
     cond_features: int
+    __prepare_scriptable__ = refuse_script
 
     def _condition(self, z: Any, incidence: Incidence | None) -> tuple[Any, Incidence | None, bool | None]:
         """Return z and the incidence of a call, and whether z is repeated: None if the caller passed z."""
@@ -36,6 +38,15 @@ class GeneratedLayer(nn.Module):
             return z, incidence, None
         z, current = current_z(self)
         return z, current if incidence is None else incidence, repeats_z()
+
+    def _to_record(self, z: Any, incidence: Incidence | None, repeat: bool | None) -> tuple[Any, Incidence | None]:
+        """Return z and the incidence of a call that ``torch.fx`` records."""
+        if repeat:
+            raise ValueError(
+                "repeat_z must be False where torch.fx traces the primary: the number of rows for each z is unknown. "
+                "A Hypernetwork inside of the traced module is one node, with repeat_z, too"
+            )
+        return z, incidence
 
     def _check(self, z: Any, features: int | None = None) -> None:
         features = self.cond_features if features is None else features

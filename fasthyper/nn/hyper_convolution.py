@@ -18,6 +18,7 @@ from fasthyper.nn.low_rank import check_rank
 from fasthyper.nn.low_rank_conv import LowRankConv
 from fasthyper.nn.merge import with_parameters
 from fasthyper.nn.rows import spread
+from fasthyper.nn.tracing import is_proxy, recorded
 from fasthyper.ops import autocast
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -144,6 +145,8 @@ class HyperConvolution(GeneratedLayer):
             ValueError: the sizes do not fit, z is None outside of a Hypernetwork, or its call has an incidence.
         """
         z, incidence, repeat = self._condition(z, None)
+        if is_proxy(x) and (y := recorded(self, x, *self._to_record(z, incidence, repeat)[:1])) is not None:
+            return y
         if incidence is not None:
             raise ValueError(f"{type(self).__name__} takes no incidence: its x must have one image for each z")
         if repeat is not None and isinstance(x, Tensor) and isinstance(z, Tensor):

@@ -16,6 +16,7 @@ from fasthyper.nn.init import INITS
 from fasthyper.nn.linear import check_sizes
 from fasthyper.nn.merge import with_parameters
 from fasthyper.nn.rows import row_numbers
+from fasthyper.nn.tracing import is_proxy, recorded
 from fasthyper.ops import autocast
 from fasthyper.ops.register import transformed
 
@@ -124,6 +125,8 @@ class HyperEmbedding(GeneratedLayer):
             ValueError: the sizes do not fit, or z is None outside of a Hypernetwork.
         """
         z, incidence, repeat = self._condition(z, incidence)
+        if is_proxy(ids) and (y := recorded(self, ids, *self._to_record(z, incidence, repeat))) is not None:
+            return y
         self._check(z)
         if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"ids must be a tensor of int64 or int32, got {getattr(ids, 'dtype', type(ids).__name__)}")

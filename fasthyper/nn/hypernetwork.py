@@ -21,6 +21,7 @@ from fasthyper.nn.linear import HyperLinear
 from fasthyper.nn.merge import merged_copy
 from fasthyper.nn.plain_linear import only_calls_forward
 from fasthyper.nn.rows import in_instances
+from fasthyper.nn.tracing import is_proxy, refuse_script
 from fasthyper.ops.primary import activation_of
 
 _MAX_LISTED = 8
@@ -76,6 +77,7 @@ class Hypernetwork(nn.Module):
     """
 
     repeat_z: bool = False
+    __prepare_scriptable__ = refuse_script
     _places: list[Place] | None = None
 
     def __init__(self, trunk: nn.Module, primary: nn.Module, *, repeat_z: bool = False) -> None:
@@ -112,6 +114,8 @@ class Hypernetwork(nn.Module):
             ValueError: the trunk returns a dict whose keys are not the names of the primary's HyperLinears, or the
                 incidence does not fit the sizes of a layer.
         """
+        if is_proxy(x):
+            return self._recorded(x, cond, args, incidence, kwargs)
         if incidence is not None and not isinstance(incidence, Incidence):
             raise TypeError(f"incidence must be a fasthyper.Incidence, got {type(incidence).__name__}")
         if incidence is not None and self.repeat_z:
@@ -129,6 +133,20 @@ class Hypernetwork(nn.Module):
         ):
             return in_instances(lambda x, z: hyper_primary(x, z, *layers), x, z, repeat=False)
         with use_z(z, incidence, self.repeat_z):
+            return self.primary(x, *args, **kwargs)
+
+    def _recorded(self, x: Any, cond: Any, args: Any, incidence: Any, kwargs: Any) -> Any:
+        """Record a call for ``torch.fx``: one node, or the nodes of trunk and primary if fx traces this module."""
+        if not isinstance(args, tuple):  # one proxy for all arguments that a caller might add
+            args, kwargs = (), {}
+        if x.tracer.root is not self:
+            path, more = (
+                x.tracer.path_of_module(self),
+                {**kwargs, **({"incidence": incidence} if incidence is not None else {})},
+            )
+            return x.tracer.create_proxy("call_module", path, (x, cond, *args), more)
+        z = self.trunk(cond)
+        with use_z(self._z_by_layer(z) if isinstance(z, dict) else z, incidence, self.repeat_z):
             return self.primary(x, *args, **kwargs)
 
     def merged(self, cond: Any) -> nn.Module:

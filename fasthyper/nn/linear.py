@@ -15,6 +15,7 @@ from fasthyper.nn.linear_call import run, written_out
 from fasthyper.nn.low_rank import LowRank, check_rank
 from fasthyper.nn.merge import with_parameters
 from fasthyper.nn.rows import in_instances
+from fasthyper.nn.tracing import is_proxy, recorded
 from fasthyper.ops import autocast
 
 
@@ -260,6 +261,8 @@ class HyperLinear(GeneratedLayer):
                 incidence has sources or targets.
         """
         z, incidence, repeat = self._condition(z, incidence)
+        if is_proxy(x) and (y := recorded(self, x, *self._to_record(z, incidence, repeat), reduce)) is not None:
+            return y
         if repeat is None:
             return self._run(x, z, incidence, reduce)
         return in_instances(lambda x, z: self._run(x, z, incidence, reduce), x, z, repeat)

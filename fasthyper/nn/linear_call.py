@@ -35,7 +35,7 @@ def _split(
     """Return the z of the weight, the head of the bias if it has the same z, and otherwise the generated bias."""
     if isinstance(z, tuple):
         return z[0], None, _generated_bias(layer.bias, x, z[1], incidence, reduce)
-    if layer.bias is not None and layer.bias.shape[1] != layer.cond_features:
+    if layer.bias is not None and isinstance(z, Tensor) and layer.bias.shape[1] != layer.cond_features:
         raise ValueError(
             f"z must be a pair: the z of the weight has {layer.cond_features} features, that of the bias "
             f"{layer.bias.shape[1]}; got one z {tuple(z.shape)}"

@@ -13,6 +13,7 @@ from torch.nn import Linear, Module, Parameter, init
 from fasthyper.functional import hyper_linear
 from fasthyper.nn import edges
 from fasthyper.nn.plain_linear import split_head
+from fasthyper.nn.tracing import is_proxy, recorded, refuse_script
 
 
 class NNConv(Module):
@@ -76,6 +77,8 @@ class NNConv(Module):
     """
 
     bias: Parameter | None
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -153,6 +156,8 @@ class NNConv(Module):
             TypeError: ``edge_index`` is of another type, or x is not floating point.
             ValueError: sizes or devices do not fit, or an index is out of range.
         """
+        if is_proxy(edge_index) and (y := recorded(self, x, edge_index, edge_attr, size)) is not None:
+            return y
         edge_index, edge_attr, size = _unpack(edge_index, edge_attr, size)
         x_source, x_target = edges.nodes(x, self._features, self.root_weight)
         edge_index = edges.check_edges(edge_index, x_source)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fasthyper import backends
 from fasthyper.nn.linear import check_sizes
+from fasthyper.nn.tracing import is_proxy, recorded, refuse_script
 from fasthyper.ops import autocast
 from fasthyper.ops.pairs import ops
 
@@ -70,6 +71,8 @@ class PairwiseBilinear(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
 
+    __prepare_scriptable__ = refuse_script
+
     def __init__(
         self,
         in1_features: int,
@@ -123,6 +126,8 @@ class PairwiseBilinear(nn.Module):
             TypeError: an input is not a floating point tensor, or the dtypes differ.
             ValueError: the sizes do not fit (nothing is broadcast), or the devices differ.
         """
+        if is_proxy(input1) and (y := recorded(self, input1, input2)) is not None:
+            return y
         self._check("input1", input1, "M", self.in1_features)
         self._check("input2", input2, "N", self.in2_features)
         lead = input1.shape[:-2]

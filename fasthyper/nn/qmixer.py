@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fasthyper.functional import hyper_linear
 from fasthyper.nn.linear import check_sizes
+from fasthyper.nn.tracing import is_proxy, recorded, refuse_script
 
 
 class QMixer(nn.Module):
@@ -62,6 +63,8 @@ class QMixer(nn.Module):
         True
     """
 
+    __prepare_scriptable__ = refuse_script
+
     def __init__(
         self,
         state_shape: Sequence[int],
@@ -99,6 +102,8 @@ class QMixer(nn.Module):
         Raises:
             ValueError: a shape does not fit.
         """
+        if is_proxy(chosen_action_value) and (y := recorded(self, chosen_action_value, state)) is not None:
+            return y
         rank = len(self.state_shape)
         if chosen_action_value.shape[-2:] != (self.n_agents, 1):
             raise ValueError(

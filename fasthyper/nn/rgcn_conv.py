@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fasthyper.functional import hyper_linear
 from fasthyper.incidence import Incidence
 from fasthyper.nn import edges
+from fasthyper.nn.tracing import is_proxy, recorded, refuse_script
 
 
 class RGCNConv(nn.Module):
@@ -78,6 +79,8 @@ class RGCNConv(nn.Module):
     comp: nn.Parameter | None
     root: nn.Parameter | None
     bias: nn.Parameter | None
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -148,6 +151,8 @@ class RGCNConv(nn.Module):
             TypeError: an index is of another type, or x is not floating point.
             ValueError: sizes or devices do not fit, or an index is out of range.
         """
+        if is_proxy(edge_index) and (y := recorded(self, x, edge_index, edge_type)) is not None:
+            return y
         x_source, x_target = edges.nodes(x, self._features, self.root is not None)
         if x_target is None:
             raise ValueError("x[1] must be the features of the target nodes, got None")

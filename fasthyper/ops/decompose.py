@@ -168,6 +168,10 @@ def _in_order(y: Tensor, x: Tensor) -> Tensor:
     return y.contiguous(memory_format=torch.channels_last_3d if last else torch.contiguous_format)
 
 
+def _mapped_linear(args: mapped.MappedLinear) -> Tensor:
+    return mapped.compose(*args[:7], whole=True)
+
+
 _OWN: dict[str, Callable[[Any], Any]] = {
     "apply": lambda args: _apply(*args[:3]).contiguous(),
     "cond_grad": lambda args: _cond_grad(*args[:3]),
@@ -177,7 +181,7 @@ _OWN: dict[str, Callable[[Any], Any]] = {
     "conv_transpose_apply": _conv_transpose_apply,
     "conv_cond_grad": lambda args: _kernel_grads(args).flatten(1) @ args.weight.flatten(0, -2),
     "conv_weight_grad": _conv_weight_grad,
-    "mapped_linear": lambda args: mapped.compose(*args[:6], args.map, whole=True),
+    "mapped_linear": _mapped_linear,
     "mapped_linear_grads": lambda args: mapped.compose_grads(args, True),
 }
 """The ops whose decomposition is not their composite or definition."""

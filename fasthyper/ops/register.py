@@ -9,11 +9,13 @@ weights and works under every transform.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, get_type_hints
 
 import torch
+import torch.export
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -173,20 +175,24 @@ def define(
 def add_to_export(decompositions: Callable[[], Mapping[Any, Op]]) -> None:
     """Add decompositions to the default table of ``torch.export``, from which a user may remove them.
 
-    The table takes custom ops by itself only if they are CompositeImplicitAutograd, which ``torch.compile`` would
-    decompose as well: it has another table, and keeps our ops.
+    torch takes custom ops into this table only if they are CompositeImplicitAutograd, and then ``torch.compile``
+    decomposes them, too. So the two functions of ``torch.export`` that make the table are replaced. Inductor makes its
+    own from another function of torch, and must not have them.
     """
-    try:
-        from torch.export.decomp_utils import CustomDecompTable
-    except ImportError:
-        return
-    init = CustomDecompTable.__init__
+    default, run = torch.export.default_decompositions, torch.export.ExportedProgram.run_decompositions
 
-    def init_with_ours(self: Any) -> None:
-        init(self)
-        self.update(decompositions())
+    @functools.wraps(default)
+    def default_decompositions() -> Any:
+        table = default()
+        table.update(decompositions())
+        return table
 
-    CustomDecompTable.__init__ = init_with_ours  # type: ignore[method-assign]
+    @functools.wraps(run)
+    def run_decompositions(self: Any, decomp_table: Any = None, *args: Any, **more: Any) -> Any:
+        return run(self, default_decompositions() if decomp_table is None else decomp_table, *args, **more)
+
+    torch.export.default_decompositions = default_decompositions
+    torch.export.ExportedProgram.run_decompositions = run_decompositions  # type: ignore[method-assign]
 
 
 class _Signature:
@@ -372,6 +378,10 @@ def _record(
                 primals = (forward_ad.unpack_dual(t, level=0).primal if isinstance(t, Tensor) else t for t in args)
                 given = {field: t for field, t in zip(fields, tangents, strict=True) if t is not None}
                 return jvp(arguments(*primals), given)
+
+    # Profilers and graphs of autograd show these names, as those of torch's own nodes.
+    node = "".join(part.capitalize() for part in op.name().partition("::")[2].split("_"))  # type: ignore[attr-defined]
+    Rule.__name__, Rule._backward_cls.__name__ = node, f"{node}Backward"
 
     def _restore(ctx: Any) -> tuple[Any, list[Tensor]]:
         saved = iter(ctx.saved_tensors)
