@@ -25,6 +25,8 @@ from .nn import (
 )
 from .planner import get_workspace_limit, set_workspace_limit
 
+ops.sharding.prepare()  # compiled code cannot do it at its first call
+
 __all__ = [
     "Bilinear",
     "EmbeddingNetwork",

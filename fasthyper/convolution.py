@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import backends
 from .geometry import AXES, image_size, output_size
-from .ops import autocast, hyper_conv, shapes
+from .ops import autocast, hyper_conv, shapes, sharding
 
 Numbers = int | Sequence[int]
 _OP, _TRANSPOSED = hyper_conv.ops.hyper_conv.default, hyper_conv.ops.hyper_conv_transpose.default
@@ -146,6 +146,7 @@ def _checked(dims: int, transposed: bool, groups: Any, *tensors: Any) -> tuple[A
 
 def _run(op: Any, dims: int, tensors: Sequence[Any], *geometry: Any) -> Tensor:
     """Run an op, which has three spatial axes."""
+    sharding.prepare()
     missing = AXES - dims
     x, z, weight, bias, base_weight, base_bias = tensors
     defaults = (1, 0, 1, None, 1, 1, 1)

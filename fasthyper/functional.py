@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import backends, maps
 from .incidence import Incidence
-from .ops import autocast, linear, linear_terms, mapped, shapes
+from .ops import autocast, linear, linear_terms, mapped, shapes, sharding
 
 _op = torch.ops.fasthyper.hyper_linear.default
 _op_of_map = torch.ops.fasthyper.mapped_linear.default
@@ -97,6 +97,7 @@ def hyper_linear(
         return handle_torch_function(hyper_linear, overriding, x, z, weight, bias, **more)
     if isinstance(x, Tensor) and autocast.enabled(x.device.type):
         x, z, weight, bias, base_weight, base_bias = map(autocast.follow, (x, z, weight, bias, base_weight, base_bias))
+    sharding.prepare()
     tensors = x, z, weight, bias, base_weight, base_bias
     maps.check(weight_map)
     if incidence is not None and weight_map is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fasthyper import backends
 from fasthyper.nn.linear import check_sizes
 from fasthyper.nn.tracing import is_proxy, recorded, refuse_script
-from fasthyper.ops import autocast
+from fasthyper.ops import autocast, sharding
 from fasthyper.ops.pairs import ops
 
 _op = ops.pairs.default
@@ -147,6 +147,7 @@ class PairwiseBilinear(nn.Module):
                 )
         if len(lead) != 1:  # reshape(-1, ...) is ambiguous where a size is 0
             x, z = (t.reshape(math.prod(lead), *t.shape[-2:]) for t in (x, z))
+        sharding.prepare()
         y = _op(x, z, weight, bias, self.bias_x, self.bias_y, *backends.current())
         return y if len(lead) == 1 else y.view(*lead, *y.shape[1:])
 

@@ -3,6 +3,7 @@
 shapes.py     the axes of every tensor: the check, its message, the shapes of results
 register.py   `define` registers an op; torch's private names
 rules.py      the table of derivatives and of vmap
+sharding.py   DTensors: which parts of its arguments a process passes to an op
 family.py     apply, cond_grad, weight_grad, and grads, the gradients of apply
 models.py     the family with a leading axis of models, which vmap calls
 linear.py     hyper_linear: the family with a generated bias and a base added in place

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends.contract import Wanted
-from . import autocast, reference, rules
+from . import autocast, reference, rules, sharding
 from .register import MISSING, Arguments, Gradients, Op, choice, define
 from .shapes import LINEAR, Axes
 
@@ -205,6 +205,7 @@ def apply(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
         >>> y.shape, y[0, 0, 0].item()
         (torch.Size([4, 2, 6]), 15.0)
     """
+    sharding.prepare()
     return ops.apply(x, z, weight, *backends.current())
 
 
@@ -228,6 +229,7 @@ def cond_grad(x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
         >>> fasthyper.ops.cond_grad(torch.ones(4, 2, 3), torch.ones(4, 2, 6), torch.ones(6, 3, 5))[0, 0].item()
         36.0
     """
+    sharding.prepare()
     return ops.cond_grad(x, g, weight, *backends.current())
 
 
@@ -251,6 +253,7 @@ def weight_grad(x: Tensor, z: Tensor, g: Tensor) -> Tensor:
         >>> fasthyper.ops.weight_grad(torch.ones(4, 2, 3), torch.ones(4, 5), torch.ones(4, 2, 6))[0, 0, 0].item()
         8.0
     """
+    sharding.prepare()
     return ops.weight_grad(x, z, g, *backends.current())
 
 
@@ -280,4 +283,5 @@ def grads(
         >>> dx.shape, dz.shape, dh.shape
         (torch.Size([4, 2, 3]), torch.Size([0]), torch.Size([6, 3, 5]))
     """
+    sharding.prepare()
     return ops.grads(x, z, weight, g, list(mask), *backends.current())

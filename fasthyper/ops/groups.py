@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import backends
 from ..backends.aten import groups
 from ..terms import Terms
-from . import autocast, rules
+from . import autocast, rules, sharding
 from .reference import sum_rows
 from .register import Gradients, choice, define
 from .shapes import COUNTS, GROUPS
@@ -142,4 +142,5 @@ _define("weight_grad", WeightGradGroups, _weight_grad_kernel, _weight_grad_defin
 
 def apply_groups(x: Tensor, weight: Tensor, cond: Tensor) -> Tensor:
     """Return y (E, O), y[e] = x[e] M[c(e)], of x (E, I), M (C, I, O) and cond (E,)."""
+    sharding.prepare()
     return ops.apply_groups(x, weight, cond, *backends.current())

@@ -46,6 +46,8 @@ except (ImportError, AttributeError) as error:
     MISSING = str(error)
 
 LIBRARY = torch.library.Library("fasthyper", "DEF")
+SIGNATURES: dict[str, Signature] = {}
+"""The signature of each op by its name."""
 _SCHEMA = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
@@ -139,7 +141,7 @@ def define(
         validate: checks the other arguments, such as a string, and raises.
         empty: returns the results with no values; None for contiguous results whose sizes the axes tell.
     """
-    signature = _Signature(name, arguments, results, axes, validate)
+    signature = SIGNATURES[name] = Signature(name, arguments, results, axes, validate)
     run_composite = signature.with_check(composite or definition)
     DEFINED[name] = Defined(arguments, run_composite)
     LIBRARY.define(signature.schema(), tags=(torch.Tag.pt2_compliant_tag,))
@@ -195,7 +197,7 @@ def add_to_export(decompositions: Callable[[], Mapping[Any, Op]]) -> None:
     torch.export.ExportedProgram.run_decompositions = run_decompositions  # type: ignore[method-assign]
 
 
-class _Signature:
+class Signature:
     """The names, types and axes of an op, and what follows from them: schema, check of arguments, shapes of results."""
 
     def __init__(
