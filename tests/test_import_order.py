@@ -16,6 +16,7 @@ FLOORS = (
     ("__init__", "__main__"),
     ("cli",),
     ("experiments",),
+    ("distributed",),
     ("measure", "info", "explain"),
     ("nn",),
     ("fused",),
