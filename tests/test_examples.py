@@ -17,15 +17,17 @@ ARGUMENTS = {
     "clipped_gradients.py": "--epochs 3 --batches 12",
     "maml.py": "--epochs 3 --batches 12 --tasks 8 --width 16",
     "newton.py": "--epochs 3 --instances 16",
+    "divided_head.py": "--epochs 3 --batches 8 --width 256 --hidden 32",
     "qm9_message_passing.py": "--epochs 3 --batches 6 --molecules 8 --width 16 --hidden 16",
     "ragged_graphs.py": "--epochs 3 --batches 8 --graphs 16 --width 16 --hidden 32",
 }
+LAUNCHERS = {"divided_head.py": "-m torch.distributed.run --standalone --nproc-per-node 2"}
 
 
 def losses(name: str, *more: str) -> list[float]:
     """Run an example; return the losses that it prints."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, str(EXAMPLES / name), *ARGUMENTS[name].split(), *more]
+    command = [sys.executable, *LAUNCHERS.get(name, "").split(), str(EXAMPLES / name), *ARGUMENTS[name].split(), *more]
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300, check=False
     )
