@@ -20,6 +20,7 @@ from .nn import (
     HyperLinear,
     Hypernetwork,
     PairwiseBilinear,
+    deliver,
     hyperize,
     parameter_report,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "Incidence",
     "PairwiseBilinear",
     "__version__",
+    "deliver",
     "get_workspace_limit",
     "hyper_conv1d",
     "hyper_conv2d",

@@ -11,6 +11,7 @@ from fasthyper.nn.conv import (
     HyperConvTranspose2d,
     HyperConvTranspose3d,
 )
+from fasthyper.nn.current_z import deliver
 from fasthyper.nn.embedding import EmbeddingNetwork
 from fasthyper.nn.hyper_embedding import HyperEmbedding
 from fasthyper.nn.hyperize import hyperize, ungenerated
@@ -48,6 +49,7 @@ __all__ = [
     "QMixer",
     "RGCNConv",
     "bias_hyper_",
+    "deliver",
     "hyperfan_in_",
     "hyperfan_out_",
     "hyperize",

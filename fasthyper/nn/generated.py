@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fasthyper.incidence import Incidence
-from fasthyper.nn.current_z import current_z, repeats_z
+from fasthyper.nn.current_z import current_z
 from fasthyper.nn.merge import one_z
 from fasthyper.nn.tracing import refuse_script
 from fasthyper.ops import autocast
@@ -36,8 +36,8 @@ class GeneratedLayer(nn.Module):
         """Return z and the incidence of a call, and whether z is repeated: None if the caller passed z."""
         if z is not None:
             return z, incidence, None
-        z, current = current_z(self)
-        return z, current if incidence is None else incidence, repeats_z()
+        z, current, repeat = current_z(self)
+        return z, current if incidence is None else incidence, repeat
 
     def _to_record(self, z: Any, incidence: Incidence | None, repeat: bool | None) -> tuple[Any, Incidence | None]:
         """Return z and the incidence of a call that ``torch.fx`` records."""

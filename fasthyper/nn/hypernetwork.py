@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _modules
 
-from fasthyper.backends.contract import Layer
 from fasthyper.fused import hyper_primary, may_fuse
 from fasthyper.incidence import Incidence
-from fasthyper.nn.current_z import use_z
+from fasthyper.nn.current_z import check_delivery, deliver, tied
 from fasthyper.nn.flat_head import Order, flat_head_of, load_rows, primary_of_flat_head
+from fasthyper.nn.fusable import fusable_layers
 from fasthyper.nn.generated import GeneratedLayer, SharedHead
 from fasthyper.nn.heads import Place
 from fasthyper.nn.hyperize import ungenerated
 from fasthyper.nn.linear import HyperLinear
 from fasthyper.nn.merge import merged_copy
-from fasthyper.nn.plain_linear import only_calls_forward
+from fasthyper.nn.recorded_network import record_network
 from fasthyper.nn.rows import in_instances
-from fasthyper.nn.tracing import is_proxy, refuse_script
-from fasthyper.ops.primary import activation_of
+from fasthyper.nn.tracing import proxy_of, refuse_script
+from fasthyper.nn.wrappers import is_inside
 
 _MAX_LISTED = 8
-_has_global_hook = getattr(_modules, "_has_any_global_hook", lambda: True)
 
 
 class Hypernetwork(nn.Module):
@@ -43,7 +42,8 @@ class Hypernetwork(nn.Module):
 
     Args:
         trunk: maps cond to z, ``(B, R)``, or to a dict with one z for each generated layer of the primary. The keys
-            are the names in ``primary.named_modules()``; a layer with several names has one z, under any of its names.
+            are the names in ``primary.named_modules()``, with or without the parts that wrappers add, such as
+            ``_checkpoint_wrapped_module``; a layer with several names has one z, under any of its names.
             For a HyperLinear there may be a z for each parameter: ``"fc.weight"`` and ``"fc.bias"``, or ``"fc"`` for
             both, and ``"fc.bias"`` for the bias alone.
         primary: the network, with at least one generated layer, such as a HyperLinear. Its other parameters are
@@ -114,40 +114,52 @@ class Hypernetwork(nn.Module):
             ValueError: the trunk returns a dict whose keys are not the names of the primary's HyperLinears, or the
                 incidence does not fit the sizes of a layer.
         """
-        if is_proxy(x):
-            return self._recorded(x, cond, args, incidence, kwargs)
-        if incidence is not None and not isinstance(incidence, Incidence):
-            raise TypeError(f"incidence must be a fasthyper.Incidence, got {type(incidence).__name__}")
-        if incidence is not None and self.repeat_z:
-            raise ValueError("incidence must be None with repeat_z=True: both say which rows of x meet which z")
-        z = self.trunk(cond)
-        if isinstance(z, dict):
-            z = self._z_by_layer(z)
-        elif not isinstance(z, Tensor):
-            raise TypeError(f"trunk must return a tensor or a dict of tensors, got a {type(z).__name__}")
-        elif (
-            not (args or kwargs or self.repeat_z)
+        if proxy_of(x, cond) is not None:
+            return record_network(self, x, cond, args, incidence, kwargs)
+        check_delivery(incidence, self.repeat_z)
+        z = self._z(cond)
+        if (
+            isinstance(z, Tensor)
+            and not (args or kwargs or self.repeat_z)
             and incidence is None
             and may_fuse(x)
-            and (layers := _fusable_layers(self.primary))
+            and (layers := fusable_layers(self.primary))
         ):
             return in_instances(lambda x, z: hyper_primary(x, z, *layers), x, z, repeat=False)
-        with use_z(z, incidence, self.repeat_z):
-            return self.primary(x, *args, **kwargs)
+        with deliver(z, incidence, self.repeat_z):
+            return tied(self.primary(x, *args, **kwargs))
 
-    def _recorded(self, x: Any, cond: Any, args: Any, incidence: Any, kwargs: Any) -> Any:
-        """Record a call for ``torch.fx``: one node, or the nodes of trunk and primary if fx traces this module."""
-        if not isinstance(args, tuple):  # one proxy for all arguments that a caller might add
-            args, kwargs = (), {}
-        if x.tracer.root is not self:
-            path, more = (
-                x.tracer.path_of_module(self),
-                {**kwargs, **({"incidence": incidence} if incidence is not None else {})},
-            )
-            return x.tracer.create_proxy("call_module", path, (x, cond, *args), more)
-        z = self.trunk(cond)
-        with use_z(self._z_by_layer(z) if isinstance(z, dict) else z, incidence, self.repeat_z):
-            return self.primary(x, *args, **kwargs)
+    @contextmanager
+    def deliver(self, cond: Any, *, incidence: Incidence | None = None) -> Iterator[nn.Module]:
+        """Run the trunk once, and deliver z to the layers of the primary inside the ``with`` block.
+
+        For methods of the primary other than forward, and for many calls with one z. See :func:`fasthyper.deliver`.
+
+        Args:
+            cond: the input of the trunk.
+            incidence: as for :meth:`forward`.
+
+        Yields:
+            The primary.
+
+        Raises:
+            TypeError: as for :meth:`forward`.
+            ValueError: as for :meth:`forward`.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from fasthyper.nn import Hypernetwork, hyperize
+            >>> primary = hyperize(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1)), cond_features=16)
+            >>> model, cond = Hypernetwork(nn.Linear(5, 16), primary), torch.randn(32, 5)
+            >>> with model.deliver(cond) as primary:
+            ...     steps = [primary(torch.randn(32, 2)) for _ in range(10)]
+            >>> steps[0].shape
+            torch.Size([32, 1])
+        """
+        check_delivery(incidence, self.repeat_z)
+        with deliver(self._z(cond), incidence, self.repeat_z):
+            yield self.primary
 
     def merged(self, cond: Any) -> nn.Module:
         """Return an ordinary network: a copy of the primary with the weights that one instance's cond generates.
@@ -184,26 +196,32 @@ class Hypernetwork(nn.Module):
             True
         """
         with torch.no_grad():
-            z = self.trunk(cond)
-        if isinstance(z, dict):
-            z = self._z_by_layer(z)
-        elif not isinstance(z, Tensor):
-            raise TypeError(f"trunk must return a tensor or a dict of tensors, got a {type(z).__name__}")
+            z = self._z(cond)
         z_of = z.__getitem__ if isinstance(z, dict) else lambda _: z
         return merged_copy(self.primary, _generated_layers(self.primary), z_of)
+
+    def _z(self, cond: Any) -> Any:
+        """Return the z of all layers, or a dict with the z of each layer."""
+        z = self.trunk(cond)
+        if isinstance(z, dict):
+            return self._z_by_layer(z)
+        if not isinstance(z, Tensor):
+            raise TypeError(f"trunk must return a tensor or a dict of tensors, got a {type(z).__name__}")
+        return z
 
     def _z_by_layer(self, z: dict[str, Tensor]) -> dict[nn.Module, Any]:
         # Not cached, because the modules may be replicas, or may have been replaced since the last call.
         layers = dict(_generated_layers(self.primary))
+        by_name = {**dict(_generated_layers(self.primary, with_wrappers=True)), **layers}
         known: dict[tuple[nn.Module, str], Tensor] = {}  # by layer, and parameter or "" for all
         for name, value in z.items():
             owner, _, parameter = name.rpartition(".")
             if not isinstance(value, Tensor):
                 raise TypeError(f"trunk must return tensors, got a {type(value).__name__} for {name!r}")
-            if name in layers:
-                key = layers[name], ""
-            elif parameter in ("weight", "bias") and isinstance(layers.get(owner), HyperLinear):
-                key = layers[owner], parameter
+            if name in by_name:
+                key = by_name[name], ""
+            elif parameter in ("weight", "bias") and isinstance(by_name.get(owner), HyperLinear):
+                key = by_name[owner], parameter
             else:
                 raise ValueError(f"trunk returned a z for {name!r}; the primary's HyperLinears are {list(layers)}")
             if key in known:
@@ -326,42 +344,19 @@ def _z_of_layer(layer: nn.Module, known: dict[tuple[nn.Module, str], Tensor]) ->
     return None if weight is None or bias is None else (weight, bias)
 
 
-def _generated_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, GeneratedLayer]]:
-    """Yield the layers that take z, by each of their names: not those in an inner Hypernetwork's primary."""
+def _generated_layers(
+    module: nn.Module, prefix: str = "", with_wrappers: bool = False
+) -> Iterator[tuple[str, GeneratedLayer]]:
+    """Yield the layers that take z, by each of their names: not those in an inner Hypernetwork's primary.
+
+    The names are those without wrappers such as torch.compile's, or with them as in ``named_modules()``.
+    """
     if isinstance(module, GeneratedLayer):
         yield prefix, module
     for name, child in module._modules.items():
         if child is None or (isinstance(module, Hypernetwork) and name == "primary"):
             continue
-        if name == "_orig_mod":  # torch.compile's wrapper: the layers inside keep their names
+        if not with_wrappers and is_inside(module, name):
             yield from _generated_layers(child, prefix)
         else:
-            yield from _generated_layers(child, f"{prefix}.{name}" if prefix else name)
-
-
-def _fusable_layers(primary: nn.Module) -> tuple[Layer, Layer, str] | None:
-    """Return the parameters of a primary's two layers and the name of the activation between them.
-
-    Return None if a call of the primary does anything else. The result is not cached, because modules may change.
-    """
-    if type(primary) is not nn.Sequential or len(primary._modules) != 3 or _has_global_hook():
-        return None
-    first, between, second = primary._modules.values()
-    activation = activation_of(between)
-    if activation is None or not (type(first) is type(second) is HyperLinear):
-        return None
-    if not (_is_of_one_head(first) and _is_of_one_head(second)):
-        return None
-    if not all(map(only_calls_forward, (primary, first, between, second))):
-        return None
-    return _parameters(first), _parameters(second), activation
-
-
-def _is_of_one_head(layer: HyperLinear) -> bool:
-    """Return whether one z is multiplied with one head, and nothing else comes before the product with x."""
-    one_z = layer.bias is None or layer.bias.shape[1] == layer.cond_features
-    return layer.rank is None and layer.weight_map is None and one_z
-
-
-def _parameters(layer: HyperLinear) -> Layer:
-    return Layer(layer.weight, layer.bias, layer.base_weight, layer.base_bias)
+            yield from _generated_layers(child, f"{prefix}.{name}" if prefix else name, with_wrappers)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fasthyper.nn.plain_linear import only_calls_forward
+from fasthyper.nn.wrappers import unwrapped
 
 _READ = {"weight": ("weight", "weight_a", "weight_b", "base_weight"), "bias": ("bias", "base_bias")}
 """The parameters that each parameter of a merged layer is computed from."""
@@ -55,7 +56,7 @@ def merged_copy(primary: nn.Module, layers: Iterable[tuple[str, Any]], z_of: Cal
             merged[id(layer)] = _merged(name, layer, z_of(layer))
             _tie(merged[id(layer)], layer, z_of(layer), tied)
     with torch.no_grad():  # deepcopy takes what its memo has in place of a layer, under any name and in any list
-        return copy.deepcopy(getattr(primary, "_orig_mod", primary), dict(merged))
+        return copy.deepcopy(unwrapped(primary), dict(merged))
 
 
 def _merged(name: str, layer: Any, z: Any) -> nn.Module:

@@ -12,6 +12,11 @@ def is_proxy(value: Any) -> bool:
     return not isinstance(value, Tensor) and hasattr(value, "tracer") and hasattr(type(value), "__torch_function__")
 
 
+def proxy_of(*values: Any) -> Any:
+    """Return the first value that ``torch.fx`` records, or None."""
+    return next(filter(is_proxy, values), None)
+
+
 def recorded(layer: nn.Module, *args: Any) -> Any:
     """Record the call of a layer as one node, as ``torch.fx`` does for the layers of torch.
 
@@ -24,7 +29,7 @@ def recorded(layer: nn.Module, *args: Any) -> Any:
     Returns:
         The proxy of the result; None if the layer itself is what fx traces, so that there is no module to call.
     """
-    tracer = next(arg for arg in args if is_proxy(arg)).tracer
+    tracer = proxy_of(*args).tracer
     if tracer.root is layer:
         return None
     return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, {})

@@ -1,7 +1,7 @@
 """The custom ops, ``torch.ops.fasthyper``, and the functions of the family that call them.
 
 shapes.py     the axes of every tensor: the check, its message, the shapes of results
-register.py   `define` registers an op; torch's private names
+register.py   `define` registers an op; torch's private names for it
 rules.py      the table of derivatives and of vmap
 sharding.py   DTensors: which parts of its arguments a process passes to an op
 family.py     apply, cond_grad, weight_grad, and grads, the gradients of apply
@@ -17,6 +17,7 @@ pairs.py      pairs: every member of one set with every member of another
 primary.py    primary: two hyper_linear and the activation between them
 flops.py      the flops of each op, for torch's counter
 decompose.py  each op in ATen operations, for exported programs
+checkpoints.py which activation checkpoints run or are recomputed; torch's private names for it
 reference.py  the definition of each op, as one einsum
 """
 

@@ -17,8 +17,8 @@ from fasthyper.nn import (
     hyperize,
     what_is_generated,
 )
+from fasthyper.nn.fusable import fusable_layers
 from fasthyper.nn.generated import GeneratedLayer
-from fasthyper.nn.hypernetwork import _fusable_layers
 
 R = 5
 
@@ -106,11 +106,11 @@ def test_a_rank_with_a_z_of_the_bias(points):
 )
 def test_what_is_not_fused(options):
     plain = nn.Sequential(HyperLinear(4, 4, R), nn.ReLU(), HyperLinear(4, 4, R))
-    assert _fusable_layers(plain) is not None
+    assert fusable_layers(plain) is not None
     for i in (0, 2):
         net = copy.deepcopy(plain)
         net[i] = HyperLinear(4, 4, R, **options)
-        assert _fusable_layers(net) is None
+        assert fusable_layers(net) is None
 
 
 def test_a_rank_and_a_map():

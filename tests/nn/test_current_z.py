@@ -8,7 +8,6 @@ import pytest
 import torch
 from small_networks import B, Checkpointed, R, TrunkByName, by_hand, data, fill, primary
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from fasthyper.nn import HyperLinear, Hypernetwork
 
@@ -137,44 +136,12 @@ def test_explicit_z_overrides():
     torch.testing.assert_close(model(x, cond, z=z), y)
 
 
-def test_checkpointing_inside_the_primary_is_refused():
-    model = Hypernetwork(nn.Linear(6, R), Checkpointed(primary()))
-    y = model(*data())
-    with pytest.raises(ValueError, match=r"no z.*checkpointing inside the primary.*whole Hypernetwork"):
-        y.sum().backward()
-
-
 def test_checkpointing_the_whole_network(model):
     x, cond = data()
     parameters = list(model.parameters())
     expected = torch.autograd.grad(model(x, cond).square().sum(), parameters)
     y = Checkpointed(model)(x, cond)
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), parameters), expected)
-
-
-class CheckpointedHyperLinear(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = HyperLinear(4, 4, R)
-
-    def forward(self, x):
-        return checkpoint(self.layer, x, use_reentrant=False)
-
-
-def test_a_checkpoint_recomputed_under_another_network_raises():
-    inner = Hypernetwork(nn.Linear(6, R), CheckpointedHyperLinear())
-
-    class Primary(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = HyperLinear(4, 4, R)
-
-        def forward(self, x):
-            torch.autograd.grad(inner(x, torch.randn(len(x), 6)).sum(), inner.trunk.weight)
-            return self.layer(x)
-
-    with pytest.raises(ValueError, match="checkpointing"):
-        Hypernetwork(nn.Linear(6, R), Primary())(torch.randn(5, 4), torch.randn(5, 6))
 
 
 def test_no_z_in_another_thread():
