@@ -21,13 +21,14 @@ from fasthyper.nn.linear import HyperLinear
 from fasthyper.nn.merge import merged_copy
 from fasthyper.nn.recorded_network import record_network
 from fasthyper.nn.rows import in_instances
+from fasthyper.nn.signature import ShowsArguments
 from fasthyper.nn.tracing import proxy_of, refuse_script
 from fasthyper.nn.wrappers import is_inside
 
 _MAX_LISTED = 8
 
 
-class Hypernetwork(nn.Module):
+class Hypernetwork(ShowsArguments):
     """Run a primary network with the weights of its generated layers computed by a trunk.
 
     It computes ``z = trunk(cond)`` and returns ``primary(x)``, in which every :class:`~fasthyper.nn.HyperLinear` that
@@ -94,30 +95,40 @@ class Hypernetwork(nn.Module):
                 "z would have no effect. hyperize converts nn.Linears to HyperLinears; those in the primary of an "
                 "inner Hypernetwork take its z."
             )
+        self._show_arguments()
 
-    def forward(self, x: Any, cond: Any, *args: Any, incidence: Incidence | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, x: Any = ..., cond: Any = ..., *args: Any, incidence: Incidence | None = None, **kwargs: Any
+    ) -> Any:
         """Compute ``z = trunk(cond)`` and return ``primary(x, *args, **kwargs)`` with the weights that z generates.
 
         Args:
-            x: the input of the primary. Where it reaches a HyperLinear, its first dimension is B.
+            x: the input of the primary. Where it reaches a HyperLinear, its first dimension is B. It may be passed by
+                its name in the primary instead, such as ``input_ids``.
             cond: the input of the trunk.
             *args: passed to the primary after x.
             incidence: which rows of x, z and the result belong to each term of a sum, for every HyperLinear of the
                 primary that takes its z from here.
-            **kwargs: passed to the primary.
+            **kwargs: passed to the primary. The signature of an instance shows their names.
 
         Returns:
             The output of the primary.
 
         Raises:
-            TypeError: the trunk returns neither a tensor nor a dict of tensors, or the incidence is of another type.
+            TypeError: there is no cond, the trunk returns neither a tensor nor a dict of tensors, or the incidence is
+                of another type.
             ValueError: the trunk returns a dict whose keys are not the names of the primary's HyperLinears, or the
                 incidence does not fit the sizes of a layer.
         """
+        if cond is ...:
+            raise TypeError("forward() misses cond, the input of the trunk")
         if proxy_of(x, cond) is not None:
             return record_network(self, x, cond, args, incidence, kwargs)
         check_delivery(incidence, self.repeat_z)
         z = self._z(cond)
+        if x is ...:
+            with deliver(z, incidence, self.repeat_z):
+                return tied(self.primary(**kwargs))
         if (
             isinstance(z, Tensor)
             and not (args or kwargs or self.repeat_z)
