@@ -1,5 +1,6 @@
 # make test       everything that a change must pass: lint, build, tests, Triton's interpreter, emulator, sanitizers
 # make slow       also the tests that take minutes
+# make clients    the tests with other libraries' trainers and solvers, which `make test` runs, too
 # make held       the op family's tests, with torch and oneDNN limited to older instruction sets
 # make sanitize   an hour of random calls under sanitizers
 # make lint       style and types; make format repairs the style
@@ -15,7 +16,7 @@ SANITIZED := .venv/sanitized
 CPU_SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*)
 SOURCES := $(CPU_SOURCES) $(wildcard csrc/cuda/*)
 
-.PHONY: test interpreted emulated slow held forced sanitize lint format clean
+.PHONY: test interpreted emulated slow clients held forced sanitize lint format clean
 .PHONY: compare compare-ready bench report docs aot gpu gpu-test bench-gpu
 
 # One process for each core, with one thread each: the tests are many and small.
@@ -37,6 +38,10 @@ emulated: .venv/ready $(BUILT)
 
 slow: .venv/ready $(BUILT)
 	$(PYTEST) --slow
+
+# Lightning, accelerate, transformers' Trainer and torchdiffeq: the extra `clients`, a part of `dev`.
+clients: .venv/ready $(BUILT)
+	$(PYTEST) tests/clients
 
 FAMILY := tests/ops tests/backends tests/test_functional.py tests/test_contract.py tests/test_memory.py
 held: .venv/ready $(BUILT)
