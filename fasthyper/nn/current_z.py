@@ -186,9 +186,9 @@ def _in_eager(layer: nn.Module) -> tuple[Any, Incidence | None, bool]:
         running, recomputed = checkpoints.active()
     # With no entry, compiled code set z. If a backward pass runs now, it may be another one: an error is better than a
     # wrong z.
-    same = (
-        now < 0 and recomputed is None if entry is None else (entry.backward_id, entry.recomputed) == (now, recomputed)
-    )
+    same = now < 0 and recomputed is None
+    if entry is not None:
+        same = entry.backward_id == now and entry.recomputed is recomputed
     if _current.z is not None and same:
         if entry is not None and (inside := [c for c in running if all(c is not other for other in entry.running)]):
             entry.given = entry.given or Given(_current.z, _current.incidence, _current.repeat)

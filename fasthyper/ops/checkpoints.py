@@ -29,7 +29,8 @@ def _code_inside(function: Any, name: str) -> CodeType:
 MISSING: str | None = None
 _top_hooks: Callable[[bool], Any]
 try:
-    _CHECKPOINT = inspect.unwrap(_checkpoint.checkpoint).__code__
+    # From torch 2.14 on, another function of the module does what `checkpoint` did.
+    _CHECKPOINT = inspect.unwrap(getattr(_checkpoint, "_checkpoint_impl", _checkpoint.checkpoint)).__code__
     _FORWARD = _checkpoint.CheckpointFunction.forward.__code__
     _BACKWARD = _checkpoint.CheckpointFunction.backward.__code__
     _NOTED = _code_inside(_checkpoint._checkpoint_hook.__init__, "pack_hook")
