@@ -159,6 +159,13 @@ def test_a_backward_during_the_forward_of_another_network(reentrant):
     torch.testing.assert_close(found[0], expected)
 
 
+def test_a_recomputation_outside_of_a_backward_pass():
+    model = Hypernetwork(DeepTrunk(), Blocks(False))
+    y = model(torch.randn(B, 4), torch.randn(B, 6))
+    with fasthyper.deliver(torch.randn(B, R)):
+        torch.testing.assert_close(y.grad_fn._saved_result, y)  # tanh keeps its result
+
+
 @KINDS
 @pytest.mark.parametrize("which", [(0, 1, 2), (1,), (0,)])
 def test_nested_hypernetworks(reentrant, which):
