@@ -133,24 +133,25 @@ class HyperAffine(GeneratedLayer):
         if is_proxy(x) and (y := recorded(self, x, *self._to_record(z, incidence, repeat))) is not None:
             return y
         self._check(z)
+        own = self._tensors()
 
         def generated(head: Tensor, base: Tensor | None) -> Tensor:
             with autocast.off(x):  # a scale of 16 bits would round more than the norm does, which runs in float32
                 rows = F.linear(z.to(head.dtype), head.flatten(0, -2), None if base is None else base.flatten())
             return self._beside(x, spread(rows, x, incidence, repeat))
 
-        scale = generated(self.weight, self.base_weight)
+        scale = generated(own.weight, own.base_weight)
         y = self.norm(x)
-        if self.bias is not None:
-            return torch.addcmul(generated(self.bias, self.base_bias), y, scale)
-        shift = self.base_bias
+        if own.bias is not None:
+            return torch.addcmul(generated(own.bias, own.base_bias), y, scale)
+        shift = own.base_bias
         return y * scale if shift is None else torch.addcmul(self._beside(x, shift.flatten()[None]), y, scale)
 
     def _beside(self, x: Tensor, rows: Tensor) -> Tensor:
         """View rows (B, ΠC) so that they broadcast with x."""
         if isinstance(self.norm, OVER_CHANNELS):
             return rows.reshape(*rows.shape, *(1,) * (x.dim() - 2))
-        shape = self.weight.shape[:-1]
+        shape = self._own("weight").shape[:-1]
         return rows.reshape(rows.shape[0], *(1,) * (x.dim() - 1 - len(shape)), *shape)
 
     def merged(self, z: Tensor) -> nn.Module:
@@ -168,8 +169,9 @@ class HyperAffine(GeneratedLayer):
         """
         z, plain = self._one(z), copy.deepcopy(self.norm)
         with torch.no_grad(), autocast.off(z):
-            scale = _written_out(z, self.weight, self.base_weight)
-            shift = self.base_bias if self.bias is None else _written_out(z, self.bias, self.base_bias)
+            own = self._tensors()
+            scale = _written_out(z, own.weight, own.base_weight)
+            shift = own.base_bias if own.bias is None else _written_out(z, own.bias, own.base_bias)
         for flag in ("affine", "elementwise_affine"):
             if hasattr(plain, flag):
                 setattr(plain, flag, True)
@@ -180,7 +182,7 @@ class HyperAffine(GeneratedLayer):
         return with_parameters(plain, plain.training, weight=scale, bias=shift)
 
     def extra_repr(self) -> str:
-        return f"cond_features={self.cond_features}, bias={self.bias is not None}, base={self.base_weight is not None}"
+        return f"cond_features={self.cond_features}, bias={self._own('bias') is not None}, base={self.base_weight is not None}"
 
 
 def _written_out(z: Tensor, head: Tensor, base: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasthyper.incidence import Incidence
-from fasthyper.nn.generated import SharedHead
+from fasthyper.nn.generated import PARAMETERS, SharedHead
 from fasthyper.nn.heads import Place
 from fasthyper.nn.linear import HyperLinear
 
@@ -83,18 +83,15 @@ class ChunkedLinear(HyperLinear):
     """A HyperLinear whose parameters are computed from a chunked head at each call."""
 
     head: ChunkedHead
-    places: dict[str, Place]
 
-    def _of(self, name: str) -> Tensor | None:
+    def _taken(self, name: str) -> Tensor | None:
         place = self.places.get(name.removeprefix("base_"))
         if place is None:
             return None
         return self.head.base(place) if name.startswith("base_") else self.head.rows(place)
 
-    weight = property(lambda self: self._of("weight"))
-    bias = property(lambda self: self._of("bias"))
-    base_weight = property(lambda self: self._of("base_weight"))
-    base_bias = property(lambda self: self._of("base_bias"))
+    def _all_taken(self) -> list[Tensor | None]:
+        return [self._taken(name) for name in PARAMETERS]
 
     def _z_of(self, z: Any) -> Any:
         """Return z of the chunks in which weight and bias stand, side by side, if each chunk has its own."""
@@ -131,7 +128,7 @@ def take_from(head: ChunkedHead, root: nn.Module, place: Place) -> None:
         layer._parameters.clear()
         layer.__class__ = ChunkedLinear
         layer.head = head
-        layer.places = {}  # type: ignore[assignment]
+        layer.places = {}
     if not isinstance(layer, ChunkedLinear):
         raise ValueError(f"chunks generate nn.Linears alone, not {place.name!r} of a {type(layer).__name__}")
     layer.places[attribute] = place

@@ -15,6 +15,7 @@ from fasthyper.nn.hyper_convolution import HyperConvolution
 from fasthyper.nn.hyper_embedding import HyperEmbedding
 from fasthyper.nn.linear import HyperLinear
 from fasthyper.nn.plain_linear import why_not_plain
+from fasthyper.nn.reads import Replaced
 
 
 @dataclass(frozen=True)
@@ -185,10 +186,11 @@ def why_not(layer: nn.Module) -> str | None:
     return why_not_plain(layer, cls) or rule.why_not(layer)
 
 
-def convert(layer: nn.Module, options: Options) -> None:
+def convert(layer: nn.Module, name_of_layer: str, options: Options) -> None:
     """Turn a layer into its generated counterpart, in place; its parameters become the base."""
     found = rule_of(type(layer))
     assert found is not None
+    shapes = {name: tuple(p.shape) for name, p in layer._parameters.items() if p is not None}
     made = found[1].make(layer, options)
     generated = set()
     for name, of in HEADS.items():
@@ -200,6 +202,7 @@ def convert(layer: nn.Module, options: Options) -> None:
         keep = options.base or name not in generated
         made._parameters[f"base_{name}"] = layer._parameters.get(name) if keep else None
     made.train(layer.training)
+    made._replaced = Replaced(name_of_layer, {name: shapes[name] for name in shapes if name in generated})
     # In place: every other reference to the layer (a second name, a plain list) then refers to the new one.
     layer.__class__ = type(made)
     vars(layer).update(vars(made))

@@ -124,6 +124,11 @@ def check_delivery(incidence: Incidence | None, repeat_z: bool) -> None:
         raise ValueError("incidence must be None with repeat_z=True: both say which rows of x meet which z")
 
 
+def is_running() -> bool:
+    """Return whether a primary runs in this thread, with a z."""
+    return _current.z is not None
+
+
 def _check_z(z: Any) -> None:
     if isinstance(z, Tensor) or is_proxy(z):
         return

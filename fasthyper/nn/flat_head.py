@@ -77,7 +77,7 @@ def _generated(root: nn.Module, name: str, prefix: str = "") -> Any:
 
 
 def _put_rows(root: nn.Module, place: Place, head: nn.Linear) -> None:
-    """Put views of a head's rows in the place of a generated parameter and its base, wherever these are used."""
+    """Put copies of a head's rows in the place of a generated parameter and its base, wherever these are used."""
     for prefix, rows in (("", head.weight), ("base_", head.bias)):
         old = _generated(root, place.name, prefix)
         if rows is None or old is None:

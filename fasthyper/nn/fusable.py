@@ -33,9 +33,10 @@ def fusable_layers(primary: nn.Module) -> tuple[Layer, Layer, str] | None:
 
 def _is_of_one_head(layer: HyperLinear) -> bool:
     """Return whether one z is multiplied with one head, and nothing else comes before the product with x."""
-    one_z = layer.bias is None or layer.bias.shape[1] == layer.cond_features
+    bias = layer._own("bias")
+    one_z = bias is None or bias.shape[1] == layer.cond_features
     return layer.rank is None and layer.weight_map is None and one_z
 
 
 def _parameters(layer: HyperLinear) -> Layer:
-    return Layer(layer.weight, layer.bias, layer.base_weight, layer.base_bias)
+    return Layer(*layer._tensors())

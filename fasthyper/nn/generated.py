@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fasthyper.incidence import Incidence
+from fasthyper.nn import reads
 from fasthyper.nn.current_z import current_z
+from fasthyper.nn.heads import Place, load_as_head, tensors_of
 from fasthyper.nn.merge import one_z
 from fasthyper.nn.tracing import refuse_script
 from fasthyper.ops import autocast
@@ -17,12 +19,30 @@ HEADS = {"weight": "weight", "weight_a": "weight", "weight_b": "weight", "bias":
 """The parameters that z is multiplied with, and what they generate; a weight of low rank has two."""
 
 
+PARAMETERS = ("weight", "bias", "base_weight", "base_bias")
+
+
+class Tensors(NamedTuple):
+    """The parameters of a layer, as it computes with them."""
+
+    weight: Any
+    bias: Any
+    base_weight: Any
+    base_bias: Any
+
+
 class GeneratedLayer(nn.Module):
     """A layer whose parameters depend on z, which it takes from the running Hypernetwork if it is not passed.
 
     Its heads are `weight` and `bias`, whose last axis is R, the features of z; with low rank `weight_a` and `weight_b`
     take the place of `weight`. `base_weight` and `base_bias` are added to what they generate. `Hypernetwork`,
     `ungenerated` and `parameter_report` know layers by this class.
+
+    A layer of a shared head has no parameters of its own. Its submodule `head` has them, and `places` says which rows
+    each parameter is: `layer.weight` is then a view of them, computed at each access.
+
+    A layer that `hyperize` made is read by code that was written for an ordinary layer, see `reads.py`. The layers
+    themselves therefore read `_tensors()` or `_own(name)`, not `weight` and `bias`.
     """
 
     weight: Any
@@ -30,7 +50,59 @@ class GeneratedLayer(nn.Module):
     base_weight: Any
     base_bias: Any
     cond_features: int
+    head: Any
+    places: dict[str, Place]
     __prepare_scriptable__ = refuse_script
+    _replaced: reads.Replaced | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name in PARAMETERS:
+            if self._replaced is not None and name in self._replaced.shapes and reads.from_outside():
+                return reads.stand_in(self, name)
+            if "places" in self.__dict__:
+                return self._taken(name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in PARAMETERS and "places" in self.__dict__:
+            raise AttributeError(f"{name} is a view of rows of the layer's head: change the parameters of head instead")
+        super().__setattr__(name, value)
+
+    def _own(self, name: str) -> Any:
+        """Return a parameter, as the layer itself reads it."""
+        parameters = self._parameters
+        if name in parameters:
+            return parameters[name]
+        return self._taken(name) if "places" in self.__dict__ else getattr(self, name)
+
+    def _tensors(self) -> Tensors:
+        if "places" in self.__dict__:
+            return Tensors(*self._all_taken())
+        return Tensors(self._own("weight"), self._own("bias"), self._own("base_weight"), self._own("base_bias"))
+
+    def _taken(self, name: str) -> Any:
+        """Return the rows of the shared head that are a parameter."""
+        return self.places[name.removeprefix("base_")].of(self.head, name) if self._has_place(name) else None
+
+    def _has_place(self, name: str) -> bool:
+        return name.removeprefix("base_") in self.places
+
+    def _all_taken(self) -> Any:
+        return tensors_of(self.head, self.places)
+
+    def _source(self, name: str) -> Any:
+        """Return what two layers have in common exactly if they share this parameter; None if there is none."""
+        if "places" not in self.__dict__:
+            return None if (p := self._parameters.get(name)) is None else id(p)
+        rows = self.head.bias if name.startswith("base_") else self.head.weight
+        return (
+            (id(rows), self.places[name.removeprefix("base_")]) if rows is not None and self._has_place(name) else None
+        )
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if isinstance(self._modules.get("head"), nn.Linear):
+            load_as_head(self.head, self.places, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _condition(self, z: Any, incidence: Incidence | None) -> tuple[Any, Incidence | None, bool | None]:
         """Return z and the incidence of a call, and whether z is repeated: None if the caller passed z."""
@@ -67,7 +139,7 @@ class GeneratedLayer(nn.Module):
 
     @property
     def _dtype(self) -> torch.dtype:
-        return self.weight.dtype
+        return self._own("weight").dtype
 
 
 class SharedHead(nn.Module):
@@ -77,4 +149,5 @@ class SharedHead(nn.Module):
 def generating_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of all generated layers in a module, without those of other modules inside of them."""
     layers = [m for m in module.modules() if isinstance(m, (GeneratedLayer, SharedHead))]
-    return [p for layer in layers for p in layer.parameters(recurse=False)]
+    heads: list[Any] = [layer.head for layer in layers if "places" in vars(layer)]
+    return [p for module in (*layers, *heads) for p in module.parameters(recurse=False)]

@@ -1,11 +1,15 @@
-"""Rows of an existing head as the parameters of generated layers: views, in the layouts that other code uses."""
+"""Rows of an existing head as the parameters of generated layers, in the layouts that other code uses."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import FrameType
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fasthyper.nn.plain_linear import why_not_plain
@@ -42,10 +46,15 @@ class Place:
         last = len(self.shape) - 1
         return (parameter if self.layout == "oi" else parameter.transpose(0, 1)).flatten(0, last)
 
+    def of(self, head: Any, name: str) -> Tensor | None:
+        """Return the view of the rows of a head that are the parameter `name`, or `base_…`, the base of it."""
+        rows = head.bias if name.startswith("base_") else head.weight
+        return None if rows is None else self.view(rows[self.start : self.stop])
+
     def parameter(self, rows: Tensor) -> nn.Parameter:
-        """Return a parameter that is a view of all rows of a head or of its bias; frozen if these are."""
-        mine = rows.detach()[self.start : self.stop]
-        return nn.Parameter(self.view(mine), requires_grad=rows.requires_grad)
+        """Return a copy of a parameter, from all rows of a head or of its bias; frozen if these are."""
+        mine = self.view(rows.detach()[self.start : self.stop])
+        return nn.Parameter(mine.clone(memory_format=torch.contiguous_format), requires_grad=rows.requires_grad)
 
 
 def check_head(head: object) -> None:
@@ -71,10 +80,8 @@ def checked_layout(layout: str | None, shape: Sequence[int], of: str) -> str:
     return layout if len(shape) > 1 else "oi"
 
 
-def parameters_of_head(
-    head: nn.Linear, in_features: int, out_features: int, layout: str | None
-) -> dict[str, nn.Parameter]:
-    """Return the parameters of a HyperLinear as views of those of a head, by name; see `HyperLinear.from_head`."""
+def places_in_head(head: nn.Linear, in_features: int, out_features: int, layout: str | None) -> dict[str, Place]:
+    """Return where the weight and the bias of a HyperLinear stand in a head; see `HyperLinear.from_head`."""
     check_head(head)
     weights = out_features * in_features
     if head.out_features not in (weights, weights + out_features):
@@ -87,7 +94,67 @@ def parameters_of_head(
     places = [Place("weight", 0, (out_features, in_features), layout)]
     if head.out_features != weights:
         places.append(Place("bias", weights, (out_features,), "oi"))
-    parameters = {place.name: place.parameter(head.weight) for place in places}
-    if head.bias is not None:
-        parameters |= {f"base_{place.name}": place.parameter(head.bias) for place in places}
-    return parameters
+    return {place.name: place for place in places}
+
+
+def tensors_of(head: nn.Linear, places: Mapping[str, Place]) -> list[Tensor | None]:
+    """Return weight, bias, base_weight and base_bias as views of the rows of a head, all of which have a place."""
+    sizes = [place.count for place in places.values()]
+
+    def of(rows: Tensor | None) -> dict[str, Tensor]:
+        if rows is None:
+            return {}
+        # One split, whose backward joins the gradients once. A slice for each would fill the whole head with zeros.
+        parts = rows.split(sizes) if len(sizes) > 1 else [rows]
+        return {name: place.view(part) for (name, place), part in zip(places.items(), parts, strict=True)}
+
+    heads, bases = of(head.weight), of(head.bias)
+    return [heads["weight"], heads.get("bias"), bases.get("weight"), bases.get("bias")]
+
+
+def load_as_head(head: nn.Linear, places: Mapping[str, Place], state: Any, prefix: str) -> None:
+    """Change a state dict, in place, so that the head of a layer loads from it.
+
+    It may hold the head as the entries `head.…`, or as the entries of the layer itself, those of the head alone or those
+    of a HyperLinear. Where it holds nothing for the layer, the head loads from the entries of another module that has it.
+    """
+    mine = {key.removeprefix(prefix): key for key in state if key.startswith(prefix)}
+    own = [key for key in mine if not key.startswith("head.")]
+    of_head = {name: p for name, p in (("weight", head.weight), ("bias", head.bias)) if p is not None}
+    if own and all(name in mine and state[mine[name]].shape == p.shape for name, p in of_head.items()):
+        for name in of_head:
+            state[f"{prefix}head.{name}"] = state.pop(prefix + name)
+    elif own:
+        for name, base in (("weight", ""), ("bias", "base_")):
+            keys = {base + key: place for key, place in places.items()}
+            fit = {key: _fits(state[mine[key]], place, not base) for key, place in keys.items() if key in mine}
+            if name in of_head and len(fit) == len(keys) and all(fit.values()):
+                rows = [place.rows(state.pop(prefix + key)) for key, place in keys.items()]
+                state[f"{prefix}head.{name}"] = torch.cat(rows)
+    elif not mine:
+        for name, value in _loaded_elsewhere(head).items():
+            state[f"{prefix}head.{name}"] = value
+
+
+def _fits(t: Any, place: Place, has_features: bool) -> bool:
+    return isinstance(t, Tensor) and tuple(t.shape[: t.dim() - has_features]) == place.shape
+
+
+def _loaded_elsewhere(head: nn.Module) -> dict[str, Tensor]:
+    """Return the entries that the running `load_state_dict` has for a head under other names.
+
+    torch passes a module the entries of its own name alone. Without those of the others, a missing head could not be
+    told from one that another module loads.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not nn.Module.load_state_dict.__code__:
+        frame = frame.f_back
+    if frame is None or not frame.f_locals["strict"]:  # who does not want an error is told what is missing
+        return {}
+    root, state = frame.f_locals["self"], frame.f_locals["state_dict"]
+    for name, module in root.named_modules(remove_duplicate=False):
+        if module is head:
+            found = {key: state[f"{name}.{key}"] for key in head._parameters if f"{name}.{key}" in state}
+            if found:
+                return found
+    return {}

@@ -120,10 +120,7 @@ class HyperConvolution(GeneratedLayer):
             return low_rank.reset(name, z_second_moment, nonlinearity)
         taps = math.prod(self.kernel_size)
         INITS[name](
-            self.weight,
-            self.bias,
-            self.base_weight,
-            self.base_bias,
+            *self._tensors(),
             z_second_moment=z_second_moment,
             nonlinearity=nonlinearity,
             fans=(self.in_channels // self.groups * taps, self.out_channels // self.groups * taps),
@@ -151,22 +148,22 @@ class HyperConvolution(GeneratedLayer):
             raise ValueError(f"{type(self).__name__} takes no incidence: its x must have one image for each z")
         if repeat is not None and isinstance(x, Tensor) and isinstance(z, Tensor):
             z = spread(z, x, None, repeat)
-        bases: Any = {"base_weight": self.base_weight, "base_bias": self.base_bias}
+        weight, bias, *base = self._tensors()
+        bases: Any = dict(zip(("base_weight", "base_bias"), base, strict=True))
         if self.transposed:
             of = self.stride, self.padding, self.output_padding, self.groups, self.dilation
-            return self._function(x, z, self.weight, self.bias, *of, **bases)
+            return self._function(x, z, weight, bias, *of, **bases)
         padding: Numbers | str = self.padding
         if self.padding_mode != "zeros" and padding != "valid":
             x, padding = F.pad(x, self._sides(), mode=self.padding_mode), 0
         if low_rank := self._low_rank():
             return low_rank.forward(self._function, x, z, self.stride, padding, self.dilation)
-        return self._function(x, z, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, **bases)
+        return self._function(x, z, weight, bias, self.stride, padding, self.dilation, self.groups, **bases)
 
     def _low_rank(self) -> LowRankConv | None:
         if self.weight_a is None or self.weight_b is None or self.alpha is None:
             return None
-        of = self.weight_a, self.weight_b, self.bias, self.base_weight, self.base_bias
-        return LowRankConv(*of, self.alpha, self.groups)
+        return LowRankConv(self.weight_a, self.weight_b, *self._tensors()[1:], self.alpha, self.groups)
 
     def _sides(self) -> list[int]:
         """Return the pixels that padding adds before and after each axis, the last axis first, as F.pad takes them."""
@@ -190,15 +187,15 @@ class HyperConvolution(GeneratedLayer):
             ValueError: z does not have shape ``(B, R)``.
         """
         self._check(z)
+        weight, bias, base_weight, base_bias = self._tensors()
         if low_rank := self._low_rank():
             kernel = low_rank.kernels(z)
         else:
-            assert self.weight is not None
-            base = None if self.base_weight is None else self.base_weight.flatten()
-            kernel = F.linear(z, self.weight.flatten(0, -2), base).view(z.shape[0], *self.weight.shape[:-1])
-        if self.bias is not None:
-            return kernel, F.linear(z, self.bias, self.base_bias)
-        return kernel, None if self.base_bias is None else self.base_bias.expand(z.shape[0], -1)
+            base = None if base_weight is None else base_weight.flatten()
+            kernel = F.linear(z, weight.flatten(0, -2), base).view(z.shape[0], *weight.shape[:-1])
+        if bias is not None:
+            return kernel, F.linear(z, bias, base_bias)
+        return kernel, None if base_bias is None else base_bias.expand(z.shape[0], -1)
 
     def merged(self, z: Tensor) -> nn.Module:
         """Return an ordinary convolution with the kernel of one instance, base included.
@@ -238,10 +235,9 @@ class HyperConvolution(GeneratedLayer):
                 of += f", {name}={getattr(self, name)!r}"
         if self.rank is not None:
             of += f", rank={self.rank}, alpha={self.alpha}"
-        return f"{of}, bias={self.bias is not None}, base={self.base_weight is not None}"
+        return f"{of}, bias={self._own('bias') is not None}, base={self.base_weight is not None}"
 
     @property
     def _dtype(self) -> torch.dtype:
-        weight = self.weight_a if self.weight is None else self.weight
-        assert weight is not None
-        return weight.dtype
+        weight = self._own("weight")
+        return (self._own("weight_a") if weight is None else weight).dtype

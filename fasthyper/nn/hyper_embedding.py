@@ -135,7 +135,8 @@ class HyperEmbedding(GeneratedLayer):
         rows = row_numbers(ids, z.shape[0], incidence, repeat)
         rows = rows.view(-1, *(1,) * (ids.dim() - 1)).expand_as(ids)
         with autocast.off(z):  # as nn.Embedding, which returns the dtype of its table
-            y = generated_rows(ids.flatten(), rows.flatten(), z.to(self.weight.dtype), self.weight)
+            head = self._own("weight")
+            y = generated_rows(ids.flatten(), rows.flatten(), z.to(head.dtype), head)
         y = y.unflatten(0, ids.shape)
         if self.padding_idx is not None:
             y = y.masked_fill((ids == self.padding_idx).unsqueeze(-1), 0)
@@ -158,7 +159,7 @@ class HyperEmbedding(GeneratedLayer):
         """
         z = self._one(z)
         with torch.no_grad(), autocast.off(z):
-            table = F.linear(z, self.weight.flatten(0, 1)).view(self.num_embeddings, self.embedding_dim)
+            table = F.linear(z, self._own("weight").flatten(0, 1)).view(self.num_embeddings, self.embedding_dim)
             if self.padding_idx is not None:
                 table[self.padding_idx] = 0
             table = table if self.base_weight is None else table + self.base_weight

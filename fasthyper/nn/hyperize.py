@@ -13,6 +13,7 @@ from fasthyper.nn.conversions import FAMILIES, Options, convert, rule_of, why_no
 from fasthyper.nn.generated import GeneratedLayer, generating_parameters
 from fasthyper.nn.low_rank import check_rank
 from fasthyper.nn.plain_linear import NEVER_CALLED
+from fasthyper.nn.reads import mark_readers
 
 Types = type[nn.Module] | str | Iterable[type[nn.Module] | str]
 Replace = Mapping[type[nn.Module], Callable[[Any, int], nn.Module | None]]
@@ -64,6 +65,10 @@ def hyperize(
     - A layer that shares its weight with another module, such as an Embedding, shares its base with that module.
 
     The first dimension of any tensor that reaches a generated layer is B, the instances.
+
+    The weight of a generated layer is the head, (O, I, R). Code of the module that reads it in the place of the
+    ordinary weight, such as ``F.linear(x, self.fc.weight)`` or a norm of it, in the forward or in another method,
+    raises a RuntimeError that names the layer. Its shape, dtype and device are those of the ordinary weight.
 
     Args:
         module: any module; it is not changed.
@@ -128,10 +133,14 @@ def hyperize(
     root = copy.deepcopy(module)
     init = init or ("bias_hyper" if base else "hyperfan_in")
     options = Options(cond_features, bias, base, init, bias_cond_features, rank, alpha)
-    layers = {id(layer): layer for layer in map(root.get_submodule, chosen)}  # once, also under several names
-    for layer in layers.values():
+    layers: dict[int, tuple[str, nn.Module]] = {}  # once, also under several names
+    for name in chosen:
+        layer = root.get_submodule(name)
+        layers.setdefault(id(layer), (name, layer))
+    mark_readers(module for module in root.modules() if id(module) not in layers)
+    for name, layer in layers.values():
         if (make := _made_by(layer, replace)) is None:
-            convert(layer, options)
+            convert(layer, name, options)
         else:
             root = _replace(root, layer, make(layer, cond_features))
     _adapt_transformers(root)
@@ -206,7 +215,8 @@ def _chosen_names(
     exclude: list[str] | None,
 ) -> list[str]:
     every = dict(module.named_modules(remove_duplicate=False))
-    names = [name for name, m in every.items() if is_candidate(m)]
+    heads = {id(m.head) for m in every.values() if isinstance(m, GeneratedLayer) and "places" in vars(m)}
+    names = [name for name, m in every.items() if is_candidate(m) and id(m) not in heads]
     kinds = "nn.Linears" if all(isinstance(every[name], nn.Linear) for name in names) else "layers of the types"
     for argument, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns or []:

@@ -277,10 +277,9 @@ class Hypernetwork(ShowsArguments):
             repeat_z: as in the constructor.
 
         Returns:
-            A Hypernetwork. The parameters of its generated layers are views of the head's rows: an in-place change of
-            one, by training or loading, changes the other. Their gradients are separate, so give an optimizer only
-            one of the two. With ``chunks``, the parameters are the head's own and the embeddings, from which a call
-            computes the head of each layer, (O, I, R).
+            A Hypernetwork. The parameters of its generated layers are copies of the head's rows, frozen where these
+            are: the head itself does not change with them. With ``chunks``, the parameters are the head's own and the
+            embeddings, from which a call computes the head of each layer, (O, I, R).
 
         Raises:
             TypeError: ``head`` is not a plain :class:`torch.nn.Linear`, see :meth:`HyperLinear.from_head
@@ -344,12 +343,12 @@ class Hypernetwork(ShowsArguments):
         return f"ungenerated: {', '.join(names[:_MAX_LISTED]) or 'none'}{more}"
 
 
-def _z_of_layer(layer: nn.Module, known: dict[tuple[nn.Module, str], Tensor]) -> Any:
+def _z_of_layer(layer: Any, known: dict[tuple[nn.Module, str], Tensor]) -> Any:
     """Return one z, a pair for the weight and the bias, or None if one is missing."""
     whole, weight, bias = (known.get((layer, parameter)) for parameter in ("", "weight", "bias"))
     if weight is None and bias is None:
         return whole
-    if bias is None and layer.bias is None:
+    if bias is None and layer._own("bias") is None:
         return weight
     weight, bias = whole if weight is None else weight, whole if bias is None else bias
     return None if weight is None or bias is None else (weight, bias)

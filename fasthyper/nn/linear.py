@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from fasthyper import maps
 from fasthyper.incidence import Incidence
-from fasthyper.nn.generated import GeneratedLayer
+from fasthyper.nn.generated import PARAMETERS, GeneratedLayer
 from fasthyper.nn.generated_norm import generated_norm_sq, mapped_norm_sq
-from fasthyper.nn.heads import parameters_of_head
+from fasthyper.nn.heads import places_in_head
 from fasthyper.nn.init import INITS, adapt_to_map_
 from fasthyper.nn.linear_call import run, written_out
 from fasthyper.nn.low_rank import LowRank, check_rank
@@ -174,15 +174,9 @@ class HyperLinear(GeneratedLayer):
             raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}, got {name!r}")
         if low_rank := self._low_rank():
             return low_rank.reset(name, z_second_moment, nonlinearity)
-        INITS[name](
-            self.weight,
-            self.bias,
-            self.base_weight,
-            self.base_bias,
-            z_second_moment=z_second_moment,
-            nonlinearity=nonlinearity,
-        )
-        adapt_to_map_(self.weight_map, self.weight, self.bias, self.base_weight)
+        own = self._tensors()
+        INITS[name](*own, z_second_moment=z_second_moment, nonlinearity=nonlinearity)
+        adapt_to_map_(self.weight_map, own.weight, own.bias, own.base_weight)
 
     @classmethod
     def from_head(
@@ -193,7 +187,14 @@ class HyperLinear(GeneratedLayer):
         layout: str | None = None,
         weight_map: maps.Map | None = None,
     ) -> HyperLinear:
-        """Create a layer from an existing head, with shared storage.
+        """Create a layer of an existing head, which becomes its submodule ``head``.
+
+        The layer has no parameters of its own: :attr:`weight`, :attr:`bias` and the base are views of the rows of
+        ``head``, which is not copied. A module that has both the head and the layer has a module under two names. So
+        they stay one through ``copy.deepcopy``, conversions of dtype and device, pickling, state dicts and safetensors,
+        the gradients are those of ``head``, and an optimizer gets its parameters once. The layer loads a state dict
+        with ``head.weight`` and ``head.bias``, that of the head, or that of a HyperLinear with parameters of its own. A
+        checkpoint that has the head under its other name alone loads, too.
 
         Args:
             head: a ``torch.nn.Linear(R, O * I)``, or a ``torch.nn.Linear(R, O * I + O)`` that generates the weights
@@ -206,9 +207,7 @@ class HyperLinear(GeneratedLayer):
             weight_map: the function of the weights, as in the constructor.
 
         Returns:
-            A layer whose parameters are views of the head's parameters. An in-place change of one, by training or
-            loading, changes the other. Their gradients are separate, so give an optimizer only one of the two.
-            Frozen parameters stay frozen.
+            A layer that computes with the parameters of ``head``. Frozen ones stay frozen.
 
         Raises:
             TypeError: ``head`` is not a :class:`torch.nn.Linear`, or it computes more than ``x @ weight.T + bias``
@@ -228,11 +227,11 @@ class HyperLinear(GeneratedLayer):
             True
         """
         check_sizes(in_features=in_features, out_features=out_features)
-        parameters = parameters_of_head(head, in_features, out_features, layout)
-        bias, base = "bias" in parameters, "base_weight" in parameters
-        layer = cls(in_features, out_features, head.in_features, bias, base, device="meta", weight_map=weight_map)
-        for name, parameter in parameters.items():
-            setattr(layer, name, parameter)
+        places = places_in_head(head, in_features, out_features, layout)
+        layer = cls(in_features, out_features, head.in_features, "bias" in places, device="meta", weight_map=weight_map)
+        for name in PARAMETERS:
+            del layer._parameters[name]
+        layer.head, layer.places = head, places
         return layer
 
     def forward(
@@ -332,10 +331,9 @@ class HyperLinear(GeneratedLayer):
             if low_rank := self._low_rank():
                 return low_rank.norm_sq(z)
             if self.weight_map is not None:
-                return mapped_norm_sq(z, self.weight, self.base_weight, self.weight_map)
-            h = self.weight.flatten(0, 1)
-            w = None if self.base_weight is None else self.base_weight.flatten()
-            return generated_norm_sq(z, h, w)
+                return mapped_norm_sq(z, self._own("weight"), self._own("base_weight"), self.weight_map)
+            weight, base_weight = self._own("weight"), self._own("base_weight")
+            return generated_norm_sq(z, weight.flatten(0, 1), None if base_weight is None else base_weight.flatten())
 
     def merged(self, z: Tensor | tuple[Tensor, Tensor]) -> nn.Linear:
         """Return an ordinary linear layer with the weights of one instance, base included.
@@ -361,7 +359,7 @@ class HyperLinear(GeneratedLayer):
             True
         """
         z, bias_z = z if isinstance(z, tuple) else (z, z)
-        z, bias_z = self._one(z), bias_z if self.bias is None else self._one(bias_z, self.bias.shape[1])
+        z, bias_z = self._one(z), bias_z if (head := self._own("bias")) is None else self._one(bias_z, head.shape[1])
         with torch.no_grad(), autocast.off(z):
             weight, bias = written_out(self, z, bias_z)
         plain = nn.Linear(self.in_features, self.out_features, bias is not None, "meta")
@@ -370,12 +368,12 @@ class HyperLinear(GeneratedLayer):
     def _low_rank(self) -> LowRank | None:
         if self.rank is None or self.alpha is None or self.weight_a is None or self.weight_b is None:
             return None
-        return LowRank(self.weight_a, self.weight_b, self.bias, self.base_weight, self.base_bias, self.alpha)
+        return LowRank(self.weight_a, self.weight_b, *self._tensors()[1:], self.alpha)
 
     @property
     def _dtype(self) -> torch.dtype:
         low_rank = self._low_rank()
-        return (self.weight if low_rank is None else low_rank.weight_b).dtype
+        return (self._own("weight") if low_rank is None else low_rank.weight_b).dtype
 
     def extra_repr(self) -> str:
         more = "" if self.rank is None else f", rank={self.rank}, alpha={self.alpha}"
@@ -383,8 +381,8 @@ class HyperLinear(GeneratedLayer):
             more = f", weight_map={maps.name_of(self.weight_map)}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"cond_features={self.cond_features}, bias={self.bias is not None}, "
-            f"base={self.base_weight is not None}{more}"
+            f"cond_features={self.cond_features}, bias={self._own('bias') is not None}, "
+            f"base={self._own('base_weight') is not None}{more}"
         )
 
 

@@ -19,28 +19,29 @@ Z = Tensor | tuple[Tensor, Tensor]
 
 def run(layer: Any, x: Tensor, z: Z, incidence: Incidence | None, reduce: str) -> Tensor:
     """Return the output of a layer, whose arguments are those of `HyperLinear.forward`."""
-    z, bias, more = _split(layer, x, z, incidence, reduce)
+    own = layer._tensors()
+    z, bias, more = _split(layer, own.bias, x, z, incidence, reduce)
     if low_rank := layer._low_rank():
         y = low_rank._replace(bias=bias).forward(x, z, incidence, reduce)
     else:
-        base = {"base_weight": layer.base_weight, "base_bias": layer.base_bias}
+        base = {"base_weight": own.base_weight, "base_bias": own.base_bias}
         of = {"incidence": incidence, "reduce": reduce, "weight_map": layer.weight_map}
-        y = hyper_linear(x, z, layer.weight, bias, **base, **of)
+        y = hyper_linear(x, z, own.weight, bias, **base, **of)
     return y if more is None else y + more
 
 
 def _split(
-    layer: Any, x: Tensor, z: Z, incidence: Incidence | None, reduce: str
+    layer: Any, head: Tensor | None, x: Tensor, z: Z, incidence: Incidence | None, reduce: str
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the z of the weight, the head of the bias if it has the same z, and otherwise the generated bias."""
     if isinstance(z, tuple):
-        return z[0], None, _generated_bias(layer.bias, x, z[1], incidence, reduce)
-    if layer.bias is not None and isinstance(z, Tensor) and layer.bias.shape[1] != layer.cond_features:
+        return z[0], None, _generated_bias(head, x, z[1], incidence, reduce)
+    if head is not None and isinstance(z, Tensor) and head.shape[1] != layer.cond_features:
         raise ValueError(
             f"z must be a pair: the z of the weight has {layer.cond_features} features, that of the bias "
-            f"{layer.bias.shape[1]}; got one z {tuple(z.shape)}"
+            f"{head.shape[1]}; got one z {tuple(z.shape)}"
         )
-    return z, layer.bias, None
+    return z, head, None
 
 
 def _generated_bias(head: Tensor | None, x: Tensor, z: Tensor, incidence: Incidence | None, reduce: str) -> Tensor:
@@ -61,17 +62,18 @@ def _generated_bias(head: Tensor | None, x: Tensor, z: Tensor, incidence: Incide
 
 def written_out(layer: Any, z: Tensor, bias_z: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the weights (B, O, I) and the biases (B, O) of each instance, base and map included."""
+    own = layer._tensors()
     if low_rank := layer._low_rank():
         weight = low_rank.weight(z)
     else:
-        base_weight = None if layer.base_weight is None else layer.base_weight.flatten()
-        weight = F.linear(z, layer.weight.flatten(0, 1), base_weight)
+        base_weight = None if own.base_weight is None else own.base_weight.flatten()
+        weight = F.linear(z, own.weight.flatten(0, 1), base_weight)
         weight = weight.view(z.shape[0], layer.out_features, layer.in_features)
         if layer.weight_map is not None:
             weight = maps.value(layer.weight_map, weight)
-    if layer.bias is not None:
-        if bias_z.shape != (z.shape[0], layer.bias.shape[1]):
-            expected = z.shape[0], layer.bias.shape[1]
+    if own.bias is not None:
+        if bias_z.shape != (z.shape[0], own.bias.shape[1]):
+            expected = z.shape[0], own.bias.shape[1]
             raise ValueError(f"z of the bias must be (B, R) = {expected}, got {tuple(bias_z.shape)}")
-        return weight, F.linear(bias_z, layer.bias, layer.base_bias)
-    return weight, None if layer.base_bias is None else layer.base_bias.expand(z.shape[0], -1)
+        return weight, F.linear(bias_z, own.bias, own.base_bias)
+    return weight, None if own.base_bias is None else own.base_bias.expand(z.shape[0], -1)

@@ -83,7 +83,7 @@ def _tie(plain: nn.Module, layer: Any, z: Any, tied: dict[Hashable, nn.Parameter
     options = tuple(getattr(layer, option, None) for option in ("alpha", "padding_idx"))
     options += (id(getattr(layer, "weight_map", None)),)  # a function need not be hashable
     for name, read in _READ.items():
-        heads = tuple(id(p) if (p := layer._parameters.get(parameter)) is not None else None for parameter in read)
+        heads = tuple(layer._source(parameter) for parameter in read)
         mine = plain._parameters.get(name)
         if mine is not None and heads != (None,) * len(heads):  # layers of a chunked head have no parameters
             plain.register_parameter(name, tied.setdefault((name, heads, id(of[name]), options), mine))

@@ -87,9 +87,9 @@ def parameter_report(model: Hypernetwork | EmbeddingNetwork) -> ParameterReport:
     layers = [m for m in model.modules() if isinstance(m, GeneratedLayer)]
     n_f = _count([*model.trunk.parameters(), *generating_parameters(model)])
     # A shared head generates its weights once.
-    of_layers = (getattr(layer, name, None) for layer in layers for name in HEADS)
-    heads = {id(p): p for p in of_layers if p is not None}
-    n_g = sum(p.shape[:-1].numel() for p in heads.values())
+    of_layers = ((layer._source(name), getattr(layer, name, None)) for layer in layers for name in HEADS)
+    heads = {source: p.shape[:-1] for source, p in of_layers if p is not None}
+    n_g = sum(shape.numel() for shape in heads.values())
     return ParameterReport(n_f, n_g, None, None, trainable - n_f, trainable, total)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fasthyper.nn.conversions import rule_of
-from fasthyper.nn.generated import HEADS, GeneratedLayer, SharedHead
+from fasthyper.nn.generated import HEADS, GeneratedLayer, generating_parameters
 from fasthyper.nn.hyperize import why_not_generated
 
 
@@ -71,19 +71,22 @@ def what_is_generated(module: nn.Module) -> GenerationSummary:
         2      PReLU        -             weight        no rule for PReLU: replace={PReLU: ...} gives one
         3      Linear       -             weight, bias  not chosen by types ("linear"), include and exclude
     """
-    return GenerationSummary(tuple(_layer(module, *entry) for entry in module.named_modules() if _has_own(entry[1])))
+    generating = set(map(id, generating_parameters(module)))
+    layers = [entry for entry in module.named_modules() if _has_own(entry[1], generating)]
+    return GenerationSummary(tuple(_layer(module, *entry) for entry in layers))
 
 
-def _has_own(module: nn.Module) -> bool:
-    generated = isinstance(module, GeneratedLayer)
-    return generated or (any(True for _ in module.parameters(recurse=False)) and not isinstance(module, SharedHead))
+def _has_own(module: nn.Module, generating: set[int]) -> bool:
+    """Return whether a module is a generated layer, or has parameters that generate none."""
+    own = (p for p in module.parameters(recurse=False) if id(p) not in generating)
+    return isinstance(module, GeneratedLayer) or any(True for _ in own)
 
 
 def _layer(root: nn.Module, name: str, module: nn.Module) -> LayerSummary:
     kind = type(module).__name__
     if isinstance(module, GeneratedLayer):
         generated = tuple(key for key in HEADS if getattr(module, key, None) is not None)
-        shared = ("base_bias",) if module.bias is None and module.base_bias is not None else ()
+        shared = ("base_bias",) if module._own("bias") is None and module._own("base_bias") is not None else ()
         return LayerSummary(name, kind, generated, shared, "")
     own = tuple(key for key, _ in module.named_parameters(recurse=False))
     return LayerSummary(name, kind, (), own, _why(root, name, module))

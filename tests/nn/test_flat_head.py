@@ -78,21 +78,20 @@ def test_equals_the_vector_written_out(order, layout, head_bias):
         torch.testing.assert_close(ours[name].detach(), grad)
 
 
-def test_parameters_are_views_of_the_head():
+def test_parameters_are_copies_of_the_rows():
     primary = net()
     head = nn.Linear(R, size(primary)).double()
     head.bias.requires_grad_(False)
     model = Hypernetwork.from_flat_head(head, primary, "weights_first", layout="io")
-    storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    assert storages == {p.untyped_storage().data_ptr() for p in head.parameters()}
+    assert len({p.untyped_storage().data_ptr() for p in model.parameters()}) == len(list(model.parameters()))
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in head.parameters())
     assert all(p.requires_grad == ("base" not in name) for name, p in model.named_parameters())
     x, z = torch.randn(B, 3).double(), torch.randn(B, R).double()
     before = head(z).detach()
     model(x, z).square().sum().backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
-    assert not torch.allclose(head(z), before)
-    torch.testing.assert_close(model.to_flat_head()(z), head(z))
+    assert torch.equal(head(z), before)
+    assert not torch.allclose(model.to_flat_head()(z), before)
 
 
 @pytest.mark.parametrize("head_bias", [False, True])
@@ -103,7 +102,7 @@ def test_state_both_ways(head_bias):
     x, z = torch.randn(B, 3).double(), torch.randn(B, R).double()
     model.load_flat_head(heads[1].state_dict())
     torch.testing.assert_close(model(x, z), Hypernetwork.from_flat_head(heads[1], primary, MIXED)(x, z))
-    copied = copy.deepcopy(model)  # no longer shares storage with the head
+    copied = copy.deepcopy(model)
     state = copied.to_flat_head().state_dict()
     assert state.keys() == heads[1].state_dict().keys()
     for name, value in heads[1].state_dict().items():

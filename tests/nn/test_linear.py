@@ -167,13 +167,8 @@ def test_from_head_of_the_other_layout(bias):
         y = y + out[:, None, O * I :]
     torch.testing.assert_close(layer(x, z), y)
     assert layer.weight.data_ptr() == head.weight.data_ptr()
-    layer(x, z).square().sum().backward()
-    ours = layer.weight.grad
-    y.square().sum().backward()
-    torch.testing.assert_close(ours, head.weight.grad[: O * I].view(I, O, R).transpose(0, 1))
-    other = HyperLinear(I, O, R, bias=bias, dtype=torch.float64)
-    other.load_state_dict(layer.state_dict())
-    torch.testing.assert_close(other(x, z), layer(x, z))
+    ours, theirs = (torch.autograd.grad(t.square().sum(), [*head.parameters()]) for t in (layer(x, z), y))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_from_head_needs_the_layout_where_both_fit():
@@ -205,14 +200,6 @@ def test_from_head_shares_storage():
     torch.testing.assert_close(layer.bias, head.weight[12:])
     torch.testing.assert_close(layer.base_weight.flatten(), head.bias[:12])
     torch.testing.assert_close(layer.base_bias, head.bias[12:])
-
-
-def test_from_head_keeps_frozen_parameters():
-    head = nn.Linear(5, 16)
-    head.bias.requires_grad_(False)
-    layer = HyperLinear.from_head(head, 3, 4, "oi")
-    trainable = {name: p.requires_grad for name, p in layer.named_parameters()}
-    assert trainable == {"weight": True, "bias": True, "base_weight": False, "base_bias": False}
 
 
 def test_from_head_keeps_a_subclass():
