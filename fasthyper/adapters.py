@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -120,7 +121,7 @@ def check_alpha(alpha: float) -> float:
         TypeError: it is not a number.
         ValueError: it is not positive and finite.
     """
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+    if not isinstance(alpha, Real) or isinstance(alpha, bool):
         raise TypeError(f"alpha must be a number, got {alpha!r}")
     if not (alpha > 0 and math.isfinite(alpha)):
         raise ValueError(f"alpha must be positive and finite, got {alpha}")
@@ -146,6 +147,9 @@ def _in_order(
 ) -> tuple[Tensor, Tensor]:
     """Check all arguments; return a as (C, I, r) and b as (C, r, O)."""
     given = {"x": x, "a": a, "b": b, "base_weight": base_weight, "base_bias": base_bias}
+    for name, t in given.items():
+        if t is not None or not name.startswith("base_"):
+            shapes.check_input(name, t)
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
     fitting = [layout] if layout else _fitting(given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def convolve(
     given = x, z, weight, bias, base_weight, base_bias
     if has_torch_function_variadic(*given):
         return handle_torch_function(convolve, given, dims, *given, stride, padding, dilation, groups)
-    tensors = _checked(dims, False, groups, *given)
+    tensors, groups = checked(dims, False, groups, *given)
     x, kernel = tensors[0], weight.shape[2:-1]
     strides, dilations = numbers("stride", stride, dims, 1), numbers("dilation", dilation, dims, 1)
     if padding == "same":
@@ -82,7 +83,8 @@ def convolve_transposed(
         return handle_torch_function(
             convolve_transposed, given, dims, *given, stride, padding, output_padding, groups, dilation
         )
-    tensors = _checked(dims, True, groups, *given)
+    tensors, groups = checked(dims, True, groups, *given)
+    x = tensors[0]
     output, kernel = x.shape[2:], weight.shape[2:-1]
     strides, dilations = numbers("stride", stride, dims, 1), numbers("dilation", dilation, dims, 1)
     paddings, more = numbers("padding", padding, dims, 0), numbers("output_padding", output_padding, dims, 0)
@@ -104,8 +106,9 @@ def numbers(name: str, value: Any, dims: int, least: int) -> list[int]:
     """
     given = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * dims
     for n in given:
-        if not isinstance(n, (int, torch.SymInt)) or isinstance(n, bool):
+        if not isinstance(n, (Integral, torch.SymInt)) or isinstance(n, bool):
             raise TypeError(f"{name} must be an integer or {dims} of them, got {value!r}")
+    given = [n if isinstance(n, torch.SymInt) else int(n) for n in given]  # such as those of numpy
     if len(given) == 1:
         given *= dims
     if len(given) != dims:
@@ -115,8 +118,8 @@ def numbers(name: str, value: Any, dims: int, least: int) -> list[int]:
     return given
 
 
-def _checked(dims: int, transposed: bool, groups: Any, *tensors: Any) -> tuple[Any, ...]:
-    """Check the tensors of a call, and cast them under autocast."""
+def checked(dims: int, transposed: bool, groups: Any, *tensors: Any) -> tuple[tuple[Any, ...], int]:
+    """Check the tensors of a call and its groups; return both, the tensors cast under autocast."""
     names = ("x", "z", "weight", "bias", "base_weight", "base_bias")
     if isinstance(tensors[0], Tensor) and autocast.enabled(tensors[0].device.type):
         tensors = tuple(map(autocast.follow, tensors))
@@ -141,7 +144,9 @@ def _checked(dims: int, transposed: bool, groups: Any, *tensors: Any) -> tuple[A
     for name, t in (("bias", given["bias"]), ("base_bias", given["base_bias"])):
         if t is not None and t.shape[0] != outputs:
             raise ValueError(f"{name} must have O = {outputs} outputs, got {tuple(t.shape)}")
-    return tensors
+    if any(k < 1 for k in weight.shape[2:-1]):
+        raise ValueError(f"weight must have a kernel of at least one tap along each axis, got {tuple(weight.shape)}")
+    return tensors, groups
 
 
 def _run(op: Any, dims: int, tensors: Sequence[Any], *geometry: Any) -> Tensor:
@@ -155,7 +160,12 @@ def _run(op: Any, dims: int, tensors: Sequence[Any], *geometry: Any) -> Tensor:
         of = [[int(n) for n in values] if isinstance(values, list) else values for values in of]
     if missing:
         x, weight, base_weight = (_with_axes(t, missing) for t in (x, weight, base_weight))
-    y = op(x, z, weight, bias, base_weight, base_bias, *of, *backends.current())
+    given = {"x": x, "z": z, "weight": weight, "bias": bias, "base_weight": base_weight, "base_bias": base_bias}
+    try:
+        y = op(*given.values(), *of, *backends.current())
+    except TypeError as raised:
+        shapes.explain(raised, given)
+        raise
     return y.flatten(2, 2 + missing) if missing else y
 
 

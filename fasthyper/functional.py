@@ -110,9 +110,10 @@ def hyper_linear(
         _check(_AXES, *tensors)
     try:
         y = _over_points(shapes.flatten_points(x), *tensors[1:], weight_map=weight_map)
-    except Exception:
+    except Exception as raised:
         try:
             _check(_AXES, *tensors)
+            shapes.explain(raised, dict(zip(linear.HyperLinear._fields, tensors, strict=False)))
         except (TypeError, ValueError) as wrong:  # the op has seen flattened points; these are the caller's shapes
             raise wrong from None
         raise

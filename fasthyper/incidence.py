@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ class Incidence:
         _check_indices(given)
         numbers = {"source": num_sources, "cond": num_conds, "target": num_targets}
         for name, number in numbers.items():
-            if number is not None and (isinstance(number, bool) or not isinstance(number, (int, torch.SymInt))):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, (Integral, torch.SymInt))):
                 raise TypeError(f"num_{name}s must be an integer, got {number!r}")
             if number is not None and number < 0:
                 raise ValueError(f"num_{name}s must not be negative, got {number}")

@@ -16,7 +16,7 @@ from fasthyper.nn.linear import check_sizes
 from fasthyper.nn.merge import with_parameters
 from fasthyper.nn.rows import spread
 from fasthyper.nn.tracing import is_proxy, recorded
-from fasthyper.ops import autocast
+from fasthyper.ops import autocast, shapes
 
 OVER_LAST_AXES = nn.LayerNorm, nn.RMSNorm
 OVER_CHANNELS = nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
@@ -133,6 +133,7 @@ class HyperAffine(GeneratedLayer):
         if is_proxy(x) and (y := recorded(self, x, *self._to_record(z, incidence, repeat))) is not None:
             return y
         self._check(z)
+        shapes.check_input("x", x)
         own = self._tensors()
 
         def generated(head: Tensor, base: Tensor | None) -> Tensor:
@@ -182,7 +183,8 @@ class HyperAffine(GeneratedLayer):
         return with_parameters(plain, plain.training, weight=scale, bias=shift)
 
     def extra_repr(self) -> str:
-        return f"cond_features={self.cond_features}, bias={self._own('bias') is not None}, base={self.base_weight is not None}"
+        bias, base = self._own("bias") is not None, self.base_weight is not None
+        return f"cond_features={self.cond_features}, bias={bias}, base={base}"
 
 
 def _written_out(z: Tensor, head: Tensor, base: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fasthyper.functional import hyper_linear
 from fasthyper.nn.tracing import is_proxy, recorded, refuse_script
+from fasthyper.ops import shapes
 
 
 class Bilinear(nn.Bilinear):
@@ -69,6 +70,8 @@ class Bilinear(nn.Bilinear):
         """
         if is_proxy(input1) and (y := recorded(self, input1, input2)) is not None:
             return y
+        for name, t in (("input1", input1), ("input2", input2)):
+            shapes.check_input(name, t)
         lead = input1.shape[:-1]
         if input1.ndim == 0 or input1.shape[-1] != self.in1_features:
             raise ValueError(f"input1 must be (*, {self.in1_features}), got {tuple(input1.shape)}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fasthyper.convolution import Numbers, numbers
 from fasthyper.functional_conv import hyper_conv2d
 from fasthyper.nn.tracing import is_proxy, recorded, refuse_script
+from fasthyper.ops import shapes
 
 
 class CondConv2d(nn.Module):
@@ -133,6 +134,8 @@ class CondConv2d(nn.Module):
         """
         if is_proxy(x) and (y := recorded(self, x, routing_weights)) is not None:
             return y
+        for name, t in (("x", x), ("routing_weights", routing_weights)):
+            shapes.check_input(name, t)
         padding: Sequence[int] = self.padding
         if self.dynamic_padding:
             x = F.pad(x, self._sides(x.shape[-2:]))

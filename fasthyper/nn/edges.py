@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from fasthyper import planner
 from fasthyper.functional import degrees, largest
 from fasthyper.incidence import Incidence
+from fasthyper.ops import shapes
 
 REDUCE = {"add": "sum", "sum": "sum", "mean": "mean", "max": "max"}
 """The reductions of a graph layer, by their names in PyTorch Geometric's ``aggr``."""
@@ -38,7 +40,7 @@ def channels(in_channels: Any, out_channels: Any) -> tuple[int, int]:
     """
     pair = tuple(in_channels) if isinstance(in_channels, (tuple, list)) else (in_channels, in_channels)
     for name, number in (*(("in_channels", n) for n in pair), ("out_channels", out_channels)):
-        if isinstance(number, bool) or not isinstance(number, int):
+        if isinstance(number, bool) or not isinstance(number, Integral):
             raise TypeError(f"{name} must be an integer{' or a pair' * (name[0] == 'i')}, got {number!r}")
         if number < 1:
             raise ValueError(f"{name} must be positive, got {number}: there is no lazy initialisation")
@@ -65,9 +67,12 @@ def nodes(x: Any, features: tuple[int, int], root: bool) -> tuple[Tensor, Tensor
     for name, t, width in zip(("x", "x[1]"), both, features, strict=True):
         if name == "x[1]" and (t is None or not root):
             continue
+        if isinstance(t, Tensor):
+            shapes.check_dense(name, t)
         if not isinstance(t, Tensor) or not t.is_floating_point():
             got = t.dtype if isinstance(t, Tensor) else type(t).__name__
             raise TypeError(f"{name} must be a tensor of floating point numbers, not indices of nodes, got {got}")
+        shapes.check_input(name, t)
         if t.dim() != 2 or t.shape[1] != width:
             raise ValueError(f"{name} must have shape (nodes, {width}), got {tuple(t.shape)}")
     return both

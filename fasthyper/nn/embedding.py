@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasthyper.nn.plain_linear import why_not_plain
+from fasthyper.ops import shapes
 
 
 class EmbeddingNetwork(nn.Module):
@@ -74,6 +75,7 @@ class EmbeddingNetwork(nn.Module):
             TypeError: ``embed`` does not return a tensor, or the primary or its first layer has hooks.
             ValueError: the sizes of x, the embedding and the first layer do not fit.
         """
+        shapes.check_input("x", x)
         first, *others = self._layers()
         assert isinstance(first, nn.Linear)
         if any(m._forward_hooks or m._forward_pre_hooks for m in (first, self.primary)):

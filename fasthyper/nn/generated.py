@@ -13,7 +13,7 @@ from fasthyper.nn.current_z import current_z
 from fasthyper.nn.heads import Place, load_as_head, tensors_of
 from fasthyper.nn.merge import one_z
 from fasthyper.nn.tracing import refuse_script
-from fasthyper.ops import autocast
+from fasthyper.ops import autocast, shapes
 
 HEADS = {"weight": "weight", "weight_a": "weight", "weight_b": "weight", "bias": "bias"}
 """The parameters that z is multiplied with, and what they generate; a weight of low rank has two."""
@@ -122,8 +122,9 @@ class GeneratedLayer(nn.Module):
 
     def _check(self, z: Any, features: int | None = None) -> None:
         features = self.cond_features if features is None else features
-        if not isinstance(z, Tensor):
+        if isinstance(z, (tuple, list)):
             raise TypeError(f"{type(self).__name__} takes one z, a tensor, got a {type(z).__name__}")
+        shapes.check_dense("z", z)
         if z.ndim != 2 or z.shape[1] != features:
             raise ValueError(f"z must be (B, R) with R = {features}, got {tuple(z.shape)}")
         if z.dtype != self._dtype and not (autocast.enabled(z.device.type) and z.is_floating_point()):

@@ -37,9 +37,9 @@ class Place:
     def view(self, rows: Tensor) -> Tensor:
         """View rows of a head `(count, R)`, or of its bias `(count,)`, in the shape of the parameter."""
         if self.layout == "oi":
-            return rows.unflatten(0, self.shape)
+            return rows.view(*self.shape, *rows.shape[1:])
         first, second, *rest = self.shape
-        return rows.unflatten(0, (second, first, *rest)).transpose(0, 1)
+        return rows.view(second, first, *rest, *rows.shape[1:]).transpose(0, 1)
 
     def rows(self, parameter: Tensor) -> Tensor:
         """Return the rows of a parameter in the order of the flat vector: the inverse of `view`."""
@@ -105,7 +105,7 @@ def tensors_of(head: nn.Linear, places: Mapping[str, Place]) -> list[Tensor | No
         if rows is None:
             return {}
         # One split, whose backward joins the gradients once. A slice for each would fill the whole head with zeros.
-        parts = rows.split(sizes) if len(sizes) > 1 else [rows]
+        parts = rows.split_with_sizes(sizes) if len(sizes) > 1 else [rows]
         return {name: place.view(part) for (name, place), part in zip(places.items(), parts, strict=True)}
 
     heads, bases = of(head.weight), of(head.bias)
@@ -115,8 +115,8 @@ def tensors_of(head: nn.Linear, places: Mapping[str, Place]) -> list[Tensor | No
 def load_as_head(head: nn.Linear, places: Mapping[str, Place], state: Any, prefix: str) -> None:
     """Change a state dict, in place, so that the head of a layer loads from it.
 
-    It may hold the head as the entries `head.…`, or as the entries of the layer itself, those of the head alone or those
-    of a HyperLinear. Where it holds nothing for the layer, the head loads from the entries of another module that has it.
+    It may hold the head as the entries `head.…`, or as entries of the layer itself: those of the head alone, or those
+    of a HyperLinear. Where it holds nothing for the layer, the head loads from the entries of another module.
     """
     mine = {key.removeprefix(prefix): key for key in state if key.startswith(prefix)}
     own = [key for key in mine if not key.startswith("head.")]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fasthyper import convolution
 from fasthyper.convolution import Numbers, numbers
 from fasthyper.nn.generated import GeneratedLayer
 from fasthyper.nn.init import INITS
@@ -154,9 +155,12 @@ class HyperConvolution(GeneratedLayer):
             of = self.stride, self.padding, self.output_padding, self.groups, self.dilation
             return self._function(x, z, weight, bias, *of, **bases)
         padding: Numbers | str = self.padding
+        low_rank = self._low_rank()
         if self.padding_mode != "zeros" and padding != "valid":
+            first = weight if low_rank is None else low_rank.weight_a
+            convolution.checked(self.dims, False, self.groups, x, z, first, None, None, None)  # x as it was passed
             x, padding = F.pad(x, self._sides(), mode=self.padding_mode), 0
-        if low_rank := self._low_rank():
+        if low_rank:
             return low_rank.forward(self._function, x, z, self.stride, padding, self.dilation)
         return self._function(x, z, weight, bias, self.stride, padding, self.dilation, self.groups, **bases)
 

@@ -17,7 +17,7 @@ from fasthyper.nn.linear import check_sizes
 from fasthyper.nn.merge import with_parameters
 from fasthyper.nn.rows import row_numbers
 from fasthyper.nn.tracing import is_proxy, recorded
-from fasthyper.ops import autocast
+from fasthyper.ops import autocast, shapes
 from fasthyper.ops.register import transformed
 
 
@@ -128,8 +128,9 @@ class HyperEmbedding(GeneratedLayer):
         if is_proxy(ids) and (y := recorded(self, ids, *self._to_record(z, incidence, repeat))) is not None:
             return y
         self._check(z)
-        if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"ids must be a tensor of int64 or int32, got {getattr(ids, 'dtype', type(ids).__name__)}")
+        shapes.check_dense("ids", ids)
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"ids must be a tensor of int64 or int32, got {ids.dtype}")
         if ids.dim() == 0:
             raise ValueError("ids must have shape (B, *), got ()")
         rows = row_numbers(ids, z.shape[0], incidence, repeat)

@@ -124,7 +124,7 @@ def hyperize(
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
     check_rank(rank, alpha)
-    replace = dict(replace or {})
+    replace = _checked_replace(replace)
     is_candidate = _candidates(types, replace)
     chosen = _chosen_names(module, is_candidate, _patterns("include", include), _patterns("exclude", exclude))
     _check_convertible(module, chosen, replace)
@@ -169,6 +169,8 @@ def ungenerated(module: nn.Module) -> list[str]:
 def _patterns(argument: str, value: str | Iterable[str] | None) -> list[str] | None:
     if value is None:
         return None
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{argument} must hold patterns of names (str), got a {type(value).__name__}")
     patterns = [value] if isinstance(value, str) else list(value)
     for pattern in patterns:
         if not isinstance(pattern, str):
@@ -176,8 +178,21 @@ def _patterns(argument: str, value: str | Iterable[str] | None) -> list[str] | N
     return patterns
 
 
+def _checked_replace(replace: Replace | None) -> dict[type[nn.Module], Callable[[Any, int], nn.Module | None]]:
+    if replace is not None and not isinstance(replace, Mapping):
+        raise TypeError(f"replace must be a dict of classes and functions, got a {type(replace).__name__}")
+    for cls, make in (replace or {}).items():
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+            raise TypeError(f"replace must have classes of modules as its keys, got {cls!r}")
+        if not callable(make):
+            raise TypeError(f"replace must have functions as its values, got {make!r} for {cls.__name__}")
+    return dict(replace or {})
+
+
 def _candidates(types: Types | None, replace: Replace) -> Callable[[nn.Module], bool]:
     """Return whether a module is of the types that may be chosen."""
+    if types is not None and not isinstance(types, (str, type, Iterable)):
+        raise TypeError(f"types must hold classes of modules and names of families, got {types!r}")
     given = [nn.Linear] if types is None else [types] if isinstance(types, (str, type)) else list(types)
     families, classes = [], [*replace]
     for t in given:

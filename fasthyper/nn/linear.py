@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor, nn
 
@@ -389,7 +391,7 @@ class HyperLinear(GeneratedLayer):
 def check_sizes(**sizes: int) -> None:
     """Check that sizes are integers, and not negative."""
     for name, size in sizes.items():
-        if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
+        if not isinstance(size, (Integral, torch.SymInt)) or isinstance(size, bool):
             raise TypeError(f"{name} must be an integer, got {size!r}")
         if size < 0:
             raise ValueError(f"{name} must not be negative, got {size}")

@@ -10,6 +10,7 @@ from torch import Tensor
 from fasthyper import maps
 from fasthyper.functional import hyper_linear
 from fasthyper.incidence import Incidence
+from fasthyper.ops import shapes
 
 Z = Tensor | tuple[Tensor, Tensor]
 """One z, or a pair of the z of the weight and the z of the bias."""
@@ -36,7 +37,8 @@ def _split(
     """Return the z of the weight, the head of the bias if it has the same z, and otherwise the generated bias."""
     if isinstance(z, tuple):
         return z[0], None, _generated_bias(head, x, z[1], incidence, reduce)
-    if head is not None and isinstance(z, Tensor) and head.shape[1] != layer.cond_features:
+    if head is not None and head.shape[1] != layer.cond_features:
+        shapes.check_input("z", z)
         raise ValueError(
             f"z must be a pair: the z of the weight has {layer.cond_features} features, that of the bias "
             f"{head.shape[1]}; got one z {tuple(z.shape)}"
@@ -48,6 +50,8 @@ def _generated_bias(head: Tensor | None, x: Tensor, z: Tensor, incidence: Incide
     """Return the generated bias, without the base, of each row of the result, from a z of its own."""
     if head is None:
         raise ValueError("z must be one tensor: the layer has no generated bias, which could take a second z")
+    for name, t in (("x", x), ("z of the bias", z)):
+        shapes.check_input(name, t)
     if z.dim() != 2 or z.shape[1] != head.shape[1]:
         raise ValueError(f"z of the bias must be (B, R) with R = {head.shape[1]}, got {tuple(z.shape)}")
     if incidence is None:

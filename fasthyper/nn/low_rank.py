@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from fasthyper.adapters import add_base, check_alpha, low_rank_linear
 from fasthyper.functional import hyper_linear
 from fasthyper.incidence import Incidence
 from fasthyper.nn.init import INITS, hyperfan_in_
-from fasthyper.ops import autocast
+from fasthyper.ops import autocast, shapes
 from fasthyper.ops.register import transformed
 from fasthyper.planner import get_workspace_limit
 
@@ -34,7 +35,7 @@ def check_rank(rank: int | None, alpha: float | None) -> float | None:
         if alpha is not None:
             raise ValueError(f"alpha scales weights of low rank: it needs a rank, got alpha={alpha!r} and rank=None")
         return None
-    if not isinstance(rank, (int, torch.SymInt)) or isinstance(rank, bool):
+    if not isinstance(rank, (Integral, torch.SymInt)) or isinstance(rank, bool):
         raise TypeError(f"rank must be an integer, got {rank!r}")
     if rank < 1:
         raise ValueError(f"rank must be positive, got {rank}")
@@ -71,8 +72,11 @@ class LowRank(NamedTuple):
         A and B of few instances with many points are written out: they are small, and each point is cheaper then.
 
         Raises:
+            TypeError: x or z is not a dense tensor of floating point numbers.
             ValueError: the incidence has sources or targets.
         """
+        for name, t in (("x", x), ("z", z)):
+            shapes.check_input(name, t)
         if isinstance(incidence, Incidence) and (incidence.source is not None or incidence.target is not None):
             raise ValueError(
                 "incidence must have no sources and no targets for a layer with a rank, as Incidence.from_batch(ids), "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fasthyper.nn.plain_linear import only_calls_forward
 from fasthyper.nn.wrappers import unwrapped
+from fasthyper.ops import shapes
 
 _READ = {"weight": ("weight", "weight_a", "weight_b", "base_weight"), "bias": ("bias", "base_bias")}
 """The parameters that each parameter of a merged layer is computed from."""
@@ -20,11 +21,12 @@ def one_z(z: Tensor, features: int) -> Tensor:
     """Return z as (1, R).
 
     Raises:
+        TypeError: it is not a dense tensor.
         ValueError: it is not that of one instance.
     """
-    if not isinstance(z, Tensor) or z.dim() not in (1, 2) or (z.dim() == 2 and z.shape[0] != 1):
-        got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
-        raise ValueError(f"z must be that of one instance, (R,) or (1, R) with R = {features}, got {got}")
+    shapes.check_dense("z", z)
+    if z.dim() not in (1, 2) or (z.dim() == 2 and z.shape[0] != 1):
+        raise ValueError(f"z must be that of one instance, (R,) or (1, R) with R = {features}, got {tuple(z.shape)}")
     return z.reshape(1, -1)
 
 

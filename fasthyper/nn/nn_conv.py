@@ -14,6 +14,7 @@ from fasthyper.functional import hyper_linear
 from fasthyper.nn import edges
 from fasthyper.nn.plain_linear import split_head
 from fasthyper.nn.tracing import is_proxy, recorded, refuse_script
+from fasthyper.ops import shapes
 
 
 class NNConv(Module):
@@ -178,6 +179,7 @@ class NNConv(Module):
             return self._by_messages(x, edge_index.long(), edge_attr, targets, reduce)
         if edge_attr is None:
             raise ValueError("edge_attr must be a tensor (E, D), got None")
+        shapes.check_input("edge_attr", edge_attr)
         before, last = head
         z = edge_attr
         for module in before:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fasthyper import backends
 from fasthyper.nn.linear import check_sizes
 from fasthyper.nn.tracing import is_proxy, recorded, refuse_script
-from fasthyper.ops import autocast, sharding
+from fasthyper.ops import autocast, shapes, sharding
 from fasthyper.ops.pairs import ops
 
 _op = ops.pairs.default
@@ -152,8 +152,7 @@ class PairwiseBilinear(nn.Module):
         return y if len(lead) == 1 else y.view(*lead, *y.shape[1:])
 
     def _check(self, name: str, t: Tensor, members: str, features: int) -> None:
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        shapes.check_input(name, t)
         if t.ndim < 2 or t.shape[-1] != features:
             raise ValueError(f"{name} must have shape (*, {members}, {features}), got {tuple(t.shape)}")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fasthyper.functional import hyper_linear
 from fasthyper.nn.linear import check_sizes
 from fasthyper.nn.tracing import is_proxy, recorded, refuse_script
+from fasthyper.ops import shapes
 
 
 class QMixer(nn.Module):
@@ -100,10 +101,13 @@ class QMixer(nn.Module):
             state: the state that all agents share, ``(*, *state_shape)``.
 
         Raises:
+            TypeError: an argument is not a dense tensor of floating point numbers.
             ValueError: a shape does not fit.
         """
         if is_proxy(chosen_action_value) and (y := recorded(self, chosen_action_value, state)) is not None:
             return y
+        for name, t in (("chosen_action_value", chosen_action_value), ("state", state)):
+            shapes.check_input(name, t)
         rank = len(self.state_shape)
         if chosen_action_value.shape[-2:] != (self.n_agents, 1):
             raise ValueError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fasthyper.incidence import Incidence
+from fasthyper.ops import shapes
 
 
 def rows_per_instance(x: Tensor, instances: int) -> int:
@@ -35,6 +36,8 @@ def in_instances(apply: Callable[[Tensor, Any], Tensor], x: Tensor, z: Any, repe
     """
     first = z[0] if isinstance(z, tuple) else z
     if repeat:
+        shapes.check_input("x", x)
+        shapes.check_input("z", first)
         k = rows_per_instance(x, first.shape[0])
         return apply(x.unflatten(0, (first.shape[0], k)), z).flatten(0, 1)
     try:

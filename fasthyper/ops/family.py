@@ -21,7 +21,7 @@ from .. import backends
 from ..backends.contract import Wanted
 from . import autocast, reference, rules, sharding
 from .register import MISSING, Arguments, Gradients, Op, choice, define
-from .shapes import LINEAR, Axes
+from .shapes import LINEAR, Axes, check, explain
 
 ops = torch.ops.fasthyper
 
@@ -184,6 +184,18 @@ if MISSING:
     )
 
 
+def _called(op: Any, *args: Any, **tensors: Tensor) -> Any:
+    """Call an op; if it raises, check its arguments, so that the error names one."""
+    sharding.prepare()
+    try:
+        return op(*tensors.values(), *args, *backends.current())
+    except Exception as raised:
+        if not torch.compiler.is_compiling():
+            check(LINEAR, tensors)
+            explain(raised, tensors)
+        raise
+
+
 def apply(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
     """Apply generated weights: y[b,n,o] = Σ_{i,r} H[o,i,r] x[b,n,i] z[b,r].
 
@@ -205,8 +217,7 @@ def apply(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
         >>> y.shape, y[0, 0, 0].item()
         (torch.Size([4, 2, 6]), 15.0)
     """
-    sharding.prepare()
-    return ops.apply(x, z, weight, *backends.current())
+    return _called(ops.apply, x=x, z=z, weight=weight)
 
 
 def cond_grad(x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
@@ -229,8 +240,7 @@ def cond_grad(x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
         >>> fasthyper.ops.cond_grad(torch.ones(4, 2, 3), torch.ones(4, 2, 6), torch.ones(6, 3, 5))[0, 0].item()
         36.0
     """
-    sharding.prepare()
-    return ops.cond_grad(x, g, weight, *backends.current())
+    return _called(ops.cond_grad, x=x, g=g, weight=weight)
 
 
 def weight_grad(x: Tensor, z: Tensor, g: Tensor) -> Tensor:
@@ -253,8 +263,7 @@ def weight_grad(x: Tensor, z: Tensor, g: Tensor) -> Tensor:
         >>> fasthyper.ops.weight_grad(torch.ones(4, 2, 3), torch.ones(4, 5), torch.ones(4, 2, 6))[0, 0, 0].item()
         8.0
     """
-    sharding.prepare()
-    return ops.weight_grad(x, z, g, *backends.current())
+    return _called(ops.weight_grad, x=x, z=z, g=g)
 
 
 def grads(
@@ -283,5 +292,4 @@ def grads(
         >>> dx.shape, dz.shape, dh.shape
         (torch.Size([4, 2, 3]), torch.Size([0]), torch.Size([6, 3, 5]))
     """
-    sharding.prepare()
-    return ops.grads(x, z, weight, g, list(mask), *backends.current())
+    return _called(ops.grads, list(mask), x=x, z=z, weight=weight, g=g)

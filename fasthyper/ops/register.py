@@ -57,6 +57,11 @@ _SCHEMA = {
     list[int]: "SymInt[]",
 }
 
+_NOT_DENSE = [
+    f"{layout}{device}" for layout in ("Sparse", "SparseCsr", "NestedTensor") for device in ("CPU", "CUDA")
+] + ["MkldnnCPU"]
+"""The dispatch keys of tensors whose layout is not strided."""
+
 Op = Callable[..., Any]
 Gradients = Mapping[str, Tensor | None]
 """Gradients, or tangents, by the name of an argument."""
@@ -165,6 +170,8 @@ def define(
         return _below_autograd(op, keys, args)
 
     LIBRARY.impl(name, signature.with_check(kernel), "CompositeExplicitAutograd")
+    for key in _NOT_DENSE:  # here, where it costs the calls of dense tensors nothing
+        LIBRARY.impl(name, signature.refuse, key)
     LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
     torch.library.register_fake(f"fasthyper::{name}", signature.with_check(empty or signature.empty), lib=LIBRARY)
     if composite is not None:
@@ -245,6 +252,10 @@ class Signature:
             return out if len(self.results) == 1 else tuple(args.x.new_empty(0) if t is None else t for t in out)
 
         return call
+
+    def refuse(self, *values: Any) -> None:
+        """Raise for tensors that are not dense."""
+        shapes.check(self.axes, self.given(self.arguments(*values)), self.optional)
 
     def with_check_of_one(self, vmap: Op) -> Op:
         """Return a rule of vmap that first checks the arguments as one call of the batch has them."""

@@ -20,7 +20,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.masked import MaskedTensor
 
 from ..problem import DTYPES
 from ..terms import NAMES
@@ -150,11 +152,7 @@ def check(axes: Axes, tensors: Mapping[str, Any], optional: Iterable[str] = ()) 
 
 
 def _check_tensor(name: str, t: Any, x: Tensor) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {'None' if t is None else type(t).__name__}")
-    if t.dtype not in DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise TypeError(f"{name} must be floating point, got shape {tuple(t.shape)} of {t.dtype}; known are {known}")
+    check_input(name, t)
     if t.dtype != x.dtype:
         raise TypeError(
             f"{name} must have the dtype of x: {name} has shape {tuple(t.shape)} of {t.dtype}, "
@@ -165,6 +163,53 @@ def _check_tensor(name: str, t: Any, x: Tensor) -> None:
             f"{name} must be on the device of x: {name} with shape {tuple(t.shape)} is on {t.device}, "
             f"x with shape {tuple(x.shape)} is on {x.device}"
         )
+
+
+def check_dense(name: str, t: Any) -> None:
+    """Check that an argument is a tensor whose elements are all in one block of memory, with strides.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(t, Tensor):
+        got = "None" if t is None else type(t).__name__
+        hint = ": torch.from_numpy makes one of it" if got == "ndarray" else ""
+        raise TypeError(f"{name} must be a tensor, got {got}{hint}")
+    if t.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor, got a nested one: pad it, or put the rows of all instances one after the "
+            "other and pass an incidence, Incidence.from_batch"
+        )
+    if t.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor (torch.strided), got one of {t.layout}: pass {name}.to_dense()")
+    if isinstance(t, MaskedTensor):
+        raise TypeError(f"{name} must be an ordinary tensor, got a {type(t).__name__}: pass {name}.get_data()")
+
+
+def check_input(name: str, t: Any) -> None:
+    """Check that an argument is a dense tensor of floating point numbers.
+
+    Raises:
+        TypeError: it is not.
+    """
+    check_dense(name, t)
+    if t.dtype not in DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{name} must be floating point, got shape {tuple(t.shape)} of {t.dtype}; known are {known}")
+
+
+def explain(wrong: Exception, tensors: Mapping[str, Any]) -> None:
+    """Raise a TypeError in the place of that of a subclass of Tensor which knows no op of this package.
+
+    torch's own message names none of the arguments.
+    """
+    if not isinstance(wrong, TypeError) or not any(s in str(wrong) for s in ("NotImplemented", "no implementation")):
+        return
+    for name, t in tensors.items():
+        if isinstance(t, Tensor) and type(t) not in (Tensor, torch.nn.Parameter):
+            raise TypeError(
+                f"{name} must be an ordinary tensor, got a {type(t).__name__}, which has no rule for the op"
+            )
 
 
 def _pair_letters(letters: str, shape: Sequence[int]) -> list[tuple[str, int]] | None:
@@ -191,8 +236,14 @@ def _wrong_shape(name: str, letters: str, t: Tensor, fixed: Mapping[str, tuple[i
 
 
 def _shared_z(name: str, tensors: Mapping[str, Tensor]) -> str:
-    """Return a hint if z looks like one for the whole batch."""
+    """Return a hint if z looks like one for the whole batch, or like one for each point."""
     z, x = tensors.get("z"), tensors["x"]
+    if name == "z" and z is not None and z.dim() > 2:
+        last = z.dim() - 2
+        return (
+            "; points share the z of their instance: for a z of its own for each step or token, make each an instance, "
+            f"x.flatten(0, {last}) and z.flatten(0, {last})"
+        )
     if name != "z" or z is None or not (z.dim() == 1 or (z.dim() == 2 and z.shape[0] == 1)):
         return ""
     one = "z[None]" if z.dim() == 1 else "z"

@@ -73,6 +73,7 @@ METADATA = {
     "new_zeros": lambda self, x: self.fc(x) + self.fc.weight.new_zeros(3),
     "is_tensor": lambda self, x: self.fc(x) if isinstance(self.fc.weight, nn.Parameter) else None,
     "is_none": lambda self, x: self.fc(x) if self.fc.bias is not None else None,
+    "trained": lambda self, x: self.fc(x) if torch.compiler.is_compiling() or self.fc.weight.requires_grad else None,
     "is_floating": lambda self, x: self.fc(x) if self.fc.weight.is_floating_point() else None,
 }
 
