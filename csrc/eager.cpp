@@ -6,6 +6,7 @@
 // fasthyper/ops registers for every device and every autograd key, and that the kernels here shadow on the CPU.
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/Parallel.h>
@@ -15,6 +16,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <mutex>
 #include <unordered_map>
@@ -81,13 +83,45 @@ void declare_reads(const std::vector<int64_t>& declared) {
   reads = declared;
 }
 
+// The node of W[b] = H·z[b] + W0, without W: it adds up the gradients of W, and contracts their sum with H and z. A
+// gradient that is differentiated writes out W, and only then this node keeps z and H.
+struct Generate : torch::autograd::Function<Generate> {
+  static constexpr bool is_traceable = true;
+
+  static Tensor forward(
+      torch::autograd::AutogradContext* ctx, const Tensor& z, const Tensor& weight, const Maybe& base_weight) {
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["base_weight"] = base_weight.has_value();
+    return at::detail::empty_strided_cpu({z.size(0), weight.size(0), weight.size(1)}, {0, 0, 0}, z.options());
+  }
+
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grad) {
+    torch::autograd::variable_list out(3);
+    if (!grad[0].defined()) return out;
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &z = saved.at(0), &weight = saved.at(1);
+    const auto numbers = weight.size(0) * weight.size(1);
+    const auto dw = grad[0].reshape({-1, numbers});
+    if (ctx->needs_input_grad(0)) out[0] = at::matmul(dw, weight.reshape({numbers, weight.size(2)}));
+    if (ctx->needs_input_grad(1)) out[1] = at::matmul(dw.mT(), z).view(weight.sizes());
+    if (ctx->saved_data["base_weight"].toBool() && ctx->needs_input_grad(2)) out[2] = grad[0].sum(0);
+    return out;
+  }
+};
+
 struct HyperLinear : torch::autograd::Function<HyperLinear> {
+  // The edge to the node of W, if the call has one.
+  static constexpr size_t EDGE_OF_W = 3;
+
   static constexpr bool is_traceable = true;  // compiled autograd may trace backward, which calls one op
   static constexpr const char* SHAPES[] = {"x", "z", "weight"};
 
   static Tensor forward(
-      torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& z, const Tensor& weight, const Maybe& bias,
-      const Maybe& base_weight, const Maybe& base_bias, int64_t keys, string_view backend, string_view schedule) {
+      torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& z, const Tensor& weight,
+      const Tensor& /*w*/, const Maybe& bias, const Maybe& base_weight, const Maybe& base_bias, int64_t keys,
+      string_view backend, string_view schedule) {
     const bool needed[] = {recorded(x),    recorded(z),           recorded(weight),
                            recorded(bias), recorded(base_weight), recorded(base_bias)};
     int64_t read = 0;  // by the gradients of this call
@@ -118,16 +152,83 @@ struct HyperLinear : torch::autograd::Function<HyperLinear> {
     const int64_t is_there = ctx->saved_data["given"].toInt();
     Mask mask{};
     size_t edge = 0;  // one for each tensor that is not absent
-    for (size_t i = 0; i < mask.size(); ++i) mask[i] = (is_there >> i & 1) && ctx->needs_input_grad(edge++);
-    const auto out = backward_op().call(
-        saved[0], saved[1], saved[2], bias, base_weight, grad[0], mask, ctx->saved_data["backend"].toStringView(),
-        ctx->saved_data["schedule"].toStringView());
-    torch::autograd::variable_list all =
-        std::apply([](auto&... t) { return torch::autograd::variable_list{t...}; }, out);
+    for (size_t i = 0; i < mask.size(); ++i) {
+      if (edge == EDGE_OF_W) ++edge;
+      mask[i] = (is_there >> i & 1) && ctx->needs_input_grad(edge++);
+    }
+    const bool to_w = passes_to_w();
+    const auto asked = to_w ? Mask{mask[0]} : mask;
+    torch::autograd::variable_list all(mask.size());
+    if (std::any_of(asked.begin(), asked.end(), [](bool m) { return m; })) {
+      const auto out = backward_op().call(
+          saved[0], saved[1], saved[2], bias, base_weight, grad[0], asked, ctx->saved_data["backend"].toStringView(),
+          ctx->saved_data["schedule"].toStringView());
+      all = std::apply([](auto&... t) { return torch::autograd::variable_list{t...}; }, out);
+    }
     for (size_t i = 0; i < mask.size(); ++i)
-      if (!mask[i]) all[i] = Tensor();
-    all.resize(9);  // keys and strings have no gradient
+      if (!asked[i]) all[i] = Tensor();
+    Tensor dw;
+    if (to_w) {
+      const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+      dw = at::bmm(grad[0].mT(), saved[0]);
+      const auto of_bias = mask[5] || (bias && (mask[1] || mask[3])) ? grad[0].sum(1) : Tensor();
+      if (mask[1] && bias) all[1] = at::matmul(of_bias, *bias);
+      if (mask[3]) all[3] = at::matmul(of_bias.mT(), saved[1]);
+      if (mask[5]) all[5] = of_bias.sum(0);
+    }
+    all.insert(all.begin() + EDGE_OF_W, dw);
+    all.resize(10);  // keys and strings have no gradient
     return all;
+  }
+
+  // Return what stands for W in a call that is recorded: a node, or a tensor without one. A small call does not gain
+  // from it. Tensors that Python traces have no memory.
+  static Tensor node_of_w(const Tensor& x, const Tensor& z, const Tensor& weight, const Maybe& base_weight) {
+    static const Tensor none = at::detail::empty_cpu({0}, at::kFloat);
+    const auto traced = c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
+    if (x.key_set().has_any(traced) || z.key_set().has_any(traced) || weight.key_set().has_any(traced)) return none;
+    if (x.dim() != 3 || z.dim() != 2 || weight.dim() != 3 || x.size(1) < 2) return none;
+    if (double(x.numel()) * weight.size(0) < LARGE || !(recorded(z) || recorded(weight) || recorded(base_weight)))
+      return none;
+    return Generate::apply(z, weight, base_weight);
+  }
+
+  // Give W, which has been written out, the node of the call whose backward runs; return whether there is one.
+  static bool join(const Tensor& w, const Tensor& z, const Tensor& weight) {
+    const auto call = torch::autograd::get_current_node();
+    auto* node = node_of_w(call.get());
+    if (node == nullptr) return false;
+    if (saved_by(node) == 0) {
+      node->ctx_.save_for_backward({z, weight});
+      node->save_variables_to_ctx();
+    }
+    if (saved_by(node) != 2) return false;
+    torch::autograd::impl::set_gradient_edge(w, call->next_edge(EDGE_OF_W));
+    return true;
+  }
+
+ private:
+  static constexpr double LARGE = 1 << 21;  // products, which take about 50 microseconds
+
+  static torch::autograd::CppNode<Generate>* node_of_w(torch::autograd::Node* call) {
+    if (dynamic_cast<torch::autograd::CppNode<HyperLinear>*>(call) == nullptr) return nullptr;
+    return dynamic_cast<torch::autograd::CppNode<Generate>*>(call->next_edge(EDGE_OF_W).function.get());
+  }
+
+  // How many tensors the node of W keeps: none if W has not been written out, or if it has been freed since.
+  static int saved_by(torch::autograd::CppNode<Generate>* node) {
+    try {
+      return int(node->ctx_.get_saved_variables().size());
+    } catch (const c10::Error&) {
+      return -1;
+    }
+  }
+
+  // Whether this backward passes its gradient of W to the node of W.
+  static bool passes_to_w() {
+    const auto call = torch::autograd::get_current_node();
+    auto* node = at::GradMode::is_enabled() ? nullptr : node_of_w(call.get());
+    return node != nullptr && call->task_should_compute_output(EDGE_OF_W) && saved_by(node) == 2;
   }
 };
 
@@ -142,7 +243,9 @@ Tensor hyper_linear(
   const bool records = at::GradMode::is_enabled() && (recorded(x) || recorded(z) || recorded(weight) ||
                                                       recorded(bias) || recorded(base_weight) || recorded(base_bias));
   if (records)
-    return HyperLinear::apply(x, z, weight, bias, base_weight, base_bias, int64_t(below.raw_repr()), backend, schedule);
+    return HyperLinear::apply(
+        x, z, weight, HyperLinear::node_of_w(x, z, weight, base_weight), bias, base_weight, base_bias,
+        int64_t(below.raw_repr()), backend, schedule);
   const at::AutoDispatchBelowAutograd guard;
   return forward_op().redispatch(below, x, z, weight, bias, base_weight, base_bias, backend, schedule);
 }
@@ -338,6 +441,7 @@ TORCH_LIBRARY(fasthyper_eager, m) {
       "remember(Tensor x, int R, int O, int needs, str schedule, str schedule_of_weight, int workspace, bool native)"
       " -> ()",
       remember);
+  m.def("join(Tensor w, Tensor z, Tensor weight) -> bool", HyperLinear::join);
   m.def("forget() -> ()", [] { plans.forget(); });
   m.def("declare_axes(str[] names, str[] letters) -> ()", declare_axes);
   m.def("declare_reads(int[] reads) -> ()", declare_reads);

@@ -10,14 +10,14 @@ term, in forward and in backward.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from .. import compiled
 from ..backends.contract import Wanted
-from . import autocast
+from . import autocast, kept
 from .family import run_apply, run_grads
 from .register import MISSING, Gradients, choice, define
 from .rules import READS
@@ -54,6 +54,8 @@ def _kernel(args: HyperLinear) -> Tensor:
 
 
 def _composite(args: HyperLinear) -> Tensor:
+    if kept.fits(args):
+        return kept.apply(args)
     y = ops.apply(args.x, args.z, args.weight, *choice(args))
     with autocast.off(args.x):
         if args.base_weight is not None:
@@ -85,18 +87,27 @@ def _grads_kernel(args: HyperLinearGrads) -> tuple[Tensor | None, ...]:
     return run_grads(args, args.x, args.z, args.weight, args.bias, args.base_weight, args.g, Wanted(*args.mask))
 
 
-def _grads_composite(args: HyperLinearGrads) -> tuple[Tensor | None, ...]:
-    wanted = Wanted(*args.mask)
+def _grads_by_ops(args: HyperLinearGrads, wanted: Wanted) -> tuple[Tensor | None, ...]:
+    """Return the requested gradients of x, z, H and W0 without W, and without the part of z from the bias."""
     dx, dz, dh = ops.grads(args.x, args.z, args.weight, args.g, [wanted.x, wanted.z, wanted.weight], *choice(args))
     with autocast.off(args.x):
-        per_instance = args.g.sum(1) if wanted.z or wanted.bias or wanted.base_bias else args.g
         if wanted.x and args.base_weight is not None:
             dx = dx + args.g @ args.base_weight
-        if wanted.z and args.bias is not None:
-            dz = dz + per_instance @ args.bias
-        dbias = per_instance.T @ args.z if wanted.bias else None
         dbase_weight = args.g.flatten(0, 1).T @ args.x.flatten(0, 1) if wanted.base_weight else None
-        dbase_bias = per_instance.sum(0) if wanted.base_bias else None
+    return dx, dz, dh, dbase_weight
+
+
+def _grads_composite(args: HyperLinearGrads) -> tuple[Tensor | None, ...]:
+    wanted = Wanted(*args.mask)
+    dx, dz, dh, dbase_weight = (kept.grads if kept.fits(args) else _grads_by_ops)(args, wanted)
+    dbias = dbase_bias = None
+    with autocast.off(args.x):
+        if wanted.base_bias or (args.bias is not None and (wanted.z or wanted.bias)):
+            per_instance = args.g.sum(1)
+            if wanted.z and args.bias is not None:
+                dz = cast(Tensor, dz) + per_instance @ args.bias
+            dbias = per_instance.T @ args.z if wanted.bias else None
+            dbase_bias = per_instance.sum(0) if wanted.base_bias else None
     return dx, dz, dh, dbias, dbase_weight, dbase_bias
 
 

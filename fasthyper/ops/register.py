@@ -31,8 +31,10 @@ try:
         _any_requires_grad,
         _are_functorch_transforms_active,
         _AutoDispatchBelowAutograd,
+        _current_autograd_node,
         _will_engine_execute_node,
     )
+    from torch._C._functorch import TransformType, get_interpreter_stack
     from torch._functorch.autograd_function import enable_single_level_autograd_function
     from torch.autograd.function import _SingleLevelFunction
 
@@ -101,6 +103,16 @@ def choice(args: Arguments) -> backends.Choice:
 def transformed() -> bool:
     """Return whether a torch.func transform or a level of forward mode is active."""
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def vmapped() -> bool:
+    """Return whether a vmap is active, so that a tensor may stand for many."""
+    return any(level.key() == TransformType.Vmap for level in get_interpreter_stack() or ())
+
+
+def current_node() -> Any:
+    """Return the node of autograd's graph whose backward runs in this thread, or None."""
+    return _current_autograd_node()
 
 
 def define(

@@ -1,0 +1,296 @@
+"""W written out once for derivatives of derivatives, where instances have points and W fits the workspace."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.autograd import forward_ad, gradgradcheck
+
+import fasthyper
+from fasthyper import hyper_linear
+from fasthyper.ops import kept, linear
+
+SIZES = (3, 40, 7, 4, 5)  # B, N, R, I, O with points enough for the planner to generate W
+SMALL = (2, 40, 7, 4, 5)
+
+
+def affine(x, z, weight, bias=None, base_weight=None, base_bias=None):
+    return hyper_linear(x, z, weight, bias, base_weight=base_weight, base_bias=base_bias)
+
+
+@pytest.fixture
+def generated(monkeypatch):
+    """Return the list of all W that are written out."""
+    found = []
+    original = kept._generate
+
+    def generate(*parts):
+        found.append(parts)
+        return original(*parts)
+
+    monkeypatch.setattr(kept, "_generate", generate)
+    return found
+
+
+@pytest.fixture(params=[True, False], ids=["kept", "too large"])
+def is_kept(request, monkeypatch):
+    """Run a test with room for W, and without."""
+    if not request.param:
+        monkeypatch.setattr(kept, "_COPIES", 1 << 40)
+    return request.param
+
+
+def two_layers(linear, x, z, first, second):
+    return linear(torch.sin(linear(x, z, *first)), z, *second)
+
+
+def layers(factors, dtype=torch.float64):
+    B, N, R, _, O = SIZES
+    x, z, *first = factors(SIZES, dtype, factors.AFFINE, requires_grad=True)
+    _, _, *second = factors((B, N, R, O, 3), dtype, factors.AFFINE, requires_grad=True)
+    return x, z, first, second
+
+
+def gradient_of(y, x):
+    return torch.autograd.grad(y.sum(), x, create_graph=True)[0]
+
+
+def laplacian_of(y, x):
+    d = gradient_of(torch.sin(y), x)
+    return sum(gradient_of(d[..., i], x)[..., i] for i in range(x.shape[-1]))
+
+
+LOSSES = {
+    "gradient": lambda y, x: gradient_of(torch.sin(y), x).square().sum(),
+    "laplacian": lambda y, x: laplacian_of(y, x).square().sum(),
+    "both and y": lambda y, x: (gradient_of(y, x).sum(-1) + laplacian_of(y, x)).square().sum() + y.square().sum(),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_on_derivatives(loss, factors, oracle, generated, is_kept):
+    x, z, first, second = layers(factors)
+    leaves = [x, z, *first, *second]
+
+    def grads(linear):
+        return torch.autograd.grad(LOSSES[loss](two_layers(linear, x, z, first, second), x), leaves, allow_unused=True)
+
+    got, expected = grads(affine), grads(oracle.linear)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(torch.zeros(()) if a is None else a, torch.zeros_like(a) if b is None else b)
+    if loss != "both and y":  # there, the graph of a constant gradient needs no W
+        assert len(generated) == (2 if is_kept else 0)  # one for each layer, in all passes together
+
+
+@pytest.mark.parametrize("some", range(1, 64))
+def test_two_orders_of_some_arguments(some, factors, oracle):
+    args = factors(SIZES, names=factors.AFFINE)
+    wanted = [t.requires_grad_() for k, t in enumerate(args) if some >> k & 1]
+
+    def both(f):
+        first = torch.autograd.grad((f(*args) ** 2).sum(), wanted, create_graph=True)
+        return *first, *torch.autograd.grad(sum((t**2).sum() for t in first), wanted)
+
+    torch.testing.assert_close(both(affine), both(oracle.linear))
+
+
+def test_third_order(factors, oracle, is_kept):
+    args = factors(SIZES, names=factors.AFFINE, requires_grad=True)
+
+    def derivatives(f):
+        total, found = (f(*args) ** 3).sum() / 100, []
+        for _ in range(3):
+            grads = torch.autograd.grad(total, args, create_graph=True)
+            found += grads
+            total = sum((t**2).mean() for t in grads)
+        return found
+
+    torch.testing.assert_close(derivatives(affine), derivatives(oracle.linear))
+
+
+def test_gradgradcheck(factors):
+    args = factors(SMALL, names=factors.AFFINE, requires_grad=True)
+    assert kept.fits(linear.HyperLinear(*args))
+    assert gradgradcheck(affine, args, check_fwd_over_rev=True, fast_mode=True, check_batched_grad=True)
+
+
+TRANSFORMS = {
+    "grad of grad": lambda f: torch.func.grad(lambda *a: torch.func.grad(f)(*a).square().sum(), (0, 1, 2)),
+    "hessian": lambda f: torch.func.hessian(f, (0, 1, 2)),
+    "jacrev of grad": lambda f: torch.func.jacrev(torch.func.grad(f, (0, 1)), (1, 2)),
+    "jvp of grad": lambda f: lambda *a: torch.func.jvp(torch.func.grad(f, (0, 1, 2)), a, tuple(t.cos() for t in a)),
+    "vmap of grad of grad": lambda f: (
+        lambda x, z, w: torch.func.vmap(
+            torch.func.grad(lambda *a: torch.func.grad(f)(*a).square().sum()), (0, None, None)
+        )(torch.stack([x, 2 * x]), z, w)
+    ),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms(transform, factors, oracle, is_kept):
+    args = factors(SMALL)[:3]
+    assert kept.fits(linear.HyperLinear(*args, None, None, None)) == is_kept
+    got, expected = (
+        TRANSFORMS[transform](lambda *a, f=f: torch.sin(f(*a)).sum())(*args) for f in (affine, oracle.linear)
+    )
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_compiled_loss_on_gradients(factors):
+    x, z, first, second = layers(factors)
+    leaves = z, *first
+
+    def loss(x, z, *first):
+        f = lambda x: torch.sin(two_layers(affine, x, z, first, [t.detach() for t in second])).sum()
+        return torch.func.grad(f)(x).square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    got, expected = (torch.autograd.grad(f(x.detach(), z, *first), leaves, allow_unused=True) for f in (compiled, loss))
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_forward_over_reverse_laplacian(factors, oracle):
+    x, z, weight, _ = factors(SIZES, requires_grad=True)
+
+    def second(f):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, torch.ones_like(x))
+            (d,) = torch.autograd.grad(torch.sin(f(dual, z, weight)).sum(), dual, create_graph=True)
+            return torch.autograd.grad(forward_ad.unpack_dual(d).tangent.square().sum(), (z, weight))
+
+    torch.testing.assert_close(second(affine), second(oracle.linear))
+
+
+@pytest.mark.parametrize("choice", [("auto", "generate"), ("aten", None), ("materialised", None)])
+def test_a_forced_way_keeps_no_w(choice, factors, generated):
+    x, z, weight, _ = factors(SIZES, requires_grad=True)
+    with fasthyper.use_backend(*choice):
+        y = hyper_linear(x, z, weight)
+    gradient_of(y, x).square().sum().backward()
+    assert not generated
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 7, 4, 5), (0, 40, 7, 4, 5), (3, 40, 0, 4, 5), (1 << 9, 40, 7, 64, 128)])
+def test_calls_that_keep_no_w(sizes, factors, generated):
+    """One point, an empty axis, a W larger than the workspace."""
+    x, z, weight, _ = factors(sizes, torch.float32, requires_grad=True)
+    gradient_of(hyper_linear(x, z, weight), x).square().sum().backward()
+    assert not generated
+
+
+def test_first_order_keeps_no_w(factors, generated):
+    x, z, weight, _ = factors(SIZES, requires_grad=True)
+    hyper_linear(x, z, weight).sum().backward()
+    assert not generated
+
+
+@pytest.mark.parametrize("which", ["z", "weight", "base_weight"])
+def test_a_change_in_place_raises(which, factors):
+    x, z, weight, bias, base_weight, base_bias = args = factors(SIZES, names=factors.AFFINE, requires_grad=True)
+    changed = dict(zip(factors.AFFINE, args, strict=True))[which]
+    y = affine(x, z, weight, bias, base_weight, base_bias)
+    d = gradient_of(torch.sin(y), x)
+    with torch.no_grad():
+        changed.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(d.square().sum(), (z, weight, base_weight))
+
+
+def test_a_new_forward_after_a_change_writes_out_a_new_w(factors, oracle):
+    x, z, weight, _ = factors(SIZES, requires_grad=True)
+    graphs = []
+    for _ in range(2):
+        y = hyper_linear(x, z, weight)
+        d = gradient_of(torch.sin(y), x)
+        graphs.append(d)  # the graph, and its W, stay alive
+        expected = gradient_of(torch.sin(oracle.linear(x, z, weight)), x)
+        torch.testing.assert_close(d, expected)
+        weight.data.mul_(2)
+
+
+def test_losses_of_one_forward_may_be_backpropagated_one_after_another(factors, oracle):
+    x, z, weight, _ = factors(SIZES, requires_grad=True)
+
+    def grads(f):
+        y = f(x, z, weight)
+        rows = [gradient_of(y[..., k], x).square().sum() for k in range(2)]
+        return [torch.autograd.grad(row, (z, weight), retain_graph=True) for row in [*rows, rows[0], y.square().sum()]]
+
+    torch.testing.assert_close(grads(affine), grads(oracle.linear))
+
+
+def test_w_dies_with_the_graph(factors, monkeypatch):
+    x, z, weight, _ = factors(SIZES, requires_grad=True)
+    alive = []
+    original = kept._weights
+
+    def weights(args):
+        w = original(args)
+        alive.append(weakref.ref(w))
+        return w
+
+    monkeypatch.setattr(kept, "_weights", weights)
+    y = hyper_linear(x, z, weight)
+    d = gradient_of(torch.sin(y), x)
+    assert len(alive) == 1
+    d.square().sum().backward()
+    del d
+    gc.collect()
+    assert alive[0]() is None
+    y.sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype, factors, oracle):
+    """The error is at most twice that of W written out, plus rounding."""
+    x, z, first, second = layers(factors, dtype)
+    leaves = [x, z, first[0], second[0]]
+
+    def grads(linear, dtype=dtype):
+        wide = [t.detach().to(dtype).requires_grad_() for t in (x, z, *first, *second)]
+        y = two_layers(linear, wide[0], wide[1], wide[2:6], wide[6:])
+        loss = LOSSES["gradient"](y, wide[0]) / 1024
+        return torch.autograd.grad(loss, [wide[0], wide[1], wide[2], wide[6]])
+
+    def written_out(x, z, weight, bias, base_weight, base_bias):
+        w = (z @ weight.flatten(0, 1).T + base_weight.flatten()).view(len(z), *base_weight.shape)
+        return torch.bmm(x, w.mT) + (z @ bias.T + base_bias)[:, None]
+
+    truth = grads(oracle.linear, torch.float64)
+    for got, theirs, exact, leaf in zip(grads(affine), grads(written_out), truth, leaves, strict=True):
+        error, allowed = ((t.double() - exact).norm() for t in (got, theirs))
+        assert error <= 2 * allowed + torch.finfo(dtype).eps * exact.norm(), leaf.shape
+
+
+LARGE = (2, 64, 8, 128, 128)
+"""Sizes at which the forward's own gradient of W goes to the node of W, too."""
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_large_call_has_one_contraction(loss, autocast, factors, oracle):
+    args = [(t / 8).requires_grad_() for t in factors(LARGE, torch.float64, factors.AFFINE)]
+
+    def grads(f):
+        with torch.autocast("cpu", enabled=autocast):
+            return torch.autograd.grad(LOSSES[loss](f(*args)[..., :2].tanh(), args[0]), args)
+
+    torch.testing.assert_close(grads(affine), grads(oracle.linear))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_first_order_of_a_large_call_beside_second_order(order, factors, oracle):
+    """Each alone, after the other, with and without the graph of the other."""
+    x, z, weight, _ = [(t / 8).requires_grad_() for t in factors(LARGE)]
+
+    def grads(f):
+        y = f(x, z, weight)
+        losses = y.square().sum(), gradient_of(y.tanh(), x).square().sum()
+        return [torch.autograd.grad(losses[k], (x, z, weight), retain_graph=True) for k in (*order, *order)]
+
+    torch.testing.assert_close(grads(affine), grads(oracle.linear))
