@@ -1,7 +1,8 @@
 """Apply weights that are generated per instance, and train their generators, without ever writing the weights out."""
 
-from . import nn, ops
-from ._version import __version__
+from . import nn as nn
+from . import ops as ops
+from ._version import __version__ as __version__
 from .adapters import low_rank_linear
 from .backends import set_backend, use_backend
 from .functional import hyper_linear
@@ -28,6 +29,7 @@ from .planner import get_workspace_limit, set_workspace_limit
 
 ops.sharding.prepare()  # compiled code cannot do it at its first call
 
+# Not nn, ops and __version__: after `from fasthyper import *` these names are still those of its user.
 __all__ = [
     "Bilinear",
     "EmbeddingNetwork",
@@ -35,7 +37,6 @@ __all__ = [
     "Hypernetwork",
     "Incidence",
     "PairwiseBilinear",
-    "__version__",
     "deliver",
     "get_workspace_limit",
     "hyper_conv1d",
@@ -47,8 +48,6 @@ __all__ = [
     "hyper_linear",
     "hyperize",
     "low_rank_linear",
-    "nn",
-    "ops",
     "parameter_report",
     "set_backend",
     "set_workspace_limit",

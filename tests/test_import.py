@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-OPTIONAL = ("sklearn", "matplotlib", "rich", "typer", "click", "numpy", "pandas", "triton", "hypothesis", "pytest")
+OPTIONAL = ("sklearn", "matplotlib", "rich", "numpy", "pandas", "triton", "hypothesis", "pytest")
 
 ONLY_TORCH = """
 import sys
@@ -67,5 +67,15 @@ def test_the_public_names_are_there():
     import fasthyper
 
     assert set(fasthyper.__all__) <= set(dir(fasthyper))
-    for name in ("hyper_linear", "use_backend", "set_backend", "set_workspace_limit", "ops", "nn", "__version__"):
+    for name in ("hyper_linear", "use_backend", "set_backend", "set_workspace_limit"):
         assert name in fasthyper.__all__
+    assert {"nn", "ops", "__version__"} <= set(dir(fasthyper))
+
+
+def test_a_star_import_takes_no_name_from_its_user():
+    names = {"__version__": "1.0"}
+    exec("import torch\nfrom torch import nn, ops\nimport torch.nn.functional as F", names)
+    before = {name: value for name, value in names.items() if name != "__builtins__"}
+    exec("from fasthyper import *", names)
+    assert {name: names[name] for name in before} == before
+    assert "HyperLinear" in names
