@@ -65,7 +65,7 @@ sanitize: .venv/ready $(SANITIZED)
 		$(WITH_SANITIZERS) FASTHYPER_CPU=$$width FASTHYPER_BFLOAT16=$$native $(PYTEST) -k cpu $(VALUES) || exit 1; done; done
 	FASTHYPER_FUZZ_CASES=$(CASES) $(PYTEST) tests/kernels/test_fuzz.py
 
-$(SANITIZED): setup.py $(CPU_SOURCES) .venv/torch
+$(SANITIZED): setup.py fasthyper/building.py $(CPU_SOURCES) .venv/torch
 	FASTHYPER_SANITIZE=address,undefined FASTHYPER_ONLY="cpu_width4 cpu_width8 cpu_width16" $(BIN)/python setup.py \
 		--quiet build_ext --build-lib build/sanitized --build-temp build/sanitized-objects
 	touch $@
@@ -141,12 +141,12 @@ clean:
 # A build deletes the libraries that it leaves out, so that no outdated one is loaded: .venv/here makes .venv/built
 # outdated, and .venv/built includes .venv/here.
 ARCH_LIST ?= 9.0a
-.venv/here: setup.py $(CPU_SOURCES) .venv/torch
+.venv/here: setup.py fasthyper/building.py $(CPU_SOURCES) .venv/torch
 	rm -f $(BUILT)
 	FASTHYPER_ONLY=here $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
-$(BUILT): setup.py $(SOURCES) .venv/torch
+$(BUILT): setup.py fasthyper/building.py $(SOURCES) .venv/torch
 	FASTHYPER_BUILD_EMULATOR=1 TORCH_CUDA_ARCH_LIST="$(ARCH_LIST)" $(BIN)/python setup.py --quiet build_ext \
 		--inplace
 	touch .venv/here $@
@@ -158,7 +158,7 @@ EDITABLE := FASTHYPER_BUILD=later $(INSTALL) --no-build-isolation --editable
 .venv/torch: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("fasthyper needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv .venv
-	$(INSTALL) torch numpy setuptools ninja
+	$(INSTALL) torch numpy setuptools
 	touch $@
 
 .venv/compare: .venv/torch

@@ -13,7 +13,7 @@ from .backends import BACKENDS, automatic, current
 from .ops import register
 from .problem import AUTO
 
-_COMPARE_PACKAGES = ("sklearn", "scipy", "numpy", "matplotlib", "rich", "typer", "pandas", "jinja2")
+_COMPARE_PACKAGES = ("sklearn", "scipy", "numpy", "matplotlib", "rich", "pandas", "jinja2")
 
 
 def describe() -> str:

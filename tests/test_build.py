@@ -1,15 +1,19 @@
-"""The messages and the record of setup.py, on builds that compile nothing."""
+"""setup.py and `fasthyper build`: messages, records and incremental builds, with a compiler that compiles nothing."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+
+from fasthyper import building, cli, compiled, processor
 
 ROOT = Path(__file__).parent.parent
 LIBRARIES = {"cpu_default", "cpu_avx2", "cpu_avx512", "eager", "cuda_emulated", "cuda"}
@@ -34,11 +38,10 @@ def test_libraries_that_are_not_requested_are_missing_silently(tmp_path):
     assert [line for line in done.stderr.splitlines() if "does not name it" in line] == []
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 def test_here_means_the_libraries_of_this_machine(tmp_path):
     """With a compiler that always fails, the record shows which libraries were tried."""
     compiler = tmp_path / "c++"
-    compiler.write_text('#!/bin/sh\ncase "$*" in *" -c "*) echo "error: no"; exit 1;; esac\nexec c++ "$@"\n')
+    compiler.write_text("#!/bin/sh\necho 'error: no'; exit 1\n")
     compiler.chmod(0o755)
     done, record = build(tmp_path, FASTHYPER_ONLY="here", CXX=str(compiler), ATEN_CPU_CAPABILITY="default")
     assert done.returncode == 0
@@ -56,11 +59,216 @@ def test_an_unknown_library(tmp_path):
 def test_the_record_names_a_missing_compiler(tmp_path):
     done, record = build(tmp_path, CXX="nothing-of-the-kind")
     assert done.returncode == 0
-    why = "the build found no C++ compiler nothing-of-the-kind; install one, then fasthyper again"
-    assert record == {"error": why}
+    assert record["error"].startswith("there is no C++ compiler nothing-of-the-kind; install one that knows C++20")
+    assert record["error"].endswith("then run `fasthyper build`")
 
 
 def test_later_builds_and_records_nothing(tmp_path):
     done, record = build(tmp_path, FASTHYPER_BUILD="later")
     assert done.returncode == 0
     assert record is None
+
+
+COMPILER = """#!/bin/sh
+echo "$*" >> LOG
+while [ $# -gt 0 ]; do
+  case $1 in -o) out=$2 ;; -c) source=$2 ;; -MF) deps=$2 ;; esac
+  shift
+done
+[ -n "$deps" ] && echo "$out: $source HEADER" > "$deps"
+sleep 0.1
+echo made > "$out"
+"""
+
+
+@pytest.fixture
+def compiler(tmp_path):
+    """Return a compiler that makes files without content, and writes its calls to a log beside it."""
+    path = tmp_path / "compiler" / "c++"
+    path.parent.mkdir()
+    (path.parent / "header.h").touch()
+    text = COMPILER.replace("LOG", str(path.parent / "log")).replace("HEADER", str(path.parent / "header.h"))
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def calls(compiler):
+    """Return the files that were compiled or linked since the last call."""
+    log = compiler.parent / "log"
+    lines = log.read_text().splitlines() if log.exists() else []
+    log.unlink(missing_ok=True)
+    return [re.search(r"-o (\S+)", line)[1].rpartition("/")[2] for line in lines]
+
+
+class TestBuilding:
+    """What is compiled, and when."""
+
+    @pytest.fixture(autouse=True)
+    def of_this_compiler(self, compiler, monkeypatch):
+        monkeypatch.setattr(building, "COMPILER", [str(compiler)])
+
+    @pytest.fixture
+    def make(self, tmp_path, compiler):
+        def make(*names):
+            failed = building.build(names, tmp_path / "out", tmp_path / "objects")
+            return failed, sorted(calls(compiler))
+
+        return make
+
+    def test_nothing_is_compiled_again_without_a_change(self, make, compiler):
+        failed, made = make("eager", "cpu_avx2")
+        assert failed == {}
+        assert [name for name in made if name.endswith(".o")] == ["avx2.o", "eager.o"]
+        assert [name for name in make("eager")[1] if name.endswith(".o")] == []
+
+    def test_a_newer_header_is_a_change(self, make, compiler):
+        make("eager")
+        later = time.time() + 5
+        os.utime(compiler.parent / "header.h", (later, later))
+        assert "eager.o" in make("eager")[1]
+
+    def test_another_command_is_a_change(self, make, monkeypatch):
+        make("cpu_avx2")
+        monkeypatch.setitem(building.CPU, "avx2", ["-mavx2"])
+        assert "avx2.o" in make("cpu_avx2")[1]
+
+    def test_a_library_that_fails_leaves_the_others(self, make, tmp_path, compiler):
+        text = compiler.read_text()
+        compiler.write_text(
+            text.replace("sleep", 'case "$*$out" in *avx2.o*) echo "a.h:1: error: no"; exit 1 ;; esac\nsleep')
+        )
+        failed, _ = make("cpu_avx2", "eager")
+        assert failed == {"cpu_avx2": "a.h:1: error: no"}
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["eager.so"]
+
+    def test_a_library_appears_as_a_whole(self, make, tmp_path, compiler):
+        make("eager")
+        (tmp_path / "out" / "eager.so").write_text("the old one")
+        compiler.write_text("#!/bin/sh\nwhile [ $1 != -o ]; do shift; done\necho half > $2\nexit 1\n")
+        failed, _ = make("eager")
+        assert "failed" in failed["eager"]
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["eager.so"]
+        assert (tmp_path / "out" / "eager.so").read_text() == "the old one"
+
+    def test_others_may_not_write_to_a_library(self, make, tmp_path):
+        before = os.umask(0)
+        try:
+            make("eager")
+        finally:
+            os.umask(before)
+        assert (tmp_path / "out" / "eager.so").stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.skipif(building.unsupported("eager") is not None, reason="the CPU kernels are for x86-64 Linux only")
+class TestCommand:
+    """`fasthyper build`."""
+
+    @pytest.fixture(autouse=True)
+    def into_this_cache(self, tmp_path, compiler, monkeypatch):
+        monkeypatch.setattr(building, "COMPILER", [str(compiler)])
+        monkeypatch.setattr(compiled, "PACKAGED", tmp_path / "package")
+        monkeypatch.setenv("FASTHYPER_CACHE", str(tmp_path / "cache"))
+        monkeypatch.delenv("FASTHYPER_COMPILED", raising=False)
+
+    @staticmethod
+    def run(capsys, *arguments):
+        """Return the exit status and the lines of the command."""
+        code = 0
+        try:
+            cli.main(["build", *arguments])
+        except SystemExit as stop:
+            code = stop.code
+        return code, "\n".join(capsys.readouterr())
+
+    def test_it_builds_what_this_machine_loads(self, capsys, compiler):
+        code, text = self.run(capsys)
+        assert code == 0
+        names = {f"cpu_{processor.kernels()}", "eager", *(["cuda"] if torch.cuda.is_available() else [])}
+        assert {path.stem for path in compiled.cached().glob("*.so")} == names
+        for name in names:
+            assert compiled.look(compiled.cached(), name) == compiled.cached() / f"{name}.so"
+        assert re.search(rf"^built cpu_.* in \d+ s: {re.escape(str(compiled.cached()))}$", text, re.M)
+        assert re.search(r"^2/[4-9] (cpu|eager)", text, re.M)
+
+    def test_what_is_built_already_is_left(self, capsys, compiler):
+        self.run(capsys, "eager")
+        calls(compiler)
+        code, text = self.run(capsys, "eager")
+        assert code == 0
+        assert "eager: built already" in text
+        assert calls(compiler) == []
+        assert self.run(capsys, "eager", "--force")[0] == 0
+        assert "eager.o" in calls(compiler)
+
+    def test_the_cache_is_for_one_user(self, capsys):
+        before = os.umask(0)
+        try:
+            self.run(capsys, "eager")
+        finally:
+            os.umask(before)
+        for path in (compiled.cached().parent, compiled.cached()):
+            assert path.stat().st_mode & 0o777 == 0o700
+
+    def test_a_cache_that_others_may_write_to_is_refused(self, capsys, compiler):
+        compiled.cached().parent.mkdir(parents=True)
+        compiled.cached().parent.chmod(0o777)
+        code, text = self.run(capsys, "eager")
+        assert code == 1
+        assert "error: others may write to " in text
+        assert calls(compiler) == []
+
+    def test_a_failure_is_one_line_an_exit_status_and_a_record(self, capsys, compiler):
+        self.run(capsys, "cpu_avx2")
+        compiler.write_text("#!/bin/sh\necho 'x.cpp:1: error: no such thing'\nexit 1\n")
+        code, text = self.run(capsys, "eager")
+        assert code == 1
+        assert "error: eager cannot be built: x.cpp:1: error: no such thing" in text
+        assert compiled.look(compiled.cached(), "eager") == "not built: x.cpp:1: error: no such thing"
+        assert compiled.look(compiled.cached(), "cpu_avx2") == compiled.cached() / "cpu_avx2.so"
+
+    def test_a_missing_compiler(self, capsys, monkeypatch):
+        monkeypatch.setattr(building, "COMPILER", ["nothing-of-the-kind"])
+        code, text = self.run(capsys)
+        assert code == 1
+        assert "error: there is no C++ compiler nothing-of-the-kind; install one that knows C++20, such as g++" in text
+        assert not compiled.cache().exists()
+
+    def test_an_unknown_library(self, capsys):
+        code, text = self.run(capsys, "cpu_vsx")
+        assert code == 1
+        assert "error: names: unknown library 'cpu_vsx'; choose from cpu_default, " in text
+
+    def test_a_folder_that_cannot_be_written(self, capsys, monkeypatch, tmp_path):
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("FASTHYPER_CACHE", str(tmp_path / "file"))
+        code, text = self.run(capsys, "eager")
+        assert code == 1
+        assert "error: cannot write to " in text
+
+    def test_a_damaged_record_is_made_again(self, capsys):
+        self.run(capsys, "eager")
+        (compiled.cached() / "build.json").write_text("{")
+        assert self.run(capsys, "eager")[0] == 0
+        assert compiled.look(compiled.cached(), "eager") == compiled.cached() / "eager.so"
+
+    def test_remove(self, capsys):
+        self.run(capsys, "eager")
+        other = compiled.cached().parent / "mine"
+        other.mkdir()
+        assert self.run(capsys, "--remove")[0] == 0
+        assert not compiled.cached().exists()
+        assert other.exists()
+
+    def test_of_two_at_once_one_compiles(self, compiler, tmp_path):
+        code = (
+            "import sys, pathlib; from fasthyper import cli, compiled; compiled.PACKAGED = pathlib.Path(sys.argv[1])\n"
+        )
+        command = [sys.executable, "-c", code + "cli.main(['build', 'eager'])", str(tmp_path)]
+        env = {**os.environ, "CXX": str(compiler)}
+        both = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        texts = sorted(process.communicate(timeout=120)[0].splitlines()[-1] for process in both)
+        assert [process.returncode for process in both] == [0, 0]
+        assert texts[0].startswith("built eager for torch")
+        assert texts[1].startswith("eager: built already")
+        assert calls(compiler).count("eager.o") == 1

@@ -5,13 +5,15 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from io import StringIO
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import pytest
 import sklearn.datasets
 import torch
-from typer.testing import CliRunner
 
 from fasthyper import cli, experiments
 
@@ -27,7 +29,17 @@ def one_thread(monkeypatch):
 
 
 def call(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+    out, err, code = StringIO(), StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            cli.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+    if isinstance(code, str):  # Python prints the message
+        err.write(code)
+        code = 1
+    output = out.getvalue() + err.getvalue()
+    return SimpleNamespace(exit_code=code, stdout=out.getvalue(), stderr=err.getvalue(), output=output)
 
 
 def test_compare_ends_with_a_table_the_findings_and_a_report(tmp_path):
@@ -220,11 +232,66 @@ def test_python_m_fasthyper_is_the_command():
     assert done.stderr == "error: data: 'svhn' is not a data set of rotation; known are digits, mnist, cifar10\n"
 
 
-def test_without_the_extras_one_line_says_what_to_install():
-    hidden = "import sys; sys.modules['rich'] = None; import fasthyper.cli"
-    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True)
+ALONE = """
+import importlib.util, sys
+
+REFUSED = ("rich", "typer", "sklearn", "numpy", "scipy", "matplotlib", "pandas", "jinja2")
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in REFUSED:
+            raise ModuleNotFoundError(f"{name} is not installed", name=name)
+
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in REFUSED else find(name, *rest)
+sys.meta_path.insert(0, Refuse())
+from fasthyper import cli
+cli.main(sys.argv[1:])
+"""
+
+
+def alone(*arguments):
+    """Run the command in a process that has only torch."""
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", ALONE, *arguments], capture_output=True, text=True)
+
+
+def test_info_plan_and_build_need_only_torch():
+    done = alone("info")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "backend         aten: ready" in done.stdout
+    done = alone("plan", "--batch", "4800", "--cond", "128", "--in", "64", "--out", "64")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "taken: " in done.stdout
+    done = alone("build", "cpu_vsx")
     assert done.returncode == 1
-    assert done.stderr == "fasthyper: this needs rich, not installed here: pip install fasthyper[compare]\n"
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_without_the_extras_one_line_says_what_to_install():
+    done = alone("compare", "rotation")
+    assert done.returncode == 1
+    what = "rich, sklearn, numpy, scipy, matplotlib, pandas, jinja2"
+    assert done.stderr == f"fasthyper: this needs {what}, not installed here: pip install fasthyper[compare]\n"
+
+
+def test_help_names_all_commands_and_options():
+    result = call("--help")
+    assert result.exit_code == 0
+    for name in ("info", "plan", "build", "compare"):
+        assert re.search(rf"^    {name} ", result.stdout, re.M)
+        assert call(name, "--help").exit_code == 0
+    for name in cli.COMPARE_OPTIONS:
+        assert f"--{name} " in call("compare", "--help").stdout
+    for name in ("cond", "in", "out", *cli.PLAN_OPTIONS):
+        assert f"--{name} " in call("plan", "--help").stdout
+    assert call().exit_code == 2
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    command = f"{sys.executable} -m fasthyper info | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
 
 
 def test_compare_names_what_it_lacks(monkeypatch):

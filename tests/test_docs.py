@@ -41,7 +41,7 @@ def test_every_macro_is_in_the_table():
 
 
 def test_every_public_name_is_in_the_reference():
-    pytest.importorskip("typer", reason="the experiments need the extra `compare`")
+    pytest.importorskip("rich", reason="the experiments need the extra `compare`")
     from fasthyper import experiments
 
     text = (DOCS / "api.md").read_text()

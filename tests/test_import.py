@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -50,7 +51,9 @@ print("right")
 
 
 def run(code: str) -> None:
-    done = subprocess.run([sys.executable, "-c", code, ",".join(OPTIONAL)], capture_output=True, text=True, check=False)
+    env = {**os.environ, "FASTHYPER_NO_WARNING": "1"}
+    command = [sys.executable, "-c", code, ",".join(OPTIONAL)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "right"
 

@@ -17,7 +17,7 @@ FLOORS = (
     ("cli",),
     ("experiments",),
     ("distributed",),
-    ("measure", "info", "explain"),
+    ("measure", "info", "explain", "build_command"),
     ("nn",),
     ("fused",),
     ("functional", "functional_conv", "adapters"),
@@ -27,7 +27,7 @@ FLOORS = (
     ("backends",),
     ("planner", "compiled", "kernels"),
     ("costs",),
-    ("problem", "processor", "_version"),
+    ("problem", "processor", "building", "_version"),
     ("terms", "geometry", "maps"),
 )
 """The floors of the package, highest first: a component imports only from itself and from lower floors."""

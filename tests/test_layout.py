@@ -1,4 +1,4 @@
-"""The folder `kernels`: device code alone, which the package imports through a symbolic link."""
+"""The folders `kernels` and `csrc`, which the package reaches through symbolic links."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ def python(code: str, *path: Path) -> str:
     return done.stdout.strip()
 
 
-def test_the_package_reaches_the_kernels_through_a_relative_link():
-    link = ROOT / "fasthyper" / "kernels"
+@pytest.mark.parametrize("name", ["kernels", "csrc"])
+def test_the_package_reaches_the_kernels_through_a_relative_link(name):
+    link = ROOT / "fasthyper" / name
     assert link.is_symlink()
-    assert os.readlink(link) == os.path.join("..", "kernels")
-    assert link.resolve() == (ROOT / "kernels").resolve()
+    assert os.readlink(link) == os.path.join("..", name)
+    assert link.resolve() == (ROOT / name).resolve()
 
 
 def test_the_folder_is_no_package_of_its_own():

@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 
 import torch
 
-from .. import planner
+from .. import compiled, planner
 from ..problem import AUTO, TERM_SCHEDULES
 from . import aten, cpu, cuda, materialised, triton
 from .aten.models import Models
@@ -159,8 +159,10 @@ def runs_on(name: str, device: torch.device) -> bool:
     return devices is None or device.type in devices
 
 
-def backend(name: str, device: torch.device) -> Backend:
+def backend(name: str, device: torch.device, dtype: torch.dtype | None = None) -> Backend:
     """Return the backend that runs a call: the one named, or the one that ``"auto"`` takes.
+
+    Where that is not the compiled CPU kernels, though they compute in the dtype, the first such call says so.
 
     Raises:
         ValueError: if the one named does not run on the device.
@@ -168,22 +170,27 @@ def backend(name: str, device: torch.device) -> Backend:
     if not runs_on(name, device):
         where = " or ".join(_PLACES.get(place, place) for place in BACKENDS[name].devices() or ())
         raise ValueError(f"backend {name!r} must have tensors on {where}, got x on {device}")
-    return BACKENDS[automatic(device.type) if name == AUTO else name]
+    if name != AUTO:
+        return BACKENDS[name]
+    best = automatic(device.type)
+    if best == FALLBACK and device.type == "cpu" and dtype in cpu.DTYPES and preferred("cpu") == "cpu":
+        compiled.warn_once(str(cpu.unavailable()))
+    return BACKENDS[best]
 
 
-def of_terms(name: str, device: torch.device) -> OverTerms:
+def of_terms(name: str, device: torch.device, dtype: torch.dtype | None = None) -> OverTerms:
     """Return the backend that runs a call over terms: that of `backend`, or aten if it lacks these functions."""
-    module = backend(name, device)
+    module = backend(name, device, dtype)
     return cast(OverTerms, module) if hasattr(module, "apply_terms") else aten
 
 
-def of_models(name: str, device: torch.device) -> OfModels:
+def of_models(name: str, device: torch.device, dtype: torch.dtype | None = None) -> OfModels:
     """Return the backend that runs a call of M models: that of `backend`, in aten's way if it lacks these functions."""
-    module = backend(name, device)
+    module = backend(name, device, dtype)
     return cast(OfModels, module) if hasattr(module, "apply_models") else Models(module)
 
 
-def of_convolutions(name: str, device: torch.device) -> Convolving:
+def of_convolutions(name: str, device: torch.device, dtype: torch.dtype | None = None) -> Convolving:
     """Return the backend that runs a generated convolution: that of `backend`, or aten if it lacks these functions."""
-    module = backend(name, device)
+    module = backend(name, device, dtype)
     return cast(Convolving, module) if hasattr(module, "apply_conv") else aten

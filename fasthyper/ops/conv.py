@@ -121,7 +121,7 @@ def run_apply(args: Arguments, *bases: Tensor | None) -> Tensor:
     a: Any = args
     backend, schedule = choice(args)
     with autocast.off(a.x):
-        module = backends.of_convolutions(backend, a.x.device)
+        module = backends.of_convolutions(backend, a.x.device, a.x.dtype)
         y = new_like_image(a.x, shape_of(_axes(a)["g"], sizes(a)))
         of: Any = {"geometry": geometry_of(a), "transposed": a.transposed, "schedule": schedule}
         bias, base_weight, base_bias = bases or (None,) * 3
@@ -142,7 +142,7 @@ def run_grads(
     backend, schedule = choice(args)
     known = sizes(a)
     with autocast.off(a.x):
-        module = backends.of_convolutions(backend, a.x.device)
+        module = backends.of_convolutions(backend, a.x.device, a.x.dtype)
         dx = new_like_image(like_x(a), tuple(a.x.shape)) if wanted.x else None
         dh = a.x.new_empty(shape_of(AXES["weight"], known)) if wanted.weight else None
         of: Any = {"geometry": geometry_of(a), "transposed": a.transposed, "schedule": schedule}

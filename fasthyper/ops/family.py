@@ -72,7 +72,7 @@ def run_apply(
     """Run `apply` on the backend of a call."""
     backend, schedule = choice(args)
     with autocast.off(x):
-        module = backends.backend(backend, x.device)
+        module = backends.backend(backend, x.device, x.dtype)
         return module.apply(x, z, weight, bias, base_weight, base_bias, schedule=schedule)
 
 
@@ -89,7 +89,7 @@ def run_grads(
     """Run `grads` on the backend of a call."""
     backend, schedule = choice(args)
     with autocast.off(x):
-        module = backends.backend(backend, x.device)
+        module = backends.backend(backend, x.device, x.dtype)
         return module.grads(x, z, weight, bias, base_weight, g, wanted, schedule=schedule)
 
 

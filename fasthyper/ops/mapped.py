@@ -20,7 +20,7 @@ from ..backends import cpu, cpu_mapped
 from ..backends.aten import mapped as aten
 from ..backends.contract import Wanted
 from . import autocast, chunks
-from .register import Arguments, Gradients, choice, define
+from .register import Gradients, choice, define
 from .rules import READS
 from .shapes import LINEAR as AXES
 
@@ -60,14 +60,14 @@ def _validate(args: MappedLinear | MappedLinearGrads) -> None:
     maps.check(args.map)
 
 
-def _kernels(args: Arguments, device: torch.device) -> ModuleType | None:
+def _kernels(args: MappedLinear | MappedLinearGrads) -> ModuleType | None:
     """Return the module that computes a call, or None if it is to write out W.
 
     Raises:
         ValueError: its backend does not run on the device.
     """
     name = choice(args).backend
-    backend = backends.backend(name, device)
+    backend = backends.backend(name, args.x.device, args.x.dtype)
     if name == "materialised":
         return None
     return cpu_mapped if backend is cpu else aten
@@ -106,7 +106,7 @@ def compose(
 
 
 def _kernel(args: MappedLinear) -> Tensor:
-    kernels = _kernels(args, args.x.device)
+    kernels = _kernels(args)
     if kernels is None:
         return compose(*args[:7], whole=True)
     with autocast.off(args.x):
@@ -137,7 +137,7 @@ define(
 
 
 def _grads_kernel(args: MappedLinearGrads) -> tuple[Tensor | None, ...]:
-    kernels = _kernels(args, args.x.device)
+    kernels = _kernels(args)
     if kernels is None:
         return _grads_composite(args)
     with autocast.off(args.x):

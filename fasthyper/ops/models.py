@@ -60,7 +60,7 @@ class GradsModels(NamedTuple):
 def _module(args: Arguments, x: Tensor) -> tuple[OfModels, str]:
     """Return the backend of a call, and its schedule."""
     name, schedule = choice(args)
-    return backends.of_models(name, x.device), schedule
+    return backends.of_models(name, x.device, x.dtype), schedule
 
 
 def _apply(args: ApplyModels) -> Tensor:

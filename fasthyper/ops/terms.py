@@ -125,7 +125,7 @@ def run_apply(args: Arguments, x: Tensor, z: Tensor, weight: Tensor, terms: Term
     backend, schedule = choice(args)
     terms.check_ranges()
     with autocast.off(x):
-        module = backends.of_terms(backend, x.device)
+        module = backends.of_terms(backend, x.device, x.dtype)
         return module.apply_terms(x, z, weight, *(bases or (None,) * 3), terms=terms, schedule=schedule)
 
 
@@ -144,7 +144,7 @@ def run_grads(
     backend, schedule = choice(args)
     terms.check_ranges()
     with autocast.off(x):
-        module = backends.of_terms(backend, x.device)
+        module = backends.of_terms(backend, x.device, x.dtype)
         return module.grads_terms(x, z, weight, bias, base_weight, g, wanted, terms=terms, schedule=schedule)
 
 

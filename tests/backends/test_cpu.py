@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -229,49 +228,6 @@ def test_instruction_sets(held, onednn):
     script = SCRIPT.format(capability=held.upper())
     result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
-
-
-@pytest.fixture
-def build(tmp_path, monkeypatch):
-    """Return a function that writes build.json into an otherwise empty folder of compiled libraries."""
-    monkeypatch.setattr(compiled, "FOLDER", tmp_path)
-
-    def record(**content):
-        (tmp_path / "build.json").write_text(json.dumps(content))
-
-    compiled.load.cache_clear()
-    yield record
-    compiled.load.cache_clear()
-
-
-def test_why_not_without_a_build(build):
-    assert "could not see torch" in compiled.load("cpu_avx2")
-
-
-def test_why_not_after_a_failure(build):
-    build(error="no compiler")
-    assert compiled.load("cpu_avx2") == "not built: no compiler"
-
-
-def test_why_not_with_another_torch(build):
-    build(torch="1.0")
-    assert "built for torch 1.0" in compiled.load("cpu_avx2")
-
-
-def test_why_not_where_one_library_is_missing(build):
-    build(torch=torch.__version__, missing={"cuda": "the build found no nvcc"})
-    assert compiled.load("cuda") == "not built: the build found no nvcc"
-
-
-def test_why_not_for_another_processor(build):
-    build(torch=torch.__version__)
-    assert "there is no cpu_vsx" in compiled.load("cpu_vsx")
-
-
-def test_why_not_with_a_broken_library(build, tmp_path):
-    build(torch=torch.__version__)
-    (tmp_path / "cpu_avx2.so").write_bytes(b"not a library")
-    assert "cannot be loaded" in compiled.load("cpu_avx2")
 
 
 def test_aten_is_used_without_kernels(monkeypatch):

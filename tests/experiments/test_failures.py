@@ -78,7 +78,7 @@ def test_the_process_of_torchrun_that_fails_says_so_in_one_line(tmp_path):
     assert done.returncode != 0
     line = "error: tiny: worker [12] of 2, in embedding, seed 1: ValueError: two lines; finished runs are kept in "
     assert len(re.findall(f"^{line}", done.stderr, re.MULTILINE)) == 1
-    assert not re.search(r'File ".*/(fasthyper|typer)/', done.stderr)  # no traceback except that of torchrun itself
+    assert not re.search(r'File ".*/fasthyper/', done.stderr)  # no traceback except that of torchrun itself
 
 
 def test_the_first_failure_is_raised_and_not_those_that_follow_from_it():

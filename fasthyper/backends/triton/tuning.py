@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from ... import compiled
 from ..._version import __version__
 from ..gpu import INTERPRETER, Device
 from .tiles import Tile
@@ -130,9 +131,8 @@ def _time(run: Callable[[Candidate], None], c: Candidate) -> float:
 
 def path(device: Device) -> Path:
     """Return the file that stores the choices for a device."""
-    folder = os.environ.get("FASTHYPER_CACHE") or os.path.expanduser("~/.cache/fasthyper")
     name = "".join(c if c.isalnum() else "-" for c in f"{device.name} triton {triton.__version__} {__version__}")
-    return Path(folder) / f"tiles-{name}.json".lower()
+    return compiled.cache() / f"tiles-{name}.json".lower()
 
 
 def _read(device: Device) -> dict[tuple[str, str], Tile]:
