@@ -1,6 +1,7 @@
 # make test       everything that a change must pass: lint, build, tests, Triton's interpreter, emulator, sanitizers
 # make slow       also the tests that take minutes
 # make clients    the tests with other libraries' trainers and solvers, which `make test` runs, too
+# make matrix     the tests of the ops and the layers on several versions of torch, each in its own environment
 # make held       the op family's tests, with torch and oneDNN limited to older instruction sets
 # make sanitize   an hour of random calls under sanitizers
 # make lint       style and types; make format repairs the style
@@ -16,7 +17,7 @@ SANITIZED := .venv/sanitized
 CPU_SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*)
 SOURCES := $(CPU_SOURCES) $(wildcard csrc/cuda/*)
 
-.PHONY: test interpreted emulated slow clients held forced sanitize lint format clean
+.PHONY: test interpreted emulated slow clients held matrix forced sanitize lint format clean
 .PHONY: compare compare-ready bench report docs aot gpu gpu-test bench-gpu
 
 # One process for each core, with one thread each: the tests are many and small.
@@ -47,6 +48,21 @@ FAMILY := tests/ops tests/backends tests/test_functional.py tests/test_contract.
 held: .venv/ready $(BUILT)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(FAMILY)
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(PYTEST) $(FAMILY)
+
+# Each version of torch has an environment and compiled kernels of its own in .venv-matrix; `newest` is what pip finds.
+MATRIX ?= 2.11.0 2.13.0 newest
+MATRIX_TESTS := $(filter-out tests/backends,$(FAMILY)) tests/nn
+matrix:
+	@for version in $(MATRIX); do \
+		folder=$(CURDIR)/.venv-matrix/$$version; \
+		case $$version in newest) wanted="--upgrade torch";; *) wanted="torch==$$version";; esac; \
+		if ! { $(PYTHON) -m venv $$folder && $$folder/bin/python -m pip install --quiet --no-compile $$wanted numpy \
+			hypothesis pytest pytest-xdist; }; then results="$$results; torch $$version: cannot be installed"; continue; fi; \
+		version=$$($$folder/bin/python -c "import torch; print(torch.__version__)"); \
+		if FASTHYPER_CACHE=$$folder/cache $$folder/bin/python -m fasthyper build && FASTHYPER_CACHE=$$folder/cache \
+			OMP_NUM_THREADS=1 $$folder/bin/python -m pytest -q --numprocesses auto --maxprocesses 8 $(MATRIX_TESTS); \
+			then results="$$results; torch $$version: passed"; else results="$$results; torch $$version: FAILED"; failed=1; fi; \
+	done; echo "$${results#; }"; test -z "$$failed"
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, with vectors of 4, 8 and 16 floats and with
 # plain loops instead of oneDNN's products, so that every processor runs all of them, bfloat16 too. `make test` fuzzes
@@ -134,7 +150,7 @@ format: .venv/ready
 	$(BIN)/clang-format -i $(SOURCES)
 
 clean:
-	rm -rf .venv build dist *.egg-info fasthyper/_compiled/*.so fasthyper/_compiled/build.json .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-matrix build dist *.egg-info fasthyper/_compiled/*.so fasthyper/_compiled/build.json .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # Incremental builds. .venv/here: the kernels that this machine's CPU loads, for `make compare`. .venv/built: all kernels
 # and the emulated CUDA library, for the tests; nvcc compiles for one architecture, since the tests compile for others.
