@@ -260,15 +260,21 @@ class TestCommand:
         assert not compiled.cached().exists()
         assert other.exists()
 
-    def test_of_two_at_once_one_compiles(self, compiler, tmp_path):
+    def test_a_second_build_waits_for_the_first(self, compiler, tmp_path, capsys):
+        import fcntl
+
+        self.run(capsys, "cpu_avx2")
+        calls(compiler)
         code = (
             "import sys, pathlib; from fasthyper import cli, compiled; compiled.PACKAGED = pathlib.Path(sys.argv[1])\n"
         )
-        command = [sys.executable, "-c", code + "cli.main(['build', 'eager'])", str(tmp_path)]
+        command = [sys.executable, "-W", "ignore", "-c", code + "cli.main(['build', 'eager'])", str(tmp_path)]
         env = {**os.environ, "CXX": str(compiler)}
-        both = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-        texts = sorted(process.communicate(timeout=120)[0].splitlines()[-1] for process in both)
-        assert [process.returncode for process in both] == [0, 0]
-        assert texts[0].startswith("built eager for torch")
-        assert texts[1].startswith("eager: built already")
-        assert calls(compiler).count("eager.o") == 1
+        with (compiled.cached().parent / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            second = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            assert second.stderr.readline() == "waiting for another `fasthyper build`\n"
+            (compiled.cached() / "cpu_avx2.so").rename(compiled.cached() / "eager.so")
+        assert second.communicate(timeout=120)[0].startswith("eager: built already")
+        assert second.returncode == 0
+        assert calls(compiler) == []
