@@ -51,8 +51,8 @@ class HeadParallel(ParallelStyle):
 
     Raises:
         TypeError: the module is no :class:`~fasthyper.nn.HyperLinear`.
-        ValueError: ``by`` is unknown, or it is not ``"out"`` and the layer has a ``weight_map``; in forward, if the
-            Hypernetwork has ``repeat_z=True``.
+        ValueError: ``by`` is unknown, it is not ``"out"`` and the layer has a ``weight_map``, or the layer takes its
+            parameters from a shared head, as with ``from_head``; in forward, if the Hypernetwork has ``repeat_z=True``.
 
     Example:
         >>> import torch
@@ -88,6 +88,8 @@ class HeadParallel(ParallelStyle):
             raise TypeError(f"HeadParallel takes a HyperLinear, got a {type(module).__name__}")
         if module.weight_map is not None and self.by != "out":
             raise ValueError(f"by must be 'out' for a layer with a weight_map, got {self.by!r}: it needs whole rows")
+        if "places" in vars(module):
+            raise ValueError(f"the {type(module).__name__} must have parameters of its own, not those of a shared head")
         for name, parameter in list(module.named_parameters(recurse=False)):
             whole = parameter.detach()
             parts = distribute_tensor(whole, device_mesh, [self._placement(name)], src_data_rank=self.src_data_rank)

@@ -49,7 +49,7 @@ def per_sample_gradients(layer: HyperLinear, activations: Sequence[Tensor], g: T
     """
     x, z = _inputs(activations, g)
     trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
-    if layer.rank is not None or layer.weight_map is not None:
+    if not _has_rules(layer):
         return _by_vmap(layer, trained, x, z, g)
     x, g = shapes.flatten_points(x), shapes.flatten_points(g)
     sums = g.sum(1)
@@ -67,7 +67,7 @@ def per_sample_norms(layer: HyperLinear, activations: Sequence[Tensor], g: Tenso
 
     The arguments are those of `per_sample_gradients`: a norm sampler of Opacus.
     """
-    if layer.rank is not None or layer.weight_map is not None:
+    if not _has_rules(layer):
         return {p: d.flatten(1).norm(dim=1) for p, d in per_sample_gradients(layer, activations, g).items()}
     x, z = _inputs(activations, g)
     sums = shapes.flatten_points(g).sum(1)
@@ -78,6 +78,11 @@ def per_sample_norms(layer: HyperLinear, activations: Sequence[Tensor], g: Tenso
         "base_bias": lambda: sums.norm(dim=1),
     }
     return {p: of[name]() for name, p in layer.named_parameters() if p.requires_grad}
+
+
+def _has_rules(layer: HyperLinear) -> bool:
+    """Return whether the gradients are those of one product with parameters of the layer's own."""
+    return layer.rank is None and layer.weight_map is None and "places" not in vars(layer)
 
 
 def _inputs(activations: Sequence[Tensor], g: Tensor) -> tuple[Tensor, Tensor]:

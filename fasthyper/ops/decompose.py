@@ -80,6 +80,16 @@ def _weight_grad(x: Tensor, z: Tensor, g: Tensor) -> Tensor:
     return (torch.bmm(g.mT, x).flatten(1).T @ z).unflatten(0, (g.shape[2], x.shape[2]))
 
 
+def _generate_models(z: Tensor, weight: Tensor) -> Tensor:
+    """Return W (M, B, O, I) = H·z."""
+    return (z @ weight.flatten(1, 2).mT).unflatten(2, weight.shape[1:3])
+
+
+def _weight_grad_models(args: Any) -> Tensor:
+    dw = args.g.mT @ args.x
+    return (dw.flatten(2).mT @ args.z).unflatten(1, dw.shape[2:])
+
+
 def _apply_terms(args: Any) -> Tensor:
     source, cond, target, *_, targets = terms_of(args)
     y = _apply(_rows(args.x, source), _rows(args.z, cond), args.weight)
@@ -176,6 +186,9 @@ _OWN: dict[str, Callable[[Any], Any]] = {
     "apply": lambda args: _apply(*args[:3]).contiguous(),
     "cond_grad": lambda args: _cond_grad(*args[:3]),
     "weight_grad": lambda args: _weight_grad(*args[:3]),
+    "apply_models": lambda args: (args.x @ _generate_models(args.z, args.weight).mT).contiguous(),
+    "cond_grad_models": lambda args: (args.g.mT @ args.x).flatten(2) @ args.weight.flatten(1, 2),
+    "weight_grad_models": _weight_grad_models,
     "apply_terms": _apply_terms,
     "conv_apply": _conv_apply,
     "conv_transpose_apply": _conv_transpose_apply,

@@ -112,6 +112,16 @@ def _gradient(of: Callable[..., int], name: str) -> Callable[[Any], int]:
     return lambda args: of(args, name)
 
 
+def _models(of: Callable[..., int], *names: str) -> Callable[[Any], int]:
+    """Return the formula of M models, whose tensors have a leading axis M."""
+
+    def flops(args: Any) -> int:
+        one = {name: shape[1:] for name in ("x", "z", "weight", "g") if (shape := getattr(args, name, None))}
+        return args.x[0] * of(args._replace(**one), *names)
+
+    return flops
+
+
 FORMULAS: dict[str, Callable[[Any], int]] = {
     "apply": _linear,
     "cond_grad": _gradient(_linear, "z"),
@@ -121,6 +131,10 @@ FORMULAS: dict[str, Callable[[Any], int]] = {
     "hyper_linear_grads": _linear,
     "mapped_linear": _linear,
     "mapped_linear_grads": _linear,
+    "apply_models": _models(_linear),
+    "cond_grad_models": _models(_linear, "z"),
+    "weight_grad_models": _models(_linear, "weight"),
+    "grads_models": _models(_linear),
     "apply_terms": _terms,
     "cond_grad_terms": _gradient(_terms, "z"),
     "weight_grad_terms": _gradient(_terms, "weight"),

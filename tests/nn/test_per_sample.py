@@ -89,6 +89,16 @@ def test_samplers(options, points):
         torch.testing.assert_close(norms[p], each.flatten(1).norm(dim=1))
 
 
+def test_samplers_of_a_shared_head():
+    x, z, g = inputs(POINTS[0])
+    layer = HyperLinear.from_head(nn.Linear(3, 10, dtype=torch.float64), 4, 2, layout="oi")
+    expected = gradients(layer, x, z, g)
+    got, norms = per_sample_gradients(layer, [x, z], g), per_sample_norms(layer, [x, z], g)
+    for p, each in zip(layer.parameters(), expected, strict=True):
+        torch.testing.assert_close(got[p], each)
+        torch.testing.assert_close(norms[p], each.flatten(1).norm(dim=1))
+
+
 class Model(nn.Module):
     def __init__(self, **options):
         super().__init__()

@@ -50,6 +50,12 @@ def _examples():
         yield "weight_grad", (x, z, g)
         yield "grads", (x, z, h, g, [True, False, True])
         yield "grads", (x, z, h, g, [False, True, False])
+        several = some(M, B, n, I), some(M, B, R), some(M, O, I, R), some(M, B, n, O)
+        yield "apply_models", several[:3]
+        yield "cond_grad_models", (several[0], several[3], several[2])
+        yield "weight_grad_models", (*several[:2], several[3])
+        yield "grads_models", (*several, [True, False, True])
+        yield "grads_models", (*several, [False, True, False])
         yield "hyper_linear", (x, z, h, bias, w0, b0)
         yield "hyper_linear", (x, z, h, None, None, None)
         yield "mapped_linear", (x, z, h, bias, w0, b0, "softplus")
