@@ -171,7 +171,7 @@ struct HyperLinear : torch::autograd::Function<HyperLinear> {
     if (to_w) {
       const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
       dw = at::bmm(grad[0].mT(), saved[0]);
-      const auto of_bias = mask[5] || (bias && (mask[1] || mask[3])) ? grad[0].sum(1) : Tensor();
+      const auto of_bias = mask[5] || mask[3] || (mask[1] && bias) ? grad[0].sum(1) : Tensor();
       if (mask[1] && bias) all[1] = at::matmul(of_bias, *bias);
       if (mask[3]) all[3] = at::matmul(of_bias.mT(), saved[1]);
       if (mask[5]) all[5] = of_bias.sum(0);

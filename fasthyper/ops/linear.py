@@ -102,7 +102,7 @@ def _grads_composite(args: HyperLinearGrads) -> tuple[Tensor | None, ...]:
     dx, dz, dh, dbase_weight = (kept.grads if kept.fits(args) else _grads_by_ops)(args, wanted)
     dbias = dbase_bias = None
     with autocast.off(args.x):
-        if wanted.base_bias or (args.bias is not None and (wanted.z or wanted.bias)):
+        if wanted.base_bias or wanted.bias or (wanted.z and args.bias is not None):
             per_instance = args.g.sum(1)
             if wanted.z and args.bias is not None:
                 dz = cast(Tensor, dz) + per_instance @ args.bias

@@ -294,3 +294,15 @@ def test_first_order_of_a_large_call_beside_second_order(order, factors, oracle)
         return [torch.autograd.grad(losses[k], (x, z, weight), retain_graph=True) for k in (*order, *order)]
 
     torch.testing.assert_close(grads(affine), grads(oracle.linear))
+
+
+@pytest.mark.parametrize("frozen", [(), ("z",), ("weight", "bias"), ("z", "base_weight", "base_bias"), ("weight",)])
+def test_a_large_call_with_frozen_arguments(frozen, factors, oracle):
+    """The forward has saved only what its gradients read."""
+    args = [t / 8 for t in factors(LARGE, torch.float64, factors.AFFINE)]
+    trained = [t.requires_grad_() for t, name in zip(args, factors.AFFINE, strict=True) if name not in frozen]
+
+    def grads(f):
+        return torch.autograd.grad(LOSSES["both and y"](f(*args)[..., :2].tanh(), args[0]), trained)
+
+    torch.testing.assert_close(grads(affine), grads(oracle.linear))
