@@ -285,7 +285,8 @@ class Fusing:
         (J, I, R), O = first[0].shape, second[0].shape[0]
         shapes = (x.shape, z.shape, (J, I, R), (J, R), (J, I), (J,), (O, J, R), (O, R), (O, J), (O,))
         given = [x.new_zeros(s) if t is None else t for s, t in zip(shapes, (x, z, *first, *second), strict=True)]
-        leaves = [t.detach().double().requires_grad_() for t in given]
+        # NaN stands for what no gradient reads. The line with `- h` reads all, and takes its value off again.
+        leaves = [t.detach().double().nan_to_num().requires_grad_() for t in given]
         with torch.inference_mode(False), torch.enable_grad():  # a backend runs without autograd
             h = Oracle.linear(*leaves[:6])
             h = h + (a.double() - self.mark - h).detach()  # the saved value of a, with the gradient of h

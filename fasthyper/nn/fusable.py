@@ -39,4 +39,4 @@ def _is_of_one_head(layer: HyperLinear) -> bool:
 
 
 def _parameters(layer: HyperLinear) -> Layer:
-    return Layer(*layer._tensors())
+    return Layer(*layer._to_apply())

@@ -88,7 +88,14 @@ class GeneratedLayer(nn.Module):
         return name.removeprefix("base_") in self.places
 
     def _all_taken(self) -> Any:
-        return tensors_of(self.head, self.places)
+        return tensors_of(self.head.weight, self.head.bias, self.places)
+
+    def _to_apply(self) -> Tensors:
+        """Return the parameters for a call. Under autocast, all calls of a region share one cast of a shared head."""
+        head = self._modules.get("head") if "places" in self.__dict__ else None
+        if isinstance(head, nn.Linear) and autocast.enabled(head.weight.device.type):
+            return Tensors(*tensors_of(autocast.follow(head.weight), autocast.follow(head.bias), self.places))
+        return self._tensors()
 
     def _source(self, name: str) -> Any:
         """Return what two layers have in common exactly if they share this parameter; None if there is none."""

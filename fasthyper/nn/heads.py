@@ -97,7 +97,7 @@ def places_in_head(head: nn.Linear, in_features: int, out_features: int, layout:
     return {place.name: place for place in places}
 
 
-def tensors_of(head: nn.Linear, places: Mapping[str, Place]) -> list[Tensor | None]:
+def tensors_of(weight: Tensor, bias: Tensor | None, places: Mapping[str, Place]) -> list[Tensor | None]:
     """Return weight, bias, base_weight and base_bias as views of the rows of a head, all of which have a place."""
     sizes = [place.count for place in places.values()]
 
@@ -108,7 +108,7 @@ def tensors_of(head: nn.Linear, places: Mapping[str, Place]) -> list[Tensor | No
         parts = rows.split_with_sizes(sizes) if len(sizes) > 1 else [rows]
         return {name: place.view(part) for (name, place), part in zip(places.items(), parts, strict=True)}
 
-    heads, bases = of(head.weight), of(head.bias)
+    heads, bases = of(weight), of(bias)
     return [heads["weight"], heads.get("bias"), bases.get("weight"), bases.get("bias")]
 
 

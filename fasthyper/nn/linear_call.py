@@ -20,7 +20,7 @@ Z = Tensor | tuple[Tensor, Tensor]
 
 def run(layer: Any, x: Tensor, z: Z, incidence: Incidence | None, reduce: str) -> Tensor:
     """Return the output of a layer, whose arguments are those of `HyperLinear.forward`."""
-    own = layer._tensors()
+    own = layer._to_apply()
     z, bias, more = _split(layer, own.bias, x, z, incidence, reduce)
     if low_rank := layer._low_rank():
         y = low_rank._replace(bias=bias).forward(x, z, incidence, reduce)
