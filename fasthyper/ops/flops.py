@@ -63,10 +63,17 @@ def _wanted(args: Any, *names: str) -> list[bool] | None:
     return getattr(args, "mask", None)
 
 
+def _bias(args: Any, axis: int) -> Sequence[int] | None:
+    """Return the shape of the bias head; `axis` of g are the outputs. Its own gradient is computed without it."""
+    bias = getattr(args, "bias", None)
+    wanted = bias is None and hasattr(args, "mask") and len(args.mask) > 3 and args.mask[3]
+    return (args.g[axis], args.z[-1]) if wanted else bias
+
+
 def _linear(args: Any, *names: str) -> int:
     B, N, I = args.x
     weight = args.weight if hasattr(args, "weight") else (args.g[-1], I, args.z[-1])
-    return _layer(B, B, N, weight, getattr(args, "bias", None), _wanted(args, *names))
+    return _layer(B, B, N, weight, _bias(args, -1), _wanted(args, *names))
 
 
 def _terms(args: Any, *names: str) -> int:
@@ -74,7 +81,7 @@ def _terms(args: Any, *names: str) -> int:
     weight = args.weight if hasattr(args, "weight") else (args.g[-1], I, args.z[-1])
     C = args.z[0] if hasattr(args, "z") else args.conds
     E = next((index[0] for index in (args.source, args.cond, args.target) if index is not None), S)
-    return _layer(C, E, N, weight, getattr(args, "bias", None), _wanted(args, *names))
+    return _layer(C, E, N, weight, _bias(args, -1), _wanted(args, *names))
 
 
 def _conv(args: Any, *names: str) -> int:
@@ -82,7 +89,7 @@ def _conv(args: Any, *names: str) -> int:
     inputs = args.x[1] // args.groups
     weight = args.weight if hasattr(args, "weight") else (outputs, inputs, *args.kernel, args.z[-1])
     pixels = math.prod(args.output)
-    return _layer(args.x[0], args.x[0], pixels, weight, getattr(args, "bias", None), _wanted(args, *names))
+    return _layer(args.x[0], args.x[0], pixels, weight, _bias(args, 1), _wanted(args, *names))
 
 
 def _groups(args: Any) -> int:
