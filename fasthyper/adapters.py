@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from .incidence import Incidence
 from .ops import autocast, groups, shapes
@@ -81,9 +81,9 @@ def low_rank_linear(
         True
     """
     if has_torch_function_variadic(x, a, b, base_weight, base_bias):
-        given = x, a, b, base_weight, base_bias
+        given = {"x": x, "a": a, "b": b, "base_weight": base_weight, "base_bias": base_bias}
         more: dict[str, Any] = {"alpha": alpha, "incidence": incidence, "layout": layout}
-        return handle_torch_function(low_rank_linear, given, *given, **more)
+        return shapes.overridden(low_rank_linear, given, *given.values(), **more)
     if isinstance(x, Tensor) and autocast.enabled(x.device.type):
         x, a, b, base_weight, base_bias = map(autocast.follow, (x, a, b, base_weight, base_bias))
     a, b = _in_order(x, a, b, base_weight, base_bias, layout, incidence is not None)

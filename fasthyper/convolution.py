@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from . import backends
 from .geometry import AXES, image_size, output_size
@@ -17,6 +17,7 @@ from .ops import autocast, hyper_conv, shapes, sharding
 
 Numbers = int | Sequence[int]
 _OP, _TRANSPOSED = hyper_conv.ops.hyper_conv.default, hyper_conv.ops.hyper_conv_transpose.default
+_NAMES = ("x", "z", "weight", "bias", "base_weight", "base_bias")
 
 
 def convolve(
@@ -35,7 +36,8 @@ def convolve(
     """Return `hyper_conv1d`, `2d` or `3d`; see there."""
     given = x, z, weight, bias, base_weight, base_bias
     if has_torch_function_variadic(*given):
-        return handle_torch_function(convolve, given, dims, *given, stride, padding, dilation, groups)
+        named = dict(zip(_NAMES, given, strict=True))
+        return shapes.overridden(convolve, named, dims, *given, stride, padding, dilation, groups)
     tensors, groups = checked(dims, False, groups, *given)
     x, kernel = tensors[0], weight.shape[2:-1]
     strides, dilations = numbers("stride", stride, dims, 1), numbers("dilation", dilation, dims, 1)
@@ -80,9 +82,9 @@ def convolve_transposed(
     """Return `hyper_conv_transpose1d`, `2d` or `3d`; see there."""
     given = x, z, weight, bias, base_weight, base_bias
     if has_torch_function_variadic(*given):
-        return handle_torch_function(
-            convolve_transposed, given, dims, *given, stride, padding, output_padding, groups, dilation
-        )
+        named = dict(zip(_NAMES, given, strict=True))
+        geometry = stride, padding, output_padding, groups, dilation
+        return shapes.overridden(convolve_transposed, named, dims, *given, *geometry)
     tensors, groups = checked(dims, True, groups, *given)
     x = tensors[0]
     output, kernel = x.shape[2:], weight.shape[2:-1]
@@ -120,15 +122,14 @@ def numbers(name: str, value: Any, dims: int, least: int) -> list[int]:
 
 def checked(dims: int, transposed: bool, groups: Any, *tensors: Any) -> tuple[tuple[Any, ...], int]:
     """Check the tensors of a call and its groups; return both, the tensors cast under autocast."""
-    names = ("x", "z", "weight", "bias", "base_weight", "base_bias")
     if isinstance(tensors[0], Tensor) and autocast.enabled(tensors[0].device.type):
         tensors = tuple(map(autocast.follow, tensors))
     first = AXES - dims
     table = shapes.CONV_TRANSPOSE if transposed else shapes.CONV
     unused = "dhw"[:first] + "ijk"[:first] + "abc"[:first]
-    axes = {name: "".join(c for c in table[name] if c not in unused) for name in ("weight", *names[:2], *names[3:])}
-    given = dict(zip(names, tensors, strict=True))
-    shapes.check(axes, given, optional=names[3:])
+    axes = {name: "".join(c for c in table[name] if c not in unused) for name in ("weight", *_NAMES[:2], *_NAMES[3:])}
+    given = dict(zip(_NAMES, tensors, strict=True))
+    shapes.check(axes, given, optional=_NAMES[3:])
     (groups,) = numbers("groups", groups, 1, 1)
     x, weight = given["x"], given["weight"]
     channels, per_group = x.shape[1], weight.shape[1]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from . import backends, maps
 from .incidence import Incidence
@@ -91,10 +91,10 @@ def hyper_linear(
         True
     """
     if has_torch_function_variadic(x, z, weight, bias, base_weight, base_bias):
-        overriding = x, z, weight, bias, base_weight, base_bias
+        bases = {"base_weight": base_weight, "base_bias": base_bias}
+        given = {"x": x, "z": z, "weight": weight, "bias": bias, **bases}
         more: dict[str, Any] = {"incidence": incidence, "reduce": reduce, "weight_map": weight_map}
-        more.update(base_weight=base_weight, base_bias=base_bias)
-        return handle_torch_function(hyper_linear, overriding, x, z, weight, bias, **more)
+        return shapes.overridden(hyper_linear, given, x, z, weight, bias, **bases, **more)
     if isinstance(x, Tensor) and autocast.enabled(x.device.type):
         x, z, weight, bias, base_weight, base_bias = map(autocast.follow, (x, z, weight, bias, base_weight, base_bias))
     sharding.prepare()

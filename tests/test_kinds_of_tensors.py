@@ -116,7 +116,7 @@ class Unknown(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if "fasthyper" in str(func):
+        if "fasthyper" in f"{func} {getattr(func, '__module__', '')}":
             return NotImplemented
         return super().__torch_function__(func, types, args, kwargs)
 

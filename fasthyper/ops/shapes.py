@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.masked import MaskedTensor
+from torch.overrides import handle_torch_function
 
 from ..problem import DTYPES
 from ..terms import NAMES
@@ -210,6 +211,19 @@ def explain(wrong: Exception, tensors: Mapping[str, Any]) -> None:
             raise TypeError(
                 f"{name} must be an ordinary tensor, got a {type(t).__name__}, which has no rule for the op"
             )
+
+
+def overridden(function: Any, tensors: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a public function as a subclass of Tensor overrides it, by ``__torch_function__``.
+
+    Raises:
+        TypeError: none of the subclasses does; the message names an argument.
+    """
+    try:
+        return handle_torch_function(function, tuple(tensors.values()), *args, **kwargs)
+    except TypeError as raised:
+        explain(raised, tensors)
+        raise
 
 
 def _pair_letters(letters: str, shape: Sequence[int]) -> list[tuple[str, int]] | None:

@@ -223,7 +223,7 @@ def check_errors_of_the_style(here):
     with pytest.raises(ValueError, match="by must be 'out' for a layer with a weight_map, got 'in'"):
         parallelize_module(HyperLinear(I, O, R, weight_map="abs"), mesh, HeadParallel("in"))
     with pytest.raises(ValueError, match="must have parameters of its own, not those of a shared head"):
-        parallelize_module(HyperLinear.from_head(nn.Linear(R, O * I), I, O), mesh, HeadParallel("out"))
+        parallelize_module(HyperLinear.from_head(nn.Linear(R, O * I), I, O, layout="oi"), mesh, HeadParallel("out"))
     model = Hypernetwork(
         nn.Linear(3, R), parallelize_module(HyperLinear(I, O, R), mesh, HeadParallel("out")), repeat_z=True
     )
