@@ -395,11 +395,13 @@ MEMORY = [
 
 @pytest.mark.parametrize("head", [lambda w: w, lambda w: w.transpose(0, 1).contiguous().transpose(0, 1)])
 @pytest.mark.parametrize(("sizes", "dtype"), MEMORY, ids=str)
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("name", ["normalize"])
-def test_memory(name, sizes, dtype, head):
+def test_memory(name, native, sizes, dtype, head, native_low_precision):
     fasthyper.set_workspace_limit(MIB)
-    once = temporary(name, *sizes, dtype, head)
-    twice = temporary(name, 2 * sizes[0], *sizes[1:], dtype, head)
+    with native_low_precision(native):
+        once = temporary(name, *sizes, dtype, head)
+        twice = temporary(name, 2 * sizes[0], *sizes[1:], dtype, head)
     assert twice < MIB
     assert twice - once < MIB // 4
 

@@ -165,16 +165,19 @@ class TestValues:
             )
         assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
+    @pytest.mark.parametrize("native", [False, True])
     @pytest.mark.parametrize("mask", [*itertools.product([False, True], repeat=4)])
-    def test_masks(self, mask, schedule, any_tiles):
+    def test_masks(self, mask, native, schedule, any_tiles, native_low_precision):
         for dtype in (torch.float64, torch.bfloat16):
             args = arguments(dtype=dtype)
-            with fasthyper.use_backend("auto", schedule):
+            with native_low_precision(native), fasthyper.use_backend("auto", schedule):
                 every = pairs_grads(*args[:3], args[4], False, False, [True] * 4)
                 some = pairs_grads(*args[:3], args[4], False, False, list(mask))
             for got, full, wanted in zip(some, every, mask, strict=True):
                 assert got.shape == (full.shape if wanted else (0,))
-                torch.testing.assert_close(got, full if wanted else got)
+                # The schedule depends on the mask, and with it the rounding of tiles in 16 bits.
+                atol = 2**-7 * full.abs().max().item() if dtype == torch.bfloat16 else None
+                torch.testing.assert_close(got, full if wanted else got, atol=atol, rtol=atol)
 
     def test_an_infinite_x_and_a_nan_affect_their_own_instance(self, schedule, any_tiles):
         x, z, weight, bias, g = arguments()

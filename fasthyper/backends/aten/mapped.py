@@ -50,7 +50,8 @@ class Weights(NamedTuple):
         """Return the instances and the outputs of a tile of P; `limit`: the most outputs."""
         O, I, R = self.weight.shape
         elements = self.tiling.elements
-        instances, outputs = tile_shape(len(self.z), N, O, I, R, is_copied(self.weight, self.tiling), self.tiling)
+        copied = self.tiling.dtype != self.tiling.sum_dtype or is_copied(self.weight, self.tiling)  # sums convert it
+        instances, outputs = tile_shape(len(self.z), N, O, I, R, copied, self.tiling)
         outputs = max(1, min(outputs, limit, elements // max(1, I)))
         return max(1, min(instances, elements // max(1, outputs * I))), outputs
 
