@@ -22,7 +22,7 @@ from ..problem import AUTO, Problem
 from . import autocast
 from .register import MISSING, Arguments, choice, current_node, transformed, vmapped
 
-_COPIES = 3  # W, its gradient, and the next summand of this gradient
+COPIES = 3  # W, its gradient, and the next summand of this gradient
 _KEY = "fasthyper.kept"
 
 Parts = tuple[Tensor, Tensor, Tensor | None]
@@ -69,7 +69,7 @@ def fits(args: _Call) -> bool:
         return False
     if any(isinstance(size, torch.SymInt) for size in (B, N, R, I, O)) or 0 in (B, R, I, O):
         return False
-    if _COPIES * B * O * I * x.element_size() > planner.get_workspace_limit():
+    if COPIES * B * O * I * x.element_size() > planner.get_workspace_limit():
         return False
     plan = planner.plan(Problem.of("apply", x, R, O))
     return plan.schedule == "generate" and plan.work_dtype == x.dtype
@@ -78,11 +78,15 @@ def fits(args: _Call) -> bool:
 def apply(args: _CallOfApply) -> Tensor:
     """Return y = W x + bias·z + b0."""
     with autocast.off(args.x):
-        w = _weights(args)
-        if args.bias is not None:
-            return torch.baddbmm(F.linear(args.z, args.bias, args.base_bias).unsqueeze(1), args.x, w.mT)
-        y = torch.bmm(args.x, w.mT)
-        return y if args.base_bias is None else y + args.base_bias
+        return product(_weights(args), args.x, args.z, args.bias, args.base_bias)
+
+
+def product(w: Tensor, x: Tensor, z: Tensor, bias: Tensor | None, base_bias: Tensor | None) -> Tensor:
+    """Return y[b,n] = W[b] x[b,n] + bias·z[b] + b0."""
+    if bias is not None:
+        return torch.baddbmm(F.linear(z, bias, base_bias).unsqueeze(1), x, w.mT)
+    y = torch.bmm(x, w.mT)
+    return y if base_bias is None else y + base_bias
 
 
 def grads(args: _CallOfGrads, wanted: Wanted) -> tuple[Tensor | None, ...]:
@@ -92,7 +96,7 @@ def grads(args: _CallOfGrads, wanted: Wanted) -> tuple[Tensor | None, ...]:
         dx = torch.bmm(args.g, _weights(args)) if wanted.x else None
         needs = wanted.z, wanted.weight, wanted.base_weight
         if any(needs):
-            dz, dh, dbase = _grads_of_parts(torch.bmm(args.g.mT, args.x), args.z, args.weight, needs)
+            dz, dh, dbase = grads_of_parts(torch.bmm(args.g.mT, args.x), args.z, args.weight, needs)
     return dx, dz, dh, dbase
 
 
@@ -104,7 +108,7 @@ def _weights(args: _Call) -> Tensor:
     parts = args.z, args.weight, args.base_weight
     node = current_node()
     if node is None or transformed() or not torch.is_grad_enabled():
-        return _generate(*parts)
+        return generate(*parts)
     memo: _Memo | None = node.metadata.get(_KEY)
     w = None if memo is None else memo.of(parts)
     if w is None:
@@ -120,7 +124,7 @@ def _node_of(parts: Parts) -> Tensor:
     """
     if parts[0].is_cpu and compiled.load("eager") is None:
         with torch.no_grad():
-            w = _generate(*parts)
+            w = generate(*parts)
         if type(w) is Tensor and torch.ops.fasthyper_eager.join(w, *parts[:2]):
             return w
         return _Generate.apply(*parts, w)
@@ -155,22 +159,22 @@ class _Generate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, weight, base_weight, w):
         ctx.save_for_backward(z, weight)
-        return _generate(z, weight, base_weight) if w is None else w.view_as(w)
+        return generate(z, weight, base_weight) if w is None else w.view_as(w)
 
     @staticmethod
     def backward(ctx, dw):
         z, weight = ctx.saved_tensors
         with autocast.off(dw):
-            return *_grads_of_parts(dw, z, weight, ctx.needs_input_grad[:3]), None
+            return *grads_of_parts(dw, z, weight, ctx.needs_input_grad[:3]), None
 
 
-def _generate(z: Tensor, weight: Tensor, base_weight: Tensor | None) -> Tensor:
+def generate(z: Tensor, weight: Tensor, base_weight: Tensor | None) -> Tensor:
     O, I, R = weight.shape
     base = None if base_weight is None else base_weight.reshape(O * I)
     return F.linear(z, weight.reshape(O * I, R), base).view(-1, O, I)
 
 
-def _grads_of_parts(dw: Tensor, z: Tensor, weight: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+def grads_of_parts(dw: Tensor, z: Tensor, weight: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Return the gradients of z, H and W0 from that of W."""
     O, I, R = weight.shape
     flat = dw.reshape(-1, O * I)
