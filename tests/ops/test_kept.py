@@ -25,13 +25,13 @@ def affine(x, z, weight, bias=None, base_weight=None, base_bias=None):
 def generated(monkeypatch):
     """Return the list of all W that are written out."""
     found = []
-    original = kept._generate
+    original = kept.generate
 
     def generate(*parts):
         found.append(parts)
         return original(*parts)
 
-    monkeypatch.setattr(kept, "_generate", generate)
+    monkeypatch.setattr(kept, "generate", generate)
     return found
 
 
@@ -39,7 +39,7 @@ def generated(monkeypatch):
 def is_kept(request, monkeypatch):
     """Run a test with room for W, and without."""
     if not request.param:
-        monkeypatch.setattr(kept, "_COPIES", 1 << 40)
+        monkeypatch.setattr(kept, "COPIES", 1 << 40)
     return request.param
 
 
