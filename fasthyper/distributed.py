@@ -6,7 +6,7 @@ This module imports DTensors, which ``import fasthyper`` does not.
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -120,15 +120,15 @@ class HeadParallel(ParallelStyle):
         if repeat:
             raise ValueError("repeat_z must be False for the Hypernetwork of a layer with HeadParallel")
 
-        def placed(t: Any, layout: Placement, needed: Placement) -> Any:
+        def placed(name: str, t: Any, layout: Placement, needed: Placement, features: int) -> Any:
             if isinstance(t, tuple):
-                return tuple(placed(each, layout, needed) for each in t)
+                return tuple(placed(name, each, layout, needed, features) for each in t)
             if not isinstance(t, DTensor):
-                t = DTensor.from_local(t, mesh, [layout], run_check=False)
+                t = _from_local(name, t, mesh, layout, features)
             return t.redistribute(placements=[needed])
 
-        x = placed(x, self.input_layouts, self._last_axis("x"))
-        z = placed(z, self.cond_layouts, self._last_axis("z"))
+        x = placed("x", x, self.input_layouts, self._last_axis("x"), layer.in_features)
+        z = placed("z", z, self.cond_layouts, self._last_axis("z"), layer.cond_features)
         return {"x": x, "z": z, "incidence": incidence, "reduce": reduce}
 
     def _last_axis(self, name: str) -> Placement:
@@ -137,6 +137,26 @@ class HeadParallel(ParallelStyle):
     def _placement(self, name: str) -> Placement:
         letter = _LETTERS[self.by]
         return Shard(_AXES[name].index(letter)) if letter in _AXES[name] else Replicate()
+
+
+def _from_local(name: str, t: Tensor, mesh: DeviceMesh, layout: Placement, features: int) -> DTensor:
+    """Return the DTensor that a process has a part of; the parts of its last axis may have different sizes.
+
+    Raises:
+        ValueError: the last axis is divided, and this process has another part of it than torch divides.
+    """
+    if not (layout.is_shard() and cast(Shard, layout).dim in (-1, t.dim() - 1)):
+        return DTensor.from_local(t, mesh, [layout], run_check=False)
+    most = -(-features // mesh.size())  # as torch divides
+    own = max(0, min(most, features - most * mesh.get_local_rank()))
+    if t.shape[-1] != own:
+        raise ValueError(
+            f"{name} must have the {own} of {features} features that this process has of {mesh.size()}, got a local "
+            f"{tuple(t.shape)}; pass input_layouts=Replicate() or cond_layouts=Replicate() where it is whole"
+        )
+    shape = torch.Size([*t.shape[:-1], features])
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(t, mesh, [layout], run_check=False, shape=shape, stride=stride)
 
 
 def reset_parts(module: nn.Module, seed: int = 0) -> None:

@@ -81,9 +81,9 @@ def _pyg_linear(layer: Any, options: Options) -> HyperLinear:
 
 
 def _conv1d_of_transformers(layer: Any, options: Options) -> HyperLinear:
-    """Its weight is (I, O): the base is its transpose, a view."""
+    """Its weight is (I, O): the base is a copy of its transpose, since safetensors refuses to save a view."""
     weight = layer._parameters["weight"]
-    base = nn.Parameter(weight.detach().T, requires_grad=weight.requires_grad)
+    base = nn.Parameter(weight.detach().T.contiguous(), requires_grad=weight.requires_grad)
     _, layer._parameters["weight"] = options.transposed.setdefault(id(weight), (weight, base))
     return _hyper_linear(layer, weight.shape[0], weight.shape[1], options)
 

@@ -244,6 +244,10 @@ def _chosen_names(
         return any(fnmatchcase(name, pattern) for pattern in patterns)
 
     chosen = [n for n in names if (include is None or matches(n, include)) and not matches(n, exclude or [])]
+    if not names:
+        others = [n for n, m in every.items() if n and rule_of(type(m)) is not None]
+        hint = f"; types=… chooses others, such as {others[0]!r}, {_class(every[others[0]])}" if others else ""
+        raise ValueError(f"module must have layers that can be generated: it has none of the {kinds}{hint}")
     if not chosen:
         raise ValueError(f"include and exclude leave none of the {kinds}, which are {names}")
     return chosen

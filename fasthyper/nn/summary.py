@@ -67,9 +67,9 @@ def what_is_generated(module: nn.Module) -> GenerationSummary:
         >>> print(what_is_generated(hyperize(net, cond_features=16, exclude="3")))
         layer  class        generated     shared        why it is not generated
         0      HyperLinear  weight, bias  -
-        1      LayerNorm    -             weight, bias  not chosen by types ("norm"), include and exclude
+        1      LayerNorm    -             weight, bias  needs types="norm", or include or exclude leaves it out
         2      PReLU        -             weight        no rule for PReLU: replace={PReLU: ...} gives one
-        3      Linear       -             weight, bias  not chosen by types ("linear"), include and exclude
+        3      Linear       -             weight, bias  needs types="linear", or include or exclude leaves it out
     """
     generating = set(map(id, generating_parameters(module)))
     layers = [entry for entry in module.named_modules() if _has_own(entry[1], generating)]
@@ -99,4 +99,4 @@ def _why(root: nn.Module, name: str, module: nn.Module) -> str:
         return f"no rule for {kind}: replace={{{kind}: ...}} gives one"
     if problem := why_not_generated(root, name):
         return f"cannot be: {problem}"
-    return f'not chosen by types ("{found[1].family}"), include and exclude'
+    return f'needs types="{found[1].family}", or include or exclude leaves it out'

@@ -72,13 +72,9 @@ def product(
 
 
 def _weights(origin: Tensor, z: Tensor, weight: Tensor, base_weight: Tensor | None) -> Tensor | None:
-    if (
-        origin.grad_fn is None
-        or weight.shape[-1] < _FEWEST
-        or MISSING
-        or torch.compiler.is_compiling()
-        or not torch.is_grad_enabled()
-    ):
+    if torch.compiler.is_compiling() or origin.grad_fn is None or weight.shape[-1] < _FEWEST:
+        return None
+    if MISSING or not torch.is_grad_enabled():
         return None
     parts = z, weight, base_weight
     if any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in parts) or transformed():

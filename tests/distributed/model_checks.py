@@ -180,6 +180,24 @@ def check_heads_in_parts(here):
             equal(model, one)
 
 
+def check_sizes_that_are_no_multiples_of_the_processes(here):
+    mesh = init_device_mesh(here.device, (here.size,))
+    torch.manual_seed(0)
+    hidden = 4 * here.size + 1
+    one = nn.Sequential(HyperLinear(I, hidden, R), HyperLinear(hidden, O, R)).to(here.device)
+    two = copy.deepcopy(one)
+    for layer, by in zip(two, ("out", "in"), strict=True):
+        parallelize_module(layer, mesh, HeadParallel(by))
+    x, z = torch.randn(ROWS, I, device=here.device), torch.randn(ROWS, R, device=here.device)
+    y, expected = (layers[1](layers[0](x, z).tanh(), z) for layers in (two, one))
+    torch.testing.assert_close(y, expected)
+    y.square().mean().backward(), expected.square().mean().backward()
+    for p, q in zip(two.parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(p.grad.full_tensor(), q.grad)
+    with pytest.raises(ValueError, match=r"x must have the \d+ of \d+ features that this process has"):
+        two[1](torch.randn(ROWS, hidden, device=here.device), z)
+
+
 def check_heads_in_parts_and_data_in_parts(here):
     """FSDP along one dimension of a mesh, and parts of heads along the other."""
     if here.size < 4:

@@ -347,8 +347,8 @@ def test_what_is_generated():
         ("base_bias",),
         "",
     )
-    assert layers["net.out"].why == 'not chosen by types ("linear"), include and exclude'
-    assert layers["net.norm"].why == 'not chosen by types ("norm"), include and exclude'
+    assert layers["net.out"].why == 'needs types="linear", or include or exclude leaves it out'
+    assert layers["net.norm"].why == 'needs types="norm", or include or exclude leaves it out'
     assert "reads its weights and never calls it" in layers["attention.out_proj"].why
     assert layers["attention"].shared == ("in_proj_weight", "in_proj_bias")
     assert layers["act"].why == "no rule for PReLU: replace={PReLU: ...} gives one"

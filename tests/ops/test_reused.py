@@ -185,6 +185,14 @@ def test_w_beyond_the_workspace_is_not_kept(written):
     assert written
 
 
+def test_compiled_code_generates_w_in_each_call(written):
+    layer, (x, z) = layer_of(), inputs()
+    torch._dynamo.reset()
+    f = torch.compile(lambda x, z: recurrent(layer, x, z * 1), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(f(x, z), by_hand(layer, x, z))
+    assert not written
+
+
 def test_under_autocast(written):
     layer, (x, z) = layer_of(torch.float32), inputs(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
