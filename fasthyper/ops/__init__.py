@@ -1,6 +1,7 @@
 """The custom ops, ``torch.ops.fasthyper``, and the functions of the family that call them.
 
 shapes.py     the axes of every tensor: the check, its message, the shapes of results
+signature.py  the schema of an op, the check of its arguments, the shapes of its results
 register.py   `define` registers an op; torch's private names for it
 rules.py      the table of derivatives and of vmap
 sharding.py   DTensors: which parts of its arguments a process passes to an op

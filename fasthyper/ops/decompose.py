@@ -40,9 +40,9 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         False
     """
     found = {}
-    for name, (arguments, composite) in register.DEFINED.items():
+    for name, (signature, composite) in register.DEFINED.items():
         own = _OWN.get(name)
-        run = composite if own is None else functools.partial(_call, arguments, own)
+        run = composite if own is None else functools.partial(_call, signature.arguments, own)
         found[getattr(torch.ops.fasthyper, name).default] = run
     return found
 

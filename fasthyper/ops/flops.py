@@ -176,7 +176,7 @@ def _register() -> None:
 
 def _of_shapes(name: str, formula: Callable[[Any], int]) -> Callable[..., int]:
     """Return a formula as torch calls it: with the arguments of the op, each tensor replaced by its shape."""
-    arguments = register.DEFINED[name].arguments
+    arguments = register.DEFINED[name].signature.arguments
 
     def flops(*args: Any, out_shape: Any = None, **more: Any) -> int:
         return formula(arguments(*args, **more))

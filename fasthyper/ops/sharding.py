@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from . import shapes
-from .register import LIBRARY, MISSING, SIGNATURES, Signature
+from .register import DEFINED, LIBRARY, MISSING
+from .signature import Signature
 
 LETTERS = {
     "apply": "BNOIR",
@@ -81,8 +82,8 @@ def _register() -> None:
     _ready = True
     from torch.distributed.tensor import DTensor
 
-    for name, signature in SIGNATURES.items():
-        torch.library.register_torch_dispatch(f"fasthyper::{name}", DTensor, _rule(signature), lib=LIBRARY)
+    for name, op in DEFINED.items():
+        torch.library.register_torch_dispatch(f"fasthyper::{name}", DTensor, _rule(op.signature), lib=LIBRARY)
 
 
 def _rule(signature: Signature) -> Any:

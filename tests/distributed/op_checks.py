@@ -11,7 +11,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import fasthyper
 from fasthyper.ops import shapes, sharding
-from fasthyper.ops.register import SIGNATURES
+from fasthyper.ops.register import DEFINED
 
 SIZES = {letter: 2 + k for k, letter in enumerate("EJIMNPQRSTX")} | {"B": 6, "O": 5, "C": 4, "X": 3}
 SIZES |= dict.fromkeys("dhwabc", 4) | dict.fromkeys("ijk", 1) | {"P": SIZES["I"], "Q": SIZES["R"]}
@@ -52,7 +52,7 @@ def placed(t, axes, mesh, letters):
 
 def arguments(name, device):
     """Return the arguments of an op, by name; no two sizes are equal."""
-    signature, values = SIGNATURES[name], {}
+    signature, values = DEFINED[name].signature, {}
     for field in signature.types:
         if field in signature.tensors:
             axes = signature.axes[field]
@@ -85,7 +85,7 @@ def check_the_first_call_finds_the_rules(here):
 
 def check_every_op_with_every_letter_divided(here):
     mesh = mesh_of(here)
-    for name, signature in SIGNATURES.items():
+    for name, (signature, _) in DEFINED.items():
         op, values = getattr(torch.ops.fasthyper, name), arguments(name, here.device)
         expected = tensors(op(*values.values()))
         others = {letter for field in signature.tensors for letter in signature.axes[field]} - {*sharding.LETTERS[name]}

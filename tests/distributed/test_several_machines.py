@@ -6,14 +6,14 @@ import pytest
 import torch
 from processes import BACKENDS, Here, run
 
-from fasthyper.ops.register import SIGNATURES
+from fasthyper.ops.register import DEFINED
 from fasthyper.ops.sharding import LETTERS
 
 
 def test_every_op_has_its_letters():
-    assert {*LETTERS} == {*SIGNATURES}
+    assert {*LETTERS} == {*DEFINED}
     for name, letters in LETTERS.items():
-        signature = SIGNATURES[name]
+        signature = DEFINED[name].signature
         assert {*letters} <= {letter for field in signature.tensors for letter in signature.axes[field]}
 
 
