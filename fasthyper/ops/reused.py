@@ -27,14 +27,40 @@ _KEY = "fasthyper.reused"
 _ARGUMENTS = ("x", "z", "weight", "bias", "base_weight", "base_bias")
 
 
+_VIEWS = {f"{name}Backward0" for name in ("View", "SplitWithSizes", "Split", "Slice", "Transpose", "Select", "Permute")}
+
+
+class _Part:
+    """What H or W0 is: its own tensor or that of which it is a view, and how autograd and memory see it.
+
+    An address alone would not do: memory is used again, and tensors share it that have gradients of their own.
+    """
+
+    __slots__ = ("of", "state")
+
+    def __init__(self, t: Tensor) -> None:
+        self.of, self.state = TensorWeakRef(_base(t)), _state(t)
+
+    def is_(self, t: Tensor) -> bool:
+        return self.of() is _base(t) and self.state is not None and self.state == _state(t)
+
+
 class _Met:
     """The z of a layer's last call, how many calls have met it, and W, if it is written out."""
 
-    __slots__ = ("calls", "state", "w", "z")
+    __slots__ = ("base_weight", "calls", "state", "w", "weight", "z")
 
-    def __init__(self, z: Tensor, state: tuple[object, ...]) -> None:
+    def __init__(self, z: Tensor, state: tuple[object, ...], weight: Tensor, base_weight: Tensor | None) -> None:
         self.z, self.state, self.calls = weakref.ref(z), state, 1
+        self.weight, self.base_weight = _Part(weight), None if base_weight is None else _Part(base_weight)
         self.w: TensorWeakRef | None = None
+
+    def same(self, z: Tensor, state: tuple[object, ...], weight: Tensor, base_weight: Tensor | None) -> bool:
+        if self.z() is not z or self.state != state or not self.weight.is_(weight):
+            return False
+        if self.base_weight is None or base_weight is None:
+            return self.base_weight is base_weight
+        return self.base_weight.is_(base_weight)
 
 
 class _Thread(threading.local):
@@ -72,25 +98,29 @@ def product(
 
 
 def _weights(origin: Tensor, z: Tensor, weight: Tensor, base_weight: Tensor | None) -> Tensor | None:
-    if torch.compiler.is_compiling() or origin.grad_fn is None or weight.shape[-1] < _FEWEST:
-        return None
-    if MISSING or not torch.is_grad_enabled():
+    if (
+        torch.compiler.is_compiling()  # the first, because Dynamo does not trace `grad_fn`
+        or origin.grad_fn is None
+        or weight.shape[-1] < _FEWEST
+        or MISSING
+        or not torch.is_grad_enabled()
+    ):
         return None
     parts = z, weight, base_weight
     if any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in parts) or transformed():
         return None
     known, key = _thread.met, weight.data_ptr()
-    state = origin._version, z.dtype, _identity(weight), base_weight is None or _identity(base_weight)
+    state = origin._version, z.dtype
     met = known.get(key)
-    if met is None or met.z() is not origin or met.state != state:
+    w = None if met is None or met.w is None else met.w()
+    if met is None or not met.same(origin, state, weight, base_weight) or (w is not None and _is_spent(w)):
         if len(known) >= _MOST:
             known.clear()
-        known[key] = _Met(origin, state)
+        known[key] = _Met(origin, state, weight, base_weight)
         return None
     met.calls += 1
     if met.calls <= _CALLS or not _fits(z, weight) or checkpoints.may_be_active():
         return None
-    w = None if met.w is None else met.w()
     if w is None:
         with autocast.off(z):
             w = _Weights.apply(*parts)
@@ -98,15 +128,33 @@ def _weights(origin: Tensor, z: Tensor, weight: Tensor, base_weight: Tensor | No
     return w
 
 
-def _identity(t: Tensor) -> tuple[object, ...]:
-    """Return what tells whether a parameter is the same: a view is made anew in each call, and has the same version."""
-    return t.data_ptr(), t._version, t.shape, t.stride()
+def _base(t: Tensor) -> Tensor:
+    return t if t._base is None else t._base
+
+
+def _state(t: Tensor) -> tuple[object, ...] | None:
+    """Return what is the same in two calls with one parameter, or with two views of it; None if this is unknown."""
+    views = []
+    if t._base is not None:
+        node, end = t.grad_fn, t._base.grad_fn
+        while node is not None and node is not end and node.name() != "torch::autograd::AccumulateGrad":
+            if node.name() not in _VIEWS:  # such as a Function of the user, with another gradient
+                return None
+            views.append(node.name())
+            node = node.next_functions[0][0]
+    return t.data_ptr(), checkpoints.version(t), t.shape, t.stride(), t.requires_grad, *views
+
+
+def _is_spent(w: Tensor) -> bool:
+    """Return whether a backward pass has come to W: a step of an optimizer may follow, which is not always counted."""
+    node: Any = w.grad_fn
+    return node.spent
 
 
 def _fits(z: Tensor, weight: Tensor) -> bool:
     B, (O, I, _) = z.shape[0], weight.shape
     size = kept.COPIES * B * O * I * z.element_size()
-    return size <= planner.get_workspace_limit() and backends.current() == (AUTO, AUTO)
+    return 0 < size <= planner.get_workspace_limit() and backends.current() == (AUTO, AUTO)
 
 
 class _Weights(torch.autograd.Function):
@@ -118,11 +166,12 @@ class _Weights(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, weight, base_weight):
-        ctx.parts, ctx.versions = (z, weight), (z._version, weight._version)
+        ctx.parts, ctx.versions, ctx.spent = (z, weight), (z._version, weight._version), False
         return kept.generate(z, weight, base_weight)
 
     @staticmethod
     def backward(ctx, dw):
+        ctx.spent = True
         z, weight = ctx.parts
         if (z._version, weight._version) != ctx.versions:
             raise RuntimeError("z or weight has been changed in place since the forward, and its gradient needs it")

@@ -223,3 +223,93 @@ def test_any_number_of_point_axes(points, written):
         assert y.is_contiguous()
         assert y.shape == x.shape
         torch.testing.assert_close(y, results[0])
+
+
+class _Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, t):
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx, g):
+        return -g
+
+
+OTHERS = {
+    "detached": lambda weight: weight.detach(),
+    "leaf": lambda weight: nn.Parameter(weight.detach()),
+    "reversed": _Reverse.apply,
+}
+"""Other tensors in the memory of a head."""
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_head_in_the_same_memory_has_gradients_of_its_own(other, first):
+    weight, (x, z) = layer_of().weight, inputs()
+    heads = [weight, OTHERS[other](weight)]
+    heads = [head for head in (heads if first else heads[::-1]) for _ in range(STEPS)]
+    z = z * 1
+    found = _weighted(weight, heads, lambda head: fasthyper.hyper_linear(x, z, head))
+    expected = _weighted(weight, heads, lambda head: torch.einsum("oir,bi,br->bo", head, x, z))
+    torch.testing.assert_close(found, expected)
+
+
+def _weighted(weight, heads, call):
+    loss = sum((k + 1) * call(head).sin().sum() for k, head in enumerate(heads))
+    return torch.autograd.grad(loss, weight, retain_graph=True)
+
+
+def test_requires_grad_changes():
+    layer, (x, z) = layer_of(), inputs()
+    z = z * 1
+    layer.requires_grad_(False)
+    frozen = [layer(x, z) for _ in range(STEPS)]
+    layer.requires_grad_(True)
+    (layer(x, z).sum() + sum(frozen).sum()).backward()
+    torch.testing.assert_close(layer.weight.grad, torch.einsum("bi,br->ir", x, z.detach()).expand(F, F, R))
+
+
+def test_a_base_in_memory_that_was_freed():
+    layer, (x, z) = layer_of(), inputs()
+    base, z = torch.randn(F, F, dtype=x.dtype), z * 1
+    memory = torch.empty_like(base)
+
+    def same_address(t):
+        found = torch.from_numpy(memory.numpy())  # another tensor, which counts its changes anew
+        memory.numpy()[:] = t
+        return found
+
+    kept = [fasthyper.hyper_linear(x, z, layer.weight, base_weight=same_address(base * k)) for k in range(STEPS)]
+    one = fasthyper.hyper_linear(x, z, layer.weight)
+    for k, y in enumerate(kept):
+        torch.testing.assert_close(y, one + k * x @ base.T)
+
+
+def test_an_uncounted_step_between_backward_passes():
+    layer, (x, z) = layer_of(), inputs()
+    z = z * 1
+    for _ in range(STEPS):
+        y = layer(x, z)
+        y.sum().backward(retain_graph=True)
+        layer.weight.data.mul_(0.5)
+    torch.testing.assert_close(layer(x, z), by_linear(layer, x, z))
+
+
+def by_linear(layer, x, z):
+    W, b = layer.materialize(z)
+    return torch.einsum("boi,bi->bo", W, x) + b
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), [(0, 3), (3, 0)])
+def test_sizes_of_zero(out_features, in_features):
+    layer = HyperLinear(in_features, out_features, R)
+    z = torch.randn(B, R, requires_grad=True) * 1
+    for _ in range(STEPS):
+        assert layer(torch.randn(B, in_features), z).shape == (B, out_features)
+
+
+def test_compiled_with_a_z_from_outside():
+    layer, (x, z) = layer_of(), inputs()
+    y = torch.compile(layer, backend="eager", fullgraph=True)(x, z * 1)
+    torch.testing.assert_close(y, layer(x, z * 1))
