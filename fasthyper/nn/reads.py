@@ -64,7 +64,8 @@ class StandIn(Tensor):
 def stand_in(layer: Any, name: str) -> Tensor:
     """Return what stands for a generated parameter of a layer."""
     like = next(p for p in layer.parameters())
-    made: Any = like.detach().new_empty(1).expand(layer._replaced.shapes[name]).as_subclass(StandIn)
+    one = torch.empty(1, dtype=like.dtype, device=like.device)  # a plain tensor, where `like` may be a DTensor
+    made: Any = one.expand(layer._replaced.shapes[name]).as_subclass(StandIn)
     if like.requires_grad and not torch.compiler.is_compiling():  # Dynamo breaks the graph at it
         Tensor.__torch_function__(Tensor.requires_grad_, (), (made,))
     made.layer, made.parameter = layer._replaced.name, name

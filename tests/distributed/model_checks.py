@@ -15,7 +15,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from fasthyper import HyperLinear, Hypernetwork
+from fasthyper import HyperLinear, Hypernetwork, hyperize
 from fasthyper.distributed import HeadParallel, reset_parts
 
 I, O, R, HIDDEN, ROWS = 6, 4, 8, 16, 8
@@ -35,6 +35,10 @@ class Twice(nn.Module):
 
 def plain(**of):
     return nn.Sequential(HyperLinear(I, HIDDEN, R, **of), nn.Tanh(), HyperLinear(HIDDEN, O, R, **of))
+
+
+def hyperized():
+    return hyperize(nn.Sequential(nn.Linear(I, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, O)), R)
 
 
 def model_of(primary, here):
@@ -95,7 +99,7 @@ def check_data_parallel(here):
 
 
 def check_fully_sharded(here):
-    for make in (plain, Twice):
+    for make in (plain, Twice, hyperized):
         for per_layer in (False, True):
             one = model_of(make(), here)
             model = copy.deepcopy(one)
