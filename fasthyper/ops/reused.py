@@ -45,15 +45,22 @@ class _Part:
         return self.of() is _base(t) and self.state is not None and self.state == _state(t)
 
 
+class _Kept:
+    """W as long as calls may meet it. A backward pass takes it: results may live longer, and a step may follow."""
+
+    def __init__(self, w: Tensor) -> None:
+        self.w: Tensor | None = w
+
+
 class _Met:
     """The z of a layer's last call, how many calls have met it, and W, if it is written out."""
 
-    __slots__ = ("base_weight", "calls", "state", "w", "weight", "z")
+    __slots__ = ("base_weight", "calls", "kept", "state", "weight", "z")
 
     def __init__(self, z: Tensor, state: tuple[object, ...], weight: Tensor, base_weight: Tensor | None) -> None:
         self.z, self.state, self.calls = weakref.ref(z), state, 1
         self.weight, self.base_weight = _Part(weight), None if base_weight is None else _Part(base_weight)
-        self.w: TensorWeakRef | None = None
+        self.kept: weakref.ref[_Kept] | None = None
 
     def same(self, z: Tensor, state: tuple[object, ...], weight: Tensor, base_weight: Tensor | None) -> bool:
         if self.z() is not z or self.state != state or not self.weight.is_(weight):
@@ -84,20 +91,21 @@ def product(
 
     `origin` is z as the caller has it, before a cast; the others are arguments of the op.
     """
-    w = _weights(origin, z, weight, base_weight)
-    if w is None:
+    found = _weights(origin, z, weight, base_weight)
+    if found is None:
         return None
+    w, kept_w = found
     given = x, z, weight, bias, base_weight, base_bias
     shapes.check(shapes.LINEAR, dict(zip(_ARGUMENTS, given, strict=True)), optional=_ARGUMENTS[3:])
     with autocast.off(x):
         y = kept.product(w, x, z, bias, base_bias)
     assert y.grad_fn is not None
     metadata: Any = y.grad_fn.metadata
-    metadata[_KEY] = w  # autograd saves the memory of W, and not the tensor with its node
+    metadata[_KEY] = kept_w  # autograd saves the memory of W, and not the tensor with its node
     return y
 
 
-def _weights(origin: Tensor, z: Tensor, weight: Tensor, base_weight: Tensor | None) -> Tensor | None:
+def _weights(origin: Tensor, z: Tensor, weight: Tensor, base_weight: Tensor | None) -> tuple[Tensor, _Kept] | None:
     if (
         torch.compiler.is_compiling()  # the first, because Dynamo does not trace `grad_fn`
         or origin.grad_fn is None
@@ -112,8 +120,10 @@ def _weights(origin: Tensor, z: Tensor, weight: Tensor, base_weight: Tensor | No
     known, key = _thread.met, weight.data_ptr()
     state = origin._version, z.dtype
     met = known.get(key)
-    w = None if met is None or met.w is None else met.w()
-    if met is None or not met.same(origin, state, weight, base_weight) or (w is not None and _is_spent(w)):
+    kept_w = None if met is None or met.kept is None else met.kept()
+    w = None if kept_w is None else kept_w.w
+    spent = kept_w is not None and w is None
+    if met is None or spent or not met.same(origin, state, weight, base_weight):
         if len(known) >= _MOST:
             known.clear()
         known[key] = _Met(origin, state, weight, base_weight)
@@ -121,11 +131,13 @@ def _weights(origin: Tensor, z: Tensor, weight: Tensor, base_weight: Tensor | No
     met.calls += 1
     if met.calls <= _CALLS or not _fits(z, weight) or checkpoints.may_be_active():
         return None
-    if w is None:
+    if w is None or kept_w is None:
         with autocast.off(z):
             w = _Weights.apply(*parts)
-        met.w = TensorWeakRef(w)
-    return w
+        kept_w = _Kept(w)
+        node: Any = w.grad_fn
+        node.kept = met.kept = weakref.ref(kept_w)
+    return w, kept_w
 
 
 def _base(t: Tensor) -> Tensor:
@@ -145,12 +157,6 @@ def _state(t: Tensor) -> tuple[object, ...] | None:
     return t.data_ptr(), checkpoints.version(t), t.shape, t.stride(), t.requires_grad, *views
 
 
-def _is_spent(w: Tensor) -> bool:
-    """Return whether a backward pass has come to W: a step of an optimizer may follow, which is not always counted."""
-    node: Any = w.grad_fn
-    return node.spent
-
-
 def _fits(z: Tensor, weight: Tensor) -> bool:
     B, (O, I, _) = z.shape[0], weight.shape
     size = kept.COPIES * B * O * I * z.element_size()
@@ -166,12 +172,13 @@ class _Weights(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, weight, base_weight):
-        ctx.parts, ctx.versions, ctx.spent = (z, weight), (z._version, weight._version), False
+        ctx.parts, ctx.versions = (z, weight), (z._version, weight._version)
         return kept.generate(z, weight, base_weight)
 
     @staticmethod
     def backward(ctx, dw):
-        ctx.spent = True
+        if (kept_w := ctx.kept()) is not None:
+            kept_w.w = None
         z, weight = ctx.parts
         if (z._version, weight._version) != ctx.versions:
             raise RuntimeError("z or weight has been changed in place since the forward, and its gradient needs it")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -313,3 +315,13 @@ def test_compiled_with_a_z_from_outside():
     layer, (x, z) = layer_of(), inputs()
     y = torch.compile(layer, backend="eager", fullgraph=True)(x, z * 1)
     torch.testing.assert_close(y, layer(x, z * 1))
+
+
+def test_w_is_freed_by_the_backward_although_the_loss_is_kept():
+    layer, (x, z) = layer_of(), inputs()
+    reused._thread.met.clear()
+    loss = recurrent(layer, x, z * 1).sum()
+    (kept,) = [met.kept() for met in reused._thread.met.values() if met.kept is not None and met.kept() is not None]
+    w = weakref.ref(kept.w)
+    loss.backward()
+    assert w() is None
