@@ -10,7 +10,7 @@ from torch.overrides import has_torch_function_variadic
 
 from . import backends, maps
 from .incidence import Incidence
-from .ops import autocast, linear, linear_terms, mapped, reused, shapes, sharding
+from .ops import autocast, linear, linear_terms, mapped, shapes, sharding
 
 _op = torch.ops.fasthyper.hyper_linear.default
 _op_of_map = torch.ops.fasthyper.mapped_linear.default
@@ -95,7 +95,6 @@ def hyper_linear(
         given = {"x": x, "z": z, "weight": weight, "bias": bias, **bases}
         more: dict[str, Any] = {"incidence": incidence, "reduce": reduce, "weight_map": weight_map}
         return shapes.overridden(hyper_linear, given, x, z, weight, bias, **bases, **more)
-    origin = z
     if isinstance(x, Tensor) and autocast.enabled(x.device.type):
         x, z, weight, bias, base_weight, base_bias = map(autocast.follow, (x, z, weight, bias, base_weight, base_bias))
     sharding.prepare()
@@ -110,7 +109,7 @@ def hyper_linear(
     if torch.compiler.is_compiling():  # what an op raises while it is traced, compiled code cannot catch
         _check(_AXES, *tensors)
     try:
-        y = _over_points(shapes.flatten_points(x), *tensors[1:], origin=origin, weight_map=weight_map)
+        y = _over_points(shapes.flatten_points(x), *tensors[1:], weight_map=weight_map)
     except Exception as raised:
         try:
             _check(_AXES, *tensors)
@@ -121,10 +120,9 @@ def hyper_linear(
     return shapes.restore_points(y, x)
 
 
-def _over_points(*tensors: Any, origin: Tensor, weight_map: maps.Map | None) -> Tensor:
+def _over_points(*tensors: Any, weight_map: maps.Map | None) -> Tensor:
     if weight_map is None:
-        y = reused.product(origin, *tensors)
-        return _op(*tensors, *backends.current()) if y is None else y
+        return _op(*tensors, *backends.current())
     if isinstance(weight_map, str):
         return _op_of_map(*tensors, weight_map, *backends.current())
     _check(linear.AXES, *tensors)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fasthyper.incidence import Incidence
 from fasthyper.nn.recomputed_z import Given, note, recomputed_z
+from fasthyper.nn.reused import Reused
 from fasthyper.nn.tracing import is_proxy
 from fasthyper.ops import checkpoints
 
@@ -30,6 +31,7 @@ class _Entry:
         self.recomputed: Any
         self.running, self.recomputed = checkpoints.active() if checkpoints.may_be_active() else ([], None)
         self.given: Given | None = None
+        self.reused = Reused()
 
 
 class _Current(threading.local):
@@ -204,6 +206,13 @@ def _in_eager(layer: nn.Module) -> tuple[Any, Incidence | None, bool]:
         return None, None, False
     z, given = found
     return z, given.incidence, given.repeat
+
+
+def product_of_reused(layer: nn.Module, x: Any, z: Any) -> Tensor | None:
+    """Return y of a HyperLinear whose z the current block delivers again and again; None if W is not written out."""
+    if torch.compiler.is_compiling() or _current.entry is None:
+        return None
+    return _current.entry.reused.product(layer, x, z)
 
 
 def tied(y: Any) -> Any:

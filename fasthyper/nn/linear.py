@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fasthyper import maps
 from fasthyper.incidence import Incidence
+from fasthyper.nn.current_z import product_of_reused
 from fasthyper.nn.generated import PARAMETERS, GeneratedLayer
 from fasthyper.nn.generated_norm import generated_norm_sq, mapped_norm_sq
 from fasthyper.nn.heads import places_in_head
@@ -266,6 +267,8 @@ class HyperLinear(GeneratedLayer):
             return y
         if repeat is None:
             return self._run(x, z, incidence, reduce)
+        if not repeat and incidence is None and (y := product_of_reused(self, x, z)) is not None:
+            return y
         return in_instances(lambda x, z: self._run(x, z, incidence, reduce), x, z, repeat)
 
     def _run(self, x: Tensor, z: Tensor | tuple[Tensor, Tensor], incidence: Incidence | None, reduce: str) -> Tensor:

@@ -9,7 +9,6 @@ family.py     apply, cond_grad, weight_grad, and grads, the gradients of apply
 models.py     the family with a leading axis of models, which vmap calls
 linear.py     hyper_linear: the family with a generated bias and a base added in place
 kept.py       W of hyper_linear, written out once for a graph of derivatives
-reused.py     W of hyper_linear, written out once for a z that many calls meet
 terms.py      the family over terms that share rows
 conv.py       the family of convolutions with a generated kernel
 hyper_conv.py hyper_conv, hyper_conv_transpose: with a generated bias and a base added in place
