@@ -91,6 +91,8 @@ def _inputs(activations: Sequence[Tensor], g: Tensor) -> tuple[Tensor, Tensor]:
             f"layer must be called as layer(x, z) under Opacus, got {len(activations)} positional arguments: Opacus "
             "records no other z"
         )
+    if not all(isinstance(t, Tensor) for t in activations):
+        raise TypeError(f"z must be one tensor under Opacus, got a {type(activations[1]).__name__}")
     x, z = (t.to(g.dtype) for t in activations)
     return x, z
 

@@ -106,7 +106,12 @@ def _is_marked(frame: FrameType | None) -> bool:
 def _owner(frame: FrameType) -> Any:
     """Return the object whose method a frame runs."""
     code = frame.f_code
-    return frame.f_locals.get("self") if code.co_argcount and code.co_varnames[0] == "self" else None
+    if not code.co_argcount:
+        return None
+    first = code.co_varnames[0]
+    owner = frame.f_locals.get(first)
+    is_method = getattr(getattr(type(owner), code.co_name, None), "__code__", None) is code
+    return owner if is_method or first == "self" else None
 
 
 def _message(func: Any, args: Iterable[Any]) -> str:

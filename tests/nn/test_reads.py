@@ -113,6 +113,23 @@ def test_methods_that_are_called_outside_of_the_forward():
         net.other(torch.randn(B, 3))
 
 
+class OtherNames(nn.Module):
+    def __init__(this):
+        super().__init__()
+        this.fc = nn.Linear(3, 3)
+
+    def penalty(this):
+        return this.fc.weight.norm()
+
+    def forward(this, x):
+        return this.fc(x)
+
+
+def test_methods_that_call_their_object_otherwise():
+    with pytest.raises(RuntimeError, match="penalty reads the weight of the layer 'fc'"):
+        hyperize(OtherNames(), R).penalty()
+
+
 def test_other_code_reads_the_head():
     net = hyperize(Reader(METADATA["dtype"]), R, "fc")
     assert net.fc.weight.shape == (3, 3, R)
