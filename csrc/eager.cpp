@@ -83,15 +83,18 @@ void declare_reads(const std::vector<int64_t>& declared) {
   reads = declared;
 }
 
-// The node of W[b] = H·z[b] + W0, without W: it adds up the gradients of W, and contracts their sum with H and z. A
-// gradient that is differentiated writes out W, and only then this node keeps z and H.
+// The op that decides in Python whether a problem keeps W for derivatives of derivatives. Its answers are stored here.
+bool keeps(const Tensor& x, const Tensor& weight);
+
+// The node of W[b] = H·z[b] + W0: it adds up the gradients of W, and contracts their sum with H and z. A gradient that
+// is differentiated writes out W, and only then this node keeps z, H and W.
 struct Generate : torch::autograd::Function<Generate> {
   static constexpr bool is_traceable = true;
 
   static Tensor forward(
       torch::autograd::AutogradContext* ctx, const Tensor& z, const Tensor& weight, const Maybe& base_weight) {
     ctx->set_materialize_grads(false);
-    ctx->saved_data["base_weight"] = base_weight.has_value();
+    ctx->saved_data["given"] = 2 * weight.size(2) + base_weight.has_value();
     return at::detail::empty_strided_cpu({z.size(0), weight.size(0), weight.size(1)}, {0, 0, 0}, z.options());
   }
 
@@ -101,13 +104,41 @@ struct Generate : torch::autograd::Function<Generate> {
     if (!grad[0].defined()) return out;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const auto saved = ctx->get_saved_variables();
+    const auto given = ctx->saved_data["given"].toInt(), B = grad[0].size(0), O = grad[0].size(1), I = grad[0].size(2),
+               R = given / 2;
+    if (saved.empty()) {  // in compiled autograd, which has no undefined gradients
+      const auto zero = grad[0].new_zeros({});
+      return {zero.expand({B, R}), zero.expand({O, I, R}), given % 2 ? zero.expand({O, I}) : Tensor()};
+    }
     const Tensor &z = saved.at(0), &weight = saved.at(1);
-    const auto numbers = weight.size(0) * weight.size(1);
-    const auto dw = grad[0].reshape({-1, numbers});
-    if (ctx->needs_input_grad(0)) out[0] = at::matmul(dw, weight.reshape({numbers, weight.size(2)}));
-    if (ctx->needs_input_grad(1)) out[1] = at::matmul(dw.mT(), z).view(weight.sizes());
-    if (ctx->saved_data["base_weight"].toBool() && ctx->needs_input_grad(2)) out[2] = grad[0].sum(0);
+    const auto dw = grad[0].reshape({-1, O * I});
+    if (ctx->needs_input_grad(0)) out[0] = at::matmul(dw, weight.reshape({O * I, R}));
+    if (ctx->needs_input_grad(1)) out[1] = at::matmul(dw.mT(), z).view({O, I, R});
+    if (given % 2 && ctx->needs_input_grad(2)) out[2] = grad[0].sum(0);
     return out;
+  }
+};
+
+// W as a gradient of `call` meets it: the node of W, if the call has one that can be used, and W, if it is written out.
+struct Written {
+  torch::autograd::CppNode<Generate>* node = nullptr;
+  Tensor w;
+  bool kept = false;
+
+  explicit Written(torch::autograd::CppNode<Generate>* node_of_w) : node(node_of_w) {
+    if (node == nullptr) return;
+    try {
+      const auto saved = node->ctx_.get_saved_variables();
+      if ((kept = saved.size() == 3)) w = saved[2];
+    } catch (const c10::Error&) {  // freed
+      node = nullptr;
+    }
+  }
+
+  void keep(const Tensor& z, const Tensor& weight) {
+    node->ctx_.save_for_backward({z, weight, w});
+    node->save_variables_to_ctx();
+    kept = true;
   }
 };
 
@@ -156,25 +187,33 @@ struct HyperLinear : torch::autograd::Function<HyperLinear> {
       if (edge == EDGE_OF_W) ++edge;
       mask[i] = (is_there >> i & 1) && ctx->needs_input_grad(edge++);
     }
-    const bool to_w = passes_to_w();
-    const auto asked = to_w ? Mask{mask[0]} : mask;
+    const auto written = of_w(saved, bias, base_weight, grad[0], mask[0], ctx->saved_data);
+    const bool to_w = written.kept;
+    auto asked = to_w ? Mask{mask[0]} : mask;
     torch::autograd::variable_list all(mask.size());
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    if (asked[0] && written.w.defined()) {
+      all[0] = at::bmm(grad[0], written.w);
+      asked[0] = false;
+    }
     if (std::any_of(asked.begin(), asked.end(), [](bool m) { return m; })) {
       const auto out = backward_op().call(
           saved[0], saved[1], saved[2], bias, base_weight, grad[0], asked, ctx->saved_data["backend"].toStringView(),
           ctx->saved_data["schedule"].toStringView());
-      all = std::apply([](auto&... t) { return torch::autograd::variable_list{t...}; }, out);
+      auto made = std::apply([](auto&... t) { return torch::autograd::variable_list{t...}; }, out);
+      for (size_t i = 0; i < mask.size(); ++i)
+        if (asked[i]) all[i] = std::move(made[i]);
     }
-    for (size_t i = 0; i < mask.size(); ++i)
-      if (!asked[i]) all[i] = Tensor();
     Tensor dw;
     if (to_w) {
-      const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-      dw = at::bmm(grad[0].mT(), saved[0]);
+      if (torch::autograd::get_current_node()->task_should_compute_output(EDGE_OF_W))
+        dw = at::bmm(grad[0].mT(), saved[0]);
       const auto of_bias = mask[5] || mask[3] || (mask[1] && bias) ? grad[0].sum(1) : Tensor();
       if (mask[1] && bias) all[1] = at::matmul(of_bias, *bias);
       if (mask[3]) all[3] = at::matmul(of_bias.mT(), saved[1]);
       if (mask[5]) all[5] = of_bias.sum(0);
+    } else if (torch::autograd::get_current_node() == nullptr) {  // compiled autograd has no undefined gradients
+      dw = at::zeros({}, grad[0].options()).expand({saved[0].size(0), grad[0].size(2), saved[0].size(2)});
     }
     all.insert(all.begin() + EDGE_OF_W, dw);
     all.resize(10);  // keys and strings have no gradient
@@ -193,43 +232,42 @@ struct HyperLinear : torch::autograd::Function<HyperLinear> {
     return Generate::apply(z, weight, base_weight);
   }
 
-  // Give W, which has been written out, the node of the call whose backward runs; return whether there is one.
-  static bool join(const Tensor& w, const Tensor& z, const Tensor& weight) {
-    const auto call = torch::autograd::get_current_node();
-    auto* node = node_of_w(call.get());
-    if (node == nullptr) return false;
-    if (saved_by(node) == 0) {
-      node->ctx_.save_for_backward({z, weight});
-      node->save_variables_to_ctx();
-    }
-    if (saved_by(node) != 2) return false;
-    torch::autograd::impl::set_gradient_edge(w, call->next_edge(EDGE_OF_W));
-    return true;
-  }
-
  private:
-  static constexpr double LARGE = 1 << 21;  // products, which take about 50 microseconds
+  static constexpr double LARGE = 0;  // products, which take about 50 microseconds
 
-  static torch::autograd::CppNode<Generate>* node_of_w(torch::autograd::Node* call) {
-    if (dynamic_cast<torch::autograd::CppNode<HyperLinear>*>(call) == nullptr) return nullptr;
-    return dynamic_cast<torch::autograd::CppNode<Generate>*>(call->next_edge(EDGE_OF_W).function.get());
-  }
-
-  // How many tensors the node of W keeps: none if W has not been written out, or if it has been freed since.
-  static int saved_by(torch::autograd::CppNode<Generate>* node) {
-    try {
-      return int(node->ctx_.get_saved_variables().size());
-    } catch (const c10::Error&) {
-      return -1;
-    }
-  }
-
-  // Whether this backward passes its gradient of W to the node of W.
-  static bool passes_to_w() {
+  // Return W for the gradient that runs: with the node of W as its own if the gradient is differentiated.
+  static Written of_w(
+      const torch::autograd::variable_list& saved, const Maybe& bias, const Maybe& base_weight, const Tensor& g,
+      bool of_x, ska::flat_hash_map<std::string, at::IValue>& data) {
     const auto call = torch::autograd::get_current_node();
-    auto* node = at::GradMode::is_enabled() ? nullptr : node_of_w(call.get());
-    return node != nullptr && call->task_should_compute_output(EDGE_OF_W) && saved_by(node) == 2;
+    auto* own = dynamic_cast<torch::autograd::CppNode<HyperLinear>*>(call.get());
+    if (own == nullptr) return Written(nullptr);
+    auto* node = dynamic_cast<torch::autograd::CppNode<Generate>*>(own->next_edge(EDGE_OF_W).function.get());
+    Written written(node);
+    if (written.node == nullptr || !at::GradMode::is_enabled()) return written;
+    const Tensor &x = saved[0], &z = saved[1], &weight = saved[2];
+    const bool traced = in_python(g) || in_python(x) || in_python(z) || in_python(weight);
+    if (traced || !plain("auto", "auto", x, z, weight, bias, base_weight, g) || !is_auto(data["backend"]) ||
+        !is_auto(data["schedule"]) || !keeps(x, weight))
+      return Written(nullptr);
+    if (!written.kept || (of_x && !written.w.defined())) {
+      if (of_x) {
+        const at::NoGradGuard no_grad;
+        const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+        const auto O = weight.size(0), I = weight.size(1);
+        const auto base = base_weight ? Maybe(base_weight->reshape(O * I)) : std::nullopt;
+        written.w = at::linear(z, weight.reshape({O * I, -1}), base).view({-1, O, I});
+      }
+      written.keep(z, weight);
+    }
+    if (written.w.defined()) {
+      written.w = written.w.detach();
+      torch::autograd::impl::set_gradient_edge(written.w, own->next_edge(EDGE_OF_W));
+    }
+    return written;
   }
+
+  static bool is_auto(const at::IValue& choice) { return choice.toStringView() == "auto"; }
 };
 
 Tensor hyper_linear(
@@ -413,6 +451,19 @@ Six run_grads(
   return backward_op().redispatch(any_device, x, z, weight, bias, base_weight, g, mask, backend, schedule);
 }
 
+constexpr int64_t KEPT = -1;  // for `needs`: whether W is kept
+
+bool keeps(const Tensor& x, const Tensor& weight) {
+  const auto problem = problem_of(x, weight.size(2), weight.size(0), KEPT);
+  if (const auto known = plans.find(problem)) return known->native;
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fasthyper_eager::keeps", "")
+                             .typed<bool(const Tensor&, const Tensor&)>();
+  const bool answer = op.call(x, weight);
+  plans.remember(problem, {"", "", 0, answer});
+  return answer;
+}
+
 void remember(
     const Tensor& x, int64_t R, int64_t O, int64_t needs, string_view schedule, string_view schedule_of_weight,
     int64_t workspace, bool native) {
@@ -441,7 +492,7 @@ TORCH_LIBRARY(fasthyper_eager, m) {
       "remember(Tensor x, int R, int O, int needs, str schedule, str schedule_of_weight, int workspace, bool native)"
       " -> ()",
       remember);
-  m.def("join(Tensor w, Tensor z, Tensor weight) -> bool", HyperLinear::join);
+  m.def("keeps(Tensor x, Tensor weight) -> bool");
   m.def("forget() -> ()", [] { plans.forget(); });
   m.def("declare_axes(str[] names, str[] letters) -> ()", declare_axes);
   m.def("declare_reads(int[] reads) -> ()", declare_reads);

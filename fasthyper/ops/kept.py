@@ -63,11 +63,13 @@ def fits(args: _Call) -> bool:
     gradients fit the workspace. A forced backend or schedule keeps its own order. Under vmap, W has unknown size; with
     symbolic sizes, the answer would be frozen into compiled code.
     """
-    x, (O, _, R) = args.x, args.weight.shape
-    B, N, I = x.shape
-    if MISSING or N < 2 or choice(args) != (AUTO, AUTO) or vmapped():
-        return False
-    if any(isinstance(size, torch.SymInt) for size in (B, N, R, I, O)) or 0 in (B, R, I, O):
+    return not MISSING and choice(args) == (AUTO, AUTO) and not vmapped() and keeps(args.x, args.weight)
+
+
+def keeps(x: Tensor, weight: Tensor) -> bool:
+    """Return whether the sizes are such that a call keeps W. csrc/eager.cpp stores the answers."""
+    (B, N, I), (O, _, R) = x.shape, weight.shape
+    if any(isinstance(size, torch.SymInt) for size in (B, N, R, I, O)) or N < 2 or 0 in (B, R, I, O):
         return False
     if COPIES * B * O * I * x.element_size() > planner.get_workspace_limit():
         return False
@@ -112,23 +114,9 @@ def _weights(args: _Call) -> Tensor:
     memo: _Memo | None = node.metadata.get(_KEY)
     w = None if memo is None else memo.of(parts)
     if w is None:
-        w = _node_of(parts)
+        w = _Generate.apply(*parts)
         node.metadata[_KEY] = _Memo(w, parts)
     return w
-
-
-def _node_of(parts: Parts) -> Tensor:
-    """Return W with a node of autograd's graph.
-
-    In eager mode on the CPU, a large call has a node for it, to which the forward's own gradient of W goes, too.
-    """
-    if parts[0].is_cpu and compiled.load("eager") is None:
-        with torch.no_grad():
-            w = generate(*parts)
-        if type(w) is Tensor and torch.ops.fasthyper_eager.join(w, *parts[:2]):
-            return w
-        return _Generate.apply(*parts, w)
-    return _Generate.apply(*parts, None)
 
 
 class _Memo:
@@ -157,15 +145,15 @@ class _Generate(torch.autograd.Function):
     """W[b] = H·z[b] + W0."""
 
     @staticmethod
-    def forward(ctx, z, weight, base_weight, w):
+    def forward(ctx, z, weight, base_weight):
         ctx.save_for_backward(z, weight)
-        return generate(z, weight, base_weight) if w is None else w.view_as(w)
+        return generate(z, weight, base_weight)
 
     @staticmethod
     def backward(ctx, dw):
         z, weight = ctx.saved_tensors
         with autocast.off(dw):
-            return *grads_of_parts(dw, z, weight, ctx.needs_input_grad[:3]), None
+            return grads_of_parts(dw, z, weight, ctx.needs_input_grad)
 
 
 def generate(z: Tensor, weight: Tensor, base_weight: Tensor | None) -> Tensor:
@@ -181,3 +169,8 @@ def grads_of_parts(dw: Tensor, z: Tensor, weight: Tensor, needs: tuple[bool, ...
     dz = flat @ weight.reshape(O * I, R) if needs[0] else None
     dh = (flat.mT @ z).view(O, I, R) if needs[1] else None
     return dz, dh, dw.sum(0) if needs[2] else None
+
+
+if not MISSING and compiled.load("eager") is None:
+    _library = torch.library.Library("fasthyper_eager", "IMPL")
+    _library.impl("keeps", keeps, "CompositeExplicitAutograd")
