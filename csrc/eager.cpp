@@ -21,6 +21,8 @@
 #include <mutex>
 #include <unordered_map>
 
+#include "eager/products.h"
+
 namespace {
 
 using at::Tensor;
@@ -83,7 +85,7 @@ void declare_reads(const std::vector<int64_t>& declared) {
   reads = declared;
 }
 
-// The op that decides in Python whether a problem keeps W for derivatives of derivatives. Its answers are stored here.
+// Whether a problem keeps W for derivatives of derivatives: Python decides, and its answers are stored here.
 bool keeps(const Tensor& x, const Tensor& weight);
 
 // The node of W[b] = H·z[b] + W0: it adds up the gradients of W, and contracts their sum with H and z. A gradient that
@@ -110,10 +112,8 @@ struct Generate : torch::autograd::Function<Generate> {
       const auto zero = grad[0].new_zeros({});
       return {zero.expand({B, R}), zero.expand({O, I, R}), given % 2 ? zero.expand({O, I}) : Tensor()};
     }
-    const Tensor &z = saved.at(0), &weight = saved.at(1);
-    const auto dw = grad[0].reshape({-1, O * I});
-    if (ctx->needs_input_grad(0)) out[0] = at::matmul(dw, weight.reshape({O * I, R}));
-    if (ctx->needs_input_grad(1)) out[1] = at::matmul(dw.mT(), z).view({O, I, R});
+    std::tie(out[0], out[1]) =
+        products::contract(grad[0], saved[0], saved[1], ctx->needs_input_grad(0), ctx->needs_input_grad(1));
     if (given % 2 && ctx->needs_input_grad(2)) out[2] = grad[0].sum(0);
     return out;
   }
@@ -193,7 +193,7 @@ struct HyperLinear : torch::autograd::Function<HyperLinear> {
     torch::autograd::variable_list all(mask.size());
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     if (asked[0] && written.w.defined()) {
-      all[0] = at::bmm(grad[0], written.w);
+      all[0] = products::multiply(grad[0], written.w, false);
       asked[0] = false;
     }
     if (std::any_of(asked.begin(), asked.end(), [](bool m) { return m; })) {
@@ -207,7 +207,7 @@ struct HyperLinear : torch::autograd::Function<HyperLinear> {
     Tensor dw;
     if (to_w) {
       if (torch::autograd::get_current_node()->task_should_compute_output(EDGE_OF_W))
-        dw = at::bmm(grad[0].mT(), saved[0]);
+        dw = products::sum_outer(grad[0], saved[0]);
       const auto of_bias = mask[5] || mask[3] || (mask[1] && bias) ? grad[0].sum(1) : Tensor();
       if (mask[1] && bias) all[1] = at::matmul(of_bias, *bias);
       if (mask[3]) all[3] = at::matmul(of_bias.mT(), saved[1]);
@@ -220,21 +220,19 @@ struct HyperLinear : torch::autograd::Function<HyperLinear> {
     return all;
   }
 
-  // Return what stands for W in a call that is recorded: a node, or a tensor without one. A small call does not gain
-  // from it. Tensors that Python traces have no memory.
+  // Return what stands for W in a call that is recorded: a node, or a tensor without one if W is not kept. Tensors
+  // that Python traces have no memory.
   static Tensor node_of_w(const Tensor& x, const Tensor& z, const Tensor& weight, const Maybe& base_weight) {
     static const Tensor none = at::detail::empty_cpu({0}, at::kFloat);
     const auto traced = c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
     if (x.key_set().has_any(traced) || z.key_set().has_any(traced) || weight.key_set().has_any(traced)) return none;
-    if (x.dim() != 3 || z.dim() != 2 || weight.dim() != 3 || x.size(1) < 2) return none;
-    if (double(x.numel()) * weight.size(0) < LARGE || !(recorded(z) || recorded(weight) || recorded(base_weight)))
-      return none;
+    const bool checked = x.dim() == 3 && z.dim() == 2 && weight.dim() == 3 && x.scalar_type() == z.scalar_type();
+    if (!checked || x.size(1) < 2) return none;
+    if (!(recorded(z) || recorded(weight) || recorded(base_weight)) || !keeps(x, weight)) return none;
     return Generate::apply(z, weight, base_weight);
   }
 
  private:
-  static constexpr double LARGE = 0;  // products, which take about 50 microseconds
-
   // Return W for the gradient that runs: with the node of W as its own if the gradient is differentiated.
   static Written of_w(
       const torch::autograd::variable_list& saved, const Maybe& bias, const Maybe& base_weight, const Tensor& g,
@@ -254,9 +252,7 @@ struct HyperLinear : torch::autograd::Function<HyperLinear> {
       if (of_x) {
         const at::NoGradGuard no_grad;
         const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-        const auto O = weight.size(0), I = weight.size(1);
-        const auto base = base_weight ? Maybe(base_weight->reshape(O * I)) : std::nullopt;
-        written.w = at::linear(z, weight.reshape({O * I, -1}), base).view({-1, O, I});
+        written.w = products::generate(z, weight, base_weight);
       }
       written.keep(z, weight);
     }
@@ -455,13 +451,14 @@ constexpr int64_t KEPT = -1;  // for `needs`: whether W is kept
 
 bool keeps(const Tensor& x, const Tensor& weight) {
   const auto problem = problem_of(x, weight.size(2), weight.size(0), KEPT);
-  if (const auto known = plans.find(problem)) return known->native;
+  if (const auto known = plans.find(problem)) return known->workspace > 0;
   static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fasthyper_eager::keeps", "")
-                             .typed<bool(const Tensor&, const Tensor&)>();
-  const bool answer = op.call(x, weight);
-  plans.remember(problem, {"", "", 0, answer});
-  return answer;
+                             .findSchemaOrThrow("fasthyper_eager::room", "")
+                             .typed<int64_t(const Tensor&, const Tensor&)>();
+  const auto limit = op.call(x, weight);
+  if (limit > 0) products::workspace = limit;
+  plans.remember(problem, {"", "", limit, false});
+  return limit > 0;
 }
 
 void remember(
@@ -492,7 +489,7 @@ TORCH_LIBRARY(fasthyper_eager, m) {
       "remember(Tensor x, int R, int O, int needs, str schedule, str schedule_of_weight, int workspace, bool native)"
       " -> ()",
       remember);
-  m.def("keeps(Tensor x, Tensor weight) -> bool");
+  m.def("room(Tensor x, Tensor weight) -> int");
   m.def("forget() -> ()", [] { plans.forget(); });
   m.def("declare_axes(str[] names, str[] letters) -> ()", declare_axes);
   m.def("declare_reads(int[] reads) -> ()", declare_reads);

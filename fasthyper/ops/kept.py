@@ -63,18 +63,22 @@ def fits(args: _Call) -> bool:
     gradients fit the workspace. A forced backend or schedule keeps its own order. Under vmap, W has unknown size; with
     symbolic sizes, the answer would be frozen into compiled code.
     """
-    return not MISSING and choice(args) == (AUTO, AUTO) and not vmapped() and keeps(args.x, args.weight)
+    return not MISSING and choice(args) == (AUTO, AUTO) and not vmapped() and room(args.x, args.weight) > 0
 
 
-def keeps(x: Tensor, weight: Tensor) -> bool:
-    """Return whether the sizes are such that a call keeps W. csrc/eager.cpp stores the answers."""
+def room(x: Tensor, weight: Tensor) -> int:
+    """Return the limit of the workspace if the sizes are such that a call keeps W, or else 0.
+
+    csrc/eager.cpp calls this, and stores the answers.
+    """
     (B, N, I), (O, _, R) = x.shape, weight.shape
     if any(isinstance(size, torch.SymInt) for size in (B, N, R, I, O)) or N < 2 or 0 in (B, R, I, O):
-        return False
-    if COPIES * B * O * I * x.element_size() > planner.get_workspace_limit():
-        return False
+        return 0
+    limit = planner.get_workspace_limit()
+    if COPIES * B * O * I * x.element_size() > limit:
+        return 0
     plan = planner.plan(Problem.of("apply", x, R, O))
-    return plan.schedule == "generate" and plan.work_dtype == x.dtype
+    return limit if plan.schedule == "generate" and plan.work_dtype == x.dtype else 0
 
 
 def apply(args: _CallOfApply) -> Tensor:
@@ -173,4 +177,4 @@ def grads_of_parts(dw: Tensor, z: Tensor, weight: Tensor, needs: tuple[bool, ...
 
 if not MISSING and compiled.load("eager") is None:
     _library = torch.library.Library("fasthyper_eager", "IMPL")
-    _library.impl("keeps", keeps, "CompositeExplicitAutograd")
+    _library.impl("room", room, "CompositeExplicitAutograd")

@@ -312,3 +312,54 @@ def test_a_large_call_with_frozen_arguments(frozen, factors, oracle):
         return torch.autograd.grad(LOSSES["both and y"](f(*args)[..., :2].tanh(), args[0]), trained)
 
     torch.testing.assert_close(grads(affine), grads(oracle.linear))
+
+
+ON_KERNELS = {
+    "many instances": (16, 4, 8, 16, 16),
+    "many points": (2, 256, 8, 128, 128),
+    "few inputs": (2, 256, 8, 3, 64),
+    "some points": (2, 64, 8, 64, 64),
+}
+"""B, N, R, I, O of products that csrc/eager/products.h runs on the kernels of the family."""
+
+
+@pytest.mark.parametrize("sizes", ON_KERNELS.values(), ids=ON_KERNELS)
+def test_three_orders_on_the_kernels(sizes, factors, oracle):
+    args = [t / 8 for t in factors(sizes, torch.float32, factors.AFFINE)]
+
+    def derivatives(f, dtype):
+        given = [t.to(dtype, copy=True).requires_grad_() for t in args]
+        total, found = f(*given).tanh().square().mean(), []
+        for _ in range(3):
+            grads = torch.autograd.grad(total, given, create_graph=True)
+            found += grads
+            total = sum(t.tanh().square().mean() for t in grads)
+        return found
+
+    got = derivatives(affine, torch.float32)
+    for a, exact in zip(got, derivatives(oracle.linear, torch.float64), strict=True):
+        assert (a.double() - exact).norm() <= 1e-5 * exact.norm(), a.shape
+
+
+@pytest.mark.parametrize("sizes", ON_KERNELS.values(), ids=ON_KERNELS)
+def test_transforms_beside_the_kernels(sizes, factors, oracle):
+    """Batched gradients, and forward mode over a graph, which torch's own products have to see."""
+    x, z, weight, _ = [(t / 8).requires_grad_() for t in factors(sizes, torch.float32)]
+
+    def second(f):
+        d = gradient_of(torch.sin(f(x, z, weight)), x)
+        rows = torch.stack([torch.ones_like(d), torch.linspace(0, 1, d.numel()).view_as(d)])
+        return torch.autograd.grad(d, (x, z, weight), rows, is_grads_batched=True)
+
+    torch.testing.assert_close(second(hyper_linear), second(oracle.linear), rtol=1e-3, atol=1e-4)
+
+
+def test_compiled_autograd_of_a_call_with_a_node_of_w(factors):
+    """It has no undefined gradients."""
+    args = factors(SIZES, torch.float32, factors.AFFINE, requires_grad=True)
+    y = affine(*args).square().sum()
+    expected = torch.autograd.grad(y, args, retain_graph=True)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda loss: loss.backward(), backend="eager")(y)
+    torch.testing.assert_close([t.grad for t in args], list(expected))
