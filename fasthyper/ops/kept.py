@@ -23,6 +23,7 @@ from . import autocast
 from .register import MISSING, Arguments, choice, current_node, transformed, vmapped
 
 COPIES = 3  # W, its gradient, and the next summand of this gradient
+_FEWEST = 16  # features of z from which on W pays for all derivatives, though the first order alone has another order
 _KEY = "fasthyper.kept"
 
 Parts = tuple[Tensor, Tensor, Tensor | None]
@@ -77,8 +78,10 @@ def room(x: Tensor, weight: Tensor) -> int:
     limit = planner.get_workspace_limit()
     if COPIES * B * O * I * x.element_size() > limit:
         return 0
-    plan = planner.plan(Problem.of("apply", x, R, O))
-    return limit if plan.schedule == "generate" and plan.work_dtype == x.dtype else 0
+    problem = Problem.of("apply", x, R, O)
+    plan = planner.plan(problem)
+    planned = plan.schedule == "generate" or (R >= _FEWEST and not problem.shared_x)
+    return limit if planned and plan.work_dtype == x.dtype else 0
 
 
 def apply(args: _CallOfApply) -> Tensor:

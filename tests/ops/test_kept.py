@@ -363,3 +363,10 @@ def test_compiled_autograd_of_a_call_with_a_node_of_w(factors):
     with torch._dynamo.config.patch(compiled_autograd=True):
         torch.compile(lambda loss: loss.backward(), backend="eager")(y)
     torch.testing.assert_close([t.grad for t in args], list(expected))
+
+
+def test_few_points_keep_w_if_z_has_features_enough(factors, saved):
+    """Whatever order the planner has for the first derivative."""
+    x, z, weight, _ = factors((64, 2, 64, 64, 1), torch.float32, requires_grad=True)
+    gradient_of(torch.sin(hyper_linear(x, z, weight)), x).square().sum().backward()
+    assert count_weights(saved, 64, 1, 64) == 1
