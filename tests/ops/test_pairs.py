@@ -126,10 +126,11 @@ class TestValues:
         wide[::2, 1::2, 1::2] = weight
         check_all(oracle, [x, z, wide[::2, 1::2, 1::2], bias, g], schedule=schedule)
 
-    def test_16_bits_err_at_most_twice_as_much_as_two_steps(self, schedule):
+    @pytest.mark.parametrize("native", [False, True])
+    def test_16_bits_err_at_most_twice_as_much_as_two_steps(self, native, schedule, native_low_precision):
         for dtype in (torch.bfloat16, torch.float16):
-            args = arguments((4, 40, 30, 64, 48, 6), dtype)
-            with fasthyper.use_backend("auto", schedule):
+            args = arguments((4, 48, 32, 64, 64, 6), dtype)  # so large that products are in bfloat16 if `native`
+            with fasthyper.use_backend("auto", schedule), native_low_precision(native):
                 ours = [pairs(*args[:4], False, False)]
                 ours += pairs_grads(*args[:3], args[4], False, False, [True] * 4)
             with fasthyper.use_backend("materialised"):
@@ -139,6 +140,15 @@ class TestValues:
             expected = (truth(*exact[:4]), *truth_of_grads(*exact))
             for a, b, e in zip(ours, theirs, expected, strict=True):
                 assert (a - e).square().mean() <= 4 * (b - e).square().mean()
+
+    @pytest.mark.parametrize("native", [False, True])
+    def test_a_single_block_of_parts_of_lines(self, native, schedule, native_low_precision, monkeypatch, oracle):
+        """A tile of 600 numbers has all rows, or all of the 40 outputs."""
+        monkeypatch.setattr(planner, "pair_tile_elements", lambda work, limit: 600)
+        monkeypatch.setattr("fasthyper.backends.aten.pairs._FEWEST_ROWS", 4)
+        monkeypatch.setattr("fasthyper.backends.aten.pairs._by_outputs", None)
+        with native_low_precision(native):
+            check_all(oracle, arguments((3, 5, 4, 9, 10, 40), torch.bfloat16), schedule=schedule)
 
     @pytest.mark.parametrize("sizes", [(1, 600, 2, 1, 1, 1), (1, 2, 600, 1, 1, 1), (600, 1, 1, 1, 1, 1)])
     def test_sums_over_tiles_are_float32(self, sizes, schedule, monkeypatch, oracle):

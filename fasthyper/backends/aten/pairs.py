@@ -19,13 +19,14 @@ from torch import Tensor
 
 from ... import planner
 from ...problem import Pairs
-from .tiling import Tiling, accumulate, blocks
+from .tiling import ROUNDED, Tiling, accumulate, blocks, multiplies
 
 # MKL writes a product at half the speed if the rows of the result do not start at such multiples.
 _ALIGNED = 8
 # Blocks of fewer rows make slow products. A block of y is copied fastest, in whole lines, if it has all outputs.
 _FEWEST_ROWS = 256
 _TILES_OF_Y = 3
+_FEWEST_OUTPUTS = 16  # of a tile that has a part of each line
 
 
 class Factors(NamedTuple):
@@ -92,15 +93,19 @@ class Cut(NamedTuple):
     outputs: int
 
     @classmethod
-    def of(cls, f: Factors, room: int) -> Cut:
-        """Cut so that the blocks of x, z and P have at most `room` elements, and those of y a few times as many."""
+    def of(cls, f: Factors, room: int, whole_lines: bool = True) -> Cut:
+        """Cut so that the blocks of x, z and P have at most `room` elements, and those of y a few times as many.
+
+        With `whole_lines`, a tile of y has all outputs if it can.
+        """
         B, M, _ = f.x.shape
         N = f.z.shape[1]
         O, P, Q = f.weight.shape
         of_y = _TILES_OF_Y * room
         columns = max(1, min(N, room // _padded(Q), room // _FEWEST_ROWS))
-        of_all_outputs = max(_FEWEST_ROWS, of_y // max(1, O * columns))
-        together = max(1, min(room // max(_padded(P), _padded(Q), columns), of_all_outputs))
+        together = max(1, room // max(_padded(P), _padded(Q), columns))
+        if whole_lines:
+            together = min(together, max(_FEWEST_ROWS, of_y // max(1, O * columns)))
         instances = max(1, min(B, together // max(1, M), room // (_padded(Q) * columns)))
         rows = min(max(1, M), together)
         return cls(instances, rows, columns, max(1, min(O, of_y // (instances * rows * columns))))
@@ -177,6 +182,10 @@ def _grads(f: Factors, g: Tensor, into: Sums, tiling: Tiling) -> None:
     """Compute the gradients that are given, each of them rounded to its dtype once."""
     cut = Cut.of(f, tiling.elements)
     rounds = f.x.dtype != tiling.sum_dtype
+    if rounds:  # a single block needs no second loop for dH, which costs more than to read parts of lines
+        single = Cut.of(f, tiling.elements, whole_lines=False)
+        enough = single.outputs >= min(len(f.weight), _FEWEST_OUTPUTS)
+        cut = single if enough and len([*single.blocks(f)]) == 1 else cut
     dz_in_parts = rounds and cut.rows < f.x.shape[1]
     dh_in_parts = rounds and len([*cut.blocks(f)]) > 1
     together = Sums(into.x, None if dz_in_parts else into.z, None if dh_in_parts else into.weight)
@@ -239,6 +248,9 @@ def _add_once(out: Tensor, a: Tensor, b: Tensor, tiling: Tiling) -> None:
     """Add a·b to zeros, or to a sum that has the dtype of sums."""
     if out.dtype == tiling.sum_dtype:
         return accumulate(out, a, b)
+    if multiplies(a, b):
+        torch.mm(a, b, out=out)
+        return None
     total = torch.empty(out.shape, dtype=tiling.sum_dtype, device=out.device)
     accumulate(total, a, b, beta=0)
     out.copy_(total)
@@ -274,5 +286,8 @@ def _accumulate_batches(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Compute total += a·b for each instance, in the dtype of total."""
     if total.is_cuda and a.dtype != total.dtype:
         total.add_(torch.bmm(a, b, out_dtype=total.dtype))
+    elif multiplies(a, b):
+        for some in blocks(len(a), ROUNDED // max(1, total[0].numel())):
+            total[some] += torch.bmm(a[some], b[some])
     else:
         total.baddbmm_(a.to(total.dtype), b.to(total.dtype))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ... import processor
 from ...problem import Plan
 
 
@@ -127,13 +128,36 @@ def outer(g: Tensor, x: Tensor, tiling: Tiling, room: Tensor | None = None) -> T
     return x.new_zeros(B, O, I, dtype=tiling.dtype) if dw is None else dw
 
 
+# Elements of a product that is rounded before it is added, so that it is still in cache.
+ROUNDED = 1 << 18
+# A product of fewer numbers is faster in float32.
+_SMALL = 1 << 19
+
+
+def multiplies(a: Tensor, b: Tensor) -> bool:
+    """Return whether a product of matrices, or of batches of them, is fastest in bfloat16, with a rounded result.
+
+    Float16 is left out: a product may leave its range where the sum of several does not.
+    """
+    bfloat16 = a.dtype == b.dtype == torch.bfloat16 and a.device.type == "cpu"
+    return bfloat16 and a.numel() * b.shape[-1] >= _SMALL and processor.has_fast(torch.bfloat16)
+
+
 def accumulate(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
-    """Compute total = beta·total + a·b; the sum has the dtype of total, even if a and b have fewer bits."""
+    """Compute total = beta·total + a·b; the sum has the dtype of total, even if a and b have fewer bits.
+
+    Processors that multiply bfloat16 round each product: torch has none with a result in float32. The errors of many
+    products add up to about one rounding of the sum.
+    """
     if a.dtype == b.dtype == total.dtype:
         total.addmm_(a, b, beta=beta)
     elif total.is_cuda and a.dtype == b.dtype:
         product = torch.mm(a, b, out_dtype=total.dtype)
         total.add_(product) if beta else total.copy_(product)
+    elif multiplies(a, b):
+        for rows in blocks(len(a), ROUNDED // max(1, b.shape[1])):
+            product = torch.mm(a[rows], b)
+            total[rows].add_(product) if beta else total[rows].copy_(product)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
 

@@ -1,0 +1,59 @@
+"""Sums of products of bfloat16: float32, wherever the products are computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fasthyper.backends.aten import pairs, tiling
+
+
+@pytest.fixture(params=[1, 1 << 30], ids=["bfloat16", "float32"])
+def sizes(request, monkeypatch):
+    """Compute products in bfloat16, a few rows at a time, or in float32."""
+    monkeypatch.setattr(tiling, "_SMALL", request.param)
+    monkeypatch.setattr(tiling, "ROUNDED", 6)
+    monkeypatch.setattr(pairs, "ROUNDED", 30)
+    return request.param
+
+
+def ones(*shape: int) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.bfloat16)
+
+
+def test_many_products_are_summed_in_float32(sizes, native_low_precision):
+    """A sum in bfloat16 stays at 1024."""
+    total = torch.full((5, 3), float("nan"))
+    with native_low_precision(True):
+        for nth in range(300):
+            tiling.accumulate(total, ones(5, 4), ones(4, 3), beta=min(nth, 1))
+    assert total.eq(1200).all()
+
+
+def test_many_batches_are_summed_in_float32(sizes, native_low_precision):
+    total = torch.zeros(5, 5, 3)
+    with native_low_precision(True):
+        for _ in range(300):
+            pairs._accumulate_batches(total, ones(5, 5, 4), ones(5, 4, 3))
+    assert total.eq(1200).all()
+
+
+def test_rows_and_batches_stay_in_their_places(sizes, native_low_precision):
+    a, b = torch.randn(5, 7, 4).bfloat16(), torch.randn(5, 4, 3).bfloat16()
+    total, totals = torch.zeros(7, 3), torch.zeros(5, 7, 3)
+    with native_low_precision(True):
+        tiling.accumulate(total, a[0], b[0])
+        pairs._accumulate_batches(totals, a, b)
+    expected = a.double() @ b.double()
+    torch.testing.assert_close(totals.double(), expected, rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(total.double(), expected[0], rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_only_large_products_of_bfloat16_are_rounded(dtype, native, native_low_precision):
+    large, small = torch.ones(128, 128, dtype=dtype), torch.ones(8, 8, dtype=dtype)
+    with native_low_precision(native):
+        assert tiling.multiplies(large, large) == (native and dtype == torch.bfloat16)
+        assert not tiling.multiplies(small, small)
+        assert not tiling.multiplies(large, large.float())
