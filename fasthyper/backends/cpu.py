@@ -19,7 +19,7 @@ from ..geometry import Geometry
 from ..problem import AUTO, Machine, Plan, Problem, TermProblem
 from ..terms import Terms
 from . import aten, cpu_conv
-from .aten import grouped, models, term_bases
+from .aten import conv_products, grouped, models, term_bases
 from .aten.convolution import Way
 from .aten.terms import FACTORS, INDEX
 from .contract import Backend
@@ -364,7 +364,7 @@ def apply_conv(
     schedule: str,
 ) -> None:
     """Write y; see `contract.Convolving`."""
-    of: Any = {"geometry": geometry, "transposed": transposed, "schedule": schedule, "way": _way(x)}
+    of: Any = {"geometry": geometry, "transposed": transposed, "schedule": schedule, "way": _way(x, geometry)}
     aten.apply_conv(x, z, weight, bias, base_weight, base_bias, y, **of)
 
 
@@ -384,12 +384,19 @@ def grads_conv(
     schedule: str,
 ) -> tuple[Tensor | None, ...]:
     """Write dx and dh if given; return the other gradients; see `contract.Convolving`."""
-    of: Any = {"geometry": geometry, "transposed": transposed, "schedule": schedule, "way": _way(x)}
+    of: Any = {"geometry": geometry, "transposed": transposed, "schedule": schedule, "way": _way(x, geometry)}
     return aten.grads_conv(x, z, weight, bias, base_weight, g, dx, dh, mask, **of)
 
 
-def _way(x: Tensor) -> Way | None:
-    """Return how convolutions run here; in float64 as in aten."""
+def _way(x: Tensor, geo: Geometry) -> Way | None:
+    """Return how convolutions run here; in float64 as in aten.
+
+    Pointwise kernels are matrices of their instances. Where the processor multiplies bfloat16, torch's batched products
+    are faster than linear layers with points; see `_is_for_torch`.
+    """
     if x.dtype not in DTYPES:
         return None
-    return Way("cpu", cpu_conv, cast(Backend, sys.modules[__name__]), torch.float32, pointwise=True)
+    linear = cast(Backend, sys.modules[__name__])
+    if geo.pointwise and processor.kernels_multiply(x.dtype):
+        return Way("cpu", conv_products, linear)
+    return Way("cpu", cpu_conv, linear, torch.float32, pointwise=True)

@@ -15,6 +15,7 @@ from torch.func import grad, jacrev, vmap
 import fasthyper
 from fasthyper import planner
 from fasthyper.backends import BACKENDS
+from fasthyper.backends.aten import conv_products
 from fasthyper.geometry import Geometry, output_size
 from fasthyper.measure import peak_temporary_bytes
 from fasthyper.ops import reference
@@ -101,6 +102,29 @@ def test_values_and_gradients(backend, name, transposed):
                 assert e <= 2 * of_plain + 4 * unit * b.norm().item(), (schedule, dtype)
 
 
+@pytest.mark.skipif("cpu" not in RUNNABLE, reason="the kernels are not built")
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", ["pointwise", "pointwise in groups", "odd"])
+def test_pointwise_kernels_in_bfloat16(name, transposed, native, monkeypatch):
+    """Where the processor multiplies bfloat16, these are torch's batched products: the errors of W written out."""
+    called = []
+    for product in ("convolve", "spread", "kernels"):
+        of = getattr(conv_products, product)
+        monkeypatch.setattr(conv_products, product, lambda *a, f=of: called.append(a[0].dtype) or f(*a))
+    monkeypatch.setattr("fasthyper.processor.kernels_multiply", lambda dtype: native and dtype == torch.bfloat16)
+    planner.forget()
+    geo = GEOMETRIES[name]
+    *args, g = (t.bfloat16() for t in tensors(geo, transposed))
+    found = with_gradients(lambda *t: op(transposed)(*t, *geo, "cpu", "generate"), args, g)
+    plain = with_gradients(lambda *t: truth(transposed, *t, geo), args, g)
+    exact = with_gradients(lambda *t: truth(transposed, *t, geo), [t.double() for t in args], g.double())
+    for e, of_plain, b in zip(error(found, exact), error(plain, exact), exact, strict=True):
+        assert e <= 2 * of_plain + 4 * torch.finfo(torch.bfloat16).eps * b.norm().item()
+    assert set(called) == ({torch.bfloat16} if native and geo.pointwise else set())
+    planner.forget()
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("backend", RUNNABLE)
 @pytest.mark.parametrize("schedule", CONV_SCHEDULES)
@@ -133,6 +157,23 @@ def test_small_tiles(backend, schedule, transposed, monkeypatch):
                 )
                 for a, b in zip(low, exact[name], strict=True):
                     assert (a.double() - b).norm() <= 0.03 * b.norm() + 1e-3
+
+
+@pytest.mark.parametrize("instances", [1, 600])
+@pytest.mark.parametrize("backend", RUNNABLE)
+def test_sums_over_instances_are_float32(backend, instances, monkeypatch):
+    """A sum of ones in bfloat16 stays at 256."""
+    plan = planner.plan
+    monkeypatch.setattr("fasthyper.processor.kernels_multiply", lambda dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr("fasthyper.processor.has_fast", lambda dtype: dtype == torch.bfloat16)
+    planner.forget()
+    tile = lambda *a: dataclasses.replace(plan(*a), tile=instances)
+    monkeypatch.setattr(planner, "plan", tile)
+    geo = geometry((1, 1, 1), (1, 1, 1))
+    *args, g = (torch.ones_like(t).bfloat16() for t in tensors(geo, False, B=600, I=1, O=1, R=1))
+    found = with_gradients(lambda *t: op(False)(*t, *geo, backend, "generate"), args, g)
+    assert [t.item() for t in found[3:]] == [600] * 4
+    planner.forget()
 
 
 @given(

@@ -256,7 +256,7 @@ class _Gradients:
         return cut.pieces(self.O, self.I, self.geo)
 
     def sum_of(self, head: Tensor, piece: Piece) -> Sum:
-        return Sum(head[piece.outputs].flatten(1, -2), self.tiling)
+        return Sum(head[piece.outputs].flatten(1, -2), self.tiling, one=self.cut.instances >= self.g.shape[0])
 
     def spread_back(self, b: slice, dx: Tensor) -> None:
         """Write dx of some instances."""

@@ -22,8 +22,7 @@ _aten = torch.ops.aten
 def convolve(x: Tensor, w: Tensor, shift: Tensor | None, y: Tensor, geo: Geometry) -> None:
     """Write y (b, O, *pixels) of x (b, X, *pixels) and w (b, O, I, *taps)."""
     if geo.pointwise:
-        a, b = _as_matrices(w, geo), _pixels(x, geo)
-        return _store(torch.bmm(a, b), shift, y)
+        return _multiply(_as_matrices(w, geo), _pixels(x, geo), shift, y)
     found = _convolution(_joined(x, geo), _kernels(w, geo), geo, x.shape[0], transposed=False)
     found = found.reshape(y.shape[0], y.shape[1], *found.shape[2:])
     for axis, size in enumerate(geo.output[3 - geo.dims :], 2):
@@ -34,7 +33,7 @@ def convolve(x: Tensor, w: Tensor, shift: Tensor | None, y: Tensor, geo: Geometr
 def spread(g: Tensor, w: Tensor, shift: Tensor | None, x: Tensor, geo: Geometry) -> None:
     """Write x (b, X, *pixels) of g (b, O, *pixels) and w (b, O, I, *taps)."""
     if geo.pointwise:
-        return _store(torch.bmm(_as_matrices(w, geo).mT, _pixels(g, geo)), shift, x)
+        return _multiply(_as_matrices(w, geo).mT, _pixels(g, geo), shift, x)
     _store(_convolution(_joined(g, geo), _kernels(w, geo), geo, g.shape[0], transposed=True), shift, x)
 
 
@@ -90,6 +89,15 @@ def _as_matrices(w: Tensor, geo: Geometry) -> Tensor:
 def _pixels(t: Tensor, geo: Geometry) -> Tensor:
     """View (b, C, *pixels) as (b·G, C/G, pixels)."""
     return t.reshape(t.shape[0] * geo.groups, t.shape[1] // geo.groups, -1)
+
+
+def _multiply(w: Tensor, pixels: Tensor, shift: Tensor | None, out: Tensor) -> None:
+    """Write the product of pointwise kernels, in the output's own memory if it is contiguous."""
+    if not out.is_contiguous():
+        return _store(torch.bmm(w, pixels), shift, out)
+    torch.bmm(w, pixels, out=out.view(*w.shape[:2], pixels.shape[2]))
+    if shift is not None:
+        out += shift[..., None, None, None]
 
 
 def _store(found: Tensor, shift: Tensor | None, out: Tensor) -> None:
