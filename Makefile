@@ -14,7 +14,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 BUILT := .venv/built
 SANITIZED := .venv/sanitized
-CPU_SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*)
+CPU_SOURCES := $(wildcard csrc/*.cpp csrc/eager/* csrc/cpu/*)
 SOURCES := $(CPU_SOURCES) $(wildcard csrc/cuda/*)
 
 .PHONY: test interpreted emulated slow clients held matrix forced sanitize lint format clean
