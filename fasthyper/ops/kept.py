@@ -64,7 +64,7 @@ def fits(args: _Call) -> bool:
     gradients fit the workspace. A forced backend or schedule keeps its own order. Under vmap, W has unknown size; with
     symbolic sizes, the answer would be frozen into compiled code.
     """
-    return not MISSING and choice(args) == (AUTO, AUTO) and not vmapped() and room(args.x, args.weight) > 0
+    return choice(args) == (AUTO, AUTO) and not MISSING and not vmapped() and room(args.x, args.weight) > 0
 
 
 def room(x: Tensor, weight: Tensor) -> int:
@@ -73,7 +73,7 @@ def room(x: Tensor, weight: Tensor) -> int:
     csrc/eager.cpp calls this, and stores the answers.
     """
     (B, N, I), (O, _, R) = x.shape, weight.shape
-    if any(isinstance(size, torch.SymInt) for size in (B, N, R, I, O)) or N < 2 or 0 in (B, R, I, O):
+    if MISSING or any(isinstance(size, torch.SymInt) for size in (B, N, R, I, O)) or N < 2 or 0 in (B, R, I, O):
         return 0
     limit = planner.get_workspace_limit()
     if COPIES * B * O * I * x.element_size() > limit:
@@ -178,6 +178,6 @@ def grads_of_parts(dw: Tensor, z: Tensor, weight: Tensor, needs: tuple[bool, ...
     return dz, dh, dw.sum(0) if needs[2] else None
 
 
-if not MISSING and compiled.load("eager") is None:
+if compiled.load("eager") is None:
     _library = torch.library.Library("fasthyper_eager", "IMPL")
     _library.impl("room", room, "CompositeExplicitAutograd")
