@@ -389,14 +389,10 @@ def grads_conv(
 
 
 def _way(x: Tensor, geo: Geometry) -> Way | None:
-    """Return how convolutions run here; in float64 as in aten.
-
-    Pointwise kernels are matrices of their instances. Where the processor multiplies bfloat16, torch's batched products
-    are faster than linear layers with points; see `_is_for_torch`.
-    """
+    """Return how convolutions run here; in float64 as in aten. In groups, the kernels beat products in bfloat16."""
     if x.dtype not in DTYPES:
         return None
     linear = cast(Backend, sys.modules[__name__])
-    if geo.pointwise and processor.kernels_multiply(x.dtype):
+    if (geo.pointwise or geo.groups == 1) and processor.kernels_multiply(x.dtype):
         return Way("cpu", conv_products, linear)
     return Way("cpu", cpu_conv, linear, torch.float32, pointwise=True)

@@ -105,14 +105,15 @@ def test_values_and_gradients(backend, name, transposed):
 @pytest.mark.skipif("cpu" not in RUNNABLE, reason="the kernels are not built")
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("name", ["pointwise", "pointwise in groups", "odd"])
-def test_pointwise_kernels_in_bfloat16(name, transposed, native, monkeypatch):
+@pytest.mark.parametrize("name", ["pointwise", "pointwise in groups", "odd", "groups"])
+def test_kernels_in_bfloat16(name, transposed, native, monkeypatch):
     """Where the processor multiplies bfloat16, these are torch's batched products: the errors of W written out."""
     called = []
     for product in ("convolve", "spread", "kernels"):
         of = getattr(conv_products, product)
         monkeypatch.setattr(conv_products, product, lambda *a, f=of: called.append(a[0].dtype) or f(*a))
-    monkeypatch.setattr("fasthyper.processor.kernels_multiply", lambda dtype: native and dtype == torch.bfloat16)
+    for asked in ("kernels_multiply", "has_fast"):
+        monkeypatch.setattr(f"fasthyper.processor.{asked}", lambda dtype: native and dtype == torch.bfloat16)
     planner.forget()
     geo = GEOMETRIES[name]
     *args, g = (t.bfloat16() for t in tensors(geo, transposed))
@@ -121,7 +122,7 @@ def test_pointwise_kernels_in_bfloat16(name, transposed, native, monkeypatch):
     exact = with_gradients(lambda *t: truth(transposed, *t, geo), [t.double() for t in args], g.double())
     for e, of_plain, b in zip(error(found, exact), error(plain, exact), exact, strict=True):
         assert e <= 2 * of_plain + 4 * torch.finfo(torch.bfloat16).eps * b.norm().item()
-    assert set(called) == ({torch.bfloat16} if native and geo.pointwise else set())
+    assert set(called) == ({torch.bfloat16} if native and (geo.pointwise or geo.groups == 1) else set())
     planner.forget()
 
 
