@@ -11,50 +11,14 @@ tasks with weights of their own. The table of rules is the same. Any factor may 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor
 
 from .. import backends
 from ..backends.contract import OfModels, Wanted
 from . import autocast, rules
-from .family import define_grads, define_op
+from .family import Apply, CondGrad, Grads, WeightGrad, define_grads, define_op
 from .register import Arguments, choice
 from .shapes import MODELS
-
-
-class ApplyModels(NamedTuple):
-    x: Tensor
-    z: Tensor
-    weight: Tensor
-    backend: str = ""
-    schedule: str = ""
-
-
-class CondGradModels(NamedTuple):
-    x: Tensor
-    g: Tensor
-    weight: Tensor
-    backend: str = ""
-    schedule: str = ""
-
-
-class WeightGradModels(NamedTuple):
-    x: Tensor
-    z: Tensor
-    g: Tensor
-    backend: str = ""
-    schedule: str = ""
-
-
-class GradsModels(NamedTuple):
-    x: Tensor
-    z: Tensor
-    weight: Tensor
-    g: Tensor
-    mask: list[bool]
-    backend: str = ""
-    schedule: str = ""
 
 
 def _module(args: Arguments, x: Tensor) -> tuple[OfModels, str]:
@@ -63,7 +27,7 @@ def _module(args: Arguments, x: Tensor) -> tuple[OfModels, str]:
     return backends.of_models(name, x.device, x.dtype), schedule
 
 
-def _apply(args: ApplyModels) -> Tensor:
+def _apply(args: Apply) -> Tensor:
     with autocast.off(args.x):
         module, schedule = _module(args, args.x)
         return module.apply_models(args.x, args.z, args.weight, schedule=schedule)
@@ -77,19 +41,19 @@ def _run_grads(
         return module.grads_models(x, z, weight, g, wanted[:3], schedule=schedule)
 
 
-def _cond_grad(args: CondGradModels) -> Tensor | None:
+def _cond_grad(args: CondGrad) -> Tensor | None:
     return _run_grads(args, args.x, None, args.weight, args.g, Wanted(z=True))[1]
 
 
-def _weight_grad(args: WeightGradModels) -> Tensor | None:
+def _weight_grad(args: WeightGrad) -> Tensor | None:
     return _run_grads(args, args.x, args.z, None, args.g, Wanted(weight=True))[2]
 
 
-def _grads(args: GradsModels) -> tuple[Tensor | None, ...]:
+def _grads(args: Grads) -> tuple[Tensor | None, ...]:
     return _run_grads(args, args.x, args.z, args.weight, args.g, Wanted(*args.mask))
 
 
-define_op("apply", ApplyModels, _apply, MODELS, rules.vmap_models, "_models")
-define_op("cond_grad", CondGradModels, _cond_grad, MODELS, rules.vmap_models, "_models")
-define_op("weight_grad", WeightGradModels, _weight_grad, MODELS, rules.vmap_models, "_models")
-define_grads(GradsModels, _grads, MODELS, "_models")
+define_op("apply", Apply, _apply, MODELS, rules.vmap_models, "_models")
+define_op("cond_grad", CondGrad, _cond_grad, MODELS, rules.vmap_models, "_models")
+define_op("weight_grad", WeightGrad, _weight_grad, MODELS, rules.vmap_models, "_models")
+define_grads(Grads, _grads, MODELS, "_models")
