@@ -103,7 +103,8 @@ class _Weights(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, weight, base_weight, met):
-        ctx.parts, ctx.versions, ctx.met = (z, weight), _versions(z, weight), met
+        ctx.parts, ctx.met = (z, weight), met
+        ctx.versions = [*map(checkpoints.version, ctx.parts)]
         return kept.generate(z, weight, base_weight)
 
     @staticmethod
@@ -111,11 +112,7 @@ class _Weights(torch.autograd.Function):
         if (met := ctx.met()) is not None:
             met.w = None
         z, weight = ctx.parts
-        if _versions(z, weight) != ctx.versions:
+        if [*map(checkpoints.version, ctx.parts)] != ctx.versions:
             raise RuntimeError("z or weight has been changed in place since the forward, and its gradient needs it")
         with autocast.off(dw):
             return *kept.grads_of_parts(dw, z, weight, ctx.needs_input_grad[:3]), None
-
-
-def _versions(*tensors: Tensor) -> list[int | None]:
-    return [checkpoints.version(t) for t in tensors]

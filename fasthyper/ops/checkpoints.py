@@ -108,9 +108,9 @@ def _objects(found: list[Any]) -> list[Any]:
     return list({id(o): o for o in found if o is not None}.values())
 
 
-def version(t: torch.Tensor) -> int | None:
-    """Return how often a tensor was changed in place, None if torch does not count."""
-    return None if t.is_inference() else t._version
+def version(t: torch.Tensor | None) -> int | None:
+    """Return how often a tensor was changed in place, None if torch does not count or there is no tensor."""
+    return None if t is None or t.is_inference() else t._version
 
 
 def is_reentrant(checkpoint: Any) -> bool:

@@ -19,7 +19,7 @@ from torch.utils.weak import TensorWeakRef
 from .. import compiled, planner
 from ..backends.contract import Wanted
 from ..problem import AUTO, Problem
-from . import autocast
+from . import autocast, checkpoints
 from .register import MISSING, Arguments, choice, current_node, transformed, vmapped
 
 COPIES = 3  # W, its gradient, and the next summand of this gradient
@@ -132,20 +132,16 @@ class _Memo:
     def __init__(self, w: Tensor, parts: Parts) -> None:
         self._w = TensorWeakRef(w)
         self._parts = _refer(parts)
-        self._versions = _versions(parts)
+        self._versions = [*map(checkpoints.version, parts)]
 
     def of(self, parts: Parts) -> Tensor | None:
         """Return W if it is alive and made of these parts, which have not been changed since."""
         same = all((None if r is None else r()) is t for r, t in zip(self._parts, parts, strict=True))
-        return self._w() if same and self._versions == _versions(parts) else None
+        return self._w() if same and self._versions == [*map(checkpoints.version, parts)] else None
 
 
 def _refer(parts: Parts) -> list[TensorWeakRef | None]:
     return [None if t is None else TensorWeakRef(t) for t in parts]
-
-
-def _versions(parts: Parts) -> list[int]:
-    return [-1 if t is None or t.is_inference() else t._version for t in parts]
 
 
 class _Generate(torch.autograd.Function):
