@@ -54,7 +54,9 @@ def test_records_are_complete(mode):
     assert product.rate > 0
 
 
-def test_a_slower_peer_has_longer_times():
+def test_a_slower_peer_has_longer_times(monkeypatch):
+    # On a busy machine either could look far slower than the other.
+    monkeypatch.setattr(timing, "SLOWER", {"peer": float("inf"), "variant": float("inf")})
     found = compared(slowed(0.008), slowed(0.012, "later"))
     assert 0.008 < found["late"].median < found["later"].median
     assert found["later"].rounds == found["late"].rounds >= 3
