@@ -71,6 +71,7 @@ class BuildKernels(build_ext):
         import torch
 
         missing = {name: why for name in building.NAMES if (why := why_left_out(name)) is not None}
+        record = building.record(torch.__version__, missing)  # of the sources as they are before the build
         names = [name for name in building.NAMES if name not in missing]
         failed = building.build(names, folder, Path(self.build_temp).absolute())
         missing.update(failed)
@@ -80,7 +81,7 @@ class BuildKernels(build_ext):
             (folder / f"{name}.so").unlink(missing_ok=True)  # of an earlier build
         if failed and INSISTED:
             sys.exit(f"fasthyper: FASTHYPER_BUILD=1, but {', '.join(failed)} cannot be built")
-        return {"torch": torch.__version__, "missing": missing}
+        return record
 
     def get_outputs(self):
         return []

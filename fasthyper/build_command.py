@@ -118,7 +118,7 @@ def _build(names: Sequence[str], folder: Path, archs: str) -> dict[str, str]:
     except ValueError:
         known = {}
     missing = {name: why for name, why in {**known, **failed}.items() if not (folder / f"{name}.so").exists()}
-    building.write_record(folder, {"torch": torch.__version__, "missing": missing})
+    building.write_record(folder, building.record(torch.__version__, missing))
     return failed
 
 

@@ -8,6 +8,8 @@ TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX and CUDA_HOME are read as for torch's own ex
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
 import platform
@@ -45,6 +47,15 @@ ARCHS = "8.0 9.0a 10.0"  # one for each generation of GPUs; PTX of the last also
 
 Report = Callable[[int, int, str], None]
 """What `build` calls before the first step and after each: steps done, all steps, and the name of the last one."""
+
+
+@functools.cache
+def digest() -> str:
+    """Return a digest of the sources of the libraries, so that no library of other sources is loaded."""
+    found = hashlib.sha256()
+    for path in (Path(__file__), *sorted(p for p in CSRC.rglob("*") if p.is_file())):
+        found.update(path.name.encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def unsupported(name: str) -> str | None:
@@ -289,6 +300,11 @@ def _run(command: list[str]) -> None:
     if result.returncode:
         errors = re.findall(r".*(?:(?:error|fatal) *:|undefined reference).*", result.stdout)
         raise RuntimeError(errors[0].strip() if errors else f"{command[0]} failed")
+
+
+def record(torch: str, missing: dict[str, str]) -> dict[str, Any]:
+    """Return the record of a build for a version of torch, with the reasons for the libraries that it lacks."""
+    return {"torch": torch, "sources": digest(), "missing": missing}
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

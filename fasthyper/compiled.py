@@ -7,7 +7,6 @@ They are in the package, where setup.py builds them, or in the user's cache, whe
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import platform
@@ -33,18 +32,9 @@ def cache() -> Path:
     return Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache")) / "fasthyper"
 
 
-@functools.cache
-def _digest() -> str:
-    """Return a digest of the sources of the libraries, so that no library of other sources is loaded."""
-    found = hashlib.sha256()
-    for path in (Path(building.__file__), *sorted(p for p in building.CSRC.rglob("*") if p.is_file())):
-        found.update(path.name.encode() + b"\0" + path.read_bytes())
-    return found.hexdigest()[:12]
-
-
 def cached() -> Path:
     """Return the folder of `fasthyper build` for this fasthyper, this torch and this kind of processor."""
-    return cache() / "kernels" / f"{__version__}-torch-{torch.__version__}-{platform.machine()}-{_digest()}"
+    return cache() / "kernels" / f"{__version__}-torch-{torch.__version__}-{platform.machine()}-{building.digest()}"
 
 
 def folders() -> Iterator[Path]:
@@ -105,6 +95,8 @@ def look(folder: Path, name: str) -> Path | str | None:
         return f"not built: {record['error']}"
     if record["torch"] != torch.__version__:
         return f"built for torch {record['torch']}, and this is {torch.__version__}: {again}"
+    if record.get("sources") != building.digest():
+        return f"built from other sources than those that are here: {again}"
     if name in (missing := record.get("missing", {})):
         return f"not built: {missing[name]}"
     library = folder / f"{name}.so"

@@ -49,6 +49,20 @@ def test_here_means_the_libraries_of_this_machine(tmp_path):
     assert tried == {"cpu_default", "eager"}
 
 
+def test_the_record_names_the_sources(tmp_path):
+    _, record = build(tmp_path, FASTHYPER_ONLY="cuda_emulated")
+    assert record["sources"] == building.digest()
+
+
+def test_a_wheel_has_all_sources():
+    """Libraries are loaded only beside the sources that they were built from."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 has it")
+    package = ROOT / "fasthyper"
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packed = {path for pattern in tools["package-data"]["fasthyper"] for path in package.glob(pattern)}
+    assert {path for path in building.CSRC.rglob("*") if path.is_file()} <= packed
+
+
 def test_an_unknown_library(tmp_path):
     done, record = build(tmp_path, FASTHYPER_ONLY="cpu_avx2, cpu_avx3")
     assert done.returncode == 1

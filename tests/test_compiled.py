@@ -41,7 +41,7 @@ def loaded(monkeypatch):
 
 
 def record(folder, libraries=(), **content):
-    (folder / "build.json").write_text(json.dumps({"torch": torch.__version__, **content}))
+    (folder / "build.json").write_text(json.dumps({**building.record(torch.__version__, {}), **content}))
     for name in libraries:
         (folder / f"{name}.so").touch(mode=0o755)
         (folder / f"{name}.so").chmod(0o755)
@@ -66,6 +66,12 @@ def test_why_not_with_another_torch(folders):
     record(folders[0], torch="1.0")
     this = f"built for torch 1.0, and this is {torch.__version__}: run `fasthyper build`"
     assert compiled.load("cpu_avx2") == this
+
+
+@pytest.mark.parametrize("sources", ["0123456789ab", None])
+def test_why_not_with_other_sources(folders, sources):
+    record(folders[0], ["cpu_avx2"], sources=sources)
+    assert compiled.load("cpu_avx2") == "built from other sources than those that are here: run `fasthyper build`"
 
 
 def test_why_not_where_one_library_is_missing(folders):
@@ -152,9 +158,9 @@ def test_the_folder_of_the_cache_depends_on_versions_and_sources(monkeypatch, tm
         assert compiled.cached() != before
     (tmp_path / "new.h").touch()
     monkeypatch.setattr(building, "CSRC", tmp_path)
-    compiled._digest.cache_clear()
+    building.digest.cache_clear()
     assert compiled.cached() != before
-    compiled._digest.cache_clear()
+    building.digest.cache_clear()
 
 
 def test_the_cache_follows_the_environment(monkeypatch):
