@@ -51,10 +51,11 @@ class PairsGrads(NamedTuple):
 def _validate(args: Pairs | PairsGrads) -> None:
     """Check the features of the weight, which may be one more than those of x and z."""
     for name, t, axis, ones in (("x", args.x, 1, args.ones_x), ("z", args.z, 2, args.ones_z)):
-        if args.weight.shape[axis] != t.shape[2] + ones:
+        size = t.shape[2] + int(ones)  # torch 2.11 cannot add a bool to a symbolic size
+        if args.weight.shape[axis] != size:
             appended = " and an appended one" if ones else ""
             raise ValueError(
-                f"weight must have shape (O, P, Q) with {'OPQ'[axis]} = {t.shape[2] + ones}, got "
+                f"weight must have shape (O, P, Q) with {'OPQ'[axis]} = {size}, got "
                 f"{tuple(args.weight.shape)}: {name} has shape {tuple(t.shape)}, so {t.shape[2]} features{appended}"
             )
 
