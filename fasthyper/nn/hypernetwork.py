@@ -13,6 +13,7 @@ from fasthyper.fused import hyper_primary, may_fuse
 from fasthyper.incidence import Incidence
 from fasthyper.nn.current_z import check_delivery, deliver, tied
 from fasthyper.nn.flat_head import Order, flat_head_of, load_rows, primary_of_flat_head
+from fasthyper.nn.forward_arguments import ShowsArguments
 from fasthyper.nn.fusable import fusable_layers
 from fasthyper.nn.generated import GeneratedLayer, SharedHead
 from fasthyper.nn.heads import Place
@@ -21,7 +22,6 @@ from fasthyper.nn.linear import HyperLinear
 from fasthyper.nn.merge import merged_copy
 from fasthyper.nn.recorded_network import record_network
 from fasthyper.nn.rows import in_instances
-from fasthyper.nn.signature import ShowsArguments
 from fasthyper.nn.tracing import proxy_of, refuse_script
 from fasthyper.nn.wrappers import is_inside
 
