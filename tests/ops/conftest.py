@@ -1,4 +1,4 @@
-"""Make the helpers of this folder importable by name; fixtures of the tests of `primary`."""
+"""Make the helpers of this folder importable by name, and share fixtures."""
 
 from __future__ import annotations
 
@@ -12,9 +12,16 @@ from fasthyper.ops.primary import ACTIVATIONS
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from mapped_layers import PHI, snake
+
 
 @pytest.fixture(params=ACTIVATIONS)
 def activation(request):
+    return request.param
+
+
+@pytest.fixture(params=[*PHI, snake], ids=lambda m: m if isinstance(m, str) else m.__name__)
+def weight_map(request):
     return request.param
 
 

@@ -198,7 +198,7 @@ def test_opcheck(case, forced, factors):
 def test_every_registered_op_is_checked():
     registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "fasthyper::" in name}
     elsewhere = {"primary", "primary_grads", "pairs", "pairs_grads"}  # test_primary_values.py, test_pairs.py
-    elsewhere |= {"mapped_linear", "mapped_linear_grads"}  # test_mapped.py
+    elsewhere |= {"mapped_linear", "mapped_linear_grads"}  # test_mapped_transforms.py
     elsewhere |= {name for name in registered if "_terms" in name}  # test_terms.py
     elsewhere |= {name for name in registered if "conv" in name}  # test_conv.py
     elsewhere |= {"apply_groups", "weight_grad_groups"}  # test_adapters.py

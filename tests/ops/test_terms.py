@@ -1,15 +1,14 @@
-"""The family over terms, on every backend and schedule: values, derivatives, transforms, memory."""
+"""The family over terms, on every backend and schedule: values, derivatives, memory."""
 
 from __future__ import annotations
 
 import copy
-import io
 import itertools
 
 import pytest
 import torch
+from random_terms import Graph
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import grad, jvp, vmap
 
 import fasthyper
 from fasthyper import Incidence, hyper_linear
@@ -17,70 +16,6 @@ from fasthyper.measure import peak_temporary_bytes
 from fasthyper.problem import TERM_SCHEDULES
 
 MIB = 1 << 20
-
-
-class Graph:
-    """Random terms and tensors. An index that is left out is the identity."""
-
-    def __init__(
-        self,
-        E=60,
-        S=7,
-        C=5,
-        T=6,
-        R=3,
-        I=4,
-        O=5,
-        N=1,
-        indices="sct",
-        dtype=torch.float64,
-        requires_grad=True,
-        swap=False,
-    ):
-        generator = torch.Generator().manual_seed(E * 7 + R)
-
-        def index(size):  # skewed, with duplicates and rows that no term names
-            return (torch.rand(E, generator=generator) ** 2 * size).long().clamp(max=max(size - 1, 0))
-
-        chosen = {"s": index(S), "c": index(C), "t": index(T)}
-        self.source, self.cond, self.target = (chosen[k] if k in indices else None for k in "sct")
-        S, C, T = (n if k in indices else E for n, k in ((S, "s"), (C, "c"), (T, "t")))
-        self.T, self.O = T, O
-
-        def tensor(*shape):
-            t = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-            return t.requires_grad_(requires_grad)
-
-        points = () if N == 1 else (N,)
-        self.x, self.z = tensor(S, *points, I), tensor(C, R)
-        head = tensor(I, O, R).transpose(0, 1) if swap else tensor(O, I, R)
-        self.weight = head.detach().requires_grad_(requires_grad)
-        self.bias, self.base_weight, self.base_bias = tensor(O, R), tensor(O, I), tensor(O)
-        self.g = torch.randn(T, *points, O, generator=generator, dtype=torch.float64).to(dtype)
-        self.incidence = Incidence(self.source, self.cond, self.target, num_targets=T)
-
-    @property
-    def leaves(self):
-        return self.x, self.z, self.weight, self.bias, self.base_weight, self.base_bias
-
-    def layer(self, *leaves, reduce="sum", incidence=None):
-        x, z, weight, bias, base_weight, base_bias = leaves
-        incidence = incidence or self.incidence
-        bases = {"base_weight": base_weight, "base_bias": base_bias}
-        return hyper_linear(x, z, weight, bias, **bases, incidence=incidence, reduce=reduce)
-
-    def truth(self, *leaves):
-        """Return the sum term by term, W written out."""
-        x, z, weight, bias, base_weight, base_bias = leaves
-        x = x if self.source is None else x[self.source]
-        z = z if self.cond is None else z[self.cond]
-        W = torch.einsum("oir,er->eoi", weight, z) + base_weight
-        b = z @ bias.T + base_bias
-        flat = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
-        y = torch.einsum("eoi,eni->eno", W, flat) + b.unsqueeze(1)
-        if self.target is not None:
-            y = y.new_zeros(self.T, *y.shape[1:]).index_add(0, self.target, y)
-        return y.reshape(-1, *x.shape[1:-1], self.O)
 
 
 def check(graph: Graph) -> None:
@@ -214,20 +149,6 @@ def test_derivatives_of_each_op(op, order):
     torch.library.opcheck(getattr(torch.ops.fasthyper, op).default, (*factors, *indices, *size))
 
 
-@pytest.mark.parametrize("name", ["grads_terms", "hyper_linear_terms", "hyper_linear_terms_grads"])
-def test_opcheck(name):
-    graph = Graph(E=9, R=2, I=2, O=2, N=2)
-    x, z, weight, bias, base_weight, _ = graph.leaves
-    indices = graph.source, graph.cond, graph.target
-    args = {
-        "grads_terms": (x, z, weight, graph.g, *indices, [True, False, True]),
-        "hyper_linear_terms": (*graph.leaves, *indices, graph.T),
-        "hyper_linear_terms_grads": (x, z, weight, bias, base_weight, graph.g, *indices, [True] * 5 + [False]),
-    }[name]
-    result = torch.library.opcheck(getattr(torch.ops.fasthyper, name).default, args)
-    assert set(result.values()) == {"SUCCESS"}
-
-
 @pytest.mark.parametrize("reduce", ["mean", "max"])
 def test_means_and_largest(reduce):
     """Targets without a term are zero, as in PyTorch Geometric."""
@@ -249,49 +170,6 @@ def test_without_an_index_it_is_hyper_linear():
         graph.x, graph.z, graph.weight, graph.bias, base_weight=graph.base_weight, base_bias=graph.base_bias
     )
     torch.testing.assert_close(graph.layer(*graph.leaves), plain)
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compile_with_any_number_of_terms(backend):
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-
-    def step(x, z, weight, incidence):
-        return hyper_linear(x, z, weight, incidence=incidence).square().sum()
-
-    compiled = torch.compile(step, fullgraph=True, backend=backend, dynamic=True)
-    for E in (30, 41, 90, 120):
-        graph = Graph(E=E, indices="st")
-        args = graph.x, graph.z, graph.weight
-        got, exact = (f(*args, graph.incidence) for f in (compiled, step))
-        torch.testing.assert_close(got, exact)
-        for a, b in zip(torch.autograd.grad(got, args), torch.autograd.grad(exact, args), strict=True):
-            torch.testing.assert_close(a, b)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
-def test_an_incidence_made_in_compiled_code():
-    def step(x, z, weight, edges):
-        return hyper_linear(x, z, weight, incidence=Incidence.from_edge_index(edges, 7, 6))
-
-    graph = Graph(indices="st")
-    args = graph.x, graph.z, graph.weight, torch.stack([graph.source, graph.target])
-    got = torch.compile(step, fullgraph=True, backend="aot_eager")(*args)
-    torch.testing.assert_close(got, step(*args))
-
-
-def test_compiled_code_that_writes_two_indices_into_one_buffer():
-    """Inductor reuses the memory of the first index for the second one, in the same tensor object, without a trace."""
-    E = 2000
-    x, z, weight, a = torch.randn(E, 4), torch.randn(E, 3), torch.randn(5, 4, 3), torch.randint(0, 50, (E,))
-
-    def step(x, z, weight, a):
-        y = hyper_linear(x, z, weight, incidence=Incidence(target=(a + 1) % 50, num_targets=50))
-        b = (a * 7 + y[0, 0].long().abs()) % 50
-        return hyper_linear(x, z, weight, incidence=Incidence(target=b, num_targets=50))
-
-    with torch.no_grad(), fasthyper.use_backend("auto", schedule="aggregate"):
-        torch.testing.assert_close(torch.compile(step, fullgraph=True)(x, z, weight, a), step(x, z, weight, a))
 
 
 @pytest.mark.parametrize("empty", [{"I": 0}, {"O": 0}, {"R": 0}], ids=str)
@@ -316,72 +194,6 @@ def test_float16_means_whose_sums_overflow():
     incidence = Incidence(target=torch.zeros(E, dtype=torch.int64))
     y = hyper_linear(ones * 10, ones, torch.ones(2, 1, 1).half(), incidence=incidence, reduce="mean")
     torch.testing.assert_close(y, torch.full((1, 2), 10.0).half())
-
-
-def test_export_with_any_number_of_terms():
-    layer = fasthyper.HyperLinear(4, 5, cond_features=3, dtype=torch.float64)
-    one, other = Graph(E=40, indices="st", requires_grad=False), Graph(E=77, indices="st", requires_grad=False)
-    E = torch.export.Dim("E", min=2)
-    shapes = (None, {0: E}, [{0: E}, None, {0: E}])
-    program = torch.export.export(layer, (one.x, one.z, one.incidence), dynamic_shapes=shapes)
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    loaded = torch.export.load(file).module()
-    torch.testing.assert_close(loaded(other.x, other.z, other.incidence), layer(other.x, other.z, other.incidence))
-
-
-def test_transforms(order):
-    graph = Graph(requires_grad=False)
-    x, z = (torch.stack([t, 2 * t, t - 1]) for t in (graph.x, graph.z))
-    heads = torch.stack([graph.weight, -graph.weight])
-    rest = graph.leaves[2:]
-
-    def layer(x, z, weight):
-        return graph.layer(x, z, weight, *rest[1:])
-
-    def loss(x, z):
-        return layer(x, z, graph.weight).square().sum()
-
-    with fasthyper.use_backend(*order):
-        each = torch.stack([layer(a, b, graph.weight) for a, b in zip(x, z, strict=True)])
-        torch.testing.assert_close(vmap(lambda a, b: layer(a, b, graph.weight))(x, z), each)
-        for f, batched in (
-            (lambda a: layer(a, graph.z, graph.weight), x),
-            (lambda a: layer(graph.x, a, graph.weight), z),
-            (lambda a: layer(graph.x, graph.z, a), heads),
-        ):
-            torch.testing.assert_close(vmap(f)(batched), torch.stack([f(a) for a in batched]))
-        got = vmap(grad(loss, argnums=(0, 1)))(x, z)
-        one = [grad(loss, argnums=(0, 1))(a, b) for a, b in zip(x, z, strict=True)]
-        for k in (0, 1):
-            torch.testing.assert_close(got[k], torch.stack([g[k] for g in one]))
-        tangents = torch.ones_like(x[0]), torch.ones_like(z[0])
-        _, tangent = jvp(lambda a, b: layer(a, b, graph.weight), (x[0], z[0]), tangents)
-        bases = graph.layer(x[0], z[0], graph.weight, *rest[1:])
-        step = 1e-6
-        moved = graph.layer(x[0] + step * tangents[0], z[0] + step * tangents[1], graph.weight, *rest[1:])
-    torch.testing.assert_close(tangent, (moved - bases) / step, rtol=1e-4, atol=1e-3)
-
-
-def test_vmap_over_the_indices():
-    graph = Graph(requires_grad=False)
-    sources = torch.stack([graph.source, graph.source.flip(0)])
-
-    def call(source):
-        rows = graph.x.unsqueeze(1), graph.z, graph.weight
-        return torch.ops.fasthyper.apply_terms(*rows, source, graph.cond, graph.target, graph.T)
-
-    torch.testing.assert_close(vmap(call)(sources), torch.stack([call(s) for s in sources]))
-
-
-def test_autocast_computes_in_its_dtype():
-    graph = Graph(dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = graph.layer(*graph.leaves)
-    assert y.dtype == torch.bfloat16
-    y.sum().backward()
-    assert graph.x.grad.dtype == torch.float32
 
 
 def test_the_same_bits_every_time(order):
