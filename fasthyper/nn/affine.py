@@ -130,8 +130,8 @@ class HyperAffine(GeneratedLayer):
             ValueError: the sizes do not fit, or z is None outside of a Hypernetwork.
         """
         z, incidence, repeat = self._condition(z, incidence)
-        if is_proxy(x) and (y := recorded(self, x, *self._to_record(z, incidence, repeat))) is not None:
-            return y
+        if is_proxy(x):
+            return recorded(self, x, *self._to_record(z, incidence, repeat))
         self._check(z)
         shapes.check_input("x", x)
         own = self._tensors()

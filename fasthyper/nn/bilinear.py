@@ -7,11 +7,11 @@ import math
 from torch import Tensor, nn
 
 from fasthyper.functional import hyper_linear
-from fasthyper.nn.tracing import is_proxy, recorded, refuse_script
+from fasthyper.nn.tracing import OneNode, is_proxy, recorded
 from fasthyper.ops import shapes
 
 
-class Bilinear(nn.Bilinear):
+class Bilinear(OneNode, nn.Bilinear):
     """Drop-in replacement for :class:`torch.nn.Bilinear` that never forms its intermediate of B·O·I elements.
 
     It computes ``y[b, o] = input1[b] @ weight[o] @ input2[b] + bias[o]``, which equals
@@ -52,8 +52,6 @@ class Bilinear(nn.Bilinear):
         True
     """
 
-    __prepare_scriptable__ = refuse_script
-
     def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         """Return ``input1ᵀ weight input2 + bias``.
 
@@ -68,8 +66,8 @@ class Bilinear(nn.Bilinear):
             TypeError: the dtypes differ or are not floating point.
             ValueError: the sizes do not fit; nothing is broadcast.
         """
-        if is_proxy(input1) and (y := recorded(self, input1, input2)) is not None:
-            return y
+        if is_proxy(input1):
+            return recorded(self, input1, input2)
         for name, t in (("input1", input1), ("input2", input2)):
             shapes.check_input(name, t)
         lead = input1.shape[:-1]

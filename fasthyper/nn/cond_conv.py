@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from fasthyper.convolution import Numbers, numbers
 from fasthyper.functional_conv import hyper_conv2d
-from fasthyper.nn.tracing import is_proxy, recorded, refuse_script
+from fasthyper.nn.tracing import OneNode, is_proxy, recorded
 from fasthyper.ops import shapes
 
 
-class CondConv2d(nn.Module):
+class CondConv2d(OneNode):
     """Conditionally parameterized convolution: image b has the kernel ``Σ_r routing_weights[b,r] · weight[r]``.
 
     It takes the place of ``timm.layers.CondConv2d``: the same arguments, parameters and results. timm writes out the
@@ -60,8 +60,6 @@ class CondConv2d(nn.Module):
     """
 
     bias: nn.Parameter | None
-
-    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -132,8 +130,8 @@ class CondConv2d(nn.Module):
             TypeError: the dtypes differ or are not floating point.
             ValueError: the sizes do not fit.
         """
-        if is_proxy(x) and (y := recorded(self, x, routing_weights)) is not None:
-            return y
+        if is_proxy(x):
+            return recorded(self, x, routing_weights)
         for name, t in (("x", x), ("routing_weights", routing_weights)):
             shapes.check_input(name, t)
         padding: Sequence[int] = self.padding

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasthyper.nn.plain_linear import why_not_plain
+from fasthyper.nn.tracing import OneNode, is_proxy, recorded
 from fasthyper.ops import shapes
 
 
-class EmbeddingNetwork(nn.Module):
+class EmbeddingNetwork(OneNode):
     """Run a primary network on x concatenated with an embedding, without forming the concatenation.
 
     This is the embedding method, the baseline that hypernetworks are compared with. For x of shape ``(B, I)`` it
@@ -75,6 +76,8 @@ class EmbeddingNetwork(nn.Module):
             TypeError: ``embed`` does not return a tensor, or the primary or its first layer has hooks.
             ValueError: the sizes of x, the embedding and the first layer do not fit.
         """
+        if is_proxy(x):
+            return recorded(self, x, cond)
         shapes.check_input("x", x)
         first, *others = self._layers()
         assert isinstance(first, nn.Linear)

@@ -12,7 +12,7 @@ from fasthyper.nn import reads
 from fasthyper.nn.current_z import current_z
 from fasthyper.nn.heads import Place, load_as_head, tensors_of
 from fasthyper.nn.merge import one_z
-from fasthyper.nn.tracing import refuse_script
+from fasthyper.nn.tracing import OneNode
 from fasthyper.ops import autocast, shapes
 
 HEADS = {"weight": "weight", "weight_a": "weight", "weight_b": "weight", "bias": "bias"}
@@ -31,7 +31,7 @@ class Tensors(NamedTuple):
     base_bias: Any
 
 
-class GeneratedLayer(nn.Module):
+class GeneratedLayer(OneNode):
     """A layer whose parameters depend on z, which it takes from the running Hypernetwork if it is not passed.
 
     Its heads are `weight` and `bias`, whose last axis is R, the features of z; with low rank `weight_a` and `weight_b`
@@ -52,7 +52,6 @@ class GeneratedLayer(nn.Module):
     cond_features: int
     head: Any
     places: dict[str, Place]
-    __prepare_scriptable__ = refuse_script
     _replaced: reads.Replaced | None = None
 
     def __getattr__(self, name: str) -> Any:

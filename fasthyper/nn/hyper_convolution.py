@@ -143,8 +143,8 @@ class HyperConvolution(GeneratedLayer):
             ValueError: the sizes do not fit, z is None outside of a Hypernetwork, or its call has an incidence.
         """
         z, incidence, repeat = self._condition(z, None)
-        if is_proxy(x) and (y := recorded(self, x, *self._to_record(z, incidence, repeat)[:1])) is not None:
-            return y
+        if is_proxy(x):
+            return recorded(self, x, *self._to_record(z, incidence, repeat)[:1])
         if incidence is not None:
             raise ValueError(f"{type(self).__name__} takes no incidence: its x must have one image for each z")
         if repeat is not None and isinstance(x, Tensor) and isinstance(z, Tensor):

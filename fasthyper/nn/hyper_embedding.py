@@ -125,8 +125,8 @@ class HyperEmbedding(GeneratedLayer):
             ValueError: the sizes do not fit, or z is None outside of a Hypernetwork.
         """
         z, incidence, repeat = self._condition(z, incidence)
-        if is_proxy(ids) and (y := recorded(self, ids, *self._to_record(z, incidence, repeat))) is not None:
-            return y
+        if is_proxy(ids):
+            return recorded(self, ids, *self._to_record(z, incidence, repeat))
         self._check(z)
         shapes.check_dense("ids", ids)
         if ids.dtype not in (torch.int64, torch.int32):

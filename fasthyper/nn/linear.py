@@ -263,8 +263,8 @@ class HyperLinear(GeneratedLayer):
                 incidence has sources or targets.
         """
         z, incidence, repeat = self._condition(z, incidence)
-        if is_proxy(x) and (y := recorded(self, x, *self._to_record(z, incidence, repeat), reduce)) is not None:
-            return y
+        if is_proxy(x):
+            return recorded(self, x, *self._to_record(z, incidence, repeat), reduce)
         if repeat is None:
             return self._run(x, z, incidence, reduce)
         if not repeat and incidence is None and (y := product_of_reused(self, x, z)) is not None:

@@ -13,11 +13,11 @@ from torch.nn import Linear, Module, Parameter, init
 from fasthyper.functional import hyper_linear
 from fasthyper.nn import edges
 from fasthyper.nn.plain_linear import split_head
-from fasthyper.nn.tracing import is_proxy, recorded, refuse_script
+from fasthyper.nn.tracing import OneNode, is_proxy, recorded
 from fasthyper.ops import shapes
 
 
-class NNConv(Module):
+class NNConv(OneNode):
     """Edge-conditioned convolution: ``nn`` generates the weights of each edge, and they are never written out.
 
     It computes, for every target node t, ::
@@ -78,8 +78,6 @@ class NNConv(Module):
     """
 
     bias: Parameter | None
-
-    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -157,8 +155,8 @@ class NNConv(Module):
             TypeError: ``edge_index`` is of another type, or x is not floating point.
             ValueError: sizes or devices do not fit, or an index is out of range.
         """
-        if is_proxy(edge_index) and (y := recorded(self, x, edge_index, edge_attr, size)) is not None:
-            return y
+        if is_proxy(edge_index):
+            return recorded(self, x, edge_index, edge_attr, size)
         edge_index, edge_attr, size = _unpack(edge_index, edge_attr, size)
         x_source, x_target = edges.nodes(x, self._features, self.root_weight)
         edge_index = edges.check_edges(edge_index, x_source)

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from fasthyper import backends
 from fasthyper.nn.linear import check_sizes
-from fasthyper.nn.tracing import is_proxy, recorded, refuse_script
+from fasthyper.nn.tracing import OneNode, is_proxy, recorded
 from fasthyper.ops import autocast, shapes, sharding
 from fasthyper.ops.pairs import ops
 
 _op = ops.pairs.default
 
 
-class PairwiseBilinear(nn.Module):
+class PairwiseBilinear(OneNode):
     """Bilinear layer for every member of one set with every member of another, as in a biaffine parser.
 
     ``y[b, m, n, o] = input1[b, m] @ weight[o] @ input2[b, n] + bias[o]``
@@ -71,8 +71,6 @@ class PairwiseBilinear(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
 
-    __prepare_scriptable__ = refuse_script
-
     def __init__(
         self,
         in1_features: int,
@@ -126,8 +124,8 @@ class PairwiseBilinear(nn.Module):
             TypeError: an input is not a floating point tensor, or the dtypes differ.
             ValueError: the sizes do not fit (nothing is broadcast), or the devices differ.
         """
-        if is_proxy(input1) and (y := recorded(self, input1, input2)) is not None:
-            return y
+        if is_proxy(input1):
+            return recorded(self, input1, input2)
         self._check("input1", input1, "M", self.in1_features)
         self._check("input2", input2, "N", self.in2_features)
         lead = input1.shape[:-2]

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from fasthyper.functional import hyper_linear
 from fasthyper.nn.linear import check_sizes
-from fasthyper.nn.tracing import is_proxy, recorded, refuse_script
+from fasthyper.nn.tracing import OneNode, is_proxy, recorded
 from fasthyper.ops import shapes
 
 
-class QMixer(nn.Module):
+class QMixer(OneNode):
     """Mix the values of agents to one value that grows with each of them: torchrl's QMixer.
 
     It computes, for a state s and the values q of n agents, ::
@@ -64,8 +64,6 @@ class QMixer(nn.Module):
         True
     """
 
-    __prepare_scriptable__ = refuse_script
-
     def __init__(
         self,
         state_shape: Sequence[int],
@@ -104,8 +102,8 @@ class QMixer(nn.Module):
             TypeError: an argument is not a dense tensor of floating point numbers.
             ValueError: a shape does not fit.
         """
-        if is_proxy(chosen_action_value) and (y := recorded(self, chosen_action_value, state)) is not None:
-            return y
+        if is_proxy(chosen_action_value):
+            return recorded(self, chosen_action_value, state)
         for name, t in (("chosen_action_value", chosen_action_value), ("state", state)):
             shapes.check_input(name, t)
         rank = len(self.state_shape)

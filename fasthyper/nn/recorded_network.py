@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fasthyper.nn.current_z import deliver
-from fasthyper.nn.tracing import proxy_of
+from fasthyper.nn.tracing import call_of, proxy_of
 
 
 def record_network(network: Any, x: Any, cond: Any, args: Any, incidence: Any, kwargs: Any) -> Any:
@@ -29,8 +29,7 @@ def record_network(network: Any, x: Any, cond: Any, args: Any, incidence: Any, k
         given: dict[str, Any] = {"cond": cond, **kwargs} if x is ... else dict(kwargs)
         if incidence is not None:
             given["incidence"] = incidence
-        path = tracer.path_of_module(network)
-        return tracer.create_proxy("call_module", path, () if x is ... else (x, cond, *args), given)
+        return call_of(network, tracer, () if x is ... else (x, cond, *args), given)
     z = network.trunk(cond)
     with deliver(network._z_by_layer(z) if isinstance(z, dict) else z, incidence, network.repeat_z):
         return network.primary(*(() if x is ... else (x, *args)), **kwargs)

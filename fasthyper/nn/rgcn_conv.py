@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from fasthyper.functional import hyper_linear
 from fasthyper.incidence import Incidence
 from fasthyper.nn import edges
-from fasthyper.nn.tracing import is_proxy, recorded, refuse_script
+from fasthyper.nn.tracing import OneNode, is_proxy, recorded
 
 
-class RGCNConv(nn.Module):
+class RGCNConv(OneNode):
     """Relational graph convolution: each relation's weights are a sum of bases, and are never written out.
 
     It computes, for every target node t, ::
@@ -79,8 +79,6 @@ class RGCNConv(nn.Module):
     comp: nn.Parameter | None
     root: nn.Parameter | None
     bias: nn.Parameter | None
-
-    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -151,8 +149,8 @@ class RGCNConv(nn.Module):
             TypeError: an index is of another type, or x is not floating point.
             ValueError: sizes or devices do not fit, or an index is out of range.
         """
-        if is_proxy(edge_index) and (y := recorded(self, x, edge_index, edge_type)) is not None:
-            return y
+        if is_proxy(edge_index):
+            return recorded(self, x, edge_index, edge_type)
         x_source, x_target = edges.nodes(x, self._features, self.root is not None)
         if x_target is None:
             raise ValueError("x[1] must be the features of the target nodes, got None")
