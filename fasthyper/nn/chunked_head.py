@@ -10,46 +10,72 @@ from torch import Tensor, nn
 
 from fasthyper.incidence import Incidence
 from fasthyper.nn.generated import PARAMETERS, SharedHead
-from fasthyper.nn.heads import Place
+from fasthyper.nn.heads import Place, load_as_chunks
 from fasthyper.nn.linear import HyperLinear
+from fasthyper.nn.plain_linear import why_not_plain
 
 
 class ChunkedHead(SharedHead):
     """One head for all chunks of a flat vector.
 
-    With embeddings, chunk c is `weight @ [z, chunks[c]] + bias`. The part of the embedding does not depend on z: it is
-    the base of the chunk, and what z generates is the same in each chunk. With a number of chunks, z has a row for
+    With embeddings, chunk c is `weight @ [z, embeddings[c]] + bias`. The part of the embedding does not depend on z: it
+    is the base of the chunk, and what z generates is the same in each chunk. With a number of chunks, z has a row for
     each of them, and chunk c is `weight @ z[:, c] + bias`.
 
+    The head becomes a submodule, and so does an `nn.Embedding`: what has them under other names, too, shares them
+    through copies, conversions and checkpoints.
+
     Args:
-        head: an `nn.Linear(R + E, K)`, whose parameters become those of this module.
+        head: an `nn.Linear(R + E, K)`.
         chunks: an embedding for each chunk, `(C, E)`, or the number of chunks, C; E is then 0.
     """
 
-    weight: Tensor
-    bias: Tensor | None
-    chunks: Tensor | None
+    head: nn.Linear
+    chunks: Tensor | nn.Embedding | None
 
-    def __init__(self, head: nn.Linear, chunks: Tensor | int) -> None:
+    def __init__(self, head: nn.Linear, chunks: Tensor | nn.Embedding | int) -> None:
         super().__init__()
-        self.weight = head.weight
-        self.register_parameter("bias", head.bias)
+        self.head = head
         if isinstance(chunks, int) and chunks > 0:
             self.chunks = None
             self.in_features, self.out_features = head.in_features, chunks * head.out_features
             return
-        if not isinstance(chunks, Tensor) or chunks.dim() != 2 or chunks.shape[1] > head.in_features:
-            got = tuple(chunks.shape) if isinstance(chunks, Tensor) else type(chunks).__name__
+        if isinstance(chunks, nn.Embedding):
+            problem = "its max_norm would have no effect" if chunks.max_norm else why_not_plain(chunks, nn.Embedding)
+            if problem:
+                raise TypeError(f"chunks cannot be converted: {problem}")
+        embeddings = chunks.weight if isinstance(chunks, nn.Embedding) else chunks
+        if not isinstance(embeddings, Tensor) or embeddings.dim() != 2 or embeddings.shape[1] > head.in_features:
+            got = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(chunks).__name__
             raise ValueError(
-                "chunks must be a number or a tensor (C, E) with at most the "
+                "chunks must be a number, an nn.Embedding or a tensor (C, E) with at most the "
                 f"{head.in_features} in_features of the head, got {got}"
             )
-        if isinstance(chunks, nn.Parameter):
-            self.register_parameter("chunks", chunks)
+        if isinstance(chunks, (nn.Module, nn.Parameter)):
+            self.chunks = chunks
         else:
-            self.register_buffer("chunks", chunks)
-        self.in_features = head.in_features - chunks.shape[1]
-        self.out_features = chunks.shape[0] * head.out_features
+            self.register_buffer("chunks", embeddings.detach().clone())
+        self.in_features = head.in_features - embeddings.shape[1]
+        self.out_features = embeddings.shape[0] * head.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the head, `(K, R + E)`."""
+        return self.head.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the head, `(K,)`, or None."""
+        return self.head.bias
+
+    @property
+    def embeddings(self) -> Tensor | None:
+        """The embeddings of the chunks, `(C, E)`, or None."""
+        return self.chunks.weight if isinstance(self.chunks, nn.Embedding) else self.chunks
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        load_as_chunks(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def span(self, place: Place) -> slice:
         """Return the chunks in which a parameter stands."""
@@ -61,7 +87,7 @@ class ChunkedHead(SharedHead):
         size = self.weight.shape[0]
         flat = torch.arange(place.start, place.stop, device=self.weight.device)
         rows = self.weight[:, : self.in_features].index_select(0, flat % size)
-        if self.chunks is None:
+        if self.embeddings is None:
             span = self.span(place)
             is_chunk = F.one_hot(flat // size - span.start, span.stop - span.start).to(rows.dtype)
             rows = (is_chunk.unsqueeze(2) * rows.unsqueeze(1)).flatten(1)
@@ -70,12 +96,12 @@ class ChunkedHead(SharedHead):
     def base(self, place: Place) -> Tensor | None:
         """Return the base of a parameter, `shape`."""
         size, span = self.weight.shape[0], self.span(place)
-        if self.chunks is None:
+        if (embeddings := self.embeddings) is None:
             if self.bias is None:
                 return None
             base = self.bias.expand(span.stop - span.start, -1)
         else:
-            base = F.linear(self.chunks[span], self.weight[:, self.in_features :], self.bias)
+            base = F.linear(embeddings[span], self.weight[:, self.in_features :], self.bias)
         return place.view(base.flatten()[place.start - span.start * size :][: place.count])
 
 

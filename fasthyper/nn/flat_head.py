@@ -17,7 +17,7 @@ Order = str | Iterable[str | tuple[str, str | None]]
 
 
 def primary_of_flat_head(
-    head: nn.Linear, primary: nn.Module, order: Order, layout: str | None, chunks: Tensor | int | None
+    head: nn.Linear, primary: nn.Module, order: Order, layout: str | None, chunks: Tensor | nn.Embedding | int | None
 ) -> tuple[nn.Module, list[Place]]:
     """Return a copy of the primary whose parameters are the rows of a head, and where each of them stands.
 

@@ -150,11 +150,11 @@ class GeneratedLayer(OneNode):
 
 
 class SharedHead(nn.Module):
-    """Parameters from which several generated layers compute theirs."""
+    """A module with the parameters from which several generated layers compute theirs."""
 
 
 def generating_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of all generated layers in a module, without those of other modules inside of them."""
-    layers = [m for m in module.modules() if isinstance(m, (GeneratedLayer, SharedHead))]
-    heads: list[Any] = [layer.head for layer in layers if "places" in vars(layer)]
-    return [p for module in (*layers, *heads) for p in module.parameters(recurse=False)]
+    layers = [m for m in module.modules() if isinstance(m, GeneratedLayer)]
+    heads = [part for layer in layers if "places" in vars(layer) for part in layer.head.modules()]
+    return [p for owner in (*layers, *heads) for p in owner.parameters(recurse=False)]

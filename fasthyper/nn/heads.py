@@ -136,15 +136,31 @@ def load_as_head(head: nn.Linear, places: Mapping[str, Place], state: Any, prefi
             state[f"{prefix}head.{name}"] = value
 
 
+def load_as_chunks(module: Any, state: Any, prefix: str) -> None:
+    """Change a state dict, in place, so that a chunked head loads from it.
+
+    It may hold the head as the entries `head.…`, or as those of the head alone. Where it holds nothing for the head or
+    for the embeddings, these load from the entries of another module that has them, too.
+    """
+    for name in ("weight", "bias"):
+        if prefix + name in state:
+            state[f"{prefix}head.{name}"] = state.pop(prefix + name)
+    for name in ("head", "chunks"):
+        owned = getattr(module, name)
+        if owned is not None and not any(key.startswith(prefix + name) for key in state):
+            for key, value in _loaded_elsewhere(owned).items():
+                state[f"{prefix}{name}{key and '.'}{key}"] = value
+
+
 def _fits(t: Any, place: Place, has_features: bool) -> bool:
     return isinstance(t, Tensor) and tuple(t.shape[: t.dim() - has_features]) == place.shape
 
 
-def _loaded_elsewhere(head: nn.Module) -> dict[str, Tensor]:
-    """Return the entries that the running `load_state_dict` has for a head under other names.
+def _loaded_elsewhere(owned: nn.Module | Tensor) -> dict[str, Tensor]:
+    """Return the entries that the running `load_state_dict` has for a head, or for a tensor, under other names.
 
     torch passes a module the entries of its own name alone. Without those of the others, a missing head could not be
-    told from one that another module loads.
+    told from one that another module loads. The entry of a tensor has the name "".
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not nn.Module.load_state_dict.__code__:
@@ -152,9 +168,12 @@ def _loaded_elsewhere(head: nn.Module) -> dict[str, Tensor]:
     if frame is None or not frame.f_locals["strict"]:  # who does not want an error is told what is missing
         return {}
     root, state = frame.f_locals["self"], frame.f_locals["state_dict"]
+    if isinstance(owned, Tensor):
+        tensors = [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
+        return next(({"": state[name]} for name, t in tensors if t is owned and name in state), {})
     for name, module in root.named_modules(remove_duplicate=False):
-        if module is head:
-            found = {key: state[f"{name}.{key}"] for key in head._parameters if f"{name}.{key}" in state}
+        if module is owned:
+            found = {key: state[f"{name}.{key}"] for key in owned._parameters if f"{name}.{key}" in state}
             if found:
                 return found
     return {}

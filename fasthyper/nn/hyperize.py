@@ -230,7 +230,8 @@ def _chosen_names(
     exclude: list[str] | None,
 ) -> list[str]:
     every = dict(module.named_modules(remove_duplicate=False))
-    heads = {id(m.head) for m in every.values() if isinstance(m, GeneratedLayer) and "places" in vars(m)}
+    shared = [m.head for m in every.values() if isinstance(m, GeneratedLayer) and "places" in vars(m)]
+    heads = {id(part) for head in shared for part in head.modules()}
     names = [name for name, m in every.items() if is_candidate(m) and id(m) not in heads]
     kinds = "nn.Linears" if all(isinstance(every[name], nn.Linear) for name in names) else "layers of the types"
     for argument, patterns in (("include", include), ("exclude", exclude)):

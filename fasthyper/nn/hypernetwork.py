@@ -252,7 +252,7 @@ class Hypernetwork(ShowsArguments):
         order: Order = "layers",
         *,
         layout: str | None = None,
-        chunks: Tensor | int | None = None,
+        chunks: Tensor | nn.Embedding | int | None = None,
         trunk: nn.Module | None = None,
         repeat_z: bool = False,
     ) -> Hypernetwork:
@@ -269,21 +269,25 @@ class Hypernetwork(ShowsArguments):
             layout: how weights are viewed: ``"oi"`` as ``(O, I)``, or ``"io"`` as ``(I, O)``; for those to which
                 ``order`` gives no layout of their own. It must be given where both would fit.
             chunks: for a head that computes one chunk of the vector at a time, the embeddings of the chunks,
-                ``(C, E)``. The head is then a ``torch.nn.Linear(R + E, K)``, whose input is z and the embedding, side
-                by side. The C chunks are one after the other, and what exceeds P is cut off. If the trunk has seen the
-                embeddings, pass the number of chunks, C: the trunk then returns ``(B, C, R)``, and the head is a
-                ``torch.nn.Linear(R, K)``. All layers of the primary are Linears.
+                ``(C, E)``: a ``torch.nn.Embedding(C, E)``, a parameter or a tensor. The head is then a
+                ``torch.nn.Linear(R + E, K)``, whose input is z and the embedding, side by side. The C chunks are one
+                after the other, and what exceeds P is cut off. If the trunk has seen the embeddings, pass the number of
+                chunks, C: the trunk then returns ``(B, C, R)``, and the head is a ``torch.nn.Linear(R, K)``. All layers
+                of the primary are Linears.
             trunk: maps cond to the input of the head, z. None means that cond is z.
             repeat_z: as in the constructor.
 
         Returns:
             A Hypernetwork. The parameters of its generated layers are copies of the head's rows, frozen where these
-            are: the head itself does not change with them. With ``chunks``, the parameters are the head's own and the
-            embeddings, from which a call computes the head of each layer, (O, I, R).
+            are: the head itself does not change with them. With ``chunks``, the head becomes a submodule, from which a
+            call computes the head of each layer, (O, I, R), and so does an Embedding: a module that has them, too,
+            shares them through copies, conversions and checkpoints. Embeddings that are a parameter are shared as
+            parameters are: a move from the meta device makes two of them. Those that are a tensor are copied, into a
+            buffer.
 
         Raises:
             TypeError: ``head`` is not a plain :class:`torch.nn.Linear`, see :meth:`HyperLinear.from_head
-                <fasthyper.nn.HyperLinear.from_head>`.
+                <fasthyper.nn.HyperLinear.from_head>`, or ``chunks`` not a plain :class:`torch.nn.Embedding`.
             ValueError: the head does not compute P numbers, ``order`` does not name each parameter once, ``layout`` is
                 unknown, or missing where both would fit, or a parameter of the primary cannot be generated.
 

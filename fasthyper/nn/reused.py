@@ -77,6 +77,7 @@ def _may_reuse(layer: Any, x: Any, z: Any) -> bool:
         return False
     # A weight that is computed, such as a parametrized one, may be another in each call.
     own = layer.head if "places" in vars(layer) else layer
+    own = own._modules.get("head") or own  # that of a chunked head
     return "weight" in own._parameters and not transformed() and backends.current() == (AUTO, AUTO)
 
 

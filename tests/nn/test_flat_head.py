@@ -272,7 +272,7 @@ def test_chunks_with_a_z_each_refusals():
     with pytest.raises(ValueError, match="no flat head of one z"):
         model.to_flat_head()
     for wrong in (0, -1, "6"):
-        with pytest.raises(ValueError, match="chunks must be a number or a tensor"):
+        with pytest.raises(ValueError, match=r"chunks must be a number, an nn\.Embedding or a tensor"):
             Hypernetwork.from_flat_head(head, primary, layout="oi", chunks=wrong)
 
 
@@ -302,7 +302,7 @@ def test_chunks_refusals():
     for wrong in (chunks[:-1], torch.cat([chunks, chunks[:1]])):
         with pytest.raises(ValueError, match=r"the 53 parameters .*chunks of 10\)"):
             Hypernetwork.from_flat_head(head, primary, layout="oi", chunks=wrong)
-    with pytest.raises(ValueError, match=r"chunks must be a number or a tensor \(C, E\)"):
+    with pytest.raises(ValueError, match=r"chunks must be a number, an nn\.Embedding or a tensor \(C, E\)"):
         Hypernetwork.from_flat_head(head, primary, layout="oi", chunks=torch.randn(6))
     with_norm = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)).double()
     with pytest.raises(ValueError, match=r"Linears alone, not '1.weight' of a HyperAffine"):

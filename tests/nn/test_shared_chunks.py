@@ -1,0 +1,203 @@
+"""`Hypernetwork.from_flat_head(…, chunks=…)`: head and embeddings stay one module, whatever is done to the model."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from fasthyper.nn import Hypernetwork, hyperize, parameter_report, ungenerated, what_is_generated
+
+R, E, C, K, B = 5, 3, 6, 10, 4
+
+
+class Net(nn.Module):
+    """A model that had a head and embeddings of chunks, and now has a Hypernetwork of them, too."""
+
+    def __init__(self, kind, bias=True):
+        super().__init__()
+        self.head = nn.Linear(R + E * (kind != "number"), K, bias=bias)
+        self.chunks = nn.Embedding(C, E) if kind == "embedding" else None
+        chunks = {"embedding": self.chunks, "number": C}.get(kind)
+        if kind == "parameter":
+            self.chunks = chunks = nn.Parameter(torch.randn(C, E))
+        if kind == "tensor":
+            self.register_buffer("copied", torch.randn(C, E))
+            chunks = self.copied
+        primary = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+        self.model = Hypernetwork.from_flat_head(self.head, primary, layout="oi", chunks=chunks)
+
+    def forward(self, x, z):
+        return self.model(x, z)
+
+
+@pytest.fixture(params=["embedding", "parameter", "tensor", "number"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(params=[True, False])
+def net(request, kind):
+    torch.manual_seed(0)
+    return Net(kind, request.param)
+
+
+def inputs(net):
+    dtype = net.head.weight.dtype
+    shape = (B, C, R) if net.head.in_features == R else (B, R)
+    return torch.randn(B, 3, dtype=dtype), torch.randn(shape, dtype=dtype)
+
+
+def by_hand(net, x, z):
+    """Compute what the model does from the outputs of the head."""
+    if z.dim() == 2:
+        embeddings = net.chunks.weight if isinstance(net.chunks, nn.Module) else net.chunks
+        if embeddings is None:
+            embeddings = net.model.primary[0].head.chunks
+        z = torch.cat([z[:, None].expand(-1, C, -1), embeddings.expand(B, -1, -1)], 2)
+    W1, b1, W2, b2, W3, b3 = net.head(z).flatten(1)[:, :53].split([12, 4, 20, 5, 10, 2], 1)
+    x = torch.tanh((W1.view(B, 4, 3) @ x[..., None])[..., 0] + b1)
+    x = torch.tanh((W2.view(B, 5, 4) @ x[..., None])[..., 0] + b2)
+    return (W3.view(B, 2, 5) @ x[..., None])[..., 0] + b3
+
+
+def assert_tied(net):
+    """Change the head and the embeddings, and see whether the model follows, and has no more parameters than these."""
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if not name.startswith("model."):
+                p.copy_(torch.randn_like(p) / 2)
+    x, z = inputs(net)
+    torch.testing.assert_close(net(x, z), by_hand(net, x, z))
+    assert len(list(net.parameters())) == 1 + (net.head.bias is not None) + (net.chunks is not None)
+
+
+def saved(net):
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+CHANGES = {
+    "nothing": lambda net: net,
+    "deepcopy": copy.deepcopy,
+    "double": lambda net: net.double(),
+    "to_empty": lambda net: net.to_empty(device="cpu"),
+    "meta": lambda net: net.to("meta").to_empty(device="cpu"),
+    "pickle": lambda net: pickle.loads(pickle.dumps(net)),
+    "save": saved,
+    "share_memory": lambda net: net.share_memory(),
+    "ema": lambda net: torch.optim.swa_utils.AveragedModel(net).module,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_shared_stays_shared(net, kind, change):
+    if (kind, change) == ("parameter", "meta"):
+        pytest.skip("torch makes two parameters of one that two modules have")
+    changed = CHANGES[change](net)
+    heads = {layer.head for layer in changed.model.primary[::2]}
+    assert len(heads) == 1
+    assert heads.pop().head is changed.head
+    if kind == "tensor" and change in ("to_empty", "meta"):
+        changed.model.primary[0].head.chunks.normal_()
+    assert_tied(changed)
+
+
+def test_a_tensor_is_copied():
+    net = Net("tensor")
+    x, z = inputs(net)
+    y = net(x, z)
+    net.copied.zero_()
+    torch.testing.assert_close(net(x, z), y)
+
+
+def emptied(net):
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        for t in (*other.parameters(), *other.buffers()):
+            t.fill_(float("nan"))
+    return other
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_dicts(net, kind, assign):
+    x, z = inputs(net)
+    y, state = net(x, z), net.state_dict()
+
+    def loads(choose, entries):
+        other = emptied(net)
+        choose(other).load_state_dict(entries, assign=assign)
+        torch.testing.assert_close(other(x, z), y)
+
+    loads(lambda net: net, state)
+    loads(lambda net: net.model.primary, net.model.primary.state_dict())
+    parts = {name.replace(".head.head.", ".head."): t for name, t in state.items()}
+    assert parts.keys() != state.keys()
+    loads(lambda net: net, parts)  # the entries of a head, without the name that it has in the chunked one
+    owned_by_a_module = kind in ("embedding", "number") or not assign  # else assign makes two of a tensor
+    if owned_by_a_module and kind != "tensor":
+        loads(
+            lambda net: net, {name: t for name, t in state.items() if "model" not in name}
+        )  # before there was a model
+    if owned_by_a_module:
+        entries = net.model.state_dict()
+        loads(lambda net: net.model, {name: t for name, t in entries.items() if "primary.0" in name})  # under one name
+
+
+def test_a_missing_head_is_missed(kind):
+    net = Net(kind)
+    state = {name: t for name, t in net.state_dict().items() if "bias" not in name}
+    with pytest.raises(RuntimeError, match=r"Missing.*model\.primary\.0\.head\.head\.bias"):
+        net.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"Missing.*head\.weight"):
+        net.load_state_dict({})
+    with pytest.raises(RuntimeError, match=r"Unexpected.*head\.other"):
+        net.load_state_dict({**net.state_dict(), "model.primary.0.head.other": torch.zeros(1)})
+
+
+def test_safetensors(net, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    x, z = inputs(net)
+    y = net(x, z)
+    for choose in (lambda net: net, lambda net: net.model, lambda net: net.model.primary[0]):
+        file = str(tmp_path / "file")
+        safetensors.save_model(choose(net), file)
+        other = emptied(net)
+        safetensors.load_model(choose(other), file)
+        torch.testing.assert_close(other(x, z), y)
+
+
+def test_gradients_are_those_of_the_head(net):
+    x, z = inputs(net)
+    parameters = [*net.parameters()]
+    expected = torch.autograd.grad(by_hand(net, x, z).square().sum(), parameters)
+    torch.testing.assert_close(torch.autograd.grad(net(x, z).square().sum(), parameters), expected)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    net(x, z).square().sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(net(x, z), by_hand(net, x, z))
+
+
+def test_what_the_rest_of_the_package_sees(net):
+    assert ungenerated(net.model) == []
+    assert [s.name for s in what_is_generated(net.model.primary).layers] == ["0", "2", "4"]
+    report = parameter_report(net.model)
+    assert report.n_f == sum(p.numel() for p in net.model.parameters())
+    with pytest.raises(ValueError, match="none of the"):
+        hyperize(net.model.primary, R)
+    x, z = inputs(net)
+    state = {name: p.detach() / 2 for name, p in net.named_parameters()}
+    half = copy.deepcopy(net)
+    half.load_state_dict(state, strict=False)
+    torch.testing.assert_close(torch.func.functional_call(net, state, (x, z)), half(x, z))
+
+
+def test_refusals():
+    head, primary = nn.Linear(R + E, K), nn.Sequential(nn.Linear(3, 4))
+    for chunks in (nn.Embedding(2, E, max_norm=1.0), type("Own", (nn.Embedding,), {"forward": lambda s: s})(2, E)):
+        with pytest.raises(TypeError, match="chunks cannot be converted"):
+            Hypernetwork.from_flat_head(head, primary, layout="oi", chunks=chunks)
