@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fasthyper.incidence import Incidence
 from fasthyper.nn.generated import PARAMETERS, SharedHead
-from fasthyper.nn.heads import Place, load_as_chunks
+from fasthyper.nn.heads import Place, check_new_head, load_as_chunks, name_of
 from fasthyper.nn.linear import HyperLinear
 from fasthyper.nn.plain_linear import why_not_plain
 
@@ -57,6 +57,24 @@ class ChunkedHead(SharedHead):
             self.register_buffer("chunks", embeddings.detach().clone())
         self.in_features = head.in_features - embeddings.shape[1]
         self.out_features = embeddings.shape[0] * head.out_features
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "out_features" in self.__dict__ and "_is_replica" not in self.__dict__:
+            if name == "head":
+                check_new_head(self, value, tuple(self.weight.shape), self.weight.dtype)
+            if name == "chunks":
+                self._check_new_chunks(value)
+        super().__setattr__(name, value)
+
+    def _check_new_chunks(self, chunks: Any) -> None:
+        old, new = self.embeddings, chunks.weight if isinstance(chunks, nn.Embedding) else chunks
+        if old is None or not isinstance(new, Tensor):
+            expected = "None" if old is None else f"an nn.Embedding or a tensor {tuple(old.shape)}"
+            raise TypeError(f"chunks of {name_of(self)} must be {expected}, got {type(chunks).__name__}")
+        if new.shape != old.shape:
+            raise ValueError(f"chunks of {name_of(self)} must have shape {tuple(old.shape)}, got {tuple(new.shape)}")
+        if new.dtype != old.dtype:
+            raise TypeError(f"chunks of {name_of(self)} must be {old.dtype}, got {tuple(new.shape)} of {new.dtype}")
 
     @property
     def weight(self) -> Tensor:
@@ -109,6 +127,17 @@ class ChunkedLinear(HyperLinear):
     """A HyperLinear whose parameters are computed from a chunked head at each call."""
 
     head: ChunkedHead
+
+    def _check_new_head(self, head: Any) -> None:
+        old = self.head
+        if not isinstance(head, ChunkedHead):
+            raise TypeError(f"head of {name_of(self)} must be a ChunkedHead, got {type(head).__name__}")
+        check_new_head(self, head.head, tuple(old.weight.shape), old.weight.dtype)
+        sizes = [(of.in_features, of.out_features) for of in (old, head)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"head of {name_of(self)} must have (in_features, out_features) {sizes[0]}, got {sizes[1]}"
+            )
 
     def _taken(self, name: str) -> Tensor | None:
         place = self.places.get(name.removeprefix("base_"))

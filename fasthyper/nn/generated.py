@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fasthyper.incidence import Incidence
 from fasthyper.nn import reads
 from fasthyper.nn.current_z import current_z
-from fasthyper.nn.heads import Place, load_as_head, tensors_of
+from fasthyper.nn.heads import Place, check_new_head, check_shapes, load_as_head, tensors_of
 from fasthyper.nn.merge import one_z
 from fasthyper.nn.tracing import OneNode
 from fasthyper.ops import autocast, shapes
@@ -65,7 +65,13 @@ class GeneratedLayer(OneNode):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in PARAMETERS and "places" in self.__dict__:
             raise AttributeError(f"{name} is a view of rows of the layer's head: change the parameters of head instead")
+        # nn.DataParallel puts its replicas together: first the modules, and then their parameters.
+        if name == "head" and "places" in self.__dict__ and "_is_replica" not in self.__dict__:
+            self._check_new_head(value)
         super().__setattr__(name, value)
+
+    def _check_new_head(self, head: Any) -> None:
+        check_new_head(self, head, self._shape_of_head(), self.head.weight.dtype)
 
     def _own(self, name: str) -> Any:
         """Return a parameter, as the layer itself reads it."""
@@ -87,13 +93,28 @@ class GeneratedLayer(OneNode):
         return name.removeprefix("base_") in self.places
 
     def _all_taken(self) -> Any:
-        return tensors_of(self.head.weight, self.head.bias, self.places)
+        return self._split_rows(self.head.weight, self.head.bias)
+
+    def _split_rows(self, weight: Tensor, bias: Tensor | None) -> Any:
+        """Return the parameters that are rows of a head's weight and bias."""
+        try:
+            return tensors_of(weight, bias, self.places)
+        except RuntimeError:
+            self._check_head()
+            raise
+
+    def _check_head(self) -> None:
+        """Check the shapes of a shared head's parameters, which may have been replaced."""
+        check_shapes(self, self.head, self._shape_of_head())
+
+    def _shape_of_head(self) -> tuple[int, int]:
+        return max(place.stop for place in self.places.values()), self.cond_features
 
     def _to_apply(self) -> Tensors:
         """Return the parameters for a call. Under autocast, all calls of a region share one cast of a shared head."""
         head = self._modules.get("head") if "places" in self.__dict__ else None
         if isinstance(head, nn.Linear) and autocast.enabled(head.weight.device.type):
-            return Tensors(*tensors_of(autocast.follow(head.weight), autocast.follow(head.bias), self.places))
+            return Tensors(*self._split_rows(autocast.follow(head.weight), autocast.follow(head.bias)))
         return self._tensors()
 
     def _source(self, name: str) -> Any:

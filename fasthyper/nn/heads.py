@@ -65,6 +65,45 @@ def check_head(head: object) -> None:
         raise TypeError(f"head cannot be converted: {problem}")
 
 
+def check_new_head(owner: Any, new: object, expected: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Check what takes the place of the head of a layer: an nn.Linear with a weight of this shape and dtype.
+
+    Raises:
+        TypeError: it is no plain nn.Linear, or has another dtype.
+        ValueError: its weight or its bias has another shape.
+    """
+    if not isinstance(new, nn.Linear):
+        got = f" {tuple(new.shape)}" if isinstance(new, Tensor) else ""
+        raise TypeError(
+            f"head of {name_of(owner)} must be an nn.Linear with a weight {expected}, got {type(new).__name__}{got}"
+        )
+    if problem := why_not_plain(new):
+        raise TypeError(f"head of {name_of(owner)} cannot be replaced: {problem}")
+    check_shapes(owner, new, expected)
+    if new.weight.dtype != dtype:
+        raise TypeError(
+            f"head of {name_of(owner)} must have a weight {expected} of {dtype}, got {new.weight.dtype}: "
+            "convert the new head, or before that the layer"
+        )
+
+
+def check_shapes(owner: Any, head: Any, expected: tuple[int, ...]) -> None:
+    """Check the shapes of the weight and the bias of a head.
+
+    Raises:
+        ValueError: they are others.
+    """
+    for name, shape in (("weight", expected), ("bias", expected[:1])):
+        t = getattr(head, name)
+        if t is not None and tuple(t.shape) != shape:
+            raise ValueError(f"head of {name_of(owner)} must have a {name} {shape}, got {tuple(t.shape)}")
+
+
+def name_of(owner: Any) -> str:
+    """Return the class and the sizes of a layer, for messages; its repr may need its head."""
+    return f"the {type(owner).__name__} with in_features={owner.in_features} and out_features={owner.out_features}"
+
+
 def checked_layout(layout: str | None, shape: Sequence[int], of: str) -> str:
     """Return the layout of a weight `(O, I, …)`; None is enough where both layouts are the same."""
     if layout is None:

@@ -197,7 +197,7 @@ class HyperLinear(GeneratedLayer):
         they stay one through ``copy.deepcopy``, conversions of dtype and device, pickling, state dicts and safetensors,
         the gradients are those of ``head``, and an optimizer gets its parameters once. The layer loads a state dict
         with ``head.weight`` and ``head.bias``, that of the head, or that of a HyperLinear with parameters of its own. A
-        checkpoint that has the head under its other name alone loads, too.
+        checkpoint that has the head under its other name alone loads, too. Another head must have its sizes and dtype.
 
         Args:
             head: a ``torch.nn.Linear(R, O * I)``, or a ``torch.nn.Linear(R, O * I + O)`` that generates the weights

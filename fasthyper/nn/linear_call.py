@@ -38,6 +38,8 @@ def _split(
     if isinstance(z, tuple):
         return z[0], None, _generated_bias(head, x, z[1], incidence, reduce)
     if head is not None and head.shape[1] != layer.cond_features:
+        if "places" in vars(layer):
+            layer._check_head()
         shapes.check_input("z", z)
         raise ValueError(
             f"z must be a pair: the z of the weight has {layer.cond_features} features, that of the bias "

@@ -201,3 +201,44 @@ def test_refusals():
     for chunks in (nn.Embedding(2, E, max_norm=1.0), type("Own", (nn.Embedding,), {"forward": lambda s: s})(2, E)):
         with pytest.raises(TypeError, match="chunks cannot be converted"):
             Hypernetwork.from_flat_head(head, primary, layout="oi", chunks=chunks)
+
+
+WRONG = {
+    "rows": (
+        lambda head: ("head", nn.Linear(R + E, K + 1)),
+        ValueError,
+        r"must have a weight \(10, 8\), got \(11, 8\)",
+    ),
+    "features": (lambda head: ("head", nn.Linear(R, K)), ValueError, r"must have a weight \(10, 8\), got \(10, 5\)"),
+    "module": (lambda head: ("head", nn.Sequential()), TypeError, r"an nn.Linear .* \(10, 8\), got Sequential"),
+    "embeddings": (lambda head: ("chunks", nn.Embedding(C, E + 1)), ValueError, r"shape \(6, 3\), got \(6, 4\)"),
+    "dtype": (
+        lambda head: ("chunks", nn.Embedding(C, E).double()),
+        TypeError,
+        r"float32, got \(6, 3\) of torch.float64",
+    ),
+    "no embeddings": (lambda head: ("chunks", None), TypeError, r"a tensor \(6, 3\), got NoneType"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_parts_are_refused(case):
+    net = Net("embedding")
+    make, error, message = WRONG[case]
+    shared = net.model.primary[0].head
+    with pytest.raises(error, match=rf"of the ChunkedHead with in_features=5 and out_features=60 .*{message}"):
+        setattr(shared, *make(shared))
+    shared.head, shared.chunks = net.head, net.chunks = nn.Linear(R + E, K), nn.Embedding(C, E)
+    assert_tied(net)
+
+
+def test_a_wrong_chunked_head_is_refused():
+    layer, other = Net("embedding").model.primary[0], Net("number").model.primary[0].head
+    with pytest.raises(TypeError, match="in_features=3 and out_features=4 must be a ChunkedHead, got Linear"):
+        layer.head = nn.Linear(R + E, K)
+    with pytest.raises(ValueError, match=r"must have a weight \(10, 8\), got \(10, 5\)"):
+        layer.head = other
+    other = copy.deepcopy(layer.head)
+    other.in_features += 1
+    with pytest.raises(ValueError, match=r"\(in_features, out_features\) \(5, 60\), got \(6, 60\)"):
+        layer.head = other

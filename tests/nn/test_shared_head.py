@@ -208,3 +208,56 @@ def test_two_layers_of_one_head_are_merged_as_one():
     merged = model.merged(torch.randn(1, R))
     assert merged[0].weight is merged[1].weight
     assert parameter_report(model).n_g == I * I
+
+
+OUTPUTS = O * I + O
+WRONG_HEADS = {
+    "rows": (lambda: nn.Linear(R, O * I), ValueError, r"must have a weight \(16, 5\), got \(12, 5\)"),
+    "features": (lambda: nn.Linear(R + 1, OUTPUTS), ValueError, r"must have a weight \(16, 5\), got \(16, 6\)"),
+    "dtype": (lambda: nn.Linear(R, OUTPUTS).double(), TypeError, r"\(16, 5\) of torch.float32, got torch.float64"),
+    "module": (lambda: nn.Sequential(nn.Linear(R, OUTPUTS)), TypeError, r"an nn.Linear .* \(16, 5\), got Sequential"),
+    "parameter": (lambda: nn.Parameter(torch.zeros(OUTPUTS, R)), TypeError, r"an nn.Linear .* got Parameter \(16, 5\)"),
+    "none": (lambda: None, TypeError, r"an nn.Linear with a weight \(16, 5\), got NoneType"),
+    "parametrized": (
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(R, OUTPUTS)),
+        TypeError,
+        "cannot be replaced: its weight is computed",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_HEADS)
+def test_a_wrong_head_is_refused(case):
+    net = Net()
+    make, error, message = WRONG_HEADS[case]
+    with pytest.raises(error, match=rf"head of the HyperLinear with in_features=3 and out_features=4 .*{message}"):
+        net.layer.head = make()
+    assert net.layer.head is net.head
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_another_head_of_the_same_sizes(bias):
+    net = Net()
+    net.head = net.layer.head = nn.Linear(R, OUTPUTS, bias=bias)
+    assert is_tied(net)
+
+
+def test_parameters_of_the_head_that_do_not_fit():
+    x, z = inputs()
+    for name, shape in (("weight", (7, R)), ("weight", (OUTPUTS, R + 1)), ("bias", (7,))):
+        net = Net()
+        setattr(net.head, name, nn.Parameter(torch.randn(shape)))
+        with pytest.raises(ValueError, match=rf"head of the HyperLinear .* a {name} .*, got \({shape[0]}, *"):
+            net.layer(x, z)
+        net.layer.head = nn.Linear(R, OUTPUTS)
+        assert net.layer(x, z).shape == (B, 2, O)
+
+
+def test_replicas_are_put_together():
+    """As nn.DataParallel does it: a replica of the head has no parameters yet."""
+    net = Net()
+    replica, head = net.layer._replicate_for_data_parallel(), net.head._replicate_for_data_parallel()
+    replica.head = head
+    head.weight, head.bias = net.head.weight.detach(), net.head.bias.detach()
+    x, z = inputs()
+    torch.testing.assert_close(replica(x, z), net.layer(x, z))
