@@ -15,7 +15,7 @@ from fasthyper.nn.hyper_convolution import HyperConvolution
 from fasthyper.nn.hyper_embedding import HyperEmbedding
 from fasthyper.nn.linear import HyperLinear
 from fasthyper.nn.plain_linear import why_not_plain
-from fasthyper.nn.reads import Replaced
+from fasthyper.nn.reads import Readers, Replaced
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Options:
     bias_cond_features: int | None = None
     rank: int | None = None
     alpha: float | None = None
+    readers: Readers = field(default_factory=Readers)
     # The heads of each parameter, by its id and their names: a weight of low rank has two.
     heads: dict[tuple[int, str], nn.Parameter] = field(default_factory=dict)
     # A parameter and its transpose, by the id of the first, which stays alive: no other gets its id.
@@ -202,7 +203,8 @@ def convert(layer: nn.Module, name_of_layer: str, options: Options) -> None:
         keep = options.base or name not in generated
         made._parameters[f"base_{name}"] = layer._parameters.get(name) if keep else None
     made.train(layer.training)
-    made._replaced = Replaced(name_of_layer, {name: shapes[name] for name in shapes if name in generated})
+    of_generated = {name: shapes[name] for name in shapes if name in generated}
+    made._replaced = Replaced(name_of_layer, of_generated, options.readers)
     # In place: every other reference to the layer (a second name, a plain list) then refers to the new one.
     layer.__class__ = type(made)
     vars(layer).update(vars(made))

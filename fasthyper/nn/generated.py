@@ -56,7 +56,8 @@ class GeneratedLayer(OneNode):
 
     def __getattr__(self, name: str) -> Any:
         if name in PARAMETERS:
-            if self._replaced is not None and name in self._replaced.shapes and reads.from_outside():
+            replaced = self._replaced
+            if replaced is not None and name in replaced.shapes and reads.from_outside(replaced.readers):
                 return reads.stand_in(self, name)
             if "places" in self.__dict__:
                 return self._taken(name)

@@ -67,8 +67,10 @@ def hyperize(
     The first dimension of any tensor that reaches a generated layer is B, the instances.
 
     The weight of a generated layer is the head, (O, I, R). Code of the module that reads it in the place of the
-    ordinary weight, such as ``F.linear(x, self.fc.weight)`` or a norm of it, in the forward or in another method,
-    raises a RuntimeError that names the layer. Its shape, dtype and device are those of the ordinary weight.
+    ordinary weight, such as ``F.linear(x, self.fc.weight)`` or a norm of it, raises a RuntimeError that names the
+    layer: in the forward or another method, in a property, in a function inside of these, in what they call, and in the
+    methods of other objects that the module holds. Its shape, dtype and device are those of the ordinary weight.
+    Compiled code raises while z is delivered; outside of that it gets the head, as a script does.
 
     Args:
         module: any module; it is not changed.
@@ -132,12 +134,12 @@ def hyperize(
         _refuse_time_first(module)
     root = copy.deepcopy(module)
     init = init or ("bias_hyper" if base else "hyperfan_in")
-    options = Options(cond_features, bias, base, init, bias_cond_features, rank, alpha)
     layers: dict[int, tuple[str, nn.Module]] = {}  # once, also under several names
     for name in chosen:
         layer = root.get_submodule(name)
         layers.setdefault(id(layer), (name, layer))
-    mark_readers(module for module in root.modules() if id(module) not in layers)
+    readers = mark_readers(module for module in root.modules() if id(module) not in layers)
+    options = Options(cond_features, bias, base, init, bias_cond_features, rank, alpha, readers)
     for name, layer in layers.values():
         if (make := _made_by(layer, replace)) is None:
             convert(layer, name, options)
