@@ -127,9 +127,11 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_a_transform_in_a_compiled_region(transform, f, factors, oracle):
+def test_a_transform_in_a_compiled_region(transform, f, factors, oracle, unless_torch_fails):
     args = factors((2, 2, 3, 2, 1))[:3]
-    torch.testing.assert_close(aot_eager(TRANSFORMS[transform](f))(*args), TRANSFORMS[transform](oracle.linear)(*args))
+    truth = TRANSFORMS[transform](oracle.linear)
+    with unless_torch_fails(lambda: aot_eager(truth)(*args)):
+        torch.testing.assert_close(aot_eager(TRANSFORMS[transform](f))(*args), truth(*args))
 
 
 @pytest.mark.parametrize("transform", ["grad", "vmap of grad"])
@@ -140,7 +142,7 @@ def test_a_transform_in_a_region_of_inductor(transform, factors, oracle):
 
 
 @pytest.mark.parametrize("transform", ["grad", "jacrev", "jacfwd", "jvp", "vmap", "vmap of grad", "hessian"])
-def test_backward_through_a_compiled_transform(transform, f, factors, oracle):
+def test_backward_through_a_compiled_transform(transform, f, factors, oracle, unless_torch_fails):
     """This is second order, where a compiled autograd.Function around a plain op is silently wrong."""
     args = factors((2, 2, 3, 2, 1))[:3]
 
@@ -149,9 +151,9 @@ def test_backward_through_a_compiled_transform(transform, f, factors, oracle):
         out = torch.utils._pytree.tree_leaves(f(*leaves))
         return torch.autograd.grad(sum((t**2).sum() for t in out), leaves, materialize_grads=True)
 
-    torch.testing.assert_close(
-        through(aot_eager(TRANSFORMS[transform](f))), through(TRANSFORMS[transform](oracle.linear))
-    )
+    truth = TRANSFORMS[transform](oracle.linear)
+    with unless_torch_fails(lambda: aot_eager(truth)(*args)):
+        torch.testing.assert_close(through(aot_eager(TRANSFORMS[transform](f))), through(truth))
 
 
 def test_double_backward_through_a_compiled_function_raises(f, factors):

@@ -74,11 +74,12 @@ def test_inductor(factors, compiled):
 
 
 @pytest.mark.parametrize("name", PHI)
-def test_transforms_inside_compiled_code(name, factors, compiled):
+def test_transforms_inside_compiled_code(name, factors, compiled, unless_torch_fails):
     args = factors((2, 1, 2, 2, 1), names=factors.AFFINE)
     for transform in (TRANSFORMS["grad"], TRANSFORMS["hessian"]):
-        got = compiled(transform(mapped(name), (0, 1, 2)))(*args)
-        torch.testing.assert_close(got, transform(written_out(name), (0, 1, 2))(*args))
+        truth = transform(written_out(name), (0, 1, 2))
+        with unless_torch_fails(lambda truth=truth: compiled(truth)(*args)):
+            torch.testing.assert_close(compiled(transform(mapped(name), (0, 1, 2)))(*args), truth(*args))
 
 
 def test_export(weight_map, factors):
