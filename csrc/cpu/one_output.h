@@ -110,7 +110,9 @@ inline void scaled_product(
       for (int64_t b = 0; b < b1 - b0; ++b, to += out.instance) {
         const float* const t = tile + b * TILE_COLUMNS;
         const float factor = g[b * f.g.instance];
-        for (int64_t k = 0; k < width; ++k) to[k] = factor * (t[k] + shared[c + k]);
+        int64_t k = 0;
+        for (; k + WIDTH <= width; k += WIDTH) store(to + k, factor * (load<Vec>(t + k) + load<Vec>(shared + c + k)));
+        for (; k < width; ++k) to[k] = factor * (t[k] + shared[c + k]);
       }
     }
   });

@@ -142,12 +142,17 @@ inline void interleave(const S* a, const S* b, S* out, int64_t n) {
 // dst[j][i] = src[i][j]. Each row of dst has room for `room` numbers; those beyond `rows` may be overwritten.
 inline void transpose(
     const float* src, int64_t ld_src, float* dst, int64_t ld_dst, int64_t rows, int64_t cols, int64_t room) {
+  constexpr int64_t AHEAD = 2 * SQUARE;  // rows; processors do not prefetch eight rows at a time by themselves
   for (int64_t i = 0; i < rows; i += SQUARE) {
     const int64_t count = std::min(SQUARE, rows - i);
     int64_t j = 0;
     if (count == SQUARE)
-      for (; j + SQUARE <= cols; j += SQUARE)
+      for (; j + SQUARE <= cols; j += SQUARE) {
+        if (j % LINE == 0)
+          for (int64_t k = i + AHEAD; k < std::min(rows, i + AHEAD + SQUARE); ++k)
+            __builtin_prefetch(src + k * ld_src + j);
         transpose_square(src + i * ld_src + j, ld_src, dst + j * ld_dst + i, ld_dst, SQUARE);
+      }
     else if (i + SQUARE <= room)
       for (; j + SQUARE <= cols; j += SQUARE)
         transpose_square(src + i * ld_src + j, ld_src, dst + j * ld_dst + i, ld_dst, count);
