@@ -3,8 +3,9 @@
     W[c] = H·z[c]     y[e] = W[c] x[e]     dx[e] = W[c]ᵀ g[e]     dW[c] = Σ_{e: c(e)=c} g[e] ⊗ x[e]
     dz[c] = Σ_{o,i} dW[c,o,i] H[o,i]       dH[o,i] = Σ_c dW[c,o,i] z[c]
 
-H is read once and in place. For an H that is larger than the caches this is several times faster than the kernels,
-which pack H for every block of points; for a smaller one, loops over the conditions cost more than they save.
+H is read in place, and once: a block of it is in cache for both of its products. For an H that is larger than the
+caches this is several times faster than the kernels, which pack H for every block of points; for a smaller one, loops
+over the conditions cost more than they save.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from torch import Tensor
 
 from ...problem import Plan
 from ...terms import Sorted, Terms, kept
-from .tiling import Head, Tiling, blocks
+from .tiling import Head, Tiling, blocks, head_matrix
 
 _MOST_CONDS = 512
 _LEAST_POINTS = 8  # of a condition, on average
+_BLOCK = 1 << 19  # numbers of H that are in cache for two products
+_LONGEST = 1024  # features of z up to which H·zᵀ is faster than z·Hᵀ
 
 
 def takes(plan: Plan, x: Tensor, O: int, R: int, terms: Terms) -> bool:
@@ -32,7 +35,7 @@ def takes(plan: Plan, x: Tensor, O: int, R: int, terms: Terms) -> bool:
 
 
 class _Groups:
-    """The points of each condition, in blocks of at most a tile."""
+    """The points of each condition: all of them where they lie together, otherwise gathered in blocks of a tile."""
 
     def __init__(self, terms: Terms, features: int, tiling: Tiling) -> None:
         by = terms.sort("cond")
@@ -40,7 +43,7 @@ class _Groups:
         assert terms.cond is not None
         self.by: Sorted = by
         ptr, self.sorted = kept(terms.cond, "groups", by, lambda: (by.ptr.tolist(), _is_sorted(terms.cond)))
-        step = max(1, tiling.elements // max(1, features))
+        step = terms.num_terms if self.sorted else max(1, tiling.elements // max(1, features))
         self.blocks: list[tuple[int, slice]] = [
             (c, slice(first + e.start, first + e.stop))
             for c, (first, last) in enumerate(pairwise(ptr))
@@ -53,19 +56,53 @@ class _Groups:
             where = at if self.sorted else self.by.order[at]
             yield c, where, [t[where] for t in tensors]
 
+    def multiply(self, rows: Tensor, matrix: Tensor, out: Tensor, where: Tensor | slice) -> None:
+        """Compute out[where] = rows · matrix, in place if the points lie together."""
+        if self.sorted:
+            torch.mm(rows, matrix, out=out[where])
+        else:
+            out[where] = rows @ matrix
+
 
 def _is_sorted(cond: Tensor | None) -> bool:
     assert cond is not None
     return bool((cond.diff() >= 0).all())
 
 
+def _weights(z: Tensor, weight: Tensor, tiling: Tiling) -> Tensor:
+    """Return W (C, O, I)."""
+    return _products(z, weight, None, tiling, True)[0]  # type: ignore[return-value]
+
+
+def _products(
+    z: Tensor, weight: Tensor, dW: Tensor | None, tiling: Tiling, wants_W: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return W (C, O, I), if it is wanted, and the gradient of z from that of W, if there is one."""
+    (O, I, R), C = weight.shape, len(z)
+    rows = head_matrix(weight)
+    if rows is None or R > _LONGEST or z.dtype != tiling.sum_dtype:
+        head, dz = Head(weight, tiling), None if dW is None else z.new_zeros(C, R)
+        if dz is not None and dW is not None:
+            head.contract(dz, dW)
+        return (head.weights(z) if wants_W else None), dz
+    W = z.new_empty(C, O * I) if wants_W else None
+    dz = None if dW is None else z.new_zeros(C, R)
+    for at in blocks(O * I, _BLOCK // max(1, R)):
+        if W is not None:
+            W[:, at].copy_(torch.mm(rows[at], z.T).T)  # few conditions: several times faster than z·Hᵀ
+        if dz is not None and dW is not None:
+            dz.addmm_(dW.flatten(1)[:, at], rows[at])
+    return (None if W is None else W.view(C, O, I)), dz
+
+
 def apply(x: Tensor, z: Tensor, weight: Tensor, terms: Terms, tiling: Tiling) -> Tensor:
     """Return y (E, 1, O) of x (E, 1, I)."""
     x = x[:, 0]
-    W = Head(weight, tiling).weights(z)
+    W = _weights(z, weight, tiling)
     y = x.new_empty(len(x), weight.shape[0])
-    for c, where, (points,) in _Groups(terms, x.shape[1] + weight.shape[0], tiling).rows(x):
-        y[where] = points @ W[c].T
+    groups = _Groups(terms, x.shape[1] + weight.shape[0], tiling)
+    for c, where, (points,) in groups.rows(x):
+        groups.multiply(points, W[c].T, y, where)
     return y.unsqueeze(1)
 
 
@@ -76,17 +113,17 @@ def grads(
     x, g = x[:, 0], g[:, 0]
     (E, I), O, (C, R) = x.shape, g.shape[1], z.shape
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if mask[0] else None
-    W = None if dx is None or weight is None else Head(weight, tiling).weights(z)
     dW = x.new_zeros(C, O, I) if mask[1] or mask[2] else None
-    for c, where, (points, of_y) in _Groups(terms, I + O, tiling).rows(x, g):
-        if dx is not None and W is not None:
-            dx[where] = of_y @ W[c]
-        if dW is not None:
+    groups = _Groups(terms, I + O, tiling)
+    if dW is not None:
+        for c, _, (points, of_y) in groups.rows(x, g):
             dW[c].addmm_(of_y.T, points)
-    dz = dh = None
-    if mask[1] and dW is not None and weight is not None:
-        dz = z.new_zeros(C, R)
-        Head(weight, tiling).contract(dz, dW)
+    W = dz = dh = None
+    if weight is not None and (mask[0] or mask[1]):
+        W, dz = _products(z, weight, dW if mask[1] else None, tiling, mask[0])
+    if dx is not None and W is not None:
+        for c, where, (of_y,) in groups.rows(g):
+            groups.multiply(of_y, W[c], dx, where)
     if mask[2] and dW is not None:
         dh = torch.mm(dW.flatten(1).T, z).view(O, I, R)
     return None if dx is None else dx.view(E, 1, I), dz, dh
