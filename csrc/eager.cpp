@@ -116,6 +116,16 @@ Tensor cached_cast(const Tensor& t) {
   return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), t, device);
 }
 
+// A bit for each input of the node whose backward runs in this thread: whether this pass asks for its gradient. torch's
+// function for Python raises for leaves, which takes longer than a small backward.
+int64_t asked() {
+  const auto node = torch::autograd::get_current_node();
+  int64_t bits = 0;
+  for (size_t edge = 0; node && edge < std::min<size_t>(node->num_outputs(), 63); ++edge)
+    bits |= int64_t(node->task_should_compute_output(edge)) << edge;
+  return bits;
+}
+
 TORCH_LIBRARY_IMPL(fasthyper, AutogradCPU, m) {
   m.impl("hyper_linear", hyper_linear);
   m.impl("hyper_linear_grads", hyper_linear_grads);
@@ -136,6 +146,7 @@ TORCH_LIBRARY(fasthyper_eager, m) {
   m.def("declare_axes(str[] names, str[] letters) -> ()", declare_axes);
   m.def("declare_reads(int[] reads) -> ()", declare_reads);
   m.def("cached_cast(Tensor t) -> Tensor", cached_cast);
+  m.def("asked() -> int", asked);
 }
 
 }  // namespace fasthyper_eager

@@ -136,12 +136,21 @@ def _over_terms(tensors: tuple[Any, ...], incidence: Incidence, reduce: str) -> 
         raise TypeError(f"incidence must be a fasthyper.Incidence, got {type(incidence).__name__}")
     if reduce not in _REDUCE:
         raise ValueError(f"reduce must be one of {', '.join(map(repr, _REDUCE))}, got {reduce!r}")
-    _check(_AXES_OF_TERMS, *tensors)
+    if torch.compiler.is_compiling():
+        _check(_AXES_OF_TERMS, *tensors)
+    try:
+        return _sum_over_terms(tensors, incidence, reduce)
+    except Exception:
+        _check(_AXES_OF_TERMS, *tensors)  # the op has seen flattened points; these are the caller's shapes
+        raise
+
+
+def _sum_over_terms(tensors: tuple[Any, ...], incidence: Incidence, reduce: str) -> Tensor:
     x, z, *_ = tensors
     terms = incidence._terms(x.shape[0], z.shape[0])
     if reduce == "mean" and x.dtype == torch.float16:  # the sum may leave float16's range where the mean does not
         wide = [None if t is None else t.float() for t in tensors]
-        return _over_terms(tuple(wide), incidence, reduce).to(x.dtype)
+        return _sum_over_terms(tuple(wide), incidence, reduce).to(x.dtype)
     flat = shapes.flatten_points(x), *tensors[1:]
     if reduce != "max":
         y = _op_of_terms(*flat, *terms[:3], terms.targets, *backends.current())

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .. import backends
+from .. import backends, compiled
 from ..problem import AUTO
 from .shapes import Axes
 from .signature import Op, Signature
@@ -217,9 +217,15 @@ def _below_autograd(op: Op, keys: Any, args: Sequence[Any]) -> Any:
 
 def _wanted(ctx: Any) -> tuple[bool, ...]:
     """Return which gradients this pass requests; needs_input_grad only has the inputs that require one."""
-    nodes = iter(ctx.next_functions)
     needed = ctx.needs_input_grad[1:]
+    if _asked is not None and not torch.compiler.is_compiling() and current_node() is ctx:
+        bits, edges = _asked(), iter(range(len(needed)))
+        return tuple(t and bool(bits >> next(edges) & 1) and n for t, n in zip(ctx.is_tensor, needed, strict=True))
+    nodes = iter(ctx.next_functions)
     return tuple(t and _will_run(next(nodes)[0]) and n for t, n in zip(ctx.is_tensor, needed, strict=True))
+
+
+_asked = None if MISSING or compiled.load("eager") else torch.ops.fasthyper_eager.asked.default
 
 
 def _will_run(node: Any) -> bool:

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import fasthyper
 from fasthyper.ops import register
 
 NAMES = (
@@ -139,3 +140,31 @@ def test_the_warning_names_what_is_missing(name):
 
 def test_without_a_name_wrong_sizes_raise():
     run(ERRORS, NAMES[1])
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("how", ["leaves", "results", "backward", "backward to leaves"])
+def test_a_backward_computes_what_the_pass_asks_for(how, compiled, monkeypatch):
+    """Leaves and results of ops, by `grad` and by `backward`, with the compiled function that tells, and without."""
+    if not compiled:
+        monkeypatch.setattr(register, "_asked", None)
+    elif register._asked is None:
+        pytest.skip("eager is not compiled")
+    masks = []
+    real = torch.ops.fasthyper.mapped_linear_grads
+    monkeypatch.setattr(fasthyper.ops.mapped.ops, "mapped_linear_grads", lambda *a: masks.append(a[7]) or real(*a))
+    torch.manual_seed(0)
+    leaves = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((4, 1, 3), (4, 2), (5, 3, 2))]
+    fixed_bias = torch.randn(5, 2, dtype=torch.float64)
+    x, z, weight = leaves if "leaves" in how or how == "backward" else [2 * t for t in leaves]
+    y = fasthyper.hyper_linear(x, z, weight, fixed_bias, weight_map="abs")
+    if how == "backward":
+        y.sum().backward()
+        expected = [True, True, True]
+    elif how == "backward to leaves":
+        y.sum().backward(inputs=[weight])
+        expected = [False, False, True]
+    else:
+        torch.autograd.grad(y.sum(), [x, weight])
+        expected = [True, False, True]
+    assert masks == [[*expected, False, False, False]]
