@@ -18,6 +18,7 @@ constexpr int64_t BLOCK_PIECES = tile_size(64, PIECE_STEP);  // of a block, at m
 constexpr int64_t BLOCK_TERMS = tile_size(2048);             // of a block, at most
 constexpr int64_t BLOCK_NUMBERS = tile_size(1 << 16);        // of u and v of a block
 constexpr int64_t SLAB_NUMBERS = tile_size(1 << 15);         // of A or M of a block, for a range of q
+constexpr int64_t LEAST_SLABS = 4;                           // of a gradient of H, if each has four q
 constexpr int64_t SHORT_ROW = tile_size(64);                 // terms of a row that is one piece, if they fit in a block
 constexpr int64_t RIGHT_COLUMNS = tile_size(64, WIDTH);      // of one right operand
 
@@ -158,6 +159,8 @@ struct Tiling {
     const int64_t pieces = std::min({wanted, share, room / ld_v, BLOCK_PIECES});
     most.pieces = std::max(PIECE_STEP, pieces / PIECE_STEP * PIECE_STEP);
     q = std::clamp<int64_t>(room / (most.pieces * ld_v), 1, h.q);
+    // A gradient of H has a task for each slab, so that a small one needs several.
+    if (!rows_in_parallel) q = std::min(q, std::max<int64_t>(4, ceil_div(h.q, LEAST_SLABS)));
     if (q > 4) q = std::min(h.q, q / 4 * 4);
     slabs = ceil_div(h.q, q);
     ld = packed_ld(q * ld_v);
