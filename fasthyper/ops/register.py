@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import NoneType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -84,8 +85,9 @@ def choice(args: Arguments) -> backends.Choice:
 
     They are resolved in forward, so that a backward in another thread uses those of its forward.
     """
-    if not (args.backend or args.schedule):
-        return backends.current()
+    current = backends.current()
+    if not (args.backend or args.schedule) or (args.backend, args.schedule) == current:
+        return current
     return backends.checked(args.backend or AUTO, args.schedule or AUTO)
 
 
@@ -161,7 +163,9 @@ def define(
 
     def autograd(keys: Any, *values: Any) -> Any:
         args = arguments(*values)
-        args = args._replace(**choice(args)._asdict())
+        backend, schedule = choice(args)
+        if (backend, schedule) != (args.backend, args.schedule):
+            args = args._replace(backend=backend, schedule=schedule)
         if composite is not None and transformed():
             return run_composite(*args)
         if recorded is not None:
@@ -249,6 +253,9 @@ class _NotSaved(NamedTuple):
         return torch.full((), math.nan, dtype=self.dtype, device=self.device).expand(self.shape)
 
 
+_PLAIN = {Tensor, torch.nn.Parameter, NoneType, bool, int, str}
+
+
 def _are_read(fields: Sequence[str], requires_grad: Sequence[bool], reads: Mapping[str, Sequence[str]]) -> list[bool]:
     """Return which arguments the gradients of a call read: those of arguments that require one."""
     used = {
@@ -282,7 +289,7 @@ def _record(
         def setup_context(ctx, inputs, output):
             values = inputs[1:]
             ctx.is_tensor = tuple(isinstance(t, Tensor) for t in values)
-            whole = transformed() or any(map(is_traceable_wrapper_subclass, values))
+            whole = transformed() or any(type(t) not in _PLAIN and is_traceable_wrapper_subclass(t) for t in values)
             read = [True] * len(values) if whole else _are_read(fields, ctx.needs_input_grad[1:], reads)
             ctx.is_saved = tuple(t and r for t, r in zip(ctx.is_tensor, read, strict=True))
             tensors = [t for t, saved in zip(values, ctx.is_saved, strict=True) if saved]
