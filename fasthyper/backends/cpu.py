@@ -19,7 +19,7 @@ from ..geometry import Geometry
 from ..problem import AUTO, Machine, Plan, Problem, TermProblem
 from ..terms import Terms
 from . import aten, cpu_conv
-from .aten import conv_products, grouped, models, term_bases
+from .aten import bucketed, conv_products, grouped, models, term_bases
 from .aten.convolution import Way
 from .aten.terms import FACTORS, INDEX
 from .contract import Backend
@@ -310,6 +310,8 @@ def apply_terms(
     tiling = aten.tiling_of(plan)
     if grouped.takes(plan, x, O, R, terms):
         y = grouped.apply(x, z, weight, terms, tiling)
+    elif bucketed.takes(plan, x, O, R, terms):
+        y = bucketed.apply(x, z, weight, terms, tiling, _sum_terms)
     else:
         y = _ops.apply_terms(x, z, weight, *terms[:3], terms.targets, *_sorted(terms, plan.schedule), *options)
     term_bases.Bases(terms, tiling, _sum_terms).add(y, x, z, *bases)
@@ -340,6 +342,8 @@ def grads_terms(
     tiling = aten.tiling_of(plan)
     if z is not None and any(needs) and grouped.takes(plan, x, g.shape[2], R, terms):
         dx, dz, dh = grouped.grads(x, z, weight, g, needs, terms, tiling)
+    elif z is not None and any(needs) and bucketed.takes(plan, x, g.shape[2], R, terms):
+        dx, dz, dh = bucketed.grads(x, z, weight, g, needs, terms, tiling, _sum_terms)
     elif any(needs):
         options = plan.schedule, planner.get_workspace_limit(), plan.work_dtype != torch.float32
         order = _sorted(terms, plan.schedule)
