@@ -49,6 +49,19 @@ def test_rows_and_batches_stay_in_their_places(sizes, native_low_precision):
     torch.testing.assert_close(total.double(), expected[0], rtol=2**-8, atol=1e-6)
 
 
+def test_many_products_with_features_first_are_summed_in_float32(sizes, native_low_precision):
+    """A head with few features has them as its slowest axis, and so have its sums, which are blocks of rows."""
+    out = torch.empty(3, 2, 5).bfloat16().movedim(0, -1)
+    total = tiling.Sum(out, tiling.Tiling(100, torch.bfloat16, torch.float32))
+    rows = torch.arange(10).bfloat16().unsqueeze(1)
+    with native_low_precision(True):
+        for _ in range(300):
+            total.add(ones(10, 4), ones(4, 3))
+        total.add(rows, ones(1, 3))
+        total.store()
+    assert out.flatten(0, 1).equal((1200 + rows).expand(10, 3))
+
+
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_only_large_products_of_bfloat16_are_rounded(dtype, native, native_low_precision):

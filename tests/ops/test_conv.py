@@ -177,6 +177,24 @@ def test_sums_over_instances_are_float32(backend, instances, monkeypatch):
     planner.forget()
 
 
+@pytest.mark.parametrize(("instances", "passes"), [(2, 2), (3, 3)])
+def test_dz_and_a_large_dh_are_sums_of_the_same_products(instances, passes, monkeypatch):
+    """In 16 bits, dH and dW0 are summed a tile at a time. If dz fits a tile, it is not computed apart from them."""
+    plan, product, called = planner.plan, conv_products.kernels, []
+    monkeypatch.setattr("fasthyper.processor.has_fast", lambda dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(
+        conv_products, "kernels", lambda x, g, w, geo: called.append(w.numel()) or product(x, g, w, geo)
+    )
+    planner.forget()
+    geo = GEOMETRIES["pointwise"]
+    *args, g = (t.bfloat16() for t in tensors(geo, False, B=instances))
+    monkeypatch.setattr(planner, "plan", lambda *a: dataclasses.replace(plan(*a), tile=11))
+    assert (args[1].numel() <= 11 < args[4].numel()) == (instances == 2)
+    with_gradients(lambda *t: op(False)(*t, *geo, "aten", "generate"), args, g)
+    assert sum(called) == passes * instances * args[4].numel()
+    planner.forget()
+
+
 @given(
     sizes=st.tuples(*[st.integers(0, 3)] * 4),
     groups=st.integers(1, 3),

@@ -88,6 +88,11 @@ class Sizes(NamedTuple):
                 return best[1]
             instances = -(-instances // 2)
 
+    def of_sums(self, O: int, each: int, tiling: Tiling) -> Sizes:
+        """Return a cut of as many instances whose parts of a head, `each` for an output, are at most a tile."""
+        most = max(1, min(self.outputs, tiling.elements // max(1, each)))
+        return self._replace(outputs=-(-O // -(-O // most)))
+
     def pieces(self, O: int, I: int, geo: Geometry) -> Iterator[Piece]:
         """Cut the outputs into whole groups, or each group into parts."""
         G, each = geo.groups, O // geo.groups
@@ -205,24 +210,32 @@ def grads(
     # in fewer bits, the sums of a whole head would be a copy of it in float32
     together = [pair for pair in heads if pair[0].dtype == tiling.sum_dtype or pair[0].numel() <= tiling.elements]
     totals = [([call.sum_of(h, piece) for piece in call.pieces(call.cut)], of) for h, of in together]
+    apart = [pair for pair in heads if not any(pair is other for other in together)]
+    # if all of dz fits a tile, it is summed with the first of the other heads, from the same dW
+    later = bool(apart) and x.shape[0] * call.R <= tiling.elements
+    starts: list[Tensor | None] = []
     for b in blocks(x.shape[0], call.cut.instances):
         dz = sums.add(b)
         if dx is not None:
             call.spread_back(b, dx)
-        if mask[1] or totals:
+        if totals or (mask[1] and not later):
             for k, piece in enumerate(call.pieces(call.cut)):
-                call.add_kernels(b, piece, dz, [(each[k], of) for each, of in totals])
-        sums.put(b, dz)
+                call.add_kernels(b, piece, None if later else dz, [(each[k], of) for each, of in totals])
+        if later:
+            starts.append(dz)
+        else:
+            sums.put(b, dz)
     for total in (total for each, _ in totals for total in each):
         total.store()
-    for head, of in [pair for pair in heads if not any(pair is other for other in together)]:
-        most = max(1, tiling.elements // max(1, head[0].numel()))
-        cut = call.cut._replace(outputs=min(call.cut.outputs, most))
+    for nth, (head, of) in enumerate(apart):
+        cut = call.cut.of_sums(head.shape[0], head[0].numel(), tiling)
         for piece in call.pieces(cut):
             total = call.sum_of(head, piece)
-            for b in blocks(x.shape[0], cut.instances):
-                call.add_kernels(b, piece, None, [(total, of)])
+            for k, b in enumerate(blocks(x.shape[0], cut.instances)):
+                call.add_kernels(b, piece, starts[k] if later and nth == 0 else None, [(total, of)])
             total.store()
+    for b, dz in zip(blocks(x.shape[0], call.cut.instances), starts, strict=False):
+        sums.put(b, dz)
     if given is not None and dh is not None and few:
         given.copy_(dh)
     dbias, db0 = sums.of_bias()

@@ -162,6 +162,14 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
 
 
+def _matrix_like(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a new matrix (O·I, R) with features as the slowest axis if they are that of a block (O, I, R)."""
+    O, I, R = out.shape
+    if out.stride(2) > max(out.stride()[:2]):
+        return torch.empty(R, O * I, dtype=dtype, device=out.device).T
+    return torch.empty(O * I, R, dtype=dtype, device=out.device)
+
+
 class Sum:
     """A sum of products a·b into a block (o, i, R) of dH, rounded once, at the end; `one`: it is a single product."""
 
@@ -169,11 +177,17 @@ class Sum:
         O, I, R = out.shape
         direct = out.dtype == (tiling.dtype if one else tiling.sum_dtype)
         self._out = out
-        self._total = out.view(O * I, R) if direct else torch.empty(O * I, R, dtype=tiling.sum_dtype, device=out.device)
+        self._total = out.view(O * I, R) if direct else _matrix_like(out, tiling.sum_dtype)
         self._empty = True
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        accumulate(self._total, a, b, beta=0 if self._empty else 1)
+        total, beta = self._total, 0 if self._empty else 1
+        if total.stride(0) == 1 < total.stride(1) and total.dtype != a.dtype and not total.is_cuda:
+            # few features, the slowest axis: the product is bound by reading, and is in float32 while it is in cache
+            for some in blocks(len(a), ROUNDED // max(1, a.shape[1])):
+                total[some].addmm_(a[some].to(total.dtype), b.to(total.dtype), beta=beta)
+        else:
+            accumulate(total, a, b, beta)
         self._empty = False
 
     def add_rows(self, rows: Tensor) -> None:
