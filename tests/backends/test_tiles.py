@@ -7,8 +7,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from fasthyper import planner
 from fasthyper.backends import BACKENDS, aten
-from fasthyper.problem import SCHEDULES
+from fasthyper.problem import SCHEDULES, Problem
 
 SIZE = st.sampled_from([0, 1, 2, 3, 5, 7, 11, 13])
 ALL = (True,) * 6
@@ -113,3 +114,20 @@ def test_each_schedule_contracts_in_its_own_order(schedule, factors, monkeypatch
     x, z, weight, _ = factors()
     aten.apply(x, z, weight, schedule=schedule)
     assert ran == [schedule]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "instances", "once"), [(torch.bfloat16, 4, True), (torch.bfloat16, 9, False), (torch.float16, 4, False)]
+)
+def test_a_head_larger_than_a_tile(dtype, instances, once, factors, oracle, monkeypatch, tiles, native_low_precision):
+    """If all of W is a tile, dz and dH are each one product in bfloat16, although H has more numbers than a tile."""
+    O, I, R = 8, 4, 16
+    generate, called = aten.generate, []
+    outer = generate.outer
+    monkeypatch.setattr(generate, "outer", lambda *a: called.append(a[0].shape) or outer(*a))
+    x, z, weight, g = factors((instances, 3, R, I, O), dtype, ("x", "z", "weight", "g"))
+    with native_low_precision(True), tiles(4 * O * I):
+        assert planner.plan(Problem.of("grads", x, R, O), "generate").tile < weight.numel()
+        out = aten.grads(x, z, weight, None, None, g, (True,) * 3 + (False,) * 3, schedule="generate")
+    oracle.check_all(out[:3], oracle.grads, x, z, weight, g)
+    assert (len(called) == 1) == once

@@ -74,11 +74,16 @@ def grads(
     shared = False
     if dz is not None:
         (B, N, I), O, R = x.shape, g.shape[2], weight.shape[2]
-        copied = tiling.dtype != tiling.sum_dtype or is_copied(weight, tiling)  # sums convert their operands
+        copied = is_copied(weight, tiling)
         instances, outputs = tile_shape(B, N, O, I, R, copied, tiling)
+        # With all instances in a tile, products of bfloat16 are dz and dH themselves. Other sums of products in 16 bits
+        # are in float32, and in float16 the operands may be, too.
+        whole = instances >= B and tiling.dtype == x.dtype != torch.float16
+        if tiling.dtype != tiling.sum_dtype and not whole:
+            instances, outputs = tile_shape(B, N, O, I, R, True, tiling)
         # dz sums over blocks of outputs, dH over blocks of instances: one loop computes both if one is a single block
         shared = dh is not None and B > 0 and (outputs >= O or instances >= B)
-        if dh is not None and dh.dtype != tiling.sum_dtype:
+        if dh is not None and dh.dtype != tiling.sum_dtype and not whole:
             shared = shared and min(O, outputs) * I * R <= tiling.elements
         for b in blocks(B, instances):
             dz_b = affine.start(g[b], R)
