@@ -25,6 +25,7 @@ DTYPE = torch.bfloat16
 # With fewer terms of a condition on average, or a smaller W, the kernels are faster: they make no padded copies.
 _LEAST_TERMS = 48
 _LEAST_WEIGHTS = 1 << 11
+_BUCKETS = 4  # of a tile, or more: larger blocks of memory are returned to the system, and cleared anew in every call
 _PADDING = 2  # a bucket has at most this many times the slots that its terms take
 
 
@@ -113,11 +114,11 @@ def _blocks(terms: Terms, I: int, O: int, tiling: Tiling) -> list[tuple[Tensor, 
 
 
 def _similar(counts: list[int], I: int, O: int, room: int) -> Iterator[slice]:
-    """Cut ascending counts so that a bucket is neither mostly padding nor larger than a tile."""
+    """Cut ascending counts so that a bucket is neither mostly padding nor a large part of a tile."""
     first = taken = 0
     for k, width in enumerate(counts):
         size = (k + 1 - first) * width
-        if k > first and (size > _PADDING * (taken + width) or size * max(I, O) > room):
+        if k > first and (size > _PADDING * (taken + width) or size * max(I, O) > room // _BUCKETS):
             yield slice(first, k)
             first, taken = k, 0
         taken += width
