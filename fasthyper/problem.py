@@ -22,6 +22,9 @@ CONV_SCHEDULES = ("fold", "generate")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of the op family."""
 
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes of the backends that have kernels of their own."""
+
 AUTO = "auto"
 """The choice to let the planner decide. The empty string, in contrast, means that no choice was made yet."""
 

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from .. import planner
-from ..problem import Problem
+from ..problem import KERNEL_DTYPES, Problem
 from . import aten
 from .aten import mapped
 from .aten.tiling import blocks
 
 NAMES = ("abs", "relu", "exp", "sigmoid", "tanh")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FEWEST = 16  # instances; the kernels compute lanes of 32
 _FEATURES = 4096  # of x, z and y together, at most: those of some instances are in memory together
 _ops = torch.ops.fasthyper_cpu
@@ -119,4 +118,4 @@ def takes(x: Tensor, z: Tensor, weight: Tensor, name: str) -> bool:
     rows = weight.stride(2) == 1 and min(weight.stride()[:2]) >= R and z.stride(1) == 1 and z.stride(0) >= R
     sizes = N == 1 and B >= _FEWEST and 0 not in (I, O, R) and I + O + R <= _FEATURES
     copied = x.dtype != torch.float32 and weight.numel() * 4 > planner.get_workspace_limit() // 8
-    return name in NAMES and x.dtype in DTYPES and not copied and sizes and rows
+    return name in NAMES and x.dtype in KERNEL_DTYPES and not copied and sizes and rows

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from .. import planner
 from ..costs import Cost, Costs, gemm, moved
-from ..problem import Machine, Problem, TermProblem
+from ..problem import KERNEL_DTYPES, Machine, Problem, TermProblem
 
 _LAUNCHES = 5  # for each result and tile: A or M, the product with H, and sums
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = KERNEL_DTYPES
 INTERPRETER = "interpreter"
 """The arch of the device that Triton's interpreter stands in for."""
 
