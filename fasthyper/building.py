@@ -49,12 +49,17 @@ Report = Callable[[int, int, str], None]
 """What `build` calls before the first step and after each: steps done, all steps, and the name of the last one."""
 
 
+def sources() -> list[Path]:
+    """Return the files of csrc that a compiler reads, in order; an editor may have left others beside them."""
+    return sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu") and path.name[0] != ".")
+
+
 @functools.cache
 def digest() -> str:
     """Return a digest of the sources of the libraries, so that no library of other sources is loaded."""
-    found = hashlib.sha256()
-    for path in (Path(__file__), *sorted(p for p in CSRC.rglob("*") if p.is_file())):
-        found.update(path.name.encode() + b"\0" + path.read_bytes())
+    found = hashlib.sha256(Path(__file__).read_bytes())
+    for path in sources():
+        found.update(path.relative_to(CSRC).as_posix().encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:12]
 
 

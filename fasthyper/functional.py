@@ -146,6 +146,7 @@ def _over_terms(tensors: tuple[Any, ...], incidence: Incidence, reduce: str) -> 
 
 
 def _sum_over_terms(tensors: tuple[Any, ...], incidence: Incidence, reduce: str) -> Tensor:
+    """Return y of a call over terms; the op checks the shapes, with points flattened."""
     x, z, *_ = tensors
     terms = incidence._terms(x.shape[0], z.shape[0])
     if reduce == "mean" and x.dtype == torch.float16:  # the sum may leave float16's range where the mean does not

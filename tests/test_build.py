@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -54,13 +55,29 @@ def test_the_record_names_the_sources(tmp_path):
     assert record["sources"] == building.digest()
 
 
+def test_files_that_are_no_sources_do_not_count(tmp_path, monkeypatch):
+    shutil.copytree(building.CSRC, tmp_path / "csrc")
+    monkeypatch.setattr(building, "CSRC", tmp_path / "csrc")
+    building.digest.cache_clear()
+    before = building.digest()
+    (tmp_path / "csrc" / "cpu" / ".pack.h").touch()
+    (tmp_path / "csrc" / "cpu" / "pack.h.orig").touch()
+    building.digest.cache_clear()
+    assert building.digest() == before
+    (tmp_path / "csrc" / "cpu" / "conv.h").rename(tmp_path / "csrc" / "cuda" / "conv.h")  # to another folder
+    building.digest.cache_clear()
+    assert building.digest() != before
+    building.digest.cache_clear()
+
+
 def test_a_wheel_has_all_sources():
     """Libraries are loaded only beside the sources that they were built from."""
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11 has it")
     package = ROOT / "fasthyper"
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     packed = {path for pattern in tools["package-data"]["fasthyper"] for path in package.glob(pattern)}
-    assert {path for path in building.CSRC.rglob("*") if path.is_file()} <= packed
+    assert set(building.sources()) <= packed
+    assert {path.suffix for path in packed if path.is_relative_to(building.CSRC)} <= {".h", ".cpp", ".cu"}
 
 
 def test_an_unknown_library(tmp_path):

@@ -10,6 +10,7 @@ weights and works under every transform.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import NoneType
@@ -219,17 +220,23 @@ def _below_autograd(op: Op, keys: Any, args: Sequence[Any]) -> Any:
         return op.redispatch(keys & _after_autograd_keyset, *args)  # type: ignore[attr-defined]
 
 
+# The compiled function that returns a bit for each edge of the node that runs: whether this pass asks for its gradient.
+_asked = None if MISSING or compiled.load("eager") else torch.ops.fasthyper_eager.asked.default
+
+
 def _wanted(ctx: Any) -> tuple[bool, ...]:
     """Return which gradients this pass requests; needs_input_grad only has the inputs that require one."""
-    needed = ctx.needs_input_grad[1:]
+    run = _edges_that_run(ctx, sum(ctx.is_tensor))  # an edge for each tensor
+    edge_of = itertools.accumulate(ctx.is_tensor, initial=0)
+    needed = zip(ctx.is_tensor, ctx.needs_input_grad[1:], edge_of, strict=False)
+    return tuple(is_tensor and needs and run[edge] for is_tensor, needs, edge in needed)
+
+
+def _edges_that_run(ctx: Any, count: int) -> list[bool]:
     if _asked is not None and not torch.compiler.is_compiling() and current_node() is ctx:
-        bits, edges = _asked(), iter(range(len(needed)))
-        return tuple(t and bool(bits >> next(edges) & 1) and n for t, n in zip(ctx.is_tensor, needed, strict=True))
-    nodes = iter(ctx.next_functions)
-    return tuple(t and _will_run(next(nodes)[0]) and n for t, n in zip(ctx.is_tensor, needed, strict=True))
-
-
-_asked = None if MISSING or compiled.load("eager") else torch.ops.fasthyper_eager.asked.default
+        bits = _asked()
+        return [bool(bits >> edge & 1) for edge in range(count)]
+    return [_will_run(node) for node, _ in ctx.next_functions]
 
 
 def _will_run(node: Any) -> bool:
@@ -253,6 +260,7 @@ class _NotSaved(NamedTuple):
         return torch.full((), math.nan, dtype=self.dtype, device=self.device).expand(self.shape)
 
 
+# Types whose values cannot be wrapper subclasses; torch's own test takes longer.
 _PLAIN = {Tensor, torch.nn.Parameter, NoneType, bool, int, str}
 
 
