@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fasthyper.backends.aten import pairs, tiling
+from fasthyper.backends.aten import tiling
 
 
 @pytest.fixture(params=[1, 1 << 30], ids=["bfloat16", "float32"])
@@ -13,7 +13,6 @@ def sizes(request, monkeypatch):
     """Compute products in bfloat16, a few rows at a time, or in float32."""
     monkeypatch.setattr(tiling, "_SMALL", request.param)
     monkeypatch.setattr(tiling, "ROUNDED", 6)
-    monkeypatch.setattr(pairs, "ROUNDED", 30)
     return request.param
 
 
@@ -34,7 +33,7 @@ def test_many_batches_are_summed_in_float32(sizes, native_low_precision):
     total = torch.zeros(5, 5, 3)
     with native_low_precision(True):
         for _ in range(300):
-            pairs._accumulate_batches(total, ones(5, 5, 4), ones(5, 4, 3))
+            tiling.accumulate_batches(total, ones(5, 5, 4), ones(5, 4, 3))
     assert total.eq(1200).all()
 
 
@@ -43,7 +42,7 @@ def test_rows_and_batches_stay_in_their_places(sizes, native_low_precision):
     total, totals = torch.zeros(7, 3), torch.zeros(5, 7, 3)
     with native_low_precision(True):
         tiling.accumulate(total, a[0], b[0])
-        pairs._accumulate_batches(totals, a, b)
+        tiling.accumulate_batches(totals, a, b)
     expected = a.double() @ b.double()
     torch.testing.assert_close(totals.double(), expected, rtol=2**-8, atol=1e-6)
     torch.testing.assert_close(total.double(), expected[0], rtol=2**-8, atol=1e-6)
@@ -60,6 +59,29 @@ def test_many_products_with_features_first_are_summed_in_float32(sizes, native_l
         total.add(rows, ones(1, 3))
         total.store()
     assert out.flatten(0, 1).equal((1200 + rows).expand(10, 3))
+
+
+@pytest.mark.parametrize("room", [None, 60])
+def test_many_points_are_summed_in_float32(room, sizes, native_low_precision, monkeypatch):
+    """dW of points that are no contiguous tensor is a sum over blocks of points, for some outputs at a time."""
+    monkeypatch.setattr(tiling, "_POINTS", 4)
+    tile = tiling.Tiling(40, torch.bfloat16, torch.float32)
+    x = torch.ones(900, 3, 3).bfloat16().transpose(0, 1)
+    g = (torch.arange(15).view(1, 3, 5) / 16).expand(900, 3, 5).bfloat16().transpose(0, 1)
+    with native_low_precision(True):
+        dw = tiling.outer(g, x, tile, None if room is None else torch.empty(room, dtype=torch.bfloat16))
+    assert dw.equal((torch.arange(15).view(3, 5, 1) * 900 / 16).expand(3, 5, 3).bfloat16())
+
+
+def test_contiguous_points_are_one_product(native_low_precision, monkeypatch):
+    """A product reads them in place, so that there are no blocks to add up."""
+    called, real = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b, **out: called.append(a.shape) or real(a, b, **out))
+    tile = tiling.Tiling(40, torch.bfloat16, torch.float32)
+    with native_low_precision(True):
+        dw = tiling.outer(ones(3, 900, 5), ones(3, 900, 3), tile)
+    assert called == [(3, 5, 900)]
+    assert dw.eq(900).all()
 
 
 @pytest.mark.parametrize("native", [False, True])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ... import planner
 from ...problem import Pairs
-from .tiling import ROUNDED, Tiling, accumulate, blocks, multiplies
+from .tiling import Tiling, accumulate, accumulate_batches, blocks, multiplies
 
 # MKL writes a product at half the speed if the rows of the result do not start at such multiples.
 _ALIGNED = 8
@@ -223,7 +223,7 @@ def _block(f: Factors, x: Tensor, z: Tensor, g: Tensor, into: Sums, outputs: int
     for o, of_one in _by_output(g, range(O), outputs, tiling):
         if into.z is not None:
             _project(x, f, o, buffer, tiling)
-            _accumulate_batches(into.z, of_one.mT, buffer)
+            accumulate_batches(into.z, of_one.mT, buffer)
         if into.x is not None or into.weight is not None:
             torch.bmm(of_one, z, out=buffer)
         for i in _parts(f, tiling):
@@ -280,14 +280,3 @@ def _bias_grad(f: Factors, g: Tensor, tiling: Tiling) -> Tensor:
         for outputs in blocks(g.shape[3], cut.outputs):
             total[outputs] += g[b, m, n, outputs].sum((0, 1, 2), dtype=tiling.sum_dtype)
     return total.to(g.dtype)
-
-
-def _accumulate_batches(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Compute total += a·b for each instance, in the dtype of total."""
-    if total.is_cuda and a.dtype != total.dtype:
-        total.add_(torch.bmm(a, b, out_dtype=total.dtype))
-    elif multiplies(a, b):
-        for some in blocks(len(a), ROUNDED // max(1, total[0].numel())):
-            total[some] += torch.bmm(a[some], b[some])
-    else:
-        total.baddbmm_(a.to(total.dtype), b.to(total.dtype))

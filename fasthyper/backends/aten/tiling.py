@@ -118,16 +118,37 @@ def outer(g: Tensor, x: Tensor, tiling: Tiling, room: Tensor | None = None) -> T
     if N == 1:  # several times faster than a batched product with K = 1
         out = torch.empty(B, O, I, dtype=tiling.dtype, device=x.device) if room is None else cut(room, B, O, I)
         return torch.mul(tiling.work(g).mT, tiling.work(x), out=out)
-    dw: Tensor | None = None
-    for n in blocks(N, tiling.elements // max(1, B * max(O, I))):
-        a, b = tiling.work(g[:, n]).mT, tiling.work(x[:, n])
-        if dw is None:
-            dw = torch.bmm(a, b, out=None if room is None else cut(room, B, O, I))
-        else:
-            dw.baddbmm_(a, b)
-    return x.new_zeros(B, O, I, dtype=tiling.dtype) if dw is None else dw
+    dw = torch.empty(B, O, I, dtype=tiling.dtype, device=x.device) if room is None else cut(room, B, O, I)
+    if g.dtype == x.dtype == tiling.dtype and g.is_contiguous() and x.is_contiguous():
+        return torch.bmm(g.mT, x, out=dw)  # reads both in place
+    direct = tiling.dtype == tiling.sum_dtype
+    wide = max(1, O, I)
+    instances = max(1, tiling.elements // (wide * max(1, min(N, _POINTS))))
+    points = tiling.elements // (wide * min(instances, max(1, B)))
+    # The sums of many points are in float32, for so many outputs that they and a product are at most a tile.
+    outputs = O if direct or points >= N else tiling.elements // 2 // (instances * max(1, I))
+    for b in blocks(B, instances):
+        for o in blocks(O, outputs):
+            if points >= N:
+                torch.bmm(_operand(g[b], tiling).mT, _operand(x[b], tiling), out=dw[b])
+                continue
+            total = dw[b] if direct else torch.empty_like(dw[b, o], dtype=tiling.sum_dtype)
+            total.zero_()
+            for n in blocks(N, points):
+                accumulate_batches(total, _operand(g[b, n, o], tiling).mT, _operand(x[b, n], tiling))
+            put(dw[b, o], total)
+            del total  # before the next is allocated
+    return dw
 
 
+def _operand(t: Tensor, tiling: Tiling) -> Tensor:
+    """Convert an operand of a batched product; in 16 bits a product would copy other strides itself, slower."""
+    t = tiling.work(t)
+    return t if tiling.dtype == tiling.sum_dtype else t.contiguous()
+
+
+# Points up to which a product is bound by adding it up.
+_POINTS = 512
 # Elements of a product that is rounded before it is added, so that it is still in cache.
 ROUNDED = 1 << 18
 # A product of fewer numbers is faster in float32.
@@ -160,6 +181,17 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
             total[rows].add_(product) if beta else total[rows].copy_(product)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
+
+
+def accumulate_batches(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Compute total += a·b for each instance, in the dtype of total."""
+    if total.is_cuda and a.dtype != total.dtype:
+        total.add_(torch.bmm(a, b, out_dtype=total.dtype))
+    elif multiplies(a, b):
+        for some in blocks(len(a), ROUNDED // max(1, total[0].numel())):
+            total[some] += torch.bmm(a[some], b[some])
+    else:
+        total.baddbmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 def _matrix_like(out: Tensor, dtype: torch.dtype) -> Tensor:
