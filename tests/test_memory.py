@@ -143,6 +143,14 @@ def test_16_bits(schedule, native, native_low_precision):
         assert temporary(*sizes) < LIMIT
 
 
+@pytest.mark.parametrize("sizes", [(1, 300, 1, 700, 700), (2, 50, 2, 1500, 600)], ids=str)
+def test_16_bits_of_several_blocks_of_outputs(sizes, native_low_precision):
+    """dz is a sum over the blocks, and dW of a block may be an operand in float32."""
+    fasthyper.set_workspace_limit(MIB)
+    with native_low_precision(True), fasthyper.use_backend("aten", "generate"):
+        assert temporary(*sizes, torch.bfloat16) < MIB + MIB // 16
+
+
 HEADS = {
     "transposed": lambda w: w.transpose(0, 1).contiguous().transpose(0, 1),
     "features first": lambda w: w.permute(2, 0, 1).contiguous().permute(1, 2, 0),

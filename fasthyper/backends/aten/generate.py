@@ -76,9 +76,9 @@ def grads(
         (B, N, I), O, R = x.shape, g.shape[2], weight.shape[2]
         copied = is_copied(weight, tiling)
         instances, outputs = tile_shape(B, N, O, I, R, copied, tiling)
-        # With all instances in a tile, products of bfloat16 are dz and dH themselves. Other sums of products in 16 bits
-        # are in float32, and in float16 the operands may be, too.
-        whole = instances >= B and tiling.dtype == x.dtype != torch.float16
+        # If all of dW is a tile, dz and dH are one product of bfloat16 each. Other sums of products in 16 bits are in
+        # float32, and so may be their operands, which in float16 they always may.
+        whole = instances >= B and outputs >= O and tiling.dtype == x.dtype != torch.float16
         if tiling.dtype != tiling.sum_dtype and not whole:
             instances, outputs = tile_shape(B, N, O, I, R, True, tiling)
         # dz sums over blocks of outputs, dH over blocks of instances: one loop computes both if one is a single block
