@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from fasthyper.backends.aten import grouped
+from fasthyper.backends.aten import grouped, tiling
 from fasthyper.backends.aten.tiling import Tiling
 from fasthyper.ops import reference
 from fasthyper.terms import Terms
@@ -15,6 +15,7 @@ from fasthyper.terms import Terms
 C, R, I, O = 5, 6, 7, 4
 COUNTS = (3, 0, 11, 1, 8)
 DOUBLE = Tiling(40, torch.float64, torch.float64)  # some points and a part of H at a time
+LOW = Tiling(40, torch.bfloat16, torch.float32)
 
 
 def problem(in_order: bool, transposed: bool, dtype: torch.dtype):
@@ -68,9 +69,35 @@ def test_points_that_lie_together_are_not_copied(monkeypatch):
 
 def test_sixteen_bits_round_once():
     """dz and dH of bfloat16 are as near as those of one product."""
-    tiling = Tiling(40, torch.bfloat16, torch.float32)
     x, z, weight, g, terms = problem(True, False, torch.bfloat16)
-    found = grouped.apply(x, z, weight, terms, tiling), *grouped.grads(x, z, weight, g, (True,) * 3, terms, tiling)
+    found = grouped.apply(x, z, weight, terms, LOW), *grouped.grads(x, z, weight, g, (True,) * 3, terms, LOW)
     for result, right in zip(found, expected(x, z, weight, g, terms), strict=True):
         assert result.dtype == torch.bfloat16
         assert (result.double() - right).norm() < 2e-2 * right.norm()
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_many_blocks_of_points_in_sixteen_bits(native, native_low_precision, monkeypatch):
+    """dW of points that do not lie together is a sum over blocks: in bfloat16 it would stay at 512."""
+    monkeypatch.setattr(tiling, "_SMALL", 1)
+    E = 1800
+    cond = torch.arange(E) % 2
+    x, g = torch.ones(E, 1, I).bfloat16(), torch.ones(E, 1, O).bfloat16()
+    z, weight = torch.eye(2, 3).bfloat16(), torch.ones(O, I, 3).bfloat16()
+    with native_low_precision(native):
+        _, dz, dh = grouped.grads(x, z, weight, g, (True,) * 3, Terms(None, cond, None, E, 2, E), LOW)
+    assert dh.equal(torch.tensor([900.0, 900.0, 0.0]).expand(O, I, 3).bfloat16())
+    assert dz.equal(torch.full((2, 3), 900.0 * O * I).bfloat16())
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_head_without_a_matrix_in_sixteen_bits(native, native_low_precision, monkeypatch):
+    """dz is a sum over pieces of H: in bfloat16 it would stay at 1024."""
+    monkeypatch.setattr(tiling, "_SMALL", 1)
+    x, g = torch.ones(3, 1, 3).bfloat16(), torch.ones(3, 1, 400).bfloat16()
+    z, weight = torch.ones(3, 5).bfloat16(), torch.ones(400, 5, 3).bfloat16().transpose(1, 2)
+    terms = Terms(None, torch.arange(3), None, 3, 3, 3)
+    with native_low_precision(native):
+        _, dz, _ = grouped.grads(x, z, weight, g, (False, True, False), terms, LOW)
+    assert dz.dtype == torch.bfloat16
+    assert dz.eq(1200).all()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...problem import Plan
 from ...terms import Sorted, Terms, kept
-from .tiling import Head, Tiling, blocks, head_matrix
+from .tiling import Head, Tiling, accumulate, blocks, head_matrix
 
 _MOST_CONDS = 512
 _LEAST_POINTS = 8  # of a condition, on average
@@ -50,6 +50,11 @@ class _Groups:
             for e in blocks(last - first, step)
         ]
 
+    @property
+    def several(self) -> bool:
+        """Whether a condition has more than one block."""
+        return len({c for c, _ in self.blocks}) < len(self.blocks)
+
     def rows(self, *tensors: Tensor) -> Iterator[tuple[int, Tensor | slice, list[Tensor]]]:
         """Yield each block's condition, where its points are, and their rows of each tensor."""
         for c, at in self.blocks:
@@ -69,36 +74,30 @@ def _is_sorted(cond: Tensor | None) -> bool:
     return bool((cond.diff() >= 0).all())
 
 
-def _weights(z: Tensor, weight: Tensor, tiling: Tiling) -> Tensor:
-    """Return W (C, O, I)."""
-    return _products(z, weight, None, tiling, True)[0]  # type: ignore[return-value]
-
-
-def _products(
-    z: Tensor, weight: Tensor, dW: Tensor | None, tiling: Tiling, wants_W: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return W (C, O, I), if it is wanted, and the gradient of z from that of W, if there is one."""
-    (O, I, R), C = weight.shape, len(z)
+def _multiply(
+    z: Tensor, weight: Tensor, W: Tensor | None, dW: Tensor | None, dz: Tensor | None, tiling: Tiling
+) -> None:
+    """Write W (C, O, I), and add to dz, a sum, what dW gives, where they are given; H is read once for both."""
     rows = head_matrix(weight)
-    if rows is None or R > _LONGEST or z.dtype != tiling.sum_dtype:
-        head, dz = Head(weight, tiling), None if dW is None else z.new_zeros(C, R)
-        if dz is not None and dW is not None:
-            head.contract(dz, dW)
-        return (head.weights(z) if wants_W else None), dz
-    W = z.new_empty(C, O * I) if wants_W else None
-    dz = None if dW is None else z.new_zeros(C, R)
-    for at in blocks(O * I, _BLOCK // max(1, R)):
+    if rows is None or z.shape[1] > _LONGEST or z.dtype != tiling.sum_dtype:
+        head = Head(weight, tiling)
         if W is not None:
-            W[:, at].copy_(torch.mm(rows[at], z.T).T)  # few conditions: several times faster than z·Hᵀ
+            W.copy_(head.weights(z))
+        if dz is not None and dW is not None:
+            head.contract(dz, dW, one=True)
+        return
+    for at in blocks(len(rows), _BLOCK // max(1, z.shape[1])):
+        if W is not None:
+            W.flatten(1)[:, at] = torch.mm(rows[at], z.T).T  # few conditions: several times faster than z·Hᵀ
         if dz is not None and dW is not None:
             dz.addmm_(dW.flatten(1)[:, at], rows[at])
-    return (None if W is None else W.view(C, O, I)), dz
 
 
 def apply(x: Tensor, z: Tensor, weight: Tensor, terms: Terms, tiling: Tiling) -> Tensor:
     """Return y (E, 1, O) of x (E, 1, I)."""
     x = x[:, 0]
-    W = _weights(z, weight, tiling)
+    W = x.new_empty(len(z), *weight.shape[:2])
+    _multiply(z, weight, W, None, None, tiling)
     y = x.new_empty(len(x), weight.shape[0])
     groups = _Groups(terms, x.shape[1] + weight.shape[0], tiling)
     for c, where, (points,) in groups.rows(x):
@@ -113,17 +112,24 @@ def grads(
     x, g = x[:, 0], g[:, 0]
     (E, I), O, (C, R) = x.shape, g.shape[1], z.shape
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if mask[0] else None
-    dW = x.new_zeros(C, O, I) if mask[1] or mask[2] else None
     groups = _Groups(terms, I + O, tiling)
-    if dW is not None:
-        for c, _, (points, of_y) in groups.rows(x, g):
-            dW[c].addmm_(of_y.T, points)
-    W = dz = dh = None
+    dW = _weights_grad(x, g, C, groups, tiling) if mask[1] or mask[2] else None
+    W = x.new_empty(C, O, I) if mask[0] else None
+    dz = z.new_zeros(C, R, dtype=tiling.sum_dtype) if mask[1] else None
+    dh = None
     if weight is not None and (mask[0] or mask[1]):
-        W, dz = _products(z, weight, dW if mask[1] else None, tiling, mask[0])
+        _multiply(z, weight, W, dW, dz, tiling)
     if dx is not None and W is not None:
         for c, where, (of_y,) in groups.rows(g):
             groups.multiply(of_y, W[c], dx, where)
     if mask[2] and dW is not None:
         dh = torch.mm(dW.flatten(1).T, z).view(O, I, R)
-    return None if dx is None else dx.view(E, 1, I), dz, dh
+    return None if dx is None else dx.view(E, 1, I), None if dz is None else dz.to(z.dtype), dh
+
+
+def _weights_grad(x: Tensor, g: Tensor, C: int, groups: _Groups, tiling: Tiling) -> Tensor:
+    """Return dW (C, O, I): sums are rounded once, whatever the number of a condition's blocks."""
+    dW = x.new_zeros(C, g.shape[1], x.shape[1], dtype=tiling.sum_dtype if groups.several else x.dtype)
+    for c, _, (points, of_y) in groups.rows(x, g):
+        accumulate(dW[c], of_y.T, points)
+    return dW.to(x.dtype)
