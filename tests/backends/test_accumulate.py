@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fasthyper.backends.aten import tiling
+from fasthyper.measure import peak_temporary_bytes
 
 
 @pytest.fixture(params=[1, 1 << 30], ids=["bfloat16", "float32"])
@@ -59,6 +60,18 @@ def test_many_products_with_features_first_are_summed_in_float32(sizes, native_l
         total.add(rows, ones(1, 3))
         total.store()
     assert out.flatten(0, 1).equal((1200 + rows).expand(10, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_operands_are_converted_in_pieces(dtype, monkeypatch):
+    a, b = torch.randn(2, 100_000).to(dtype), torch.randn(100_000, 4).to(dtype)
+    total = torch.full((2, 4), float("nan"))
+    monkeypatch.setattr(tiling, "_SMALL", 1 << 30)
+    assert peak_temporary_bytes(lambda: tiling.accumulate(total, a, b, beta=0)) < b.numel() * 3
+    tiling.accumulate(total, a, b)
+    torch.testing.assert_close(total, 2 * (a.float() @ b.float()), rtol=1e-4, atol=1e-2)
+    tiling.accumulate(total, a[:, :0], b[:0], beta=0)
+    assert total.eq(0).all()
 
 
 @pytest.mark.parametrize("room", [None, 60])

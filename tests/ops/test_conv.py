@@ -13,9 +13,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jacrev, vmap
 
 import fasthyper
-from fasthyper import planner
+from fasthyper import planner, processor
 from fasthyper.backends import BACKENDS
-from fasthyper.backends.aten import conv_products
+from fasthyper.backends.aten import conv_generate, conv_products
 from fasthyper.geometry import Geometry, output_size
 from fasthyper.measure import peak_temporary_bytes
 from fasthyper.ops import reference
@@ -376,6 +376,30 @@ def test_memory(backend, dtype, case):
     limit = planner.get_workspace_limit()
     assert once < limit * 5 // 4
     assert twice < limit * 5 // 4
+
+
+@pytest.mark.skipif("cpu" not in RUNNABLE, reason="the kernels are not built")
+@pytest.mark.parametrize("sizes", [(3, 64, 64, 8, 16), (2, 256, 256, 8, 8), (3, 64, 64, 14, 64)], ids=str)
+def test_memory_of_dz_alone_in_bfloat16(sizes, monkeypatch):
+    """torch's gradient of a kernel takes several times the memory of dW: so tiles are those of torch's operations."""
+    has_fast, tiles, real = processor.has_fast(torch.bfloat16), [], conv_generate.grads
+    monkeypatch.setattr(conv_generate, "grads", lambda *a: tiles.append(a[-2].elements) or real(*a))
+    for asked in ("kernels_multiply", "has_fast"):
+        monkeypatch.setattr(f"fasthyper.processor.{asked}", lambda dtype: dtype == torch.bfloat16)
+    fasthyper.set_workspace_limit(1 << 20)
+    B, I, O, pixels, R = sizes
+    geo = geometry((1, pixels, pixels), (1, 3, 3), padding=(0, 1, 1))
+    x, z, weight, *_, g = (t.bfloat16() for t in tensors(geo, False, torch.float32, B=B, I=I, O=O, R=R))
+
+    z.requires_grad_()
+    of = {name: op(False)(x, z, weight, None, None, None, *geo, name, "generate") for name in ("cpu", "aten")}
+    dz = lambda name: torch.autograd.grad(of[name], z, g, retain_graph=True)
+    if has_fast:  # elsewhere torch's convolutions of bfloat16 take other memory
+        assert peak_temporary_bytes(lambda: dz("cpu")) < 1 << 20
+    for name in of:
+        dz(name)
+    assert tiles[-2] == tiles[-1]
+    planner.forget()
 
 
 def test_schedules_follow_the_image():

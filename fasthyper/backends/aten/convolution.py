@@ -11,7 +11,7 @@ from ... import planner
 from ...geometry import Geometry
 from ...problem import ConvProblem, Plan
 from ..contract import Backend
-from . import conv_fold, conv_generate
+from . import conv_fold, conv_generate, conv_products
 from .conv_generate import BiasSums, Products, shift_of
 from .tiling import Tiling, tiling_of
 
@@ -47,6 +47,11 @@ class Way(NamedTuple):
         """Return the tiles of a plan."""
         tiling = tiling_of(plan)
         return tiling if self.dtype is None else Tiling(tiling.elements, self.dtype, self.dtype)
+
+    def tiling_of_kernels(self, tiling: Tiling, geo: Geometry) -> Tiling:
+        """Return the tiles of a gradient: smaller if torch computes dW, with padded copies, in tiles of a backend."""
+        copied = self.backend and self.products is conv_products and not geo.pointwise
+        return tiling._replace(elements=max(1, tiling.elements // 2)) if copied else tiling
 
 
 def apply(
@@ -108,7 +113,7 @@ def grads(
         sums.put(every, sums.add(every))
         dbias, db0 = sums.of_bias()
         return sums.dz, dbias, x.new_zeros(O, I, *geo.kernel) if mask[4] else None, db0
-    call = x, z, weight, bias, base_weight, g, dx, dh, mask, geo, transposed, tiling
+    call = x, z, weight, bias, base_weight, g, dx, dh, mask, geo, transposed
     if way.is_linear(geo, plan.schedule):
-        return conv_fold.grads(*call, way.linear, plan.schedule)
-    return conv_generate.grads(*call, way.products)
+        return conv_fold.grads(*call, tiling, way.linear, plan.schedule)
+    return conv_generate.grads(*call, way.tiling_of_kernels(tiling, geo), way.products)

@@ -153,6 +153,8 @@ _POINTS = 512
 ROUNDED = 1 << 18
 # A product of fewer numbers is faster in float32.
 _SMALL = 1 << 19
+# Elements of an operand that are converted at a time, and the least depth of their product.
+_CONVERTED, _DEEP = 1 << 17, 256
 
 
 def multiplies(a: Tensor, b: Tensor) -> bool:
@@ -180,7 +182,9 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
             product = torch.mm(a[rows], b)
             total[rows].add_(product) if beta else total[rows].copy_(product)
     else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
+        for k in blocks(max(1, len(b)), max(_DEEP, _CONVERTED // max(1, b.shape[1]))):
+            total.addmm_(a[:, k].to(total.dtype), b[k].to(total.dtype), beta=beta)
+            beta = 1
 
 
 def accumulate_batches(total: Tensor, a: Tensor, b: Tensor) -> None:
