@@ -89,7 +89,7 @@ class Sizes(NamedTuple):
             instances = -(-instances // 2)
 
     def of_sums(self, O: int, each: int, tiling: Tiling) -> Sizes:
-        """Return a cut of as many instances whose parts of a head, `each` for an output, are at most a tile."""
+        """Return a cut with the same instances, in which a part of a head, `each` for an output, is at most a tile."""
         most = max(1, min(self.outputs, tiling.elements // max(1, each)))
         return self._replace(outputs=-(-O // -(-O // most)))
 

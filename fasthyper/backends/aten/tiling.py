@@ -198,10 +198,15 @@ def accumulate_batches(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.baddbmm_(a.to(total.dtype), b.to(total.dtype))
 
 
+def _has_features_first(t: Tensor) -> bool:
+    """Return whether the last axis, the features of z, is the slowest in memory."""
+    return t.stride(-1) > max(t.stride()[:-1])
+
+
 def _matrix_like(out: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a new matrix (O·I, R) with features as the slowest axis if they are that of a block (O, I, R)."""
     O, I, R = out.shape
-    if out.stride(2) > max(out.stride()[:2]):
+    if _has_features_first(out):
         return torch.empty(R, O * I, dtype=dtype, device=out.device).T
     return torch.empty(O * I, R, dtype=dtype, device=out.device)
 
@@ -218,7 +223,7 @@ class Sum:
 
     def add(self, a: Tensor, b: Tensor) -> None:
         total, beta = self._total, 0 if self._empty else 1
-        if total.stride(0) == 1 < total.stride(1) and total.dtype != a.dtype and not total.is_cuda:
+        if _has_features_first(total) and total.dtype != a.dtype and not total.is_cuda:
             # few features, the slowest axis: the product is bound by reading, and is in float32 while it is in cache
             for some in blocks(len(a), ROUNDED // max(1, a.shape[1])):
                 total[some].addmm_(a[some].to(total.dtype), b.to(total.dtype), beta=beta)
