@@ -6,6 +6,8 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
+from fasthyper.ops import register
+
 
 def is_proxy(value: Any) -> bool:
     """Return whether a value is recorded by ``torch.fx``: it is no tensor, but stands for one."""
@@ -59,13 +61,16 @@ def call_of(layer: nn.Module, tracer: Any, args: tuple[Any, ...], kwargs: dict[s
     """Record the call of the forward that the package has for a layer.
 
     A node that calls the module runs its hooks, too, and the forward of its own that a subclass may have. Of a module
-    inside of the traced one, fx records these already: the node must leave them out.
+    inside of the traced one, fx records these already: the node must leave them out. Where fx traces the layer itself,
+    it records no hooks: the node runs those of the layer. Hooks of all modules run for the graph, which is a module.
     """
-    own = getattr(layer.forward, "__code__", None) is not _forward(layer).__code__
     is_root = tracer.root is layer
     path = "_traced_layer" if is_root else tracer.path_of_module(layer)
-    has_hooks = not is_root and (layer._forward_hooks or layer._forward_pre_hooks)
-    if not (own or has_hooks):
+    leaves_out_forward = getattr(layer.forward, "__code__", None) is not _forward(layer).__code__
+    leaves_out_hooks = register.has_global_hooks() or (
+        not is_root and (layer._forward_hooks or layer._forward_pre_hooks)
+    )
+    if not (leaves_out_forward or leaves_out_hooks):
         return tracer.create_proxy("call_module", path, args, kwargs)
     module = tracer.create_proxy("get_attr", path, (), {})
     return tracer.create_proxy("call_function", forward_of, (module, *args), kwargs)

@@ -107,6 +107,12 @@ def current_node() -> Any:
     return _current_autograd_node()
 
 
+def has_global_hooks() -> bool:
+    """Return whether torch calls hooks for every module, which `register_module_forward_hook` and its like add."""
+    has_any: Any = getattr(torch.nn.modules.module, "_has_any_global_hook", lambda: False)
+    return bool(has_any())
+
+
 def define(
     name: str,
     arguments: type,

@@ -152,6 +152,25 @@ def test_hooks_run_once(layer):
         assert_same(torch.fx.symbolic_trace(model), model, inputs)
 
 
+@pytest.mark.parametrize("kind", ["forward", "forward_pre"])
+def test_hooks_of_all_modules_run_once(layer, kind):
+    model, inputs = layer
+    if isinstance(model, Hypernetwork):
+        pytest.skip("its modules are nodes, and fx knows no hooks of what it traces")
+    factor = 1 if isinstance(model, HyperEmbedding) and kind == "forward_pre" else 3  # three times an id may be none
+    hook = {
+        "forward": lambda module, args, y: 3 * y,
+        "forward_pre": lambda module, args: (factor * args[0], *args[1:]),
+    }[kind]
+    add = getattr(nn.modules.module, f"register_module_{kind}_hook")
+    around, args = inside(model, inputs()), inputs()
+    with add(lambda module, *rest: hook(module, *rest) if module is model else None):
+        traced = torch.fx.symbolic_trace(around)
+        torch.testing.assert_close(traced(*args), around(*args))
+    with add(hook):
+        torch.testing.assert_close(torch.fx.symbolic_trace(model)(*args), model(*args))
+
+
 def test_a_subclass_with_a_forward_of_its_own(layer):
     model, inputs = layer
     forward = type(model).forward
