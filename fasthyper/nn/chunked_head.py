@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fasthyper.incidence import Incidence
 from fasthyper.nn.generated import PARAMETERS, SharedHead
-from fasthyper.nn.heads import Place, check_new_head, load_as_chunks, name_of
+from fasthyper.nn.heads import Place, check_new_head, load_as_chunks, name_of, refuse_deletion
 from fasthyper.nn.linear import HyperLinear
 from fasthyper.nn.plain_linear import why_not_plain
 
@@ -40,10 +40,7 @@ class ChunkedHead(SharedHead):
             self.chunks = None
             self.in_features, self.out_features = head.in_features, chunks * head.out_features
             return
-        if isinstance(chunks, nn.Embedding):
-            problem = "its max_norm would have no effect" if chunks.max_norm else why_not_plain(chunks, nn.Embedding)
-            if problem:
-                raise TypeError(f"chunks cannot be converted: {problem}")
+        _check_options(chunks, "chunks")
         embeddings = chunks.weight if isinstance(chunks, nn.Embedding) else chunks
         if not isinstance(embeddings, Tensor) or embeddings.dim() != 2 or embeddings.shape[1] > head.in_features:
             got = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(chunks).__name__
@@ -51,6 +48,7 @@ class ChunkedHead(SharedHead):
                 "chunks must be a number, an nn.Embedding or a tensor (C, E) with at most the "
                 f"{head.in_features} in_features of the head, got {got}"
             )
+        _check_kind(embeddings, head.weight, "chunks")
         if isinstance(chunks, (nn.Module, nn.Parameter)):
             self.chunks = chunks
         else:
@@ -64,17 +62,38 @@ class ChunkedHead(SharedHead):
                 check_new_head(self, value, tuple(self.weight.shape), self.weight.dtype)
             if name == "chunks":
                 self._check_new_chunks(value)
+                if isinstance(value, nn.Module):  # torch puts a parameter in the place of a module, but not the reverse
+                    self._parameters.pop("chunks", None)
         super().__setattr__(name, value)
 
+    def __delattr__(self, name: str) -> None:
+        if name == "head":
+            refuse_deletion(self)
+        super().__delattr__(name)
+
     def _check_new_chunks(self, chunks: Any) -> None:
-        old, new = self.embeddings, chunks.weight if isinstance(chunks, nn.Embedding) else chunks
-        if old is None or not isinstance(new, Tensor):
-            expected = "None" if old is None else f"an nn.Embedding or a tensor {tuple(old.shape)}"
-            raise TypeError(f"chunks of {name_of(self)} must be {expected}, got {type(chunks).__name__}")
-        if new.shape != old.shape:
-            raise ValueError(f"chunks of {name_of(self)} must have shape {tuple(old.shape)}, got {tuple(new.shape)}")
-        if new.dtype != old.dtype:
-            raise TypeError(f"chunks of {name_of(self)} must be {old.dtype}, got {tuple(new.shape)} of {new.dtype}")
+        weight, new = self.weight, chunks.weight if isinstance(chunks, nn.Embedding) else chunks
+        name, shape = f"chunks of {name_of(self)}", self._shape_of_chunks()
+        if shape is None:
+            if chunks is not None:
+                raise TypeError(f"{name} must be None, got {type(chunks).__name__}")
+            return
+        if not isinstance(new, Tensor):
+            raise TypeError(f"{name} must be an nn.Embedding or a tensor {shape}, got {type(chunks).__name__}")
+        _check_options(chunks, name)
+        if tuple(new.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(new.shape)}")
+        is_trained = "chunks" in self._parameters or "chunks" in self._modules
+        if is_trained and not isinstance(chunks, (nn.Module, nn.Parameter)):
+            raise TypeError(f"{name} must be an nn.Embedding or an nn.Parameter {shape}, got {type(chunks).__name__}")
+        _check_kind(new, weight, name)
+
+    def _shape_of_chunks(self) -> tuple[int, int] | None:
+        """Return the shape of the embeddings, also while there are none; None where each chunk has a z of its own."""
+        rows, features = self.weight.shape
+        if features == self.in_features and getattr(self, "chunks", None) is None:
+            return None
+        return self.out_features // rows, features - self.in_features
 
     @property
     def weight(self) -> Tensor:
@@ -121,6 +140,26 @@ class ChunkedHead(SharedHead):
         else:
             base = F.linear(embeddings[span], self.weight[:, self.in_features :], self.bias)
         return place.view(base.flatten()[place.start - span.start * size :][: place.count])
+
+
+def _check_options(chunks: Any, name: str) -> None:
+    """Check that an nn.Embedding is its weight and no more."""
+    if not isinstance(chunks, nn.Embedding):
+        return
+    for option in ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse"):
+        if getattr(chunks, option) is not None and getattr(chunks, option) is not False:
+            raise TypeError(f"{name} cannot be converted: its {option} would have no effect")
+    if problem := why_not_plain(chunks, nn.Embedding):
+        raise TypeError(f"{name} cannot be converted: {problem}")
+
+
+def _check_kind(embeddings: Tensor, weight: Tensor, name: str) -> None:
+    """Check that embeddings have the dtype and the device of the weight of their head."""
+    got = f"got {tuple(embeddings.shape)}"
+    if embeddings.dtype != weight.dtype:
+        raise TypeError(f"{name} must have the dtype of the head, {weight.dtype}, {got} of {embeddings.dtype}")
+    if embeddings.device != weight.device:
+        raise ValueError(f"{name} must be on the device of the head, {weight.device}, {got} on {embeddings.device}")
 
 
 class ChunkedLinear(HyperLinear):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fasthyper.incidence import Incidence
 from fasthyper.nn import reads
 from fasthyper.nn.current_z import current_z
-from fasthyper.nn.heads import Place, check_new_head, check_shapes, load_as_head, tensors_of
+from fasthyper.nn.heads import Place, check_new_head, check_shapes, load_as_head, refuse_deletion, tensors_of
 from fasthyper.nn.merge import one_z
 from fasthyper.nn.tracing import OneNode
 from fasthyper.ops import autocast, shapes
@@ -70,6 +70,11 @@ class GeneratedLayer(OneNode):
         if name == "head" and "places" in self.__dict__ and "_is_replica" not in self.__dict__:
             self._check_new_head(value)
         super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name == "head" and "places" in self.__dict__:
+            refuse_deletion(self)
+        super().__delattr__(name)
 
     def _check_new_head(self, head: Any) -> None:
         check_new_head(self, head, self._shape_of_head(), self.head.weight.dtype)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,15 @@ def check_new_head(owner: Any, new: object, expected: tuple[int, ...], dtype: to
             f"head of {name_of(owner)} must have a weight {expected} of {dtype}, got {new.weight.dtype}: "
             "convert the new head, or before that the layer"
         )
+
+
+def refuse_deletion(owner: Any) -> NoReturn:
+    """Raise: without its head, an owner does not know which head may take its place.
+
+    Raises:
+        AttributeError: always.
+    """
+    raise AttributeError(f"head of {name_of(owner)} cannot be deleted: assign another head instead")
 
 
 def check_shapes(owner: Any, head: Any, expected: tuple[int, ...]) -> None:
@@ -178,9 +187,14 @@ def load_as_head(head: nn.Linear, places: Mapping[str, Place], state: Any, prefi
 def load_as_chunks(module: Any, state: Any, prefix: str) -> None:
     """Change a state dict, in place, so that a chunked head loads from it.
 
-    It may hold the head as the entries `head.…`, or as those of the head alone. Where it holds nothing for the head or
-    for the embeddings, these load from the entries of another module that has them, too.
+    It may hold the head as the entries `head.…`, or as those of the head alone, and the embeddings as those of a tensor
+    or of an nn.Embedding. Where it holds nothing for the head or for the embeddings, these load from the entries of
+    another module that has them, too.
     """
+    names = [f"{prefix}chunks", f"{prefix}chunks.weight"]
+    mine, other = reversed(names) if isinstance(module.chunks, nn.Module) else names
+    if module.chunks is not None and other in state and mine not in state:
+        state[mine] = state.pop(other)
     for name in ("weight", "bias"):
         if prefix + name in state:
             state[f"{prefix}head.{name}"] = state.pop(prefix + name)
@@ -199,7 +213,8 @@ def _loaded_elsewhere(owned: nn.Module | Tensor) -> dict[str, Tensor]:
     """Return the entries that the running `load_state_dict` has for a head, or for a tensor, under other names.
 
     torch passes a module the entries of its own name alone. Without those of the others, a missing head could not be
-    told from one that another module loads. The entry of a tensor has the name "".
+    told from one that another module loads. The entry of a tensor has the name "". Embeddings may be a tensor in the
+    checkpoint and a module here, or the reverse.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not nn.Module.load_state_dict.__code__:
@@ -209,10 +224,13 @@ def _loaded_elsewhere(owned: nn.Module | Tensor) -> dict[str, Tensor]:
     root, state = frame.f_locals["self"], frame.f_locals["state_dict"]
     if isinstance(owned, Tensor):
         tensors = [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
-        return next(({"": state[name]} for name, t in tensors if t is owned and name in state), {})
+        keys = (key for name, t in tensors if t is owned for key in (name, f"{name}.weight"))
+        return next(({"": state[key]} for key in keys if key in state), {})
     for name, module in root.named_modules(remove_duplicate=False):
         if module is owned:
             found = {key: state[f"{name}.{key}"] for key in owned._parameters if f"{name}.{key}" in state}
+            if isinstance(owned, nn.Embedding) and name in state:
+                found["weight"] = state[name]
             if found:
                 return found
     return {}

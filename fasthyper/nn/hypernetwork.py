@@ -287,9 +287,11 @@ class Hypernetwork(ShowsArguments):
 
         Raises:
             TypeError: ``head`` is not a plain :class:`torch.nn.Linear`, see :meth:`HyperLinear.from_head
-                <fasthyper.nn.HyperLinear.from_head>`, or ``chunks`` not a plain :class:`torch.nn.Embedding`.
+                <fasthyper.nn.HyperLinear.from_head>`, or ``chunks`` not a plain :class:`torch.nn.Embedding`,
+                without options such as ``padding_idx``, or they have another dtype than the head.
             ValueError: the head does not compute P numbers, ``order`` does not name each parameter once, ``layout`` is
-                unknown, or missing where both would fit, or a parameter of the primary cannot be generated.
+                unknown, or missing where both would fit, a parameter of the primary cannot be generated, or the chunks
+                are on another device than the head.
 
         Example:
             >>> import torch

@@ -306,7 +306,9 @@ def test_chunks_refusals():
         Hypernetwork.from_flat_head(head, primary, layout="oi", chunks=torch.randn(6))
     with_norm = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)).double()
     with pytest.raises(ValueError, match=r"Linears alone, not '1.weight' of a HyperAffine"):
-        Hypernetwork.from_flat_head(*chunked(with_norm, 6)[:1], with_norm, layout="oi", chunks=torch.randn(3, 3))
+        Hypernetwork.from_flat_head(
+            *chunked(with_norm, 6)[:1], with_norm, layout="oi", chunks=torch.randn(3, 3).double()
+        )
     model = Hypernetwork.from_flat_head(head, primary, layout="oi", chunks=chunks)
     with pytest.raises(ValueError, match="load the checkpoint into the head"):
         model.load_flat_head(model.to_flat_head().state_dict())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fasthyper.nn import Hypernetwork, hyperize, parameter_report, ungenerated, what_is_generated
+from fasthyper.nn import HyperLinear, Hypernetwork, hyperize, parameter_report, ungenerated, what_is_generated
 
 R, E, C, K, B = 5, 3, 6, 10, 4
 
@@ -196,11 +196,52 @@ def test_what_the_rest_of_the_package_sees(net):
     torch.testing.assert_close(torch.func.functional_call(net, state, (x, z)), half(x, z))
 
 
-def test_refusals():
-    head, primary = nn.Linear(R + E, K), nn.Sequential(nn.Linear(3, 4))
-    for chunks in (nn.Embedding(2, E, max_norm=1.0), type("Own", (nn.Embedding,), {"forward": lambda s: s})(2, E)):
-        with pytest.raises(TypeError, match="chunks cannot be converted"):
-            Hypernetwork.from_flat_head(head, primary, layout="oi", chunks=chunks)
+CHECKPOINTS = [("embedding", "parameter"), ("embedding", "tensor"), ("parameter", "embedding"), ("tensor", "embedding")]
+
+
+@pytest.mark.parametrize(("saved", "loaded"), CHECKPOINTS)
+@pytest.mark.parametrize("assign", [False, True])
+def test_embeddings_load_from_tensors_and_tensors_from_embeddings(saved, loaded, assign):
+    net, other = (Net(kind).model for kind in (saved, loaded))
+    state = net.state_dict()
+    one_name = {name: t for name, t in state.items() if "primary.0" in name}
+    for entries in (state, one_name) if not assign or loaded == "embedding" else (state,):
+        changed = emptied(other)
+        changed.load_state_dict(entries, assign=assign)
+        for layer in changed.primary[::2]:
+            torch.testing.assert_close(layer.head.embeddings, net.primary[0].head.embeddings)
+    both = {**state, **{name.removesuffix(".weight"): t for name, t in state.items()}}
+    if saved == "embedding":
+        with pytest.raises(RuntimeError, match=r"primary\.0\.head\.chunks"):
+            other.load_state_dict(both)
+
+
+class Own(nn.Embedding):
+    def forward(self, indices):
+        return indices
+
+
+REFUSED = {
+    "max_norm": (lambda: nn.Embedding(C, E, max_norm=1.0), TypeError, "cannot be converted: its max_norm"),
+    "padding_idx": (lambda: nn.Embedding(C, E, padding_idx=0), TypeError, "cannot be converted: its padding_idx"),
+    "sparse": (lambda: nn.Embedding(C, E, sparse=True), TypeError, "cannot be converted: its sparse"),
+    "frequency": (lambda: nn.Embedding(C, E, scale_grad_by_freq=True), TypeError, "be converted: its scale_grad_by_fr"),
+    "forward": (lambda: Own(C, E), TypeError, "cannot be converted: it is a Own with a forward"),
+    "dtype": (lambda: nn.Embedding(C, E).double(), TypeError, r"float32, got \(6, 3\) of torch.float64"),
+    "dtype of a parameter": (lambda: nn.Parameter(torch.randn(C, E).bfloat16()), TypeError, "of torch.bfloat16"),
+    "device": (lambda: nn.Embedding(C, E, device="meta"), ValueError, r"of the head, cpu, got \(6, 3\) on meta"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_are_no_plain_embeddings_is_refused(case):
+    make, error, message = REFUSED[case]
+    with pytest.raises(error, match=f"^chunks .*{message}"):
+        Hypernetwork.from_flat_head(nn.Linear(R + E, K), nn.Linear(3, 4), layout="oi", chunks=make())
+    for kind in ("embedding", "parameter", "tensor"):
+        head = Net(kind).model.primary[0].head
+        with pytest.raises(error, match=f"^chunks of the ChunkedHead .*{message}"):
+            head.chunks = make()
 
 
 WRONG = {
@@ -212,11 +253,6 @@ WRONG = {
     "features": (lambda head: ("head", nn.Linear(R, K)), ValueError, r"must have a weight \(10, 8\), got \(10, 5\)"),
     "module": (lambda head: ("head", nn.Sequential()), TypeError, r"an nn.Linear .* \(10, 8\), got Sequential"),
     "embeddings": (lambda head: ("chunks", nn.Embedding(C, E + 1)), ValueError, r"shape \(6, 3\), got \(6, 4\)"),
-    "dtype": (
-        lambda head: ("chunks", nn.Embedding(C, E).double()),
-        TypeError,
-        r"float32, got \(6, 3\) of torch.float64",
-    ),
     "no embeddings": (lambda head: ("chunks", None), TypeError, r"a tensor \(6, 3\), got NoneType"),
 }
 
@@ -230,6 +266,64 @@ def test_wrong_parts_are_refused(case):
         setattr(shared, *make(shared))
     shared.head, shared.chunks = net.head, net.chunks = nn.Linear(R + E, K), nn.Embedding(C, E)
     assert_tied(net)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "parameter", "tensor"])
+@pytest.mark.parametrize("new", ["embedding", "parameter", "tensor"])
+def test_chunks_of_another_kind(kind, new):
+    net = Net(kind)
+    shared = net.model.primary[0].head
+    made = {
+        "embedding": lambda: nn.Embedding(C, E),
+        "parameter": lambda: nn.Parameter(torch.randn(C, E)),
+        "tensor": lambda: torch.randn(C, E),
+    }[new]()
+    if new == "tensor" and kind != "tensor":  # which would not be trained
+        with pytest.raises(TypeError, match=r"must be an nn\.Embedding or an nn\.Parameter \(6, 3\), got Tensor"):
+            shared.chunks = made
+        return
+    shared.chunks = made
+    assert shared.chunks is made
+    names = [name for name, _ in (*shared.named_parameters(), *shared.named_buffers()) if "chunks" in name]
+    assert names == ["chunks.weight" if new == "embedding" else "chunks"]
+    net.chunks = None
+    x, z = inputs(net)
+    plain = by_hand(type("Plain", (), {"head": net.head, "chunks": shared.embeddings, "model": net.model}), x, z)
+    torch.testing.assert_close(net(x, z), plain)
+
+
+def test_no_chunks():
+    net = Net("number")
+    shared = net.model.primary[0].head
+    shared.chunks = None
+    del shared.chunks
+    shared.chunks = None
+    with pytest.raises(TypeError, match="must be None, got Embedding"):
+        shared.chunks = nn.Embedding(C, E)
+    assert_tied(net)
+
+
+def test_deleted_chunks_are_put_back():
+    net = Net("embedding")
+    shared = net.model.primary[0].head
+    del shared.chunks
+    with pytest.raises(ValueError, match=r"must have shape \(6, 3\), got \(6, 4\)"):
+        shared.chunks = nn.Embedding(C, E + 1)
+    shared.chunks = net.chunks
+    assert_tied(net)
+
+
+def test_a_head_is_not_deleted():
+    for owner in (
+        (net := Net("embedding").model.primary[0]),
+        net.head,
+        HyperLinear.from_head(nn.Linear(R, 12), 4, 3, "oi"),
+    ):
+        with pytest.raises(AttributeError, match=f"head of the {type(owner).__name__} with .*: assign another head"):
+            del owner.head
+    layer = HyperLinear(4, 3, R)
+    layer.head = nn.Identity()  # it has no part in what the layer computes
+    del layer.head
 
 
 def test_a_wrong_chunked_head_is_refused():
