@@ -15,7 +15,8 @@ from fasthyper.nn.hyper_convolution import HyperConvolution
 from fasthyper.nn.hyper_embedding import HyperEmbedding
 from fasthyper.nn.linear import HyperLinear
 from fasthyper.nn.plain_linear import why_not_plain
-from fasthyper.nn.reads import Readers, Replaced
+from fasthyper.nn.readers import Readers
+from fasthyper.nn.reads import Replaced
 
 
 @dataclass(frozen=True)

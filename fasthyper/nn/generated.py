@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fasthyper.incidence import Incidence
 from fasthyper.nn import reads
+from fasthyper.nn.calling_code import is_called_by
 from fasthyper.nn.current_z import current_z
 from fasthyper.nn.heads import Place, check_new_head, check_shapes, load_as_head, refuse_deletion, tensors_of
 from fasthyper.nn.merge import one_z
@@ -57,7 +58,7 @@ class GeneratedLayer(OneNode):
     def __getattr__(self, name: str) -> Any:
         if name in PARAMETERS:
             replaced = self._replaced
-            if replaced is not None and name in replaced.shapes and reads.from_outside(replaced.readers):
+            if replaced is not None and name in replaced.shapes and is_called_by(replaced.readers):
                 return reads.stand_in(self, name)
             if "places" in self.__dict__:
                 return self._taken(name)

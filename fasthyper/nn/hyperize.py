@@ -13,7 +13,7 @@ from fasthyper.nn.conversions import FAMILIES, Options, convert, rule_of, why_no
 from fasthyper.nn.generated import GeneratedLayer, generating_parameters
 from fasthyper.nn.low_rank import check_rank
 from fasthyper.nn.plain_linear import NEVER_CALLED
-from fasthyper.nn.reads import mark_readers
+from fasthyper.nn.readers import mark_readers
 
 Types = type[nn.Module] | str | Iterable[type[nn.Module] | str]
 Replace = Mapping[type[nn.Module], Callable[[Any, int], nn.Module | None]]
@@ -68,9 +68,10 @@ def hyperize(
 
     The weight of a generated layer is the head, (O, I, R). Code of the module that reads it in the place of the
     ordinary weight, such as ``F.linear(x, self.fc.weight)`` or a norm of it, raises a RuntimeError that names the
-    layer: in the forward or another method, in a property, in a function inside of these, in what they call, and in the
-    methods of other objects that the module holds. Its shape, dtype and device are those of the ordinary weight.
-    Compiled code raises while z is delivered; outside of that it gets the head, as a script does.
+    layer: in the forward or another method, in a property, in a function inside of these or put on the class or the
+    module, in what these call, and in the methods of other objects that the module holds, also in containers. So does
+    code that sets an attribute of the weight. Its shape, dtype and device are those of the ordinary weight. What such
+    code runs in another thread gets the head, as a script does, and so does compiled code while no z is delivered.
 
     Args:
         module: any module; it is not changed.

@@ -1,16 +1,19 @@
-"""Which code is that of a hyperized module: whatever stands in its classes, and whatever this calls."""
+"""Which code is that of a hyperized module: what it and its classes have, and whatever this calls in its thread."""
 
+import collections
+import concurrent.futures
 import copy
 import functools
 import operator
 import pickle
 import sys
+import types
 
 import pytest
 import torch
 from torch import nn
 
-from fasthyper.nn import Hypernetwork, hyperize, reads
+from fasthyper.nn import Hypernetwork, calling_code, hyperize, readers
 
 R, B = 5, 4
 
@@ -217,6 +220,133 @@ def test_the_error_names_the_reader(way):
         READS[way](hyperize(Sub(), R, "fc"))
 
 
+def penalty(net):
+    return net.fc.weight.norm()
+
+
+def lasso(fc):
+    return fc.weight.abs().sum()
+
+
+def put(name, value):
+    """Put an attribute on a class of networks."""
+    return type("Named", (Net,), {name: value, "__qualname__": "Other"})()
+
+
+head_of = (lambda: lambda net: net.fc.weight)()
+
+
+class Deep(Penalty):
+    """What no other network holds."""
+
+
+class Installs:
+    factor = 2
+
+    def function(self):
+        return lambda net: self.factor * net.fc.weight.norm()
+
+
+class Bag(dict):
+    def value(self):
+        return self["layer"].weight.norm()
+
+
+def holding(make):
+    net = Net()
+    net.held = make(net)
+    return net
+
+
+# A network, and a read of it.
+PUT = {
+    "function": lambda: (put("norm", penalty), lambda net: net.norm()),
+    "lambda": lambda: (put("norm", lambda net: net.fc.weight.norm()), lambda net: net.norm()),
+    "property": lambda: (put("norm", property(penalty)), lambda net: net.norm),
+    "cached property": lambda: (put("cached", functools.cached_property(penalty)), lambda net: net.cached),
+    "static method": lambda: (put("lasso", staticmethod(lasso)), lambda net: net.lasso(net.fc)),
+    "static lambda": lambda: (put("lasso", staticmethod(lambda fc: fc.weight.sum())), lambda net: net.lasso(net.fc)),
+    "partial method": lambda: (put("norm", functools.partialmethod(penalty)), lambda net: net.norm()),
+    "closure of another object": lambda: (put("scaled", Installs().function()), lambda net: net.scaled()),
+    "wrapped": lambda: (put("norm", counted(penalty)), lambda net: net.norm()),
+    "without gradients": lambda: (put("norm", torch.no_grad()(penalty)), lambda net: net.norm()),
+    "method of an instance": lambda: (holding(lambda net: types.MethodType(penalty, net)), lambda net: net.held()),
+    "function of an instance": lambda: (holding(lambda net: lasso), lambda net: net.held(net.fc)),
+    "partial": lambda: (holding(lambda net: functools.partial(lasso, net.fc)), lambda net: net.held()),
+    "nested list": lambda: (holding(lambda net: {"a": [Deep(net.fc)]}), lambda net: net.held["a"][0].value()),
+    "nested partial": lambda: (holding(lambda net: [[functools.partial(lasso, net.fc)]]), lambda net: net.held[0][0]()),
+    "cycle": lambda: (holding(lambda net: in_a_cycle(Deep(net.fc))), lambda net: net.held[1][1].value()),
+    "deque": lambda: (holding(lambda net: collections.deque([Deep(net.fc)])), lambda net: net.held[0].value()),
+    "container": lambda: (holding(lambda net: Bag(layer=net.fc)), lambda net: net.held.value()),
+}
+
+
+def in_a_cycle(helper):
+    cycle = [helper]
+    cycle[:] = [cycle, (cycle, helper)]
+    return cycle
+
+
+@pytest.mark.parametrize("way", PUT)
+def test_what_was_put_on_a_class_or_an_instance_raises(way):
+    net, read = PUT[way]()
+    read(PUT[way]()[0])  # the code runs with an ordinary layer
+    for copied in (made := hyperize(net, R, "fc"), copy.deepcopy(made)):
+        with pytest.raises(RuntimeError, match=r"^(?!Other code).* reads the weight of the layer 'fc'"):
+            read(copied)
+        for other in (head_of, counted(head_of)):  # another lambda, and what has the wrapper of a method
+            assert other(copied).shape == (3, 3, R)
+
+
+class Mixin:
+    def norm_of(self, net):
+        return net.fc.weight.norm()
+
+    def later(self, net):
+        return lambda: net.fc.weight.norm() * (self is not None)
+
+    @classmethod
+    def of_class(cls, net):
+        return net.fc.weight.norm()
+
+
+class Mixed(Mixin, Net):
+    pass
+
+
+class Outside(Mixin):
+    """Code that shares a base class with the network, and knows the heads."""
+
+
+class Helper(Mixin):
+    pass
+
+
+MIXED = {
+    "method": lambda owner, net: owner.norm_of(net),
+    "closure": lambda owner, net: owner.later(net)(),
+    "class method": lambda owner, net: type(owner).of_class(net),
+}
+
+
+@pytest.mark.parametrize("way", MIXED)
+def test_a_base_class_is_that_of_its_owner(way):
+    net = Mixed()
+    net.helper = Helper()
+    net = hyperize(net, R, "fc")
+    nn.init.ones_(net.fc.weight)
+    assert MIXED[way](Outside(), net) == net.fc.weight.norm() != 0
+    for owner in (net, net.helper):
+        with pytest.raises(RuntimeError, match="reads the weight of the layer 'fc'"):
+            MIXED[way](owner, net)
+
+
+def test_threads_have_a_stack_of_their_own():
+    net = hyperize(Net(), R, "fc")
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        assert threads.submit(norm_of, net).result() == 0  # the head
+
+
 class Trainer:
     """Code that knows the heads."""
 
@@ -261,7 +391,7 @@ def test_the_package_reads_heads_for_readers():
 
 def test_names_of_code_in_python_3_10(monkeypatch):
     """There code has no qualified name, but the function that runs it has."""
-    monkeypatch.setattr(reads, "_qualified_name", reads._name_of_function)
+    monkeypatch.setattr(calling_code, "qualified_name", readers._name_of_function)
     for way in sorted(READS.keys() - {"generator expression"}):  # which leaves no function behind
         with pytest.raises(RuntimeError, match="reads the weight of the layer 'fc'"):
             READS[way](hyperize(Net(), R, "fc"))

@@ -113,6 +113,20 @@ def test_methods_that_are_called_outside_of_the_forward():
         net.other(torch.randn(B, 3))
 
 
+def test_an_attribute_that_would_be_lost_raises():
+    def mark(self, x):
+        self.fc.weight.is_special = True
+        return self.fc(x)
+
+    net = Reader(mark)
+    net(torch.randn(B, 3))
+    model = Hypernetwork(nn.Identity(), hyperize(net, R, "fc"))
+    with pytest.raises(RuntimeError, match=r"mark.* reads the weight of the layer 'fc' in __setattr__"):
+        model(torch.randn(B, 3), torch.randn(B, R))
+    model.primary.fc.weight.is_special = True  # the head has it
+    assert model.primary.fc.weight.is_special
+
+
 class OtherNames(nn.Module):
     def __init__(this):
         super().__init__()
