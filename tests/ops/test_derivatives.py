@@ -200,7 +200,7 @@ def test_every_registered_op_is_checked():
     elsewhere = {"primary", "primary_grads", "pairs", "pairs_grads"}  # test_primary_values.py, test_pairs.py
     elsewhere |= {"mapped_linear", "mapped_linear_grads"}  # test_mapped_transforms.py
     elsewhere |= {name for name in registered if "_terms" in name}  # test_terms.py
-    elsewhere |= {name for name in registered if "conv" in name}  # test_conv.py
+    elsewhere |= {name for name in registered if "conv" in name}  # test_conv_transforms.py
     elsewhere |= {"apply_groups", "weight_grad_groups"}  # test_adapters.py
     elsewhere |= {name for name in registered if name.endswith("_models")}  # test_models.py
     assert registered == {case.split()[0] for case in OPCHECKS} | elsewhere
