@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from fasthyper import Incidence, hyper_linear, planner
+from fasthyper import Incidence, hyper_linear, planner, use_backend
 from fasthyper.backends import cpu
 from fasthyper.backends.aten import bucketed
 from fasthyper.measure import peak_temporary_bytes
@@ -148,17 +148,104 @@ def test_what_does_not_fit_runs_in_the_kernels(ran, monkeypatch):
     assert not ran
 
 
-def test_temporary_memory_does_not_grow(monkeypatch):
+@pytest.fixture
+def made(monkeypatch):
+    """Choose batched products of bfloat16; return the keys and values of what is computed from indices."""
+    found, kept = [], bucketed.kept
+
+    def recorded(index, key, of, make):
+        def record():
+            found.append((key, make()))
+            return found[-1][1]
+
+        return kept(index, key, of, record)
+
     monkeypatch.setattr("fasthyper.processor.kernels_multiply", lambda dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(bucketed, "kept", recorded)
     planner.forget()
+    with use_backend("auto", "generate"):
+        yield found
+    planner.forget()
+
+
+def relations(terms: int, indices: str = "st", cond: torch.Tensor | None = None, conds: int = 40) -> Incidence:
+    source, target = (torch.randint(0, 2_000, (terms,)) if name in indices else None for name in "st")
+    cond = torch.randint(0, conds, (terms,)) if cond is None else cond
+    sources, targets = (2_000 if name in indices else None for name in "st")
+    return Incidence(source, cond, target, num_sources=sources, num_conds=conds, num_targets=targets)
+
+
+def operands(O: int, rows: int = 2_000):
+    return [torch.randn(s).bfloat16() for s in ((rows, 64), (40, 8), (O, 64, 8))]
+
+
+def test_temporary_memory_does_not_grow(made):
     found = []
     for count in (20_000, 40_000):
-        index = lambda rows, count=count: torch.randint(0, rows, (count,))
-        incidence = Incidence(index(2_000), index(40), index(2_000), num_sources=2_000, num_conds=40, num_targets=2_000)
-        leaves = [torch.randn(s).bfloat16().requires_grad_() for s in ((2_000, 64), (40, 8), (64, 64, 8))]
-        g = torch.randn(2_000, 64).bfloat16()
+        incidence = relations(count)
+        leaves, g = [t.requires_grad_() for t in operands(64)], torch.randn(2_000, 64).bfloat16()
         everything(leaves, incidence, g)  # finds the order of the terms
+        assert made
+        made.clear()
         found.append(peak_temporary_bytes(lambda leaves=leaves, i=incidence, g=g: everything(leaves, i, g), "cpu"))
+        assert not made
     assert found[1] - found[0] < 1 << 20
     assert found[1] <= planner.get_workspace_limit()
-    planner.forget()
+
+
+def test_layers_of_all_sizes_share_what_is_kept(made):
+    incidence = relations(10_000)
+    hyper_linear(*operands(64), incidence=incidence)
+    first = [key for key, _ in made]
+    assert first
+    for O in (48, 64, 96):
+        hyper_linear(*operands(O), incidence=incidence)
+    assert [key for key, _ in made] == first
+
+
+def bytes_in(kept) -> int:
+    """Return the bytes of all tensors in lists and tuples."""
+    if isinstance(kept, torch.Tensor):
+        return kept.untyped_storage().nbytes()
+    return sum(map(bytes_in, kept)) if isinstance(kept, list | tuple) else 0
+
+
+@pytest.mark.parametrize("indices", ["", "s", "t", "st"])
+@pytest.mark.parametrize(("terms", "conds"), [(100_000, 40), (10_000, 100)])
+def test_what_is_kept_takes_little_more_than_the_order_of_terms(terms, conds, indices, made):
+    """Also with very different numbers of terms."""
+    incidence = relations(terms, indices, (torch.rand(terms) ** 3 * conds).long(), conds)
+    x, _, weight = operands(64, 2_000 if "s" in indices else terms)
+    hyper_linear(x, torch.randn(conds, 8).bfloat16(), weight, incidence=incidence)
+    assert made
+    assert sum(bytes_in(value) for _, value in made) <= 1.2 * 8 * terms
+
+
+def test_rows_of_a_product_are_a_small_part_of_a_tile(made, monkeypatch):
+    """The slots of buckets do not depend on the width of a layer; what is cut from them does."""
+    tiles, slots, takes, piece = [], [], bucketed.takes, bucketed.Piece
+    monkeypatch.setattr(bucketed, "takes", lambda plan, *a: tiles.append(plan.tile) or takes(plan, *a))
+    monkeypatch.setattr(bucketed, "Piece", lambda *a: slots.append(len(a[1])) or piece(*a))
+    for O in (64, 512):
+        hyper_linear(*operands(O), incidence=relations(10_000))
+        assert 0 < O * max(slots) <= tiles[-1] // 4
+        slots.clear()
+
+
+def test_indices_of_one_call_take_no_more_memory_than_in_the_kernels(made, monkeypatch):
+    factors, incidence = operands(64), relations(400_000)
+    indices, ran = (incidence.source, incidence.cond, incidence.target), []
+
+    def call():
+        own = Incidence(*(t.clone() for t in indices), num_sources=2_000, num_conds=40, num_targets=2_000)
+        y = hyper_linear(*factors, incidence=own)
+        ran.append(bool(made))
+        made.clear()  # what it holds outlives the call
+        return y
+
+    found = peak_temporary_bytes(call, "cpu")
+    monkeypatch.setattr(bucketed, "takes", lambda *_: False)
+    usual = peak_temporary_bytes(call, "cpu")
+    assert ran == [True, False]
+    assert found <= planner.get_workspace_limit()
+    assert found <= usual + (1 << 20)
