@@ -248,7 +248,7 @@ def grads(
                 p.clear(left), p.clear(right)  # both, because infinity times zero is not a number
                 torch.bmm(left.mT, right, out=dW[p.conds])
         if dz is not None and dW is not None and head is not None:
-            of_z = torch.zeros(len(conds), R, dtype=tiling.sum_dtype)
+            of_z = z.new_zeros(len(conds), R, dtype=tiling.sum_dtype)
             head.contract(of_z, dW, one=True)
             dz[conds] = of_z.to(dz.dtype)
         if total is not None and dW is not None:
