@@ -191,8 +191,10 @@ class _Result:
 
     def __init__(self, like: Tensor, rows: int, features: int, shared: bool, tiling: Tiling, sum_terms: SumTerms):
         self._shared, self._sum_terms, self._dtype = shared, sum_terms, like.dtype
-        dtype = tiling.sum_dtype if shared else like.dtype
-        self._out = like.new_zeros(rows, features, dtype=dtype) if shared else like.new_empty(rows, features)
+        if shared:
+            self._out = like.new_zeros(rows, features, dtype=tiling.sum_dtype)
+        else:  # each row is written, by its only term
+            self._out = like.new_empty(rows, features)
 
     def add(self, messages: Tensor, p: Piece, rows: Tensor) -> None:
         """Add the messages (conditions, width, features) of the slots of a piece to these rows; may clear some."""
