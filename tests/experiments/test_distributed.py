@@ -67,11 +67,14 @@ def wait_for(condition, process=None):
         time.sleep(0.005)
 
 
+GONE = (FileNotFoundError, ProcessLookupError)  # also a process that ends between the opening of its file and the read
+
+
 def children(pid):
     """Return the child processes of a process, except the resource tracker of multiprocessing."""
     try:
         found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except FileNotFoundError:
+    except GONE:
         return []
     return [child for child in found if "resource_tracker" not in command_of(child)]
 
@@ -79,7 +82,7 @@ def children(pid):
 def command_of(pid):
     try:
         return Path(f"/proc/{pid}/cmdline").read_text()
-    except (FileNotFoundError, ProcessLookupError):
+    except GONE:
         return ""
 
 
@@ -88,7 +91,7 @@ def alive(pid):
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
+    except GONE:
         return False
 
 
