@@ -48,9 +48,12 @@ class Way(NamedTuple):
         tiling = tiling_of(plan)
         return tiling if self.dtype is None else Tiling(tiling.elements, self.dtype, self.dtype)
 
-    def tiling_of_kernels(self, tiling: Tiling, geo: Geometry) -> Tiling:
-        """Return the tiles of a gradient: smaller if torch computes dW, with padded copies, in tiles of a backend."""
-        copied = self.backend and self.products is conv_products and not geo.pointwise
+    def tiling_of_kernels(self, tiling: Tiling, geo: Geometry, alone: bool) -> Tiling:
+        """Return the tiles of a gradient: smaller if torch computes dW, with padded copies, in tiles of a backend.
+
+        `alone`: there is no gradient of H, whose own tiles would be smaller.
+        """
+        copied = alone and self.backend and self.products is conv_products and not geo.pointwise
         return tiling._replace(elements=max(1, tiling.elements // 2)) if copied else tiling
 
 
@@ -116,4 +119,4 @@ def grads(
     call = x, z, weight, bias, base_weight, g, dx, dh, mask, geo, transposed
     if way.is_linear(geo, plan.schedule):
         return conv_fold.grads(*call, tiling, way.linear, plan.schedule)
-    return conv_generate.grads(*call, way.tiling_of_kernels(tiling, geo), way.products)
+    return conv_generate.grads(*call, way.tiling_of_kernels(tiling, geo, dh is None), way.products)
