@@ -1,11 +1,10 @@
 """`Hypernetwork.from_flat_head(…, chunks=…)`: head and embeddings stay one module, whatever is done to the model."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
+from changes import CHANGES
 from torch import nn
 
 from fasthyper.nn import HyperLinear, Hypernetwork, hyperize, parameter_report, ungenerated, what_is_generated
@@ -72,26 +71,6 @@ def assert_tied(net):
     x, z = inputs(net)
     torch.testing.assert_close(net(x, z), by_hand(net, x, z))
     assert len(list(net.parameters())) == 1 + (net.head.bias is not None) + (net.chunks is not None)
-
-
-def saved(net):
-    file = io.BytesIO()
-    torch.save(net, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-CHANGES = {
-    "nothing": lambda net: net,
-    "deepcopy": copy.deepcopy,
-    "double": lambda net: net.double(),
-    "to_empty": lambda net: net.to_empty(device="cpu"),
-    "meta": lambda net: net.to("meta").to_empty(device="cpu"),
-    "pickle": lambda net: pickle.loads(pickle.dumps(net)),
-    "save": saved,
-    "share_memory": lambda net: net.share_memory(),
-    "ema": lambda net: torch.optim.swa_utils.AveragedModel(net).module,
-}
 
 
 @pytest.mark.parametrize("change", CHANGES)

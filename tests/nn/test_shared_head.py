@@ -1,11 +1,10 @@
 """`HyperLinear.from_head`: the head stays one module, whatever is done to the model that has it."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
+from changes import CHANGES
 from torch import nn
 
 from fasthyper.nn import HyperLinear, Hypernetwork, hyperize, parameter_report, ungenerated, what_is_generated
@@ -49,27 +48,6 @@ def is_tied(net):
             p.copy_(torch.randn_like(p))
     torch.testing.assert_close(net.layer(x, z), by_hand(net, x, z))
     return len(list(net.parameters())) == len(list(net.head.parameters()))
-
-
-def saved(net):
-    file = io.BytesIO()
-    torch.save(net, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-CHANGES = {
-    "nothing": lambda net: net,
-    "deepcopy": copy.deepcopy,
-    "double": lambda net: net.double(),
-    "to": lambda net: net.to(torch.float64),
-    "to_empty": lambda net: net.to_empty(device="cpu"),
-    "meta": lambda net: net.to("meta").to_empty(device="cpu"),
-    "pickle": lambda net: pickle.loads(pickle.dumps(net)),
-    "save": saved,
-    "share_memory": lambda net: net.share_memory(),
-    "ema": lambda net: torch.optim.swa_utils.AveragedModel(net).module,
-}
 
 
 @pytest.mark.parametrize("change", CHANGES)
