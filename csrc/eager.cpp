@@ -1,14 +1,15 @@
-// Plain calls of fasthyper::hyper_linear on CPU tensors, without a step through Python. That step takes most of the
+// Plain calls of fasthyper::hyper_linear on a CPU or a GPU, without a step through Python. That step takes most of the
 // time of a small problem.
 //
 // A call is plain in eager reverse mode: no torch.func transform, no dual numbers, no gradient of a gradient, no forced
 // backend or schedule, and a problem that was planned before. All other calls continue to the kernels that
-// fasthyper/ops registers for every device and every autograd key, and that the kernels here shadow on the CPU.
+// fasthyper/ops registers for every device and every autograd key, and that the kernels here shadow.
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "eager/derivatives.h"
+#include "eager/on_gpu.h"
 #include "eager/plans.h"
 
 namespace fasthyper_eager {
@@ -42,10 +43,6 @@ Six hyper_linear_grads(
   return backward_op().redispatch(
       keys & c10::after_autograd_keyset, x, z, weight, bias, base_weight, g, mask, backend, schedule);
 }
-
-// The key of the kernels that fasthyper/ops registers for every device, which are shadowed here for the CPU. They check
-// the arguments, make a plan and store it here.
-const DispatchKeySet any_device(c10::DispatchKey::PrivateUse1);
 
 bool chosen_here(string_view backend, string_view schedule) {
   return (backend == "auto" || backend == "cpu") && schedule == "auto";
@@ -131,6 +128,16 @@ TORCH_LIBRARY_IMPL(fasthyper, AutogradCPU, m) {
   m.impl("hyper_linear_grads", hyper_linear_grads);
 }
 
+TORCH_LIBRARY_IMPL(fasthyper, AutogradCUDA, m) {
+  m.impl("hyper_linear", hyper_linear);
+  m.impl("hyper_linear_grads", hyper_linear_grads);
+}
+
+TORCH_LIBRARY_IMPL(fasthyper, CUDA, m) {
+  m.impl("hyper_linear", run_on_gpu);
+  m.impl("hyper_linear_grads", run_grads_on_gpu);
+}
+
 TORCH_LIBRARY_IMPL(fasthyper, CPU, m) {
   m.impl("hyper_linear", run);
   m.impl("hyper_linear_grads", run_grads);
@@ -142,7 +149,12 @@ TORCH_LIBRARY(fasthyper_eager, m) {
       " -> ()",
       remember);
   m.def("room(Tensor x, Tensor weight) -> int");
-  m.def("forget() -> ()", [] { plans.forget(); });
+  m.def(
+      "remember_on_gpu(Tensor x, int R, int O, int needs, bool forced, int workspace, bool emulated) -> ()",
+      [](const Tensor& x, int64_t R, int64_t O, int64_t needs, bool forced, int64_t workspace, bool emulated) {
+        plans_on_gpu.remember(problem_of(x, R, O, needs, forced), {workspace, emulated});
+      });
+  m.def("forget() -> ()", [] { plans.forget(), plans_on_gpu.forget(); });
   m.def("declare_axes(str[] names, str[] letters) -> ()", declare_axes);
   m.def("declare_reads(int[] reads) -> ()", declare_reads);
   m.def("cached_cast(Tensor t) -> Tensor", cached_cast);

@@ -15,7 +15,9 @@
 //     hopper_fold.h, hopper_dx_dz.h, hopper_weight_grad.h  kernels for sm_90a
 //     grads.h                                              dx_dz.h and weight_grad.h in one launch
 //     launchers.h, hopper_launchers.h                      functions that launch kernels, defined in the .cu files
-//     tensors.h                                            conversions from torch, for the operators in library.cu
+//     limits.h, division.h                                 what a device has; how a call is divided into blocks and
+//     splits tensors.h, arguments.h                               conversions from torch, for the operators in
+//     library.cu
 #pragma once
 
 #ifdef FASTHYPER_EMULATED

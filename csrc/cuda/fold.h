@@ -35,6 +35,11 @@ struct Fold {
   int steps_per_c, c_per_tile;
   uint32_t c_of_step, k_of_step;  // a byte each
 
+  // Compute the instances from `from` up to `to` alone.
+  void take_instances(int64_t from, int64_t to) {
+    u.data += from * u.instance_stride, v.data += from * v.instance_stride, out += from * N * P;
+    M = static_cast<int>(to - from) * N;
+  }
   void set_tile_layout() {
     steps_per_c = least(STEPS, cdiv(K, per_step<T>)), c_per_tile = STEPS / steps_per_c;
     for (int step = 0; step < STEPS; ++step) {

@@ -2,6 +2,7 @@
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -9,6 +10,7 @@
 #include <optional>
 
 #include "instructions.h"
+#include "limits.h"
 #include "numbers.h"
 #include "views.h"
 
@@ -40,30 +42,40 @@ RowView<T> row_view(const Tensor& t) {
 }
 
 template <class T>
+RowView<T> row_view(const OptionalTensor& t) {
+  return t ? row_view<T>(*t) : RowView<T>{};
+}
+
+template <class T>
 int copy_width(const RowView<T>& view) {
   return fasthyper::copy_width(view.data, view.stride, view.instance_stride, view.point_stride);
 }
 
 inline int64_t stride(const OptionalTensor& t, int axis) { return t ? t->stride(axis) : 0; }
 
-// Makes the device of a tensor the current one, and returns its current stream.
+// Makes a device the current one, and returns its current stream and its limits.
 class DeviceScope {
 #ifdef FASTHYPER_EMULATED
  public:
+  explicit DeviceScope(int64_t) {}
   explicit DeviceScope(const Tensor&) {}
   Stream stream() const { return {}; }
+  Limits limits(int64_t workspace) const { return limits_of(0, workspace); }
 #else
   const torch::stable::accelerator::DeviceGuard guard;
   const int32_t device;
 
  public:
-  explicit DeviceScope(const Tensor& t) : guard(t.get_device_index()), device(t.get_device_index()) {}
+  // The guard leaves a new thread without a context where its device is current already, and TMA descriptors need one.
+  explicit DeviceScope(int64_t index) : guard(int32_t(index)), device(int32_t(index)) { check(cudaSetDevice(device)); }
+  explicit DeviceScope(const Tensor& t) : DeviceScope(t.get_device_index()) {}
   Stream stream() const {
     void* stream = nullptr;
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "torch was built without CUDA");
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     return static_cast<Stream>(stream);
   }
+  Limits limits(int64_t workspace) const { return limits_of(device, workspace); }
 #endif
 };
 

@@ -38,6 +38,10 @@ inline DispatchKeySet shadowed(DispatchKeySet keys) {
   return (keys & c10::after_autograd_keyset) | DispatchKeySet(c10::DispatchKey::AutogradOther);
 }
 
+// The key of the kernels that fasthyper/ops registers for every device. They check the arguments, make a plan and store
+// it here.
+inline const DispatchKeySet any_device(c10::DispatchKey::PrivateUse1);
+
 inline bool recorded(const Tensor& t) { return t.defined() && t.requires_grad(); }
 
 inline bool recorded(const Maybe& t) { return t && recorded(*t); }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/full.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -34,7 +35,9 @@ struct Generate : torch::autograd::Function<Generate> {
       torch::autograd::AutogradContext* ctx, const Tensor& z, const Tensor& weight, const Maybe& base_weight) {
     ctx->set_materialize_grads(false);
     ctx->saved_data["given"] = 2 * weight.size(2) + base_weight.has_value();
-    return at::detail::empty_strided_cpu({z.size(0), weight.size(0), weight.size(1)}, {0, 0, 0}, z.options());
+    const std::array<int64_t, 3> sizes{z.size(0), weight.size(0), weight.size(1)}, strides{};
+    return z.is_cpu() ? at::detail::empty_strided_cpu(sizes, strides, z.options())
+                      : at::empty_strided(sizes, strides, z.options());
   }
 
   static torch::autograd::variable_list backward(

@@ -13,10 +13,10 @@ namespace fasthyper_eager {
 
 // A problem of the planner in Python. Its plans are stored here.
 struct Problem {
-  int64_t B, N, R, I, O, dtype, needs, threads;
-  bool shared_x;
+  int64_t B, N, R, I, O, dtype, needs, device, threads;  // device: its number, or -1 for the CPU
+  bool shared_x, forced;                                 // forced: whether the caller has named the backend
 
-  auto all() const { return std::tie(B, N, R, I, O, dtype, needs, threads, shared_x); }
+  auto all() const { return std::tie(B, N, R, I, O, dtype, needs, device, threads, shared_x, forced); }
   bool operator==(const Problem& other) const { return all() == other.all(); }
 };
 
@@ -32,6 +32,13 @@ struct Plan {
   bool native;
 };
 
+// On a GPU there are plans for the CUDA kernels alone, which have one schedule.
+struct PlanOnGpu {
+  int64_t workspace;
+  bool emulated;
+};
+
+template <class Plan>
 class Plans {
  public:
   std::optional<Plan> find(const Problem& problem) {
@@ -56,14 +63,16 @@ class Plans {
   std::unordered_map<Problem, Plan, Hash> plans_;
 };
 
-inline Plans plans;
+inline Plans<Plan> plans;
+inline Plans<PlanOnGpu> plans_on_gpu;
 
 constexpr int64_t FORWARD = 0;  // for `needs`; a backward has a bit for each gradient
 
-inline Problem problem_of(const Tensor& x, int64_t R, int64_t O, int64_t needs) {
+inline Problem problem_of(const Tensor& x, int64_t R, int64_t O, int64_t needs, bool forced = false) {
   const bool reads_x = needs != 1;  // not if dx alone is requested
   const bool shared = reads_x && x.size(0) > 1 && x.stride(0) == 0;
-  return {x.size(0), x.size(1), R, x.size(2), O, int64_t(x.scalar_type()), needs, at::get_num_threads(), shared};
+  const auto dtype = int64_t(x.scalar_type()), threads = int64_t(x.is_cpu() ? at::get_num_threads() : 0);
+  return {x.size(0), x.size(1), R, x.size(2), O, dtype, needs, x.get_device(), threads, shared, forced};
 }
 
 inline int64_t needs_of(const Mask& mask) { return mask[0] | mask[1] << 1 | mask[2] << 2; }
@@ -92,7 +101,7 @@ inline const Tensor* given(const Tensor& t) { return &t; }
 
 inline const Tensor* given(const Maybe& t) { return t ? &*t : nullptr; }
 
-// Whether the tensors have one dtype, are on the CPU, and have sizes that agree. Some may be absent.
+// Whether the tensors have one dtype, are on one device, and have sizes that agree. Some may be absent.
 template <class... Tensors>
 inline bool agree(const std::array<std::string, 6>& letters, const Tensor& x, const Tensors&... others) {
   if (!axes.declared || !x.defined()) return false;
@@ -103,7 +112,8 @@ inline bool agree(const std::array<std::string, 6>& letters, const Tensor& x, co
     const std::string& of = letters[argument++];
     if (t == nullptr) continue;
     if (!t->defined()) return false;  // None where a tensor is required: Python says so
-    if (t->scalar_type() != x.scalar_type() || !t->is_cpu() || t->dim() != int64_t(of.size())) return false;
+    if (t->scalar_type() != x.scalar_type() || t->device() != x.device() || t->dim() != int64_t(of.size()))
+      return false;
     const auto sizes = t->sizes();
     for (size_t k = 0; k < of.size(); ++k) {
       int64_t& known = size[of[k] - 'A'];

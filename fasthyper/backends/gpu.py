@@ -38,7 +38,6 @@ class Device(NamedTuple):
 
 # Few multiprocessors, so that sums of small problems are split, too.
 INTERPRETED = Device("Triton's interpreter", INTERPRETER, 4, 227 << 10)
-EMULATED = Device("the emulator of csrc/cuda", "sm_90", 4, 227 << 10)
 
 
 def device(t: Tensor, stand_in: Device) -> Device:

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import fasthyper
-from fasthyper import compiled
-from fasthyper.backends import cuda, gpu
-from fasthyper.backends.cuda import launch, library, primaries
+from fasthyper import compiled, planner
+from fasthyper.backends import cuda
+from fasthyper.backends.cuda import library, primaries
 
 ready = pytest.mark.skipif(cuda.unavailable() is not None, reason=f"CUDA kernels: {cuda.unavailable()}")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,27 +41,34 @@ def launches(monkeypatch):
                 seen.append((name, args))
                 return op(*args)
 
-            return op if name in ("constant", "generation", "grads_shared") else call
+            return call if name in ("apply", "grads", "primary", "primary_grads") else op
 
     recorded = Ops()
     monkeypatch.setattr(library, "ops", lambda: recorded)
     return seen
 
 
-def processors(monkeypatch, count):
-    """Give the device a number of multiprocessors, for which a problem is small or large."""
-    device = library.device
-    monkeypatch.setattr(library, "device", lambda t: device(t)._replace(processors=count))
+@pytest.fixture
+def force():
+    """Return a function that changes a number by which calls are divided, until the end of the test."""
+    before = {}
+
+    def change(**numbers):
+        for name, value in numbers.items():
+            before.setdefault(name, library.ops().force(name, value))
+            library.fits.cache_clear()
+            library.fits_primary.cache_clear()
+
+    yield change
+    change(**before)
 
 
 @pytest.fixture
-def constants(monkeypatch):
-    """Read constants from any library that can be loaded: no kernel runs."""
+def ops():
+    """Return the operators of any library that can be loaded: no kernel runs."""
     for name in ("cuda_emulated", "cuda"):
         if compiled.load(name) is None:
-            ops = getattr(torch.ops, f"fasthyper_{name}")
-            monkeypatch.setattr(library, "ops", lambda ops=ops: ops)
-            return
+            return getattr(torch.ops, f"fasthyper_{name}")
     pytest.skip(f"CUDA kernels: {compiled.load('cuda_emulated')}")
 
 
@@ -77,18 +84,17 @@ def constants(monkeypatch):
     ],
     ids=str,
 )
-def test_few_and_many_blocks(sizes, count, dtype, factors, oracle, monkeypatch):
-    processors(monkeypatch, count)
+def test_few_and_many_blocks(sizes, count, dtype, factors, oracle, force):
+    force(processors=count)
     args = factors(sizes, dtype, NAMES)
     oracle.check_linear(args, everything(*args))
 
 
 @ready
 @pytest.mark.parametrize("sizes", [(8500, 1, 3, 4, 2), (8500, 1, 3, 80, 2)], ids=str)
-def test_blocks_continue_with_further_rows(sizes, factors, oracle, monkeypatch):
+def test_blocks_continue_with_further_rows(sizes, factors, oracle, force):
     """The tiles of H stay in shared memory, or do not fit there."""
-    processors(monkeypatch, 1000)  # so that blocks have few rows, and not all run at once
-    monkeypatch.setattr(launch, "_LEAST_WORK", 1 << 30)
+    force(processors=1000, least_work=1 << 30)  # so that blocks have few rows, and not all run at once
     x, z, weight, *_ = factors(sizes, torch.bfloat16)
     oracle.check_op("apply", cuda.apply(x, z, weight, schedule="fold"), x, z, weight)
 
@@ -114,7 +120,7 @@ def test_one_call_is_one_launch_each_way(factors, launches):
     with fasthyper.use_backend("cuda"):
         y = fasthyper.hyper_linear(x[:, 0], z, weight, bias, base_weight=base_weight, base_bias=base_bias)
     torch.autograd.grad(y, tensors, args[-1][:, 0])
-    assert [name for name, _ in launches] == ["fold", "grads"]
+    assert [name for name, _ in launches] == ["apply", "grads"]
 
 
 @ready
@@ -150,12 +156,13 @@ def test_numbers_beside_a_factor_are_not_read(neighbour, factors, oracle):
 @ready
 def test_problems_that_do_not_fit_go_to_another_backend(factors, oracle, monkeypatch, launches):
     args = factors((30, 8, 20, 7, 9), torch.float32, NAMES)
-    monkeypatch.setattr(gpu, "partial_sums_limit", lambda: 1000)  # dz of several points has partial sums
-    oracle.check_linear(args, everything(*args))
-    assert [name for name, _ in launches] == ["fold"]
+    with monkeypatch.context() as patch:
+        patch.setattr(planner, "get_workspace_limit", lambda: 2000)  # dz of several points has partial sums
+        oracle.check_linear(args, everything(*args))
+    assert [name for name, _ in launches] == ["apply"]
     wide = factors((3, 1, 4, 5, 3000), torch.float32, NAMES)  # g of a block does not fit beside H
     oracle.check_linear(wide, everything(*wide))
-    assert [name for name, _ in launches] == ["fold", "fold"]
+    assert [name for name, _ in launches] == ["apply", "apply"]
 
 
 def test_auto_does_not_take_it(monkeypatch):
@@ -165,47 +172,46 @@ def test_auto_does_not_take_it(monkeypatch):
     assert fasthyper.backends.backend("cuda", torch.device("cuda")) is cuda
 
 
-def test_constants_are_those_of_the_library(constants):
-    """The library has each of them by name. No activation has the number 0, which stands for none."""
-    assert all(size > 0 for size in library.tile_sizes())
-    numbers = [library.ops().constant(name) for name in primaries.ACTIVATIONS]
+def test_activations_are_numbered(ops):
+    """None has the number 0, which stands for no activation."""
+    numbers = [ops.activation(name) for name in primaries.ACTIVATIONS]
     assert sorted(numbers) == list(range(1, len(numbers) + 1))
-    with pytest.raises(RuntimeError, match="no constant is called height"):
-        library.ops().constant("height")
+    with pytest.raises(RuntimeError, match="no activation is called height"):
+        ops.activation("height")
 
 
-def test_a_sum_is_split_where_blocks_are_few_and_has_work(constants):
-    room = 16 << 20
-    per_split, wide = launch.fold_launch(64, 784, 50, 10, 132, room)
-    assert (per_split < 784 // 16, wide) == (True, False)
-    assert launch.fold_launch(64, 784, 50, 10, 132, 0) == (784, False)
-    assert launch.fold_launch(64, 10, 10, 10, 132, room) == (10, False)  # too little work to share
-    assert launch.fold_launch(39168, 64, 128, 64, 132, room) == (64, True)
+def test_a_sum_is_split_where_blocks_are_few_and_has_work(ops):
+    assert ops.fold_splits(64, 784, 50, 10, 132, 32 << 20) > 16
+    assert ops.fold_splits(64, 784, 50, 10, 132, 0) == 1
+    assert ops.fold_splits(64, 10, 10, 10, 132, 32 << 20) == 1  # too little work to share
+    assert ops.fold_splits(39168, 64, 128, 64, 132, 32 << 20) == 1
 
 
-def test_the_last_wave_is_split_where_it_would_be_nearly_empty(constants):
-    rows = launch._whole_waves(39168, 64, 132)  # 153 tiles
-    assert rows == 132 * 256
-    assert launch._whole_waves(132 * 256, 64, 132) == 132 * 256
-    assert launch._whole_waves(100 * 256, 64, 132) == 100 * 256
-    assert launch._whole_waves(260 * 256, 64, 132) == 260 * 256  # nearly full
-    assert launch.fold_launch(39168 - rows, 64, 128, 64, 132, 16 << 20, True)[0] == 16
+def test_the_last_wave_is_split_where_it_would_be_nearly_empty(ops):
+    assert ops.whole_waves(39168, 64, 132) == 132 * 256  # of 153 tiles
+    assert ops.whole_waves(132 * 256, 64, 132) == 132 * 256
+    assert ops.whole_waves(100 * 256, 64, 132) == 100 * 256
+    assert ops.whole_waves(260 * 256, 64, 132) == 260 * 256  # nearly full
 
 
 @ready
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_the_kernels_for_hopper_compute_large_problems(dtype, factors, oracle, monkeypatch, launches):
+def test_the_kernels_for_hopper_compute_large_problems(dtype, factors, oracle, force):
     """The last wave has few blocks and is split."""
-    device = library.device(torch.empty(1, device="cuda" if torch.cuda.is_available() else "cpu"))
-    if not library.has_hopper_kernels(device):
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("this GPU is not of compute capability 9.0")
-    monkeypatch.setattr(launch, "_HOPPER_WORK", 1)
-    monkeypatch.setattr(launch, "_LEAST_WORK", 64)
-    args = factors((1100, 1, 24, 17, 16), dtype, NAMES)
-    processors(monkeypatch, 4)
+    force(hopper_work=1, least_work=64, processors=4)
+    args = factors((1100, 1, 24, 32, 16), dtype, NAMES)
     oracle.check_linear(args, everything(*args))
-    assert [name for name, _ in launches] == ["fold", "fold", "grads"]
-    assert [call[7] is None for name, call in launches if name == "fold"] == [True, False]  # partial sums
+    x, z, weight, bias, base_weight, g = args
+    y, *gradients = everything(*args)
+    options = (planner.get_workspace_limit(), False)
+    assert library.ops().apply(x, z, weight, bias, base_weight, None, y, *options) == 2
+    assert library.ops().grads(*args, *gradients, *options) == 2
+    oracle.check_linear(args, (y, *gradients))
+    force(hopper_work=1 << 60)
+    assert library.ops().apply(x, z, weight, bias, base_weight, None, y, *options) == 0
+    assert library.ops().grads(*args, *gradients, *options) == 0
 
 
 class TestPrimary:
@@ -238,8 +244,8 @@ class TestPrimary:
         ],
         ids=str,
     )
-    def test_as_exact_as_one_layer_after_the_other(self, sizes, activation, dtype, bias, base, launches, monkeypatch):
-        monkeypatch.setattr(launch, "_LEAST_WORK", 64)  # so that some sums are split
+    def test_as_exact_as_one_layer_after_the_other(self, sizes, activation, dtype, bias, base, launches, force):
+        force(least_work=64)  # so that some sums are split
         model = self.models(sizes, activation, dtype, bias, base)
         B, N, _, I, *_ = sizes
         device = next(model.parameters()).device
@@ -308,10 +314,6 @@ class TestPrimary:
         x, z = meta(B, N, I), meta(B, R)
         first = (meta(J, I, R), None, None, None)
         second = (meta(O, J, R), None, None, None)
-        here = library.device(torch.empty(1, device="cuda" if torch.cuda.is_available() else "cpu"))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(library, "device", lambda t: here)
-            assert not primaries.fuses(x, z, first, second, "relu")
-            assert primaries.fuses(
-                meta(9, 1, 5), meta(9, 8), (meta(6, 5, 8), *[None] * 3), (meta(3, 6, 8), *[None] * 3), "relu"
-            )
+        assert not primaries.fuses(x, z, first, second, "relu")
+        first, second = (meta(6, 5, 8), *[None] * 3), (meta(3, 6, 8), *[None] * 3)
+        assert primaries.fuses(meta(9, 1, 5), meta(9, 8), first, second, "relu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fasthyper.backends import cuda
-from fasthyper.backends.cuda import launch
+from fasthyper.backends.cuda import library
 
 # B, N, R, I, O. Every axis has a tail, some sums are split, and some rows are whole multiples of 16 bytes, which the
 # kernels for sm_90a need.
@@ -43,7 +43,7 @@ def primary(B: int, N: int, R: int, I: int, O: int, dtype: torch.dtype) -> None:
 
 def main() -> None:
     """Run all sizes in all dtypes, and wait for the GPU."""
-    launch._HOPPER_WORK = 0  # the kernels for sm_90a then compute small sizes, too
+    library.ops().force("hopper_work", 0)  # the kernels for sm_90a then compute small sizes, too
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for sizes in SIZES:
             layer(*sizes, dtype)

@@ -136,9 +136,17 @@ struct Call {
   }
 };
 
+// Whether the operators of csrc/cuda do nothing, so that the time of a call is that of all around them.
+std::atomic<bool> skips_kernels{false};
+
 void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  Call call;
   const auto arguments = op.schema().arguments().size();
+  if (skips_kernels && op.schema().name().rfind("fasthyper_cuda", 0) == 0) {
+    torch::jit::drop(*stack, arguments);
+    for (size_t i = 0; i < op.schema().returns().size(); ++i) stack->emplace_back(int64_t(0));
+    return;
+  }
+  Call call;
   auto first = stack->end() - std::ptrdiff_t(arguments);
   for (auto value = first; value != stack->end(); ++value) {
     call.each(*value, [&](const Tensor& t) { return call.to_host(t); });
@@ -160,6 +168,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
 
 TORCH_LIBRARY(fasthyper_pretended, m) {
   m.def("devices_set() -> int", [] { return devices_set.load(); });
+  m.def("skip_kernels(bool skip) -> ()", [](bool skip) { skips_kernels = skip; });
 }
 
 }  // namespace pretended

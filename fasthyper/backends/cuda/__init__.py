@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ... import compiled, planner
-from ...problem import Problem
+from ...problem import AUTO, Problem
 from ...terms import Terms
 from .. import aten, gpu, triton
-from . import launch, library, primaries
+from . import library, primaries
 
 DTYPES, takes = gpu.DTYPES, gpu.takes
 REMARK = "only use_backend selects it: its kernels have never run on a GPU, and are tested by an emulator"
@@ -57,6 +57,13 @@ def _fallback() -> ModuleType:
     return aten if emulating() or triton.unavailable() else triton
 
 
+def _remember(x: Tensor, R: int, O: int, needs: int) -> None:
+    """Let the next call of the same problem run without Python, through csrc/eager.cpp."""
+    if x.is_cuda and compiled.load("eager") is None:
+        limit = planner.get_workspace_limit()
+        torch.ops.fasthyper_eager.remember_on_gpu(x, R, O, needs, True, limit, emulating())
+
+
 def _is_fold(op: str, x: Tensor, R: int, O: int, schedule: str, needs: tuple[bool, bool, bool] = (True,) * 3) -> bool:
     """Return whether the schedule of a call is `fold`, which these kernels compute."""
     problem = Problem.of(op, x, R, O, needs, "cuda")._replace(device="cuda")  # under the emulator, too
@@ -75,10 +82,13 @@ def apply(
 ) -> Tensor:
     """Return y (B, N, O) from x (B, N, I), z (B, R), H (O, I, R); bias (O, R), W0 (O, I), b0 (O,) or None."""
     O, _, R = weight.shape
+    tensors = (x, z, weight, bias, base_weight, base_bias)
     if not _is_fold("apply", x, R, O, schedule):
-        return _fallback().apply(x, z, weight, bias, base_weight, base_bias, schedule=schedule)
+        return _fallback().apply(*tensors, schedule=schedule)
+    if schedule == AUTO:
+        _remember(x, R, O, 0)
     y = x.new_empty(x.shape[0], x.shape[1], O)
-    launch.fold(x, z, weight.permute(1, 2, 0), base_weight, bias, base_bias, y, library.device(x))
+    library.ops().apply(*tensors, y, planner.get_workspace_limit(), gpu.allows_tf32())
     return y
 
 
@@ -99,14 +109,15 @@ def grads(
     """
     (B, N, I), O = x.shape, g.shape[2]
     R = (z if weight is None else weight).shape[-1]  # type: ignore[union-attr]
-    device, config = library.device(x), None
-    if any(mask) and _is_fold("grads", x, R, O, schedule, (mask[0], mask[1], mask[2])):
-        config = launch.grads_launch(B, N, R, I, O, x.dtype, tuple(mask), device)
-    if config is None:
-        return _fallback().grads(x, z, weight, bias, base_weight, g, mask, schedule=schedule)
+    tensors, limit = (x, z, weight, bias, base_weight, g), planner.get_workspace_limit()
+    is_fold = any(mask) and _is_fold("grads", x, R, O, schedule, (mask[0], mask[1], mask[2]))
+    if not is_fold or not library.fits(library.index(x), (B, N, R, I, O), x.dtype, tuple(mask), limit):
+        return _fallback().grads(*tensors, mask, schedule=schedule)
+    if schedule == AUTO:
+        _remember(x, R, O, library.bits(mask))
     shapes = ((B, N, I), (B, R), (O, I, R), (O, R), (O, I), (O,))
     out = [x.new_empty(shape) if k else None for shape, k in zip(shapes, mask, strict=True)]
-    launch.grads(x, z, weight, bias, base_weight, g, out, config)
+    library.ops().grads(*tensors, *out, limit, gpu.allows_tf32())
     return tuple(out)
 
 
