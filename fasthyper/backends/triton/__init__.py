@@ -44,6 +44,7 @@ def devices() -> tuple[str, ...]:
     return ("cuda", "cpu") if interpreting() else ("cuda",)
 
 
+@functools.cache
 def interpreting() -> bool:
     """Return whether Triton's interpreter runs the kernels, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -60,6 +61,7 @@ def unavailable() -> str | None:
     return None if interpreting() else gpu.unsuitable()
 
 
+@functools.cache
 def _launch() -> Any:
     """Return the module that launches the kernels. It imports triton, which `import fasthyper` must not do."""
     return importlib.import_module(f"{__name__}.launch")
@@ -132,6 +134,7 @@ def _term_plan(
     return planner.plan(problem, schedule) if gpu.takes_terms(problem) else None
 
 
+@functools.cache
 def _terms() -> Any:
     """Return the module of the family over terms, which imports triton."""
     return importlib.import_module(f"{__name__}.terms")

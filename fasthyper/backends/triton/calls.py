@@ -6,6 +6,10 @@ at multiples of 16 bytes; else by pointers.
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +25,38 @@ _INT32 = 1 << 31
 _DESCRIPTORS = ("sm_90", "sm_100", INTERPRETER)
 
 
+@dataclass
+class Record:
+    """The launches within a `recording`, with the compiled kernels, and whether more than launches was done."""
+
+    launches: list[tuple[Call, Any]] = field(default_factory=list)
+    spoiled: bool = False
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.record: Record | None = None
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Record]:
+    """Record the launches of this thread."""
+    _thread.record = record = Record()
+    try:
+        yield record
+    finally:
+        _thread.record = None
+
+
+def spoil() -> None:
+    """Say that the work of this call is more than its launches, so that repeating them would not repeat it."""
+    if _thread.record is not None:
+        _thread.record.spoiled = True
+
+
 class Call(NamedTuple):
     """A launch: `kernel[grid](**args, **constants, num_warps=..., num_stages=...)`."""
 
@@ -32,7 +68,9 @@ class Call(NamedTuple):
     stages: int
 
     def launch(self) -> None:
-        self.kernel[self.grid](**self.args, **self.constants, num_warps=self.warps, num_stages=self.stages)
+        kernel = self.kernel[self.grid](**self.args, **self.constants, num_warps=self.warps, num_stages=self.stages)
+        if _thread.record is not None:
+            _thread.record.launches.append((self, kernel))
 
 
 def precision_of(dtype: torch.dtype, arch: str, allow_tf32: bool) -> str:

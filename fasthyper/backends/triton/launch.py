@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import aten, gpu
 from ..gpu import cdiv, padded
-from . import calls, tiles, tuning
+from . import calls, repeat, tiles, tuning
 from .calls import Call
 from .tiles import Tile
 from .tuning import Candidate, Tiling
@@ -35,10 +35,13 @@ def apply(
 ) -> None:
     """Compute y (B, N, O)."""
     B, N, O = y.shape
-    with gpu.current(x):
+
+    def launch() -> None:
         for b, z_b, h in _padded_blocks(z, weight, _instances(B, N, z, 0)):
             rows = _rows(cast(Tensor, z_b), N)
             _fold(x[b], rows, h.permute(1, 2, 0), base_weight, bias, base_bias, y[b].view(-1, O))
+
+    repeat.run("apply", (x, z, weight, bias, base_weight, base_bias, y), launch)
 
 
 def grads(
@@ -53,7 +56,8 @@ def grads(
     dh: Tensor | None,
 ) -> None:
     """Compute dx (B, N, I), dz (B, R) and dH (O, I, R), each where it is given."""
-    with gpu.current(x):
+
+    def launch() -> None:
         (B, N, _), z_b = x.shape, None
         if dx is not None or dz is not None:
             like_z = z if z is not None else cast(Tensor, dz)
@@ -64,6 +68,8 @@ def grads(
         if dh is not None:
             whole_z = z_b if z_b is not None and len(z_b) == B else _padded(z, None)[0]
             _weight_grad(x, cast(Tensor, whole_z), g, dh)
+
+    repeat.run("grads", (x, z, weight, bias, base_weight, g, dx, dz, dh), launch)
 
 
 def _share() -> int:
@@ -136,6 +142,7 @@ def _dx_and_dz(
     if dz is None or N == 1:
         _grads_of_rows(x, z, weight, base_weight, bias, g, None if dx is None else dx.view(-1, I), dz)
         return
+    calls.spoil()
     total = torch.zeros(dz.shape, dtype=torch.float32, device=dz.device)
     for n in aten.blocks(N, _share() // (4 * B * dz.shape[1])):  # all points, unless B is one
         rows = x.new_empty(B * (n.stop - n.start), dz.shape[1], dtype=torch.float32)

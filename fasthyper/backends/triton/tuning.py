@@ -23,6 +23,7 @@ import triton
 from ... import compiled
 from ..._version import __version__
 from ..gpu import INTERPRETER, Device
+from . import calls, repeat
 from .tiles import Tile
 
 _MOST_TIMED = 3
@@ -105,6 +106,7 @@ def choose(
 def forget() -> None:
     """Forget the choices of this process; those on disk stay."""
     _chosen.clear()
+    repeat.forget()
 
 
 def _may_time(device: Device) -> bool:
@@ -115,6 +117,7 @@ def _may_time(device: Device) -> bool:
 
 def _time(run: Callable[[Candidate], None], c: Candidate) -> float:
     """Return the seconds of one run. The device sleeps first, so that all runs are queued before the first starts."""
+    calls.spoil()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     try:
         run(c)
