@@ -2,6 +2,7 @@
 //
 // Each operator runs its CPU kernel on the same memory. What torch decides by the device of a tensor, such as dispatch,
 // autograd's thread and its streams, is torch's own.
+#include <ATen/ATen.h>
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -164,6 +165,16 @@ TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFun
 // Operators whose kernel for all devices looks for one for the device.
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   for (const char* name : {"copy_"}) m.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
+}
+
+// Operators that torch has for GPUs alone.
+TORCH_LIBRARY_IMPL(aten, CUDA, m) {
+  m.impl("mm.dtype", [](const Tensor& a, const Tensor& b, at::ScalarType dtype) {
+    return at::mm(a.to(dtype), b.to(dtype));
+  });
+  m.impl("bmm.dtype", [](const Tensor& a, const Tensor& b, at::ScalarType dtype) {
+    return at::bmm(a.to(dtype), b.to(dtype));
+  });
 }
 
 TORCH_LIBRARY(fasthyper_pretended, m) {
