@@ -203,7 +203,7 @@ def test_the_kernels_for_hopper_compute_large_problems(dtype, factors, oracle, f
     force(hopper_work=1, least_work=64, processors=4)
     args = factors((1100, 1, 24, 32, 16), dtype, NAMES)
     oracle.check_linear(args, everything(*args))
-    x, z, weight, bias, base_weight, g = args
+    x, z, weight, bias, base_weight, _ = args
     y, *gradients = everything(*args)
     options = (planner.get_workspace_limit(), False)
     assert library.ops().apply(x, z, weight, bias, base_weight, None, y, *options) == 2

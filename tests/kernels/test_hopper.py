@@ -193,7 +193,8 @@ def _weight_grad(x, z, g, per_split=None, supported=True):
     splits = -(-B * N // per_split)
     partials = torch.full((splits, O, inner, R), math.nan) if splits > 1 else None
     nothing = (None,) * 3
-    launches = OPS.divided_grads(x, z, *nothing, g, *nothing, dh, *nothing, partials, inner, per_split, True, True, False)
+    args = (x, z, *nothing, g, *nothing, dh, *nothing, partials, inner, per_split, True, True, False)
+    launches = OPS.divided_grads(*args)
     assert launches == supported
     return dh
 
@@ -261,7 +262,8 @@ def _dx_dz(x, z, h, g, bias=None, base=None, per_split=None, supported=True):
     splits = -(-inner // per_split)
     partials = torch.full((splits, B * N, R), math.nan) if splits > 1 or N > 1 else None
     nothing = (None,) * 5
-    launches = OPS.divided_grads(x, z, h, bias, base, g, dx, dz, partials, *nothing, per_split, B * N, True, True, False)
+    args = (x, z, h, bias, base, g, dx, dz, partials, *nothing, per_split, B * N, True, True, False)
+    launches = OPS.divided_grads(*args)
     assert launches == supported
     return dx, dz
 
@@ -342,7 +344,8 @@ def test_all_gradients_in_one_call():
     out = [torch.full(s, math.nan, dtype=dtype) for s in (x.shape, z.shape, h.shape, bias.shape, (O, inner), (O,))]
     dz_partials = torch.full((3, B, R), math.nan)
     partials = torch.full((3, sum(t.numel() for t in out[2:])), math.nan)
-    assert OPS.divided_grads(x, z, h, bias, None, g, *out[:2], dz_partials, *out[2:], partials, 8, 64, True, True, False) == 2
+    args = (x, z, h, bias, None, g, *out[:2], dz_partials, *out[2:], partials, 8, 64, True, True, False)
+    assert OPS.divided_grads(*args) == 2
     rows = g[:, 0].double()
     exact = (
         *_expected_dx_dz(x, z, h, g, bias),

@@ -66,11 +66,8 @@ struct Hooks final : at::CUDAHooksInterface {
   c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex) const override { return 0; }
 };
 
-
 // A storage on the GPU owns the storage of the host that has the memory.
-c10::Storage& owned(const c10::Storage& on_gpu) {
-  return *static_cast<c10::Storage*>(on_gpu.data_ptr().get_context());
-}
+c10::Storage& owned(const c10::Storage& on_gpu) { return *static_cast<c10::Storage*>(on_gpu.data_ptr().get_context()); }
 
 c10::Storage on_gpu(const c10::Storage& host) {
   auto* owner = new c10::Storage(host);

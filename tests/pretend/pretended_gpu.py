@@ -1,7 +1,7 @@
 """A plugin of pytest: the process has a pretended GPU, whose memory is the host's (gpu.cpp).
 
-`PYTHONPATH=tests/pretend python -m pytest -p pretended_gpu` loads it before torch, as torch looks for a GPU's hooks only once. What needs
-CUDA itself, such as graphs and events, is not there.
+`PYTHONPATH=tests/pretend python -m pytest -p pretended_gpu` loads it before torch, which looks for a GPU only once.
+What needs CUDA itself, such as graphs and events, is not there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ ARCH = (9, 0)
 def build() -> Path:
     """Return the library of gpu.cpp, compiled for the installed torch, which is not imported."""
     spec = importlib.util.find_spec("torch")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     torch = Path(spec.origin).parent
     source = HERE / "gpu.cpp"
     version = (torch / "version.py").read_text()
