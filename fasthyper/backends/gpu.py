@@ -16,6 +16,8 @@ from ..problem import KERNEL_DTYPES, Machine, Problem, TermProblem
 
 _LAUNCHES = 5  # for each result and tile: A or M, the product with H, and sums
 DTYPES = KERNEL_DTYPES
+AMD = ("gfx942",)
+"""The architectures of AMD that the kernels are compiled for."""
 INTERPRETER = "interpreter"
 """The arch of the device that Triton's interpreter stands in for."""
 
@@ -71,9 +73,11 @@ def unsuitable() -> str | None:
     """Return why no GPU kernel can run here, or None."""
     if not torch.cuda.is_available():
         return "there is no GPU"
-    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-        return f"{torch.cuda.get_device_name()} is older than sm_80"
-    return None
+    name = torch.cuda.get_device_name()
+    if torch.version.hip is None:
+        return None if torch.cuda.get_device_capability() >= (8, 0) else f"{name} is older than sm_80"
+    arch = torch.cuda.get_device_properties(torch.cuda.current_device()).gcnArchName.partition(":")[0]
+    return None if arch in AMD else f"{name} is {arch}, and of AMD's GPUs the kernels are compiled for {', '.join(AMD)}"
 
 
 def takes(problem: Problem) -> bool:

@@ -7,12 +7,13 @@ triton selects it.
 from __future__ import annotations
 
 import json
+import types
 
 import pytest
 import torch
 
 import fasthyper
-from fasthyper.backends import gpu, triton
+from fasthyper.backends import gpu, gpu_auto, triton
 from fasthyper.backends.triton import tiles
 
 ready = pytest.mark.skipif(triton.unavailable() is not None, reason=f"Triton kernels: {triton.unavailable()}")
@@ -51,10 +52,25 @@ def test_little_workspace(room, sizes, factors, oracle, monkeypatch):
 def test_auto_takes_it_for_a_gpu(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setattr(triton, "unavailable", lambda: None)
-    assert fasthyper.backends.backend("auto", gpu) is triton
+    assert fasthyper.backends.backend("auto", gpu) is gpu_auto
     assert fasthyper.backends.backend("triton", gpu) is triton
     monkeypatch.setattr(triton, "unavailable", lambda: "no")
     assert fasthyper.backends.backend("auto", gpu) is fasthyper.backends.aten
+
+
+@pytest.mark.parametrize(("name", "ready"), [("gfx942:sramecc+:xnack-", True), ("gfx90a", False), ("gfx1100", False)])
+def test_of_amds_gpus_it_takes_those_that_it_is_compiled_for(name, ready, monkeypatch):
+    properties = types.SimpleNamespace(gcnArchName=name)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    for function, value in {
+        "is_available": True,
+        "get_device_name": "AMD Test",
+        "current_device": 0,
+        "get_device_properties": properties,
+    }.items():
+        monkeypatch.setattr(torch.cuda, function, lambda *_, value=value: value)
+    why = gpu.unsuitable()
+    assert why is None if ready else f"AMD Test is {name}" in why
 
 
 @pytest.mark.parametrize(
@@ -65,7 +81,7 @@ def test_auto_takes_it_for_a_gpu(monkeypatch):
         ("sm_90", "sm_90"),
         ("sm_103", "sm_100"),
         ("sm_120", "sm_80"),
-        ("gfx90a", "gfx942"),
+        ("gfx942", "gfx942"),
         ("interpreter", "interpreter"),
     ],
 )

@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from ..gpu import INTERPRETER
+from ..gpu import AMD, INTERPRETER
 
-ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+ARCHS = ("sm_80", "sm_90", "sm_100", *AMD)
 SHARED_MEMORY = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 """Bytes of shared memory that one block can have; for sm_80, those of sm_86, sm_89 and sm_120, which take its tiles."""
 
@@ -40,14 +40,12 @@ def power_of_two(n: int, least: int = 16) -> int:
 
 @functools.cache
 def nearest(arch: str) -> str:
-    """Return the arch whose tiles a GPU takes: the newest in `ARCHS` up to its own; gfx942 for every AMD GPU.
+    """Return the arch whose tiles a GPU takes: the newest in `ARCHS` up to its own, or its own for AMD's.
 
     sm_120 takes the tiles of sm_80: it has neither wgmma nor tcgen05.
     """
-    if arch == INTERPRETER:
-        return arch
     if not arch.startswith("sm_"):
-        return "gfx942"
+        return arch
     generation = int(arch[3:])
     known = [int(known[3:]) for known in ARCHS if known.startswith("sm_")]
     return f"sm_{80 if generation >= 120 else max(n for n in known if n <= generation)}"
