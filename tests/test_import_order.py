@@ -27,7 +27,7 @@ FLOORS = (
     ("backends",),
     ("planner", "compiled", "kernels"),
     ("costs",),
-    ("problem", "processor", "building", "_version"),
+    ("problem", "processor", "building", "seen", "_version"),
     ("terms", "geometry", "maps"),
 )
 """The floors of the package, highest first: a component imports only from itself and from lower floors."""

@@ -12,7 +12,7 @@ import torch
 
 from .. import compiled, planner
 from ..problem import AUTO, TERM_SCHEDULES
-from . import aten, cpu, cuda, materialised, triton
+from . import aten, cpu, cuda, gpu_auto, materialised, triton
 from .aten.models import Models
 from .contract import Backend, Convolving, OfModels, OverTerms
 
@@ -175,7 +175,7 @@ def backend(name: str, device: torch.device, dtype: torch.dtype | None = None) -
     best = automatic(device.type)
     if best == FALLBACK and device.type == "cpu" and dtype in cpu.DTYPES and preferred("cpu") == "cpu":
         compiled.warn_once(str(cpu.unavailable()))
-    return BACKENDS[best]
+    return cast(Backend, gpu_auto) if BACKENDS[best] is triton else BACKENDS[best]
 
 
 def of_terms(name: str, device: torch.device, dtype: torch.dtype | None = None) -> OverTerms:

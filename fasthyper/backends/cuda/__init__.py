@@ -15,16 +15,16 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ... import compiled, planner
+from ... import compiled, planner, seen
 from ...problem import AUTO, Problem
 from ...terms import Terms
 from .. import aten, gpu, triton
 from . import library, primaries
 
 DTYPES, takes = gpu.DTYPES, gpu.takes
-REMARK = "only use_backend selects it: its kernels have never run on a GPU, and are tested by an emulator"
+REMARK = f"for small problems; {seen.describe('cuda')}"
 """A remark for `fasthyper info`."""
-PREFERRED_ON = ()  # never chosen automatically: not yet tested or measured on a GPU
+PREFERRED_ON = ()  # `gpu_auto` chooses it
 COSTS = triton.COSTS  # until a GPU has measured its own
 emulating = library.emulating
 
@@ -57,11 +57,22 @@ def _fallback() -> ModuleType:
     return aten if emulating() or triton.unavailable() else triton
 
 
+_SMALL = 1 << 31  # flops; larger problems spend little of their time on launches
+
+
+def is_best(x: Tensor, R: int, O: int) -> bool:
+    """Return whether ``"auto"`` takes these kernels: for small problems, on GPUs that have shown them to be right."""
+    B, N, I = x.shape
+    small = 2 * B * N * R * I * O <= _SMALL
+    return small and x.is_cuda and seen.is_right("cuda", gpu.device(x, gpu.INTERPRETED).arch) and unavailable() is None
+
+
 def _remember(x: Tensor, R: int, O: int, needs: int) -> None:
     """Let the next call of the same problem run without Python, through csrc/eager.cpp."""
     if x.is_cuda and compiled.load("eager") is None:
-        limit = planner.get_workspace_limit()
-        torch.ops.fasthyper_eager.remember_on_gpu(x, R, O, needs, True, limit, emulating())
+        options = planner.get_workspace_limit(), emulating()
+        for forced in (True, False) if is_best(x, R, O) else (True,):
+            torch.ops.fasthyper_eager.remember_on_gpu(x, R, O, needs, forced, *options)
 
 
 def _is_fold(op: str, x: Tensor, R: int, O: int, schedule: str, needs: tuple[bool, bool, bool] = (True,) * 3) -> bool:

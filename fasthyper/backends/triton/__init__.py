@@ -16,14 +16,14 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from ... import planner
+from ... import planner, seen
 from ...problem import Plan, Problem, TermProblem
 from ...terms import Terms
 from .. import aten, gpu
 from .tiles import dx_dz_tiles
 
 DTYPES, takes = gpu.DTYPES, gpu.takes
-REMARK = "its kernels have never run on a GPU; they are tested by Triton's interpreter and compiled ahead of time"
+REMARK = seen.describe("triton")
 """A remark for `fasthyper info`."""
 PREFERRED_ON = ("cuda",)
 _OLDEST_TRITON = (3, 6)

@@ -1,0 +1,56 @@
+"""What a GPU has shown: the runs of `make gpu` that were committed, in seen.json.
+
+Kernels that no GPU has run are only taken where a caller names them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+FILE = Path(__file__).with_name("seen.json")
+
+
+class Run(NamedTuple):
+    """One run of `make gpu`.
+
+    Args:
+        device: the product's name.
+        arch: its architecture, such as ``"sm_90"``.
+        date: the day of the run, as YYYY-MM-DD.
+        torch: the version of torch.
+        triton: the version of Triton.
+        commit: the commit that ran.
+        right: the backends whose tests passed, every one of them.
+    """
+
+    device: str
+    arch: str
+    date: str
+    torch: str
+    triton: str
+    commit: str
+    right: tuple[str, ...]
+
+
+@functools.cache
+def runs() -> tuple[Run, ...]:
+    """Return all runs, the latest first."""
+    found = [Run(**{**record, "right": tuple(record["right"])}) for record in json.loads(FILE.read_text())]
+    return tuple(sorted(found, key=lambda run: run.date, reverse=True))
+
+
+def is_right(backend: str, arch: str) -> bool:
+    """Return whether the tests of a backend passed in the latest run on an architecture."""
+    latest = next((run for run in runs() if run.arch == arch), None)
+    return latest is not None and backend in latest.right
+
+
+def describe(backend: str) -> str:
+    """Return what was seen of a backend, in words."""
+    for run in runs():
+        if backend in run.right:
+            return f"its tests passed on {run.device}, {run.date}, with torch {run.torch}"
+    return "it has never run on a GPU"

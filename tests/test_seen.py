@@ -1,0 +1,54 @@
+"""The results that `make gpu` has recorded."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fasthyper import info, seen
+
+
+@pytest.fixture
+def recorded(monkeypatch, tmp_path):
+    def record(*runs):
+        file = tmp_path / "seen.json"
+        fields = {"device": "NVIDIA Test", "triton": "3.6.0", "torch": "2.11.0", "commit": "abc"}
+        file.write_text(json.dumps([{**fields, **run} for run in runs]))
+        monkeypatch.setattr(seen, "FILE", file)
+        seen.runs.cache_clear()
+
+    yield record
+    seen.runs.cache_clear()
+
+
+OLD = {"arch": "sm_90", "date": "2026-01-31", "right": ["cuda", "triton"]}
+NEW = {"arch": "sm_90", "date": "2026-12-01", "right": ["triton"]}
+
+
+def test_the_file_of_the_package_can_be_read():
+    for run in seen.runs():
+        assert set(run.right) <= {"cuda", "triton"}
+        assert run.device
+        assert run.date > "2026"
+
+
+def test_the_latest_run_on_an_architecture_counts(recorded):
+    recorded(OLD, NEW)
+    assert seen.is_right("triton", "sm_90")
+    assert not seen.is_right("cuda", "sm_90")
+    recorded(NEW, {**OLD, "date": "2027-01-01"})
+    assert seen.is_right("cuda", "sm_90")
+    assert not seen.is_right("cuda", "sm_80")
+
+
+def test_the_description(recorded):
+    recorded()
+    assert seen.describe("cuda") == "it has never run on a GPU"
+    recorded(OLD)
+    assert seen.describe("cuda") == "its tests passed on NVIDIA Test, 2026-01-31, with torch 2.11.0"
+
+
+def test_info_says_what_was_seen():
+    assert seen.describe("triton") in info.describe()
+    assert seen.describe("cuda") in info.describe()
