@@ -1,4 +1,5 @@
-# make test       everything that a change must pass: lint, build, tests, Triton's interpreter, emulator, sanitizers
+# make test       everything that a change must pass: lint, build, tests, Triton's interpreter, emulator, a pretended
+#                 GPU, sanitizers
 # make slow       also the tests that take minutes
 # make clients    the tests with other libraries' trainers and solvers, which `make test` runs, too
 # make matrix     the tests of the ops and the layers on several versions of torch, each in its own environment
@@ -17,7 +18,7 @@ SANITIZED := .venv/sanitized
 CPU_SOURCES := $(wildcard csrc/*.cpp csrc/eager/* csrc/cpu/*)
 SOURCES := $(CPU_SOURCES) $(wildcard csrc/cuda/*)
 
-.PHONY: test interpreted emulated slow clients held matrix forced sanitize lint format clean
+.PHONY: test interpreted emulated pretended slow clients held matrix forced sanitize lint format clean
 .PHONY: compare compare-ready bench report docs aot gpu gpu-test bench-gpu
 
 # One process for each core, with one thread each: the tests are many and small.
@@ -25,7 +26,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxpro
 
 test: lint $(BUILT) $(SANITIZED)
 	$(PYTEST)
-	$(MAKE) interpreted emulated forced
+	$(MAKE) interpreted emulated pretended forced
 
 # The Triton kernels in Triton's interpreter. Triton reads this variable when it is imported.
 interpreted: .venv/ready $(BUILT)
@@ -36,6 +37,12 @@ interpreted: .venv/ready $(BUILT)
 emulated: .venv/ready $(BUILT)
 	FASTHYPER_EMULATED=1 $(PYTEST) -k cuda tests/ops tests/test_contract.py tests/backends/test_kernels.py \
 		tests/backends/test_cuda.py
+
+# What decides by the device of a tensor, on a GPU that tests/pretend pretends: its memory is the host's.
+PRETENDED := FASTHYPER_EMULATED=1 FASTHYPER_TEST_DEVICE=cuda PYTHONPATH=.:tests/pretend
+pretended: .venv/ready $(BUILT)
+	$(PRETENDED) $(PYTEST) -p pretended_gpu tests/pretend tests/backends/test_cuda.py
+	$(PRETENDED) $(PYTEST) -p pretended_gpu -k cuda tests/ops/test_values.py tests/backends/test_kernels.py
 
 slow: .venv/ready $(BUILT)
 	$(PYTEST) --slow
@@ -101,9 +108,10 @@ compare-ready: .venv/torch
 	$(MAKE) --no-print-directory --jobs=2 .venv/compare .venv/here
 
 # Measure every workload in every library, the cost along sizes, and training; then write tables and figures, those of
-# the README too. ARGUMENTS are those of `python -m benchmarks measure --help`, such as "--only qm9".
+# the README too. Then measure Python's share of a call on a GPU, without one. ARGUMENTS are those of `python -m benchmarks measure --help`, such as "--only qm9".
 bench: .venv/ready $(BUILT)
 	$(BIN)/python -m benchmarks measure $(ARGUMENTS)
+	$(BIN)/python -m benchmarks overhead
 
 report: .venv/ready
 	$(BIN)/python -m benchmarks report

@@ -1,6 +1,7 @@
 """Measure fasthyper and its peers on this machine, and make tables and figures of the results.
 
     python -m benchmarks measure [--device cpu] [--only LIST] [--studies workloads,scaling,training] ...
+    python -m benchmarks overhead
     python -m benchmarks report
 
 Each device has one file of results. A new measurement replaces the old one. All others stay, except those of workloads
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 import torch._inductor.config
 
-from . import records, studies, timing
+from . import overhead, records, studies, timing
 from .context import current_context
 from .devices import CPU, GPU
 from .precompile import precompile
@@ -65,6 +66,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     )
     option("--out", metavar="FOLDER", type=Path, default=records.RESULTS, help=FOLDER)
     option("--no-report", action="store_true", help="do not make tables and figures")
+    of_overhead = commands.add_parser("overhead", help="measure Python's share of a call on a GPU, without a GPU")
+    of_overhead.add_argument("--out", metavar="FOLDER", type=Path, default=records.RESULTS, help=FOLDER)
     report = commands.add_parser("report", help="make tables and figures of the results")
     report.add_argument("--out", metavar="FOLDER", type=Path, default=records.RESULTS, help=FOLDER)
     return parser.parse_args(given)
@@ -98,9 +101,11 @@ def _counts(text: str) -> tuple[int, ...]:
 def main(given: Sequence[str] | None = None) -> None:
     """Run the command line."""
     args = arguments(given)
+    if args.command == "overhead":
+        print(overhead.write(args.out).read_text())
     if args.command == "measure":
         _measure(args)
-    if args.command == "report" or not args.no_report:
+    if args.command == "report" or (args.command == "measure" and not args.no_report):
         from . import report  # needs matplotlib, which a machine with a GPU may not have
 
         for source in sorted(args.out.glob("*.csv")):
