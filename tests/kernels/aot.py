@@ -32,6 +32,7 @@ from fasthyper.backends.triton.calls import (
     pad_call,
     precision_of,
     reduce_call,
+    reduce_points_call,
     weight_grad_call,
     weight_grad_tiles,
 )
@@ -252,6 +253,8 @@ def cases(arch: str, dtype: torch.dtype, allow_tf32: bool, shape: str) -> Iterat
 
     if shape == "odd":
         yield Case(f"{text} pad", pad_call(new(B, R), new(O, I, R), z, h), "")
+    points = torch.empty(16, 300, R, dtype=torch.float32, device="meta")
+    yield Case(f"{text} reduce_points", reduce_points_call(points, new(16, 4, R)), "")
     partial = torch.empty(4, O, I, R, dtype=torch.float32, device="meta")
     yield Case(f"{text} reduce", reduce_call(partial, new(O, I, R)), "")
 

@@ -332,6 +332,19 @@ def reduce_call(partial: Tensor, out: Tensor) -> Call:
     return Call(reduce.reduce, (cdiv(out.numel(), 1024), 1, 1), args, {"BJ": 1024}, 4, 1)
 
 
+SUMMED_COLUMNS, SUMMED_POINTS = 128, 8
+"""Numbers that a block of `reduce_points` computes, and points that it takes at a time."""
+
+
+def reduce_points_call(rows: Tensor, out: Tensor) -> Call:
+    """Return the call that sums rows (B, N, R) in float32 over N, in P parts of equal length, to out (B, P, R)."""
+    (B, N, R), P = rows.shape, out.shape[1]
+    sizes = _named("J N R per_part so_b so_p", B * R, N, R, cdiv(N, P), *_strides(out, 0, 1))
+    constants = {"BJ": SUMMED_COLUMNS, "BN": SUMMED_POINTS}
+    grid = (cdiv(B * R, SUMMED_COLUMNS), P, 1)
+    return Call(reduce.reduce_points, grid, {"rows_ptr": rows, "out_ptr": out, **sizes}, constants, 4, 1)
+
+
 def pad_call(z: Tensor | None, h: Tensor | None, z_out: Tensor | None, h_out: Tensor | None) -> Call:
     """Return the call that copies z (B, R), H (O, I, R) or both to (B, W) and (O, I, W), padded with zeros."""
     given, out = (z, z_out) if h is None else (h, h_out)

@@ -5,7 +5,7 @@
     dH       weight_grad
 
 A sum is split where its output has too few blocks to fill the device. The partial sums are float32, and `reduce` adds
-them in order.
+them in order. Of several points, dz has a row each, and `reduce_points` adds them in order.
 """
 
 from __future__ import annotations
@@ -137,19 +137,37 @@ def _dx_and_dz(
     dx: Tensor | None,
     dz: Tensor | None,
 ) -> None:
-    """Compute dx (B, N, I) and dz (B, R), each where it is given; dz of several points is summed from its rows."""
+    """Compute dx (B, N, I) and dz (B, R), each where it is given; dz is the sum of a row for each point."""
     B, N, I = x.shape
     if dz is None or N == 1:
         _grads_of_rows(x, z, weight, base_weight, bias, g, None if dx is None else dx.view(-1, I), dz)
         return
-    calls.spoil()
-    total = torch.zeros(dz.shape, dtype=torch.float32, device=dz.device)
-    for n in aten.blocks(N, _share() // (4 * B * dz.shape[1])):  # all points, unless B is one
-        rows = x.new_empty(B * (n.stop - n.start), dz.shape[1], dtype=torch.float32)
+    R = dz.shape[1]
+    pieces = list(aten.blocks(N, _share() // (4 * B * R)))  # all points, unless B is one
+    parts = _parts(B, pieces[0].stop, R, len(pieces), x)
+    out = dz.unsqueeze(1)
+    single = len(pieces) * parts == 1
+    sums = out if single else x.new_empty(B, len(pieces) * parts, R, dtype=torch.float32)
+    for k, n in enumerate(pieces):
+        rows = x.new_empty(B * (n.stop - n.start), R, dtype=torch.float32)
         dx_n = None if dx is None else dx[:, n].view(-1, I)
         _grads_of_rows(x[:, n], z, weight, base_weight, bias, g[:, n], dx_n, rows)
-        total += rows.view(B, -1, rows.shape[1]).sum(1)
-    dz.copy_(total)
+        calls.reduce_points_call(rows.view(B, -1, R), sums[:, k * parts : (k + 1) * parts]).launch()
+        del rows  # before the next rows are allocated
+    if not single:
+        calls.reduce_points_call(sums, out).launch()
+
+
+_POINTS = 64
+"""The least number of points that are summed in a part of their own."""
+
+
+def _parts(B: int, N: int, R: int, pieces: int, like: Tensor) -> int:
+    """Return in how many parts the rows of N points are summed, so that the sums of all pieces fill the device."""
+    programs = cdiv(B * R, calls.SUMMED_COLUMNS)
+    wanted = 2 * gpu.device(like, gpu.INTERPRETED).processors // programs
+    room = _share() // 8 // (4 * B * R * pieces)
+    return max(1, min(cdiv(N, _POINTS), wanted, room))
 
 
 def _grads_of_rows(

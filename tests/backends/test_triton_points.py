@@ -1,0 +1,61 @@
+"""The Triton kernels on several points of an instance: the sum of dz over points. test_kernels.py has more sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fasthyper.backends import gpu, triton
+
+ready = pytest.mark.skipif(triton.unavailable() is not None, reason=f"Triton kernels: {triton.unavailable()}")
+MASK = (True, True, False, False, False, False)
+MANY = [(1, 150, 20, 3, 4), (2, 131, 3, 2, 5), (1, 70, 130, 2, 3)]
+"""Sizes whose points are summed in parts; the last ones are shorter."""
+
+
+@ready
+@pytest.mark.parametrize("room", [None, 8000], ids=["at once", "in pieces"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", MANY, ids=str)
+def test_many_points(sizes, dtype, room, factors, oracle, monkeypatch):
+    if room is not None:
+        monkeypatch.setattr(gpu, "partial_sums_limit", lambda: room)
+    x, z, weight, g = factors(sizes, dtype)
+    dx, dz = triton.grads(x, z, weight, None, None, g, MASK, schedule="fold")[:2]
+    for got, exact, scale in zip(
+        (dx, dz), oracle.grads(x, z, weight, g), oracle.grads(*(t.abs() for t in (x, z, weight, g))), strict=False
+    ):
+        oracle.check(got, exact, scale, dtype)
+
+
+class Values(TorchDispatchMode):
+    """Fails where torch computes a value."""
+
+    ALLOCATE = ("empty", "new_empty", "empty_strided")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.is_view or func._schema.name.removeprefix("aten::") in self.ALLOCATE, f"torch computes {func}"
+        return func(*args, **(kwargs or {}))
+
+
+@ready
+@pytest.mark.parametrize("room", [None, 8000], ids=["at once", "in pieces"])
+@pytest.mark.parametrize("sizes", [(3, 4, 18, 5, 6), *MANY], ids=str)
+def test_a_backward_is_launches_alone(sizes, room, factors, monkeypatch):
+    """So it is repeated as it was recorded: temporary memory and the call's tensors are all that it needs."""
+    from fasthyper.backends.triton import calls, launch, repeat
+
+    if room is not None:
+        monkeypatch.setattr(gpu, "partial_sums_limit", lambda: room)
+    x, z, weight, g = factors(sizes, torch.bfloat16)
+    out = torch.empty_like(x), torch.empty_like(z), torch.empty_like(weight)
+    with monkeypatch.context() as patch:
+        patch.setattr(calls.Call, "launch", lambda self: calls._thread.record.launches.append((self, None)))
+        with calls.recording() as record, Values():
+            launch.grads(x, z, weight, None, None, g, *out)
+    repeated = repeat._repeat(record, (x, z, weight, None, None, g, *out))
+    assert repeated is not None
+    assert len(repeated.launches) == len(record.launches)
+    written = {place.slot for each in repeated.launches for place in each.pointers}
+    assert {6, 7, 8} <= written
