@@ -4,14 +4,18 @@
     dz[b] = Σ_{o,i} dW[b] H     dH    = Σ_b dW[b] ⊗ z[b]
 
 2·B·R·I·O + 2·B·N·I·O flops each: the points of an instance share its W, so this is the fastest if N is large, or if
-O or I is so small that the product of `fold` would be narrow.
+O or I is so small that the product of `fold` would be narrow. On a GPU, a large tile of W is made while the last one is
+applied.
 """
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import torch
 from torch import Tensor
 
+from . import ahead
 from .tiling import Affine, Head, Sum, Tiling, blocks, head_matrix, outer, put
 
 # With fewer instances than this, a product with H is bound by reading H. With many points the products with W cost more
@@ -47,14 +51,32 @@ def apply(x: Tensor, z: Tensor, weight: Tensor, y: Tensor, affine: Affine, tilin
     B, N, I = x.shape
     O, _, R = weight.shape
     instances, outputs = tile_shape(B, N, O, I, R, is_copied(weight, tiling), tiling)
+    flops = 2 * instances * outputs * I * min(R, N)
+    makes_ahead = (instances < B or outputs < O) and ahead.is_worth_it(x, flops)
+    if makes_ahead and tiling.dtype.itemsize > 2:  # a tile of 16 bits is counted as float32, so that two have room
+        half = tiling._replace(elements=tiling.elements // 2)
+        instances, outputs = tile_shape(B, N, O, I, R, is_copied(weight, half), half)
     points = tiling.elements // max(1, instances * max(I, outputs))
-    for o in blocks(O, outputs):
-        head = Head(weight[o], tiling)
-        for b in blocks(B, instances):
-            w = head.weights(tiling.work(z[b])).mT
+    tiles = [(o, b) for o in blocks(O, outputs) for b in blocks(B, instances)]
+    heads: dict[int, Head] = {}  # that of the last tile
+
+    def make(tile: tuple[slice, slice], room: Tensor | None = None) -> Tensor:
+        o, b = tile
+        if o.start not in heads:
+            heads.clear()
+            heads[o.start] = Head(weight[o], tiling)
+        return heads[o.start].weights(tiling.work(z[b]), room)
+
+    if makes_ahead:
+        rooms = [x.new_empty(instances * outputs * I, dtype=tiling.dtype) for _ in range(2)]
+        made = ahead.make_ahead(tiles, make, rooms)
+    else:
+        made = ((tile, make(tile)) for tile in tiles)
+    with closing(made):
+        for (o, b), w in made:
             for n in blocks(N, points):
                 out = tiling.target(y[b, n, o])
-                torch.bmm(tiling.work(x[b, n]), w, out=out)
+                torch.bmm(tiling.work(x[b, n]), w.mT, out=out)
                 affine.add(out, b, n, o)
                 put(y[b, n, o], out)
             del w  # before the next tile is allocated
