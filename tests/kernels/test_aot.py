@@ -11,7 +11,10 @@ import torch
 pytest.importorskip("triton")
 
 from fasthyper.backends import triton
+from fasthyper.backends.triton import calls
 from fasthyper.backends.triton.tiles import ARCHS
+from fasthyper.problem import TERM_SCHEDULES
+from fasthyper.terms import Terms
 
 sys.path.append(str(Path(__file__).parent))
 import aot
@@ -69,6 +72,43 @@ def test_kernels_over_terms_are_clean(arch, dtype, allow_tf32, sizes):
     cases = list(aot.term_cases(arch, dtype, allow_tf32, sizes))
     found = {name: aot.resource_usage(call, arch).faults(arch, operand) for name, call, operand in cases}
     assert not {name: faults for name, faults in found.items() if faults}
+
+
+def _graph_parameters():
+    for arch in ARCHS:
+        for dtype in (torch.bfloat16, torch.float16):
+            fast = arch == "sm_90" and dtype == torch.bfloat16
+            for schedule in TERM_SCHEDULES:
+                yield pytest.param(arch, dtype, schedule, marks=() if fast else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("points", [1, 3])
+@pytest.mark.parametrize(("arch", "dtype", "schedule"), list(_graph_parameters()), ids=str)
+def test_all_launches_of_a_graph_in_16_bits_are_clean(arch, dtype, schedule, points, monkeypatch):
+    """A forward and a backward over edges that are sorted by their source, as they are launched for an arch."""
+    launched = {}
+
+    def launch(call):
+        source = aot.source(call)
+        launched[call.kernel, str(source.signature), str(source.constants), str(source.attrs)] = call
+
+    monkeypatch.setattr(calls.Call, "launch", launch)
+    monkeypatch.setattr("fasthyper.backends.triton.launch.arch_of", lambda t: arch)
+    E, S, R, I, O = 4000, 300, 128, 64, 64
+    terms = Terms(torch.randint(S, (E,)).sort().values, None, torch.randint(S, (E,)), S, E, S)
+    sizes = (S, points, I), (E, R), (O, I, R), (S, points, O)
+    x, z, weight, g = (torch.zeros(size, dtype=dtype) for size in sizes)
+    triton.apply_terms(x, z, weight, None, None, None, terms=terms, schedule=schedule)
+    mask = (True,) * 3 + (False,) * 3
+    triton.grads_terms(x, z, weight, None, None, g, mask, terms=terms, schedule=schedule)
+    names = {call.kernel.__name__ for call in launched.values()}
+    assert names >= ({"fold", "weight_grad"} if schedule == "fold" else {"outer_sum", "row_products"}) | {"sum_terms"}
+    faults = {}
+    for call in launched.values():
+        operand = "stored" if call.constants.get("DOT", schedule == "fold" and "PRECISION" in call.constants) else ""
+        if found := aot.resource_usage(call, arch).faults(arch, operand):
+            faults[call.kernel.__name__, str(call.constants)] = found
+    assert not faults
 
 
 def test_a_fault_is_seen():
