@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasthyper.backends import gpu, triton
@@ -59,3 +63,54 @@ def test_a_backward_is_launches_alone(sizes, room, factors, monkeypatch):
     assert len(repeated.launches) == len(record.launches)
     written = {place.slot for each in repeated.launches for place in each.pointers}
     assert {6, 7, 8} <= written
+
+
+class Compiled:
+    """What Triton returns of a launch: here an interpreted call, which is run again on memory at other addresses."""
+
+    function = packed_metadata = None
+
+    def __init__(self, call):
+        self.call = call
+
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *values):
+        call, given = self.call, {}
+        for name, value in zip(call.kernel.arg_names, values, strict=True):
+            recorded = {**call.args, **call.constants}[name]
+            if isinstance(recorded, Tensor):
+                value = at_address(value, recorded)
+            elif hasattr(recorded, "base"):
+                value.base = at_address(value.base.data_ptr(), recorded.base)
+            given[name] = value
+        call.kernel[x, y, z](**given, num_warps=call.warps, num_stages=call.stages)
+
+
+def at_address(address, like):
+    """Return a tensor with the shape, strides and dtype of another one, at an address."""
+    last = sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
+    memory = (ctypes.c_byte * ((last + 1) * like.element_size())).from_address(address)
+    return torch.frombuffer(memory, dtype=like.dtype).as_strided(like.shape, like.stride())
+
+
+@pytest.mark.skipif(not triton.interpreting(), reason="on a GPU, the suite repeats calls itself")
+@pytest.mark.parametrize("room", [None, 8000], ids=["at once", "in pieces"])
+@pytest.mark.parametrize("sizes", [(3, 4, 18, 5, 6), (1, 150, 20, 3, 4)], ids=str)
+def test_a_repeated_backward_is_that_of_its_own_tensors(sizes, room, factors, oracle, monkeypatch):
+    from fasthyper.backends.triton import calls, launch, repeat
+
+    if room is not None:
+        monkeypatch.setattr(gpu, "partial_sums_limit", lambda: room)
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 0))
+    monkeypatch.setattr(repeat, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=driver)))
+
+    def tensors():
+        x, z, weight, g = factors(sizes, torch.bfloat16)
+        return x, z, weight, None, None, g, *(torch.full_like(t, float("nan")) for t in (x, z, weight))
+
+    first, second = tensors(), tensors()
+    with calls.recording() as record:
+        launch.grads(*first)
+    record.launches = [(call, Compiled(call)) for call, _ in record.launches]
+    repeat._repeat(record, first).run(second, torch.device("cpu"))
+    x, z, weight, _, _, g, *out = second
+    oracle.check_all(out, oracle.grads, x, z, weight, g)
