@@ -31,7 +31,7 @@ test: lint $(BUILT) $(SANITIZED)
 # The Triton kernels in Triton's interpreter. Triton reads this variable when it is imported.
 interpreted: .venv/ready $(BUILT)
 	TRITON_INTERPRET=1 $(PYTEST) -k triton tests/ops tests/backends/test_kernels.py tests/backends/test_triton.py \
-		tests/backends/test_triton_terms.py tests/backends/test_triton_points.py
+		tests/backends/test_triton_terms.py tests/backends/test_triton_points.py tests/backends/test_triton_traced.py
 
 # The CUDA kernels in the emulator of csrc/cuda/emulated.h.
 emulated: .venv/ready $(BUILT)

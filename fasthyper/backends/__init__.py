@@ -14,7 +14,7 @@ from .. import compiled, planner
 from ..problem import AUTO, TERM_SCHEDULES
 from . import aten, cpu, cuda, gpu_auto, materialised, triton
 from .aten.models import Models
-from .contract import Backend, Convolving, OfModels, OverTerms
+from .contract import Backend, Convolving, OfModels, OverTerms, Traced
 
 FALLBACK = "aten"
 """The backend that runs any call on any device."""
@@ -176,6 +176,12 @@ def backend(name: str, device: torch.device, dtype: torch.dtype | None = None) -
     if best == FALLBACK and device.type == "cpu" and dtype in cpu.DTYPES and preferred("cpu") == "cpu":
         compiled.warn_once(str(cpu.unavailable()))
     return cast(Backend, gpu_auto) if BACKENDS[best] is triton else BACKENDS[best]
+
+
+def traced(name: str, device: torch.device, dtype: torch.dtype | None = None) -> Traced | None:
+    """Return the backend that runs a call if ``torch.compile`` may see its launches, else None."""
+    module = backend(name, device, dtype)
+    return cast(Traced, module) if hasattr(module, "trace_apply") else None
 
 
 def of_terms(name: str, device: torch.device, dtype: torch.dtype | None = None) -> OverTerms:

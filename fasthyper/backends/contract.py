@@ -11,7 +11,7 @@ accept any strides, must not write to its inputs, and returns contiguous results
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -117,6 +117,43 @@ class Backend(Protocol):
             mask: which gradients are requested, in the order of `Wanted`.
             schedule: as for `apply`.
         """
+
+
+class Traced(Protocol):
+    """Additional functions of a backend whose launches ``torch.compile`` sees; other backends' calls are opaque to it.
+
+    They run in a trace: tensors have no values, and sizes may be symbols. `emit` gets each launch, and puts it into the
+    graph. A function that returns None has put nothing into it; the op then stays there.
+    """
+
+    def trace_apply(
+        self,
+        x: Tensor,
+        z: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        base_weight: Tensor | None,
+        base_bias: Tensor | None,
+        *,
+        schedule: str,
+        emit: Any,
+    ) -> Tensor | None:
+        """Return y, as `Backend.apply` does, or None."""
+
+    def trace_grads(
+        self,
+        x: Tensor,
+        z: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        base_weight: Tensor | None,
+        g: Tensor,
+        mask: tuple[bool, ...],
+        *,
+        schedule: str,
+        emit: Any,
+    ) -> tuple[Tensor | None, ...] | None:
+        """Return the gradients, as `Backend.grads` does, or None."""
 
 
 class OverTerms(Protocol):

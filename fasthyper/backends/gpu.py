@@ -149,6 +149,21 @@ def partial_sums(splits: int, *shape: int, like: Tensor) -> Tensor | None:
     return None if splits == 1 else torch.empty(splits, *shape, dtype=torch.float32, device=like.device)
 
 
+def is_capturing() -> bool:
+    """Return whether a CUDA graph captures the work of the current stream."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def has_hint(n: int | torch.SymInt) -> bool:
+    """Return whether a size is a number, or a symbol that has a value in the example; sizes that are data have none."""
+    return isinstance(n, int) or bool(n.node.has_hint())
+
+
+def hint(n: int | torch.SymInt) -> int:
+    """Return a number, or the value that it has in the example from which a graph is traced."""
+    return n if isinstance(n, int) else int(n.node.hint)
+
+
 def cdiv(a: int, b: int) -> int:
     """Return a / b, rounded up."""
     return -(-a // b)

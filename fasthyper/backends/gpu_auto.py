@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from . import cuda, triton
@@ -41,3 +43,20 @@ def grads(
     R = (z if weight is None else weight).shape[-1]  # type: ignore[union-attr]
     backend = cuda if cuda.is_best(x, R, g.shape[2]) else triton
     return backend.grads(x, z, weight, bias, base_weight, g, mask, schedule=schedule)
+
+
+def trace_apply(x: Tensor, z: Tensor, weight: Tensor, *others: Tensor | None, **options: Any) -> Tensor | None:
+    """Return y if Triton's kernels compute it, else None; see `contract.Traced`."""
+    if cuda.unavailable() is None and cuda.is_best(x, weight.shape[2], weight.shape[0]):
+        return None
+    return triton.trace_apply(x, z, weight, *others, **options)
+
+
+def trace_grads(
+    x: Tensor, z: Tensor | None, weight: Tensor | None, *others: Any, **options: Any
+) -> tuple[Tensor | None, ...] | None:
+    """Return the gradients if Triton's kernels compute them, else None; see `contract.Traced`."""
+    R, g = (z if weight is None else weight).shape[-1], others[2]  # type: ignore[union-attr]
+    if cuda.unavailable() is None and cuda.is_best(x, R, g.shape[2]):
+        return None
+    return triton.trace_grads(x, z, weight, *others, **options)

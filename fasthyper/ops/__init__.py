@@ -3,6 +3,7 @@
 shapes.py     the axes of every tensor: the check, its message, the shapes of results
 signature.py  the schema of an op, the check of its arguments, the shapes of its results
 register.py   `define` registers an op; torch's private names for it
+launches.py   the launches of an op on a GPU, in the graphs of torch.compile; torch's private names for it
 rules.py      the table of derivatives and of vmap
 sharding.py   DTensors: which parts of its arguments a process passes to an op
 family.py     apply, cond_grad, weight_grad, and grads, the gradients of apply

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends.contract import Wanted
-from . import autocast, reference, rules, sharding
+from . import autocast, launches, reference, rules, sharding
 from .register import MISSING, Arguments, Gradients, Op, choice, define
 from .shapes import LINEAR, Axes, check, explain
 
@@ -93,16 +93,16 @@ def run_grads(
         return module.grads(x, z, weight, bias, base_weight, g, wanted, schedule=schedule)
 
 
-def _apply(args: Apply) -> Tensor:
-    return run_apply(args, args.x, args.z, args.weight)
+def _apply(args: Apply, run: Op = run_apply) -> Any:
+    return run(args, args.x, args.z, args.weight)
 
 
-def _cond_grad(args: CondGrad) -> Tensor | None:
-    return run_grads(args, args.x, None, args.weight, None, None, args.g, Wanted(z=True))[1]
+def _cond_grad(args: CondGrad, run: Op = run_grads) -> Any:
+    return run(args, args.x, None, args.weight, None, None, args.g, Wanted(z=True))[1]
 
 
-def _weight_grad(args: WeightGrad) -> Tensor | None:
-    return run_grads(args, args.x, args.z, None, None, None, args.g, Wanted(weight=True))[2]
+def _weight_grad(args: WeightGrad, run: Op = run_grads) -> Any:
+    return run(args, args.x, args.z, None, None, None, args.g, Wanted(weight=True))[2]
 
 
 def define_op(name: str, arguments: type, kernel: Op, axes: Axes, vmap: Op, suffix: str = "") -> None:
@@ -170,11 +170,14 @@ define_op("cond_grad", CondGrad, _cond_grad, LINEAR, rules.vmap)
 define_op("weight_grad", WeightGrad, _weight_grad, LINEAR, rules.vmap)
 
 
-def _grads(args: Grads) -> tuple[Tensor | None, ...]:
-    return run_grads(args, args.x, args.z, args.weight, None, None, args.g, Wanted(*args.mask))[:3]
+def _grads(args: Grads, run: Op = run_grads) -> Any:
+    return run(args, args.x, args.z, args.weight, None, None, args.g, Wanted(*args.mask))[:3]
 
 
 define_grads(Grads, _grads, LINEAR)
+launches.show("apply", functools.partial(_apply, run=launches.trace_apply))
+for _name, _run in (("cond_grad", _cond_grad), ("weight_grad", _weight_grad), ("grads", _grads)):
+    launches.show(_name, functools.partial(_run, run=launches.trace_grads))
 if MISSING:
     warnings.warn(
         f"fasthyper runs in plain torch operations, since torch {torch.__version__} has no {MISSING}. Results are "

@@ -10,16 +10,17 @@ term, in forward and in backward.
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+import functools
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from .. import compiled
 from ..backends.contract import Wanted
-from . import autocast, kept
+from . import autocast, kept, launches
 from .family import run_apply, run_grads
-from .register import MISSING, Gradients, choice, define
+from .register import MISSING, Gradients, Op, choice, define
 from .rules import READS
 from .shapes import LINEAR as AXES
 
@@ -49,8 +50,8 @@ class HyperLinearGrads(NamedTuple):
     schedule: str = ""
 
 
-def _kernel(args: HyperLinear) -> Tensor:
-    return run_apply(args, args.x, args.z, args.weight, args.bias, args.base_weight, args.base_bias)
+def _kernel(args: HyperLinear, run: Op = run_apply) -> Any:
+    return run(args, args.x, args.z, args.weight, args.bias, args.base_weight, args.base_bias)
 
 
 def _composite(args: HyperLinear) -> Tensor:
@@ -83,8 +84,8 @@ define(
 )
 
 
-def _grads_kernel(args: HyperLinearGrads) -> tuple[Tensor | None, ...]:
-    return run_grads(args, args.x, args.z, args.weight, args.bias, args.base_weight, args.g, Wanted(*args.mask))
+def _grads_kernel(args: HyperLinearGrads, run: Op = run_grads) -> Any:
+    return run(args, args.x, args.z, args.weight, args.bias, args.base_weight, args.g, Wanted(*args.mask))
 
 
 def _grads_by_ops(args: HyperLinearGrads, wanted: Wanted) -> tuple[Tensor | None, ...]:
@@ -119,6 +120,8 @@ define(
     kernel=_grads_kernel,
     composite=_grads_composite,
 )
+launches.show("hyper_linear", functools.partial(_kernel, run=launches.trace_apply))
+launches.show("hyper_linear_grads", functools.partial(_grads_kernel, run=launches.trace_grads))
 if not MISSING and compiled.load("eager") is None:  # runs on the CPU instead of these kernels
     torch.ops.fasthyper_eager.declare_axes([*AXES], [*AXES.values()])
     torch.ops.fasthyper_eager.declare_reads([sum(1 << [*READS].index(other) for other in of) for of in READS.values()])

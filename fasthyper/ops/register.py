@@ -1,4 +1,4 @@
-"""Register ops with torch: `define`. Only this module and `checkpoints` use torch's private names.
+"""Register ops with torch: `define`. Only this module, `launches` and `checkpoints` use torch's private names.
 
 ``torch.library.register_autograd`` makes torch.func raise and forward mode silently wrong; an ``autograd.Function``
 around the op makes compiled second order silently wrong. A kernel for the Autograd key is right everywhere: it calls

@@ -126,6 +126,48 @@ def grads(
     return *out, *shared
 
 
+def trace_apply(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    base_weight: Tensor | None,
+    base_bias: Tensor | None,
+    *,
+    schedule: str,
+    emit: Any,
+) -> Tensor | None:
+    """Return y, whose launches `emit` gets; None if the op stays in the graph. See `contract.Traced`."""
+    if interpreting():
+        return None
+    return cast(Tensor | None, _traced().apply(x, z, weight, bias, base_weight, base_bias, schedule, emit))
+
+
+def trace_grads(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_weight: Tensor | None,
+    g: Tensor,
+    mask: tuple[bool, ...],
+    *,
+    schedule: str,
+    emit: Any,
+) -> tuple[Tensor | None, ...] | None:
+    """Return the gradients, whose launches `emit` gets; None if the op stays in the graph. See `contract.Traced`."""
+    if interpreting():
+        return None
+    out = _traced().grads(x, z, weight, bias, base_weight, g, mask, schedule, emit)
+    return cast(tuple[Tensor | None, ...] | None, out)
+
+
+@functools.cache
+def _traced() -> Any:
+    """Return the module that puts launches into graphs, which imports triton."""
+    return importlib.import_module(f"{__name__}.traced")
+
+
 def _term_plan(
     op: str, x: Tensor, R: int, O: int, terms: Terms, schedule: str, needs: tuple[bool, bool, bool] = (True,) * 3
 ) -> Plan | None:

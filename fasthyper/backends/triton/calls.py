@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...kernels import dx_dz, fold, pad, reduce, weight_grad
 from ..gpu import INTERPRETER, cdiv, padded
-from . import tiles
+from . import capture, tiles
 from .tiles import Tile, power_of_two
 
 _INT32 = 1 << 31
@@ -36,6 +36,7 @@ class Record:
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.record: Record | None = None
+        self.emit: Callable[[Call], None] | None = None
 
 
 _thread = _Thread()
@@ -49,6 +50,28 @@ def recording() -> Iterator[Record]:
         yield record
     finally:
         _thread.record = None
+
+
+@contextlib.contextmanager
+def emitting(emit: Callable[[Call], None]) -> Iterator[None]:
+    """Give the calls of this thread to `emit` instead of launching them. Their tensors have no addresses."""
+    _thread.emit = emit
+    try:
+        yield
+    finally:
+        _thread.emit = None
+
+
+def is_traced() -> bool:
+    """Return whether calls of this thread are not launched, so that sizes may be symbols, and nothing can be timed."""
+    return _thread.emit is not None
+
+
+class Described(NamedTuple):
+    """A matrix and the boxes of its tensor descriptor, in the place of a descriptor that needs an address."""
+
+    matrix: Tensor
+    box: list[int]
 
 
 def spoil() -> None:
@@ -68,7 +91,11 @@ class Call(NamedTuple):
     stages: int
 
     def launch(self) -> None:
-        kernel = self.kernel[self.grid](**self.args, **self.constants, num_warps=self.warps, num_stages=self.stages)
+        if _thread.emit is not None:
+            _thread.emit(self)
+            return
+        with capture.refusing_to_compile(self.kernel):
+            kernel = self.kernel[self.grid](**self.args, **self.constants, num_warps=self.warps, num_stages=self.stages)
         if _thread.record is not None:
             _thread.record.launches.append((self, kernel))
 
@@ -84,13 +111,27 @@ def precision_of(dtype: torch.dtype, arch: str, allow_tf32: bool) -> str:
     return "tf32" if allow_tf32 else "tf32x3"
 
 
-def _descriptor(t: Tensor, shape: list[int], stride: int, box: list[int], arch: str) -> TensorDescriptor | None:
-    """Return a descriptor of a matrix whose rows are `stride` apart, read by boxes; None where it cannot have one."""
+def _is_aligned(t: Tensor) -> bool:
+    """Return whether a tensor begins at a multiple of 16 bytes. In a trace, storages begin there."""
+    address = t.storage_offset() * t.element_size() if is_traced() else t.data_ptr()
+    return address % 16 == 0
+
+
+def _descriptor(
+    t: Tensor, shape: list[int], stride: int, box: list[int], arch: str, axes: Sequence[int] = ()
+) -> TensorDescriptor | Described | None:
+    """Return a descriptor of a matrix whose rows are `stride` apart, read by boxes; None where it cannot have one.
+
+    axes: the order of t's axes that makes the matrix; that of t if it is empty.
+    """
     size = t.element_size()
-    aligned = stride * size % 16 == 0 and t.data_ptr() % 16 == 0 and stride >= shape[1]
-    if arch not in _DESCRIPTORS or not aligned or max(shape) >= _INT32:
+    aligned = stride * size % 16 == 0 and _is_aligned(t) and stride >= shape[1]
+    if arch not in _DESCRIPTORS or not aligned or any(n >= _INT32 for n in shape):
         return None
-    return TensorDescriptor(t, shape, [stride, 1], box)
+    if not is_traced():
+        return TensorDescriptor(t, shape, [stride, 1], box)
+    matrix = (t.permute(*axes) if axes else t).reshape(shape)
+    return Described(matrix, box) if matrix.stride() == (stride, 1) else None
 
 
 class _HeadLayout(NamedTuple):
@@ -104,23 +145,23 @@ class _HeadLayout(NamedTuple):
     """
 
     name: str
-    descriptor: TensorDescriptor | None
-    tail_descriptor: TensorDescriptor | None
+    descriptor: TensorDescriptor | Described | None
+    tail_descriptor: TensorDescriptor | Described | None
     c_stride: int
 
 
 def _head_layout(h: Tensor, columns: int, depth: int, tail: int, cb: int, arch: str) -> _HeadLayout:
     C, K, P = h.shape
     sc, sk, sp = h.stride()
-    layouts = {  # whether H has this layout; the descriptor's shape and row stride; whether its rows are p; c_stride
-        "p_ck": (sk == 1 and sc == K and sc * h.element_size() % 16 == 0, [P, C * K], sp, True, K),
-        "cp_k": (sk == 1 and sc == P * sp and cb == 1, [C * P, K], sp, True, P),
-        "ck_p": (sp == 1 and sc == K * sk, [C * K, P], sk, False, K),
+    layouts = {  # whether H has this layout; the descriptor's shape, row stride and axes; whether rows are p; c_stride
+        "p_ck": (sk == 1 and sc == K and sc * h.element_size() % 16 == 0, [P, C * K], sp, (2, 0, 1), True, K),
+        "cp_k": (sk == 1 and sc == P * sp and cb == 1, [C * P, K], sp, (0, 2, 1), True, P),
+        "ck_p": (sp == 1 and sc == K * sk, [C * K, P], sk, (0, 1, 2), False, K),
     }
-    for name, (matches, shape, stride, rows_are_p, c_stride) in layouts.items():
+    for name, (matches, shape, stride, axes, rows_are_p, c_stride) in layouts.items():
         box, tail_box = ([columns, cb * k] if rows_are_p else [cb * k, columns] for k in (depth, tail))
-        if matches and (descriptor := _descriptor(h, shape, stride, box, arch)) is not None:
-            tail_descriptor = _descriptor(h, shape, stride, tail_box, arch) if tail else None
+        if matches and (descriptor := _descriptor(h, shape, stride, box, arch, axes)) is not None:
+            tail_descriptor = _descriptor(h, shape, stride, tail_box, arch, axes) if tail else None
             return _HeadLayout(name, descriptor, tail_descriptor, c_stride)
     return _HeadLayout("pointers", None, None, sc)
 
@@ -153,7 +194,7 @@ def wide_loads(v: Tensor, h: Tensor) -> bool:
     """Return whether v and H are loaded several numbers at a time; else only small tiles have enough registers."""
     unit = v.element_size()
     aligned = v.stride(-1) == 1 and v.shape[-1] % 16 == 0 and all(s * unit % 16 == 0 for s in v.stride()[:-1])
-    return aligned and v.data_ptr() % 16 == 0 and 1 in h.stride()
+    return aligned and _is_aligned(v) and 1 in h.stride()
 
 
 def fold_tiles(v: Tensor, h: Tensor, P: int, arch: str) -> tuple[Tile, ...]:
@@ -198,8 +239,8 @@ def fold_call(
         *u.stride(), *v.stride(), layout.c_stride, sk, sp, *_strides(a, 0, 1), *_strides(c, 0, 1), *_strides(d, 0),
     )  # fmt: skip
     tensors = {"u_ptr": u, "v_ptr": v, "a_ptr": a, "c_ptr": c, "d_ptr": d, "out_ptr": out}
-    tensors |= {"h_ptr": h if layout.descriptor is None else None}
-    tensors |= {"h": layout.descriptor, "h_tail": layout.tail_descriptor}
+    tensors["h_ptr"] = h if layout.descriptor is None else None
+    descriptors = {"h": layout.descriptor, "h_tail": layout.tail_descriptor}
     constants = {
         "POINTS": N > 1,
         "BM": tile.rows,
@@ -218,7 +259,7 @@ def fold_call(
         "PRECISION": precision,
     }
     grid = (cdiv(M, tile.rows), cdiv(P, columns), cdiv(C, per_split))
-    return Call(fold.fold, grid, tensors | sizes | strides, constants, tile.warps, tile.stages)
+    return Call(fold.fold, grid, tensors | descriptors | sizes | strides, constants, tile.warps, tile.stages)
 
 
 DX_COLUMNS = 8
@@ -252,7 +293,7 @@ def dx_dz_call(
     if sr == 1 and si == width and si * h.element_size() % 16 == 0:
         layout, descriptor, i_stride = "o_ir", _descriptor(h, [O, I * width], so, [bo, br], arch), si
     elif sr == 1 and si == O * so:
-        layout, descriptor, i_stride = "io_r", _descriptor(h, [I * O, width], so, [bo, br], arch), O
+        layout, descriptor, i_stride = "io_r", _descriptor(h, [I * O, width], so, [bo, br], arch, (1, 0, 2)), O
     if descriptor is None:
         layout, i_stride = "pointers", si
     sizes = _named("M N I O R per_split", B * N, N, I, O, R, per_split)
@@ -300,7 +341,8 @@ def weight_grad_call(
     B, N, I = x.shape
     O, R = g.shape[2], out.shape[-1]
     bi, br, bo = weight_grad_block(I, R, O, tile)
-    z_rows = g_rows = None
+    z_rows: TensorDescriptor | Described | None = None
+    g_rows: TensorDescriptor | Described | None = None
     if z.stride(1) == 1 and N == 1:
         z_rows = _descriptor(z, list(z.shape), z.stride(0), [tile.depth, br], arch)
     if g.stride(2) == 1 and (N == 1 or g.stride(0) == N * g.stride(1)):
@@ -327,7 +369,7 @@ def weight_grad_call(
 
 def reduce_call(partial: Tensor, out: Tensor) -> Call:
     """Return the call that adds partial sums (S, ...) in float32 into out (...), contiguous."""
-    sizes = {"J": out.numel(), "S": len(partial)}
+    sizes = {"J": out.numel(), "S": partial.shape[0]}
     args = {"partial_ptr": partial, "out_ptr": out, **sizes}
     return Call(reduce.reduce, (cdiv(out.numel(), 1024), 1, 1), args, {"BJ": 1024}, 4, 1)
 

@@ -195,7 +195,7 @@ def _grads_of_rows(
 
 def _bucket(rows: int) -> int:
     """Return the power of two of a number of rows: calls of one bucket share the tile that was timed."""
-    return rows.bit_length()
+    return gpu.hint(rows).bit_length()
 
 
 def _tuned(
@@ -224,13 +224,16 @@ def _tuned(
     precision = calls.precision_of(x.dtype, arch, gpu.allows_tf32())
 
     def predicted(tile: Tile) -> Candidate:
-        tiled = Tiling(*tiling(tile), cdiv(size, step(tile)))
-        return tuning.candidate(tile, tiled, out.numel() * 4, gpu.partial_sums_limit(), device.processors, bits)
+        tiled = Tiling(*map(gpu.hint, (*tiling(tile), cdiv(size, step(tile)))))
+        return tuning.candidate(
+            tile, tiled, gpu.hint(out.numel()) * 4, gpu.partial_sums_limit(), device.processors, bits
+        )
 
     def run(chosen: Candidate) -> None:
         tile, unit = chosen.tile, step(chosen.tile)
         per_split = cdiv(cdiv(size, chosen.splits), unit) * unit
-        partial = gpu.partial_sums(cdiv(size, per_split), *out.shape, like=out)
+        splits = 1 if chosen.splits == 1 else cdiv(size, per_split)
+        partial = gpu.partial_sums(splits, *out.shape, like=out)
         call(out if partial is None else partial, per_split, tile, arch, precision).launch()
         if partial is not None:
             calls.reduce_call(partial, out).launch()
@@ -240,7 +243,7 @@ def _tuned(
 
 def _fold(u: Tensor, v: Tensor, h: Tensor, a: Tensor | None, c: Tensor | None, d: Tensor | None, out: Tensor) -> None:
     """Compute out (B·N, P) from u (B, N, C), v (B, N, K), H (C, K, P), A (P, C), C (P, K), d (P,)."""
-    M, C, K, P = len(out), u.shape[2], v.shape[2], out.shape[1]
+    M, C, K, P = out.shape[0], u.shape[2], v.shape[2], out.shape[1]
 
     def tiling(tile: Tile) -> tuple[int, int, int, int]:
         columns = min(tile.columns, tiles.power_of_two(P))

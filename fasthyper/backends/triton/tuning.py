@@ -4,7 +4,7 @@ A key is the kernel, the sizes that matter, the dtype and the precision. Only th
 predicted time are timed, so that the first call of a key takes their compilation, one to two seconds each, and some
 milliseconds. The tile of the lowest predicted time is taken without timing where `FASTHYPER_AUTOTUNE=0`, under
 `torch.use_deterministic_algorithms(True)`, as results must not depend on timing, and where a CUDA graph captures the
-first call of a key. `FASTHYPER_CACHE` is the folder of the stored choices.
+first call of a key or ``torch.compile`` traces it. `FASTHYPER_CACHE` is the folder of the stored choices.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import triton
 
 from ... import compiled
 from ..._version import __version__
+from .. import gpu
 from ..gpu import INTERPRETER, Device
 from . import calls, repeat
 from .tiles import Tile
@@ -96,7 +97,7 @@ def choose(
     if stored_as not in _chosen:  # choices of this process stay, even if another process has stored others
         _chosen.update({k: tile for k, tile in _read(device).items() if k not in _chosen})
     if _chosen.get(stored_as) not in by_tile:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if gpu.is_capturing() or calls.is_traced():
             return ranked[0]
         _chosen[stored_as] = min(ranked[:_MOST_TIMED], key=lambda c: _time(run, c)).tile
         _write(device)
