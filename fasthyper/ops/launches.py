@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -102,12 +102,32 @@ def show(name: str, trace: Op) -> None:
     triton_ops_to_kernels[f"fasthyper::{name}"] = _Sources()
 
 
+class _Names(NamedTuple):
+    """Private names of torch whose import takes a second, so that the first traced call imports them."""
+
+    is_exporting: Callable[[], bool]
+    wrapper: Any  # the module of the op that stands for a launch in a graph
+
+
+@functools.cache
+def _names() -> _Names | None:
+    """Return the names, or None if this torch lacks one: all ops then stay in the graph."""
+    try:
+        from torch._higher_order_ops import triton_kernel_wrap
+        from torch.export._trace import custom_triton_ops_decomposition_disabled
+    except ImportError:
+        return None
+    needed = ("triton_kernel_wrapper_mutation", "kernel_side_table", "create_tma_stable_metadata")
+    if not all(hasattr(triton_kernel_wrap, name) for name in needed):
+        return None
+    return _Names(custom_triton_ops_decomposition_disabled, triton_kernel_wrap)
+
+
 def _must_stay(x: Tensor) -> bool:
     if x.device.type != "cuda":
         return True
-    from torch.export._trace import custom_triton_ops_decomposition_disabled
-
-    return bool(custom_triton_ops_decomposition_disabled())
+    names = _names()
+    return names is None or bool(names.is_exporting())
 
 
 class _Sources(list[Any]):
@@ -154,8 +174,7 @@ def arguments_of(call: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _emit(call: Any) -> None:
     """Put a launch, a `Call` of the Triton backend, into the graph."""
-    from torch._higher_order_ops import triton_kernel_wrap as graphs
-
+    graphs = cast(_Names, _names()).wrapper
     arguments, boxes = arguments_of(call)
     absent = {name: None for name, value in arguments.items() if value is None}
     graphs.triton_kernel_wrapper_mutation(

