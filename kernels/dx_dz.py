@@ -10,20 +10,22 @@ Rows m are (b, n). The launcher sums dz over n where there are several points. O
 import triton
 import triton.language as tl
 
-from .loads import columns, row_offsets, widened
+from .loads import columns, multiple, row_offsets, widened
 
 
 @triton.jit
-def dx_dz(g_ptr, z_ptr, x_ptr, h_ptr, h, base_ptr, bias_ptr, dx_ptr, dz_ptr, M, N, I, O, R, per_split,
+def dx_dz(g_ptr, z_ptr, x_ptr, h_ptr, h, base_ptr, bias_ptr, dx_ptr, dz_ptr, M, N, I, O, R, W, per_split,
           sg_b, sg_n, sg_o, sz_b, sz_r, sx_b, sx_n, sx_i, sh_o, sh_i, sh_r, sw_o, sw_i, sb_o, sb_r,
           POINTS: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, BI: tl.constexpr,
           READ: tl.constexpr, EVEN_O: tl.constexpr, EVEN_R: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr,
-          PRECISION: tl.constexpr):  # fmt: skip
+          UNIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Compute BM rows of dx, in the columns i of one split, and the partial sums of dz over these i.
 
     READ: H is read by a descriptor of (o, (i, r)) or of ((i, o), r), or by pointers. sh_i is the distance from i to
-    i + 1: in columns or rows of the descriptor, or in numbers.
+    i + 1: in columns or rows of the descriptor, or in numbers. W: the number of columns of z, zeros from R on. UNIT: R,
+    W and the stride of rows of z are multiples of it.
     """
+    R, W, sz_b = multiple(R, UNIT), multiple(W, UNIT), multiple(sz_b, UNIT)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     split = tl.program_id(1)
     first = split * per_split
@@ -32,7 +34,7 @@ def dx_dz(g_ptr, z_ptr, x_ptr, h_ptr, h, base_ptr, bias_ptr, dx_ptr, dz_ptr, M, 
     in_rows = m < M
     o, r, column = tl.arange(0, BO), tl.arange(0, BR), tl.arange(0, BI)
     g = widened(columns(g_ptr + row_offsets(m, N, sg_b, sg_n, POINTS), in_rows, o, O, sg_o, EVEN_O), WIDE)
-    z = columns(z_ptr + row_offsets(m, N, sz_b, 0, POINTS), in_rows, r, R, sz_r, EVEN_R).to(tl.float32)
+    z = columns(z_ptr + row_offsets(m, N, sz_b, 0, POINTS), in_rows, r, W, sz_r, EVEN_R).to(tl.float32)
     x_row = x_ptr + row_offsets(m, N, sx_b, sx_n, POINTS)
     dx_row = dx_ptr + m.to(tl.int64)[:, None] * I
 

@@ -13,7 +13,7 @@ The launcher sums dz over n where there are several points.
 import triton
 import triton.language as tl
 
-from .loads import columns, into_range, larger, row_offsets, widened
+from .loads import columns, into_range, larger, multiple, row_offsets, widened
 
 
 @triton.jit
@@ -107,13 +107,15 @@ def fold(u_ptr, v_ptr, h_ptr, h, h_tail, a_ptr, c_ptr, d_ptr, out_ptr, M, N, C, 
          su_b, su_n, su_c, sv_b, sv_n, sv_k, sh_c, sh_k, sh_p, sa_p, sa_c, sc_p, sc_k, sd_p,
          POINTS: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr, TAIL: tl.constexpr,
          CB: tl.constexpr, READ: tl.constexpr, EVEN_C: tl.constexpr, EVEN_K: tl.constexpr, CLAMP_K: tl.constexpr,
-         CLAMP_P: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr, SCALED: tl.constexpr,
+         CLAMP_P: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr, SCALED: tl.constexpr, UNIT: tl.constexpr,
          PRECISION: tl.constexpr):  # fmt: skip
     """Compute one tile (BM, BP) of out, or the partial sums of one split where per_split < C.
 
     K is divided into steps of BK, and one of TAIL. K_shared: the number of columns of C, which is not padded. SCALED:
-    rows of u are multiplied by powers of two that keep u·v in the range of float16.
+    rows of u are multiplied by powers of two that keep u·v in the range of float16. UNIT: K and the strides of rows of
+    v are multiples of it.
     """
+    K, sv_b, sv_n = multiple(K, UNIT), multiple(sv_b, UNIT), multiple(sv_n, UNIT)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     p0 = tl.program_id(1) * BP
     split = tl.program_id(2)

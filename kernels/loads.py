@@ -25,6 +25,12 @@ def columns(pointers, in_rows, j, J, s_j, EVEN: tl.constexpr):
 
 
 @triton.jit
+def multiple(n, UNIT: tl.constexpr):
+    """Return n, a multiple of UNIT, so that the compiler knows it. Of an argument it knows only multiples of 16."""
+    return n // UNIT * UNIT
+
+
+@triton.jit
 def widened(tile, WIDE: tl.constexpr):
     """Return the tile in float32 if WIDE: the interpreter has no bfloat16 arithmetic."""
     return tile.to(tl.float32) if WIDE else tile

@@ -9,7 +9,7 @@ result has the same bits every time.
 import triton
 import triton.language as tl
 
-from .loads import into_range, larger, row_offsets, widened
+from .loads import into_range, larger, multiple, row_offsets, widened
 
 
 @triton.jit
@@ -22,16 +22,18 @@ def transposed(pointer, m, M, N, s_b, s_n, j, J, s_j, POINTS: tl.constexpr, EVEN
 
 
 @triton.jit
-def weight_grad(x_ptr, z_ptr, g_ptr, z_rows, g_rows, out_ptr, M, N, I, O, R, per_split,
+def weight_grad(x_ptr, z_ptr, g_ptr, z_rows, g_rows, out_ptr, M, N, I, O, R, W, per_split,
                 sx_b, sx_n, sx_i, sz_b, sz_r, sg_b, sg_n, sg_o,
                 POINTS: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr, BM: tl.constexpr,
                 EVEN_I: tl.constexpr, EVEN_R: tl.constexpr, EVEN_O: tl.constexpr, WIDE: tl.constexpr,
-                SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                SCALED: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Compute one tile of dH, BI·BR rows and BO columns, from the rows of the batch of one split.
 
     z_rows, g_rows: descriptors, or None to read by pointers. SCALED: columns of x are multiplied by powers of two that
-    keep x·z in the range of float16, if the products of one column span at most 2^29.
+    keep x·z in the range of float16, if the products of one column span at most 2^29. W: the number of columns of z,
+    zeros from R on. UNIT: R, W and the stride of rows of z are multiples of it.
     """
+    R, W, sz_b = multiple(R, UNIT), multiple(W, UNIT), multiple(sz_b, UNIT)
     r_tiles = tl.cdiv(R, BR)
     i0 = tl.program_id(0) // r_tiles * BI
     r0 = tl.program_id(0) % r_tiles * BR
@@ -46,7 +48,7 @@ def weight_grad(x_ptr, z_ptr, g_ptr, z_rows, g_rows, out_ptr, M, N, I, O, R, per
         most_x, most_z = tl.zeros((BI, BM), tl.float32), tl.zeros((BR, BM), tl.float32)
         for m0 in tl.range(first, last, BM):
             most_x = larger(most_x, transposed(x_ptr, m0 + k, M, N, sx_b, sx_n, i, I, sx_i, POINTS, EVEN_I))
-            most_z = larger(most_z, transposed(z_ptr, m0 + k, M, N, sz_b, 0, r, R, sz_r, POINTS, EVEN_R))
+            most_z = larger(most_z, transposed(z_ptr, m0 + k, M, N, sz_b, 0, r, W, sz_r, POINTS, EVEN_R))
         factor = into_range(tl.max(most_x, 1), tl.max(most_z))
 
     acc = tl.zeros((BI * BR, BO), tl.float32)
@@ -55,7 +57,7 @@ def weight_grad(x_ptr, z_ptr, g_ptr, z_rows, g_rows, out_ptr, M, N, I, O, R, per
         if z_rows is not None:
             z = z_rows.load([m0, r0]).T
         else:
-            z = transposed(z_ptr, m, M, N, sz_b, 0, r, R, sz_r, POINTS, EVEN_R)
+            z = transposed(z_ptr, m, M, N, sz_b, 0, r, W, sz_r, POINTS, EVEN_R)
         if g_rows is not None:
             g = g_rows.load([m0, o0])
         else:

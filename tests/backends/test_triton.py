@@ -49,6 +49,70 @@ def test_little_workspace(room, sizes, factors, oracle, monkeypatch):
     oracle.check_linear(args, everything(*args))
 
 
+@ready
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "copied"),  # copied: on a GPU that has tensor descriptors
+    [
+        (torch.float32, (33, 1, 20, 6, 10), False),
+        (torch.float32, (6, 3, 20, 4, 6), False),
+        (torch.float32, (20, 1, 36, 9, 40), False),  # dx and dz in separate kernels, and steps with a tail
+        (torch.float32, (33, 1, 12, 6, 10), True),  # short rows
+        (torch.float32, (33, 1, 50, 8, 10), True),
+        (torch.bfloat16, (33, 1, 40, 6, 10), False),
+        (torch.bfloat16, (33, 1, 50, 8, 10), True),
+        (torch.float16, (6, 3, 104, 4, 6), False),
+    ],
+    ids=str,
+)
+def test_aligned_rows_are_not_copied(dtype, sizes, copied, factors, oracle, monkeypatch):
+    """Memory after z and H holds NaN."""
+    from fasthyper.backends.triton import calls
+
+    copies, pad_call = [], calls.pad_call
+    monkeypatch.setattr(calls, "pad_call", lambda *args: copies.append(args) or pad_call(*args))
+    args = factors(sizes, dtype, NAMES)
+    for k in (1, 2):
+        behind = torch.full((args[k].numel() + 100,), float("nan"), dtype=dtype, device=args[k].device)
+        behind[: args[k].numel()] = args[k].flatten()
+        args[k] = behind[: args[k].numel()].view_as(args[k])
+    oracle.check_linear(args, everything(*args))
+    if triton.interpreting() or torch.cuda.get_device_capability() in ((9, 0), (10, 0)):
+        assert bool(copies) is copied
+    offset = lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view_as(t)
+    odd = lambda t: torch.cat([t, t[..., :1]], -1)[..., :-1]
+    for k, unaligned in ((1, offset), (1, odd), (2, offset), (2, odd)):
+        copies.clear()
+        some = [unaligned(t) if i == k else t for i, t in enumerate(args)]
+        oracle.check_linear(args, everything(*some))
+        assert copies
+
+
+@pytest.mark.parametrize(
+    ("R", "dtype", "in_place"),
+    [
+        (48, torch.bfloat16, True),
+        (40, torch.bfloat16, True),
+        (20, torch.float32, True),
+        (25, torch.bfloat16, False),
+        (50, torch.bfloat16, False),
+        (50, torch.float32, False),
+    ],
+)
+def test_boxes_begin_at_aligned_addresses(R, dtype, in_place):
+    """With 64 inputs the rows of o are aligned, but not those of (o, i): a GPU cannot read boxes that begin there."""
+    calls = pytest.importorskip("fasthyper.backends.triton.calls")
+    x, z, h, g, dx, dz = (
+        torch.empty(shape, dtype=dtype, device="meta")
+        for shape in ((9, 1, 64), (9, R), (32, 64, R), (9, 1, 32), (9, 64), (9, R))
+    )
+    tile = tiles.Tile(64, 64, 32, 4, 2)
+    rows = z[:, None]
+    y = calls.fold_call(x, rows, h.permute(1, 2, 0), None, None, None, g[:, 0], 64, tile, "sm_90", "tf32")
+    both = calls.dx_dz_call(x, z, h, None, None, g, dx, dz, 64, tile, "sm_90", "tf32")
+    reads = [call.constants["READ"] for call in (y, both)]
+    assert reads == (["p_ck", "o_ir"] if in_place else ["pointers"] * 2)
+
+
 def test_auto_takes_it_for_a_gpu(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setattr(triton, "unavailable", lambda: None)

@@ -29,6 +29,7 @@ from fasthyper.backends.triton.calls import (
     dx_dz_tiles,
     fold_call,
     fold_tiles,
+    in_place,
     pad_call,
     precision_of,
     reduce_call,
@@ -191,12 +192,14 @@ class Case(NamedTuple):
     operand: str
 
 
-# R, I, O: multiples of the tile; the largest of dx_dz; R with a tail; odd sizes, padded; few features, so that a step
-# has several columns; few outputs; ones, which the compiler treats as constants.
+# R, I, O: multiples of the tile; the largest of dx_dz; R with a tail; rows that are aligned, but no multiples of 16;
+# odd sizes, padded; few features, so that a step has several columns; few outputs; ones, which the compiler treats as
+# constants.
 _SIZES = {
     "even": (128, 64, 128),
     "large": (128, 64, 256),
     "tail": (144, 48, 48),
+    "aligned": (104, 40, 72),
     "odd": (101, 101, 50),
     "few": (25, 64, 64),
     "skinny": (32, 64, 10),
@@ -216,7 +219,7 @@ def cases(arch: str, dtype: torch.dtype, allow_tf32: bool, shape: str) -> Iterat
     sizes, _, variant = shape.partition(", ")
     R, I, O = _SIZES[sizes]
     B, N = 1 if sizes == "ones" else 4800, 3 if variant == "points" else 1
-    bits, W = dtype.itemsize * 8, padded(R)
+    bits = dtype.itemsize * 8
     precision = precision_of(dtype, arch, allow_tf32)
 
     def new(*sizes: int) -> Tensor:
@@ -224,6 +227,7 @@ def cases(arch: str, dtype: torch.dtype, allow_tf32: bool, shape: str) -> Iterat
             return torch.empty(*sizes, 2, dtype=dtype, device="meta")[..., 1]
         return torch.empty(sizes, dtype=dtype, device="meta")
 
+    W = R if in_place(new(O, I, R), arch) else padded(R)
     x, z, h, g = new(B, N, I), new(B, W), new(O, I, W), new(B, N, O)
     base, bias, b0 = (new(O, I), new(O, R), new(O)) if variant == "affine" else (None, None, None)
     rows = z[:, None].expand(-1, N, -1)

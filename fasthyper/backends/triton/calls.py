@@ -1,7 +1,7 @@
 """Build the call of each kernel: its grid, arguments and constants. Nothing is launched; tensors may be meta tensors.
 
 A matrix is read by a tensor descriptor (TMA on sm_90 and later) where its last axis is contiguous, and its rows begin
-at multiples of 16 bytes; else by pointers.
+at multiples of 16 bytes; else by pointers. Each box must begin at such an address, too, or the GPU raises an error.
 """
 
 from __future__ import annotations
@@ -190,23 +190,35 @@ def depths(K: int, most: int, C: int) -> tuple[int, int, int]:
     return depth, total % depth, min(most // depth, power_of_two(C, 1)) if depth == K else 1
 
 
-def wide_loads(v: Tensor, h: Tensor) -> bool:
+def unit(t: Tensor, length: int) -> int:
+    """Return how many numbers of a row of this length are loaded together: 16 bytes, or 1 if a row is not aligned."""
+    most = 16 // t.element_size()
+    aligned = t.stride(-1) == 1 and _is_aligned(t)
+    return most if aligned and all(n % most == 0 for n in (length, t.shape[-1], *t.stride()[:-1])) else 1
+
+
+def in_place(h: Tensor, arch: str) -> bool:
+    """Return whether descriptors can read H whose rows are no multiple of 16."""
+    least, *others = sorted(h.stride())
+    aligned = least == 1 and all(s * h.element_size() % 16 == 0 for s in others)
+    return arch in _DESCRIPTORS and aligned and _is_aligned(h)
+
+
+def wide_loads(v: Tensor, h: Tensor, arch: str) -> bool:
     """Return whether v and H are loaded several numbers at a time; else only small tiles have enough registers."""
-    unit = v.element_size()
-    aligned = v.stride(-1) == 1 and v.shape[-1] % 16 == 0 and all(s * unit % 16 == 0 for s in v.stride()[:-1])
-    return aligned and _is_aligned(v) and 1 in h.stride()
+    return unit(v, v.shape[-1]) > 1 and (1 in h.stride() if v.shape[-1] % 16 == 0 else in_place(h, arch))
 
 
 def fold_tiles(v: Tensor, h: Tensor, P: int, arch: str) -> tuple[Tile, ...]:
     """Return the tiles that a fold with P outputs may take."""
     columns = P if P % 16 == 0 else min(P, 64)  # numbers are stored one at a time
     allowed = tiles.fold_tiles(arch, v.element_size() * 8, columns)
-    return allowed if wide_loads(v, h) else allowed[-1:]
+    return allowed if wide_loads(v, h, arch) else allowed[-1:]
 
 
 def dx_dz_tiles(z: Tensor, h: Tensor, R: int, O: int, arch: str) -> tuple[Tile, ...]:
     """Return the tiles that dx and dz in one pass may take; empty if two folds are faster."""
-    return tiles.dx_dz_tiles(arch, z.element_size() * 8, R, O) if wide_loads(z, h) else ()
+    return tiles.dx_dz_tiles(arch, z.element_size() * 8, R, O) if wide_loads(z, h, arch) else ()
 
 
 def fold_call(
@@ -256,6 +268,7 @@ def fold_call(
         "LONG": _long((max(depth, K), sk), (P, sp), (cb, sc)),
         "WIDE": arch == INTERPRETER and u.dtype == torch.bfloat16,
         "SCALED": u.dtype == torch.float16,
+        "UNIT": unit(v, K),
         "PRECISION": precision,
     }
     grid = (cdiv(M, tile.rows), cdiv(P, columns), cdiv(C, per_split))
@@ -296,7 +309,7 @@ def dx_dz_call(
         layout, descriptor, i_stride = "io_r", _descriptor(h, [I * O, width], so, [bo, br], arch, (1, 0, 2)), O
     if descriptor is None:
         layout, i_stride = "pointers", si
-    sizes = _named("M N I O R per_split", B * N, N, I, O, R, per_split)
+    sizes = _named("M N I O R W per_split", B * N, N, I, O, R, z.shape[1], per_split)
     strides = _named(
         "sg_b sg_n sg_o sz_b sz_r sx_b sx_n sx_i sh_o sh_i sh_r sw_o sw_i sb_o sb_r",
         *g.stride(), *z.stride(), *x.stride(), so, i_stride, sr, *_strides(base, 0, 1), *_strides(bias, 0, 1),
@@ -314,6 +327,7 @@ def dx_dz_call(
         "EVEN_R": br == z.shape[1],
         "LONG": _long((O, so), (R, sr)),
         "WIDE": arch == INTERPRETER and x.dtype == torch.bfloat16,
+        "UNIT": unit(z, R),
         "PRECISION": precision,
     }
     grid = (cdiv(B * N, tile.rows), cdiv(I, per_split), 1)
@@ -347,7 +361,7 @@ def weight_grad_call(
         z_rows = _descriptor(z, list(z.shape), z.stride(0), [tile.depth, br], arch)
     if g.stride(2) == 1 and (N == 1 or g.stride(0) == N * g.stride(1)):
         g_rows = _descriptor(g, [B * N, O], g.stride(0) if N == 1 else g.stride(1), [tile.depth, bo], arch)
-    sizes = _named("M N I O R per_split", B * N, N, I, O, R, per_split)
+    sizes = _named("M N I O R W per_split", B * N, N, I, O, R, z.shape[1], per_split)
     strides = _named("sx_b sx_n sx_i sz_b sz_r sg_b sg_n sg_o", *x.stride(), *z.stride(), *g.stride())
     tensors = {"x_ptr": x, "z_ptr": z, "g_ptr": g, "z_rows": z_rows, "g_rows": g_rows, "out_ptr": out}
     constants = {
@@ -361,6 +375,7 @@ def weight_grad_call(
         "EVEN_O": O % bo == 0,
         "WIDE": arch == INTERPRETER and x.dtype == torch.bfloat16,
         "SCALED": x.dtype == torch.float16,
+        "UNIT": unit(z, R),
         "PRECISION": precision,
     }
     grid = (cdiv(I, bi) * cdiv(R, br), cdiv(O, bo), cdiv(B * N, per_split))

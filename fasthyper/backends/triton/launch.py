@@ -66,8 +66,12 @@ def grads(
                 g_b, dx_b, dz_b = (None if t is None else t[b] for t in (g, dx, dz))
                 _dx_and_dz(x[b], z_b, h, base_weight, bias, cast(Tensor, g_b), dx_b, dz_b)
         if dh is not None:
-            whole_z = z_b if z_b is not None and len(z_b) == B else _padded(z, None)[0]
-            _weight_grad(x, cast(Tensor, whole_z), g, dh)
+            whole_z = cast(Tensor, z)
+            if z_b is not None and len(z_b) == B:
+                whole_z = z_b
+            elif calls.unit(whole_z, whole_z.shape[1]) == 1:
+                whole_z = cast(Tensor, _padded(z, None)[0])
+            _weight_grad(x, whole_z, g, dh)
 
     repeat.run("grads", (x, z, weight, bias, base_weight, g, dx, dz, dh), launch)
 
@@ -85,7 +89,7 @@ def arch_of(t: Tensor) -> str:
 def _instances(B: int, N: int, z: Tensor, dz_itemsize: int) -> Iterator[slice]:
     """Return blocks of instances whose padded z and whose rows of dz each fit their share of the workspace.
 
-    z is copied only where R is no multiple of 16, and dz has rows only where there are several points.
+    z is copied at most where R is no multiple of 16, and dz has rows only where there are several points.
     """
     R = z.shape[1]
     copies = padded(R) * z.element_size() if R % 16 else 0
@@ -96,11 +100,12 @@ def _instances(B: int, N: int, z: Tensor, dz_itemsize: int) -> Iterator[slice]:
 def _padded_blocks(
     z: Tensor | None, weight: Tensor, blocks: Iterator[slice]
 ) -> Iterator[tuple[slice, Tensor | None, Tensor]]:
-    """Yield each block with its z and with H, padded along R; both unchanged if a copy of H does not fit."""
+    """Yield each block with its z and with H, padded along R; both unchanged if H needs no copy or has no room."""
     padded_h: Tensor | None = None
+    copies = weight.shape[-1] % 16 and _fits(weight) and not _in_place(z, weight)
     for b in blocks:
         z_b = None if z is None else z[b]
-        if _fits(weight):
+        if copies:
             z_b, copy = _padded(z_b, weight if padded_h is None else None)
             padded_h = copy if padded_h is None else padded_h
         yield b, z_b, weight if padded_h is None else padded_h
@@ -109,6 +114,16 @@ def _padded_blocks(
 def _fits(t: Tensor) -> bool:
     """Return whether a padded copy fits its share of the workspace."""
     return t.numel() // t.shape[-1] * padded(t.shape[-1]) * t.element_size() <= _share()
+
+
+def _in_place(z: Tensor | None, weight: Tensor) -> bool:
+    """Return whether z and H have rows that are read as well as those of padded copies.
+
+    Rows of H of up to 64 bytes are copied all the same: a step of `fold` then has several of them.
+    """
+    R, size = weight.shape[-1], weight.element_size()
+    aligned = weight.is_contiguous() and calls.in_place(weight, arch_of(weight))
+    return aligned and padded(R) * size > 64 and (z is None or calls.unit(z, R) > 1)
 
 
 def _padded(z: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
