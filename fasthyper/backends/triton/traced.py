@@ -41,10 +41,9 @@ def apply(
     if not (_takes("apply", x, R, O, schedule) and _fits(z)):
         return None
     with _emitting(emit):
-        h = _padded(weight)
-        rows = launch._rows(_padded(z) if h is not weight else z, N)
+        wide, h = _padded_factors(z, weight)
         y = x.new_empty(B * N, O)
-        launch._fold(x, rows, h.permute(1, 2, 0), base_weight, bias, base_bias, y)
+        launch._fold(x, launch._rows(cast(Tensor, wide), N), h.permute(1, 2, 0), base_weight, bias, base_bias, y)
     return y.view(B, N, O)
 
 
@@ -72,13 +71,14 @@ def grads(
     dz = x.new_empty(B * N, R, dtype=x.dtype if N == 1 else torch.float32) if mask[1] else None
     dh = x.new_empty(O, I, R) if mask[2] else None
     with _emitting(emit):
-        padded_z = None if z is None else _padded(z)
+        wide = z
         if mask[0] or mask[1]:
-            h = _padded(cast(Tensor, weight))
-            z_of_h = padded_z if h is not weight else z
-            launch._grads_of_rows(x, z_of_h, h, base_weight, bias, g, dx, dz)
+            wide, h = _padded_factors(z, cast(Tensor, weight))
+            launch._grads_of_rows(x, wide, h, base_weight, bias, g, dx, dz)
+        elif z is not None and calls.unit(z, R) == 1:
+            wide = _padded(z)
         if dh is not None:
-            launch._weight_grad(x, cast(Tensor, padded_z), g, dh)
+            launch._weight_grad(x, cast(Tensor, wide), g, dh)
     if dx is not None:
         dx = dx.view(B, N, I)
     if dz is not None and N != 1:
@@ -125,6 +125,12 @@ def _takes(op: str, x: Tensor, R: int, O: int, schedule: str, needs: tuple[bool,
 def _fits(z: Tensor) -> bool:
     """Return whether z needs no padding along R, or its copy fits in one block."""
     return z.shape[1] % 16 == 0 or launch._fits(z)
+
+
+def _padded_factors(z: Tensor | None, weight: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Return z and H as the kernels read them best: padded along R, or as they are."""
+    h = weight if launch._in_place(z, weight) else _padded(weight)
+    return (z if z is None or h is weight else _padded(z)), h
 
 
 def _padded(t: Tensor) -> Tensor:
