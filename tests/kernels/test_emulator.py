@@ -97,7 +97,18 @@ def shown(tmp_path_factory) -> dict[str, set[str]]:
     folder = tmp_path_factory.mktemp("emulator")
     (folder / "toy.cpp").write_text(SOURCE)
     flags = [flag for path in include_paths() for flag in ("-I", path)]
-    command = ["c++", "-std=c++20", "-O1", "-DFASTHYPER_EMULATED", "-I", str(CSRC), *flags, "toy.cpp", "-o", "toy"]
+    command = [
+        "c++",
+        "-std=c++20",
+        "-O1",
+        "-DFASTHYPER_EMULATED",
+        "-idirafter",
+        str(CSRC),
+        *flags,
+        "toy.cpp",
+        "-o",
+        "toy",
+    ]
     subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
     printed = subprocess.run([str(folder / "toy")], check=True, capture_output=True, text=True).stdout
     out: dict[str, set[str]] = {}
