@@ -8,16 +8,16 @@
 //     instructions.h                                       selects one of the two
 //     views.h, fragments.h, hopper_layouts.h               global memory; operands of mma; operands of wgmma
 //     tiles.h                                              tiles in shared memory
-//     hopper_ptx.h or hopper_emulated.h                    instructions of sm_90a: on a GPU, or emulated
+//     hopper_ptx.h or hopper_emulated.h                    instructions of sm_90a: on a GPU, or emulated, with
+//                                                          hopper_memory_emulated.h
 //     hopper_instructions.h                                selects one of the two
 //     hopper.h                                             the pipeline of the sm_90a kernels
 //     fold.h, dx_dz.h, weight_grad.h, reduce.h             kernels
 //     hopper_fold.h, hopper_dx_dz.h, hopper_weight_grad.h  kernels for sm_90a
 //     grads.h                                              dx_dz.h and weight_grad.h in one launch
 //     launchers.h, hopper_launchers.h                      functions that launch kernels, defined in the .cu files
-//     limits.h, division.h                                 what a device has; how a call is divided into blocks and
-//     splits tensors.h, arguments.h                               conversions from torch, for the operators in
-//     library.cu
+//     limits.h, division.h                                 what a device has; how a call is divided
+//     tensors.h, arguments.h                               conversions from torch, for the operators in library.cu
 #pragma once
 
 #ifdef FASTHYPER_EMULATED

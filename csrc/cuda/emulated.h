@@ -1,6 +1,6 @@
 // Instructions of sm_80 and newer, emulated on a CPU for tests. A kernel runs unchanged: each thread of a CTA has a
-// stack of its own, and the order of the threads changes from turn to turn. The emulator checks indices, layouts, masks
-// and barriers; it cannot measure speed.
+// stack of its own, and the order of the threads changes from turn to turn. The CTAs of a cluster run together, and one
+// may be far ahead. The emulator checks indices, layouts, masks and barriers; it cannot measure speed.
 //
 // It delays all effects as long as a GPU may: the destination of an asynchronous copy holds NaNs until the copy is
 // waited for. Misaligned addresses, deadlocks and diverged warps are errors.
@@ -60,10 +60,22 @@ struct Rendezvous {
   std::vector<void*> given;
 };
 
+// State of the instructions of newer GPUs.
+struct Extension {
+  virtual ~Extension() = default;
+  // Return a message about operations that were not waited for, or null.
+  virtual const char* unfinished() const = 0;
+};
+
+struct Cluster;
+
 struct Cta {
   Grid grid, index;
   int threads, smem_bytes;
   char* smem;
+  Cluster* cluster;
+  int rank;  // in the cluster
+  std::unique_ptr<Extension> memory, tensor_cores;
   std::vector<std::unique_ptr<Thread>> thread_states;
   std::vector<Rendezvous> warps;
   Rendezvous everyone;
@@ -71,6 +83,20 @@ struct Cta {
   jmp_buf scheduler;
   unsigned long progress = 0;  // steps of all threads; a round without one is a deadlock
   std::string error;
+
+  bool done() const {
+    return std::all_of(thread_states.begin(), thread_states.end(), [](const auto& thread) { return thread->done; });
+  }
+};
+
+struct Cluster {
+  std::vector<Cta> ctas;
+  Rendezvous everyone;
+  unsigned long progress() const {
+    unsigned long sum = 0;
+    for (const auto& each : ctas) sum += each.progress;
+    return sum;
+  }
 };
 
 inline thread_local Cta* cta = nullptr;
@@ -128,32 +154,44 @@ inline void enter() {
   _longjmp(cta->scheduler, 1);
 }
 
-// Run the threads in turn, each round in another order, until all are done.
-inline void run_cta() {
+// Run the threads in turn, each round in another order, until all are done. For eight rounds at a time, only one CTA of
+// a cluster may run. Return the error of a CTA, or an empty string.
+inline std::string run_cluster(Cluster& cluster) {
   static thread_local volatile unsigned random = 1;
-  const int n = cta->threads;
+  const int ctas = static_cast<int>(cluster.ctas.size()), per_cta = cluster.ctas[0].threads, n = ctas * per_cta;
+  volatile int only = ctas;  // the CTA that runs; all if it is no rank
+  volatile unsigned round = 0;
   for (volatile int left = n; left > 0;) {
-    const volatile unsigned long before = cta->progress;
+    const volatile unsigned long before = cluster.progress();
     random = random * 1664525u + 1013904223u;
     const volatile unsigned first = (random >> 8) % n, backwards = random >> 31;
+    if (round % 8 == 0) only = (random >> 16) % (ctas + 1);
+    round = round + 1;
     for (volatile int turn = 0; turn < n;) {
-      const unsigned k = backwards ? n - 1 - turn : turn;
-      self = cta->thread_states[(first + k) % n].get();
+      const unsigned k = (first + (backwards ? n - 1 - turn : turn)) % n;
       turn = turn + 1;
-      if (self->done) continue;
+      cta = &cluster.ctas[k / per_cta];
+      self = cta->thread_states[k % per_cta].get();
+      if (self->done || (ctas > 1 && only < ctas && only != cta->rank)) continue;
       if (!_setjmp(cta->scheduler)) {
         if (self->started) _longjmp(self->context, 1);
         self->started = true;
         setcontext(&self->start);
       }
-      if (!cta->error.empty()) return;
+      if (!cta->error.empty()) return cta->error;
       if (self->done) left = left - 1;
     }
-    if (left > 0 && cta->progress == before) {
-      cta->error = std::string("deadlock: a thread waits for ") + self->waiting;
-      return;
+    const bool all_ran = ctas == 1 || only == ctas;
+    if (left > 0 && all_ran && cluster.progress() == before) {
+      for (const auto& each : cluster.ctas)
+        for (const auto& thread : each.thread_states)
+          if (!thread->done) return std::string("deadlock: a thread waits for ") + thread->waiting;
     }
   }
+  for (const auto& each : cluster.ctas)
+    for (const auto* state : {each.memory.get(), each.tensor_cores.get()})
+      if (const char* what = state ? state->unfinished() : nullptr) return what;
+  return {};
 }
 
 inline char* stacks(int threads, size_t size) {
@@ -162,32 +200,42 @@ inline char* stacks(int threads, size_t size) {
   return memory.data();
 }
 
-inline void run(Grid grid, int threads, int smem_bytes, const std::function<void()>& kernel) {
+inline void run(Grid grid, int cluster_size, int threads, int smem_bytes, const std::function<void()>& kernel) {
   constexpr size_t stack = 64 << 10;
   if (smem_bytes > 227 << 10) throw std::runtime_error("emulated kernel: more shared memory than any GPU has");
-  char* const stack_memory = stacks(threads, stack);
-  std::vector<char> smem(smem_bytes + 1024);
+  if (grid.x % cluster_size) throw std::runtime_error("emulated kernel: a grid of no whole number of clusters");
+  const size_t smem_size = (smem_bytes + 1023) / 1024 * 1024;
+  char* const stack_memory = stacks(cluster_size * threads, stack);
+  std::vector<char> smem(cluster_size * smem_size + 1024);
+  char* const smem_memory =
+      reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(smem.data()) + 1023) & ~uintptr_t(1023));
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
-        Cta current{grid, {x, y, z}, threads, smem_bytes};
+      for (unsigned x = 0; x < grid.x; x += cluster_size) {
         memset(smem.data(), 0xff, smem.size());  // NaNs: shared memory is not initialised
-        current.smem = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(smem.data()) + 1023) & ~uintptr_t(1023));
-        current.kernel = kernel;
-        current.warps.resize(threads / 32);
-        for (int t = 0; t < threads; ++t) {
-          auto& thread = *current.thread_states.emplace_back(std::make_unique<Thread>());
-          thread.index = t;
-          getcontext(&thread.start);
-          thread.start.uc_stack.ss_sp = stack_memory + t * stack;
-          thread.start.uc_stack.ss_size = stack;
-          thread.start.uc_link = nullptr;
-          makecontext(&thread.start, enter, 0);
+        Cluster cluster;
+        cluster.ctas.resize(cluster_size);
+        for (int rank = 0; rank < cluster_size; ++rank) {
+          Cta& current = cluster.ctas[rank];
+          current.grid = grid, current.index = {x + rank, y, z};
+          current.threads = threads, current.smem_bytes = smem_bytes;
+          current.smem = smem_memory + rank * smem_size;
+          current.cluster = &cluster, current.rank = rank;
+          current.kernel = kernel;
+          current.warps.resize(threads / 32);
+          for (int t = 0; t < threads; ++t) {
+            auto& thread = *current.thread_states.emplace_back(std::make_unique<Thread>());
+            thread.index = t;
+            getcontext(&thread.start);
+            thread.start.uc_stack.ss_sp = stack_memory + (rank * threads + t) * stack;
+            thread.start.uc_stack.ss_size = stack;
+            thread.start.uc_link = nullptr;
+            makecontext(&thread.start, enter, 0);
+          }
         }
-        cta = &current;
-        run_cta();
+        const std::string error = run_cluster(cluster);
         cta = nullptr;
-        if (!current.error.empty()) throw std::runtime_error("emulated kernel: " + current.error);
+        if (!error.empty()) throw std::runtime_error("emulated kernel: " + error);
       }
 }
 
@@ -333,7 +381,7 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), Grid grid, int threads, int smem_bytes, Stream, const Arguments&... given) {
   const std::tuple<Parameters...> arguments{given...};
-  emulated::run(grid, threads, smem_bytes, [&] { std::apply(kernel, arguments); });
+  emulated::run(grid, 1, threads, smem_bytes, [&] { std::apply(kernel, arguments); });
 }
 
 }  // namespace fasthyper

@@ -8,6 +8,10 @@
 
 namespace fasthyper {
 
+// CTAs whose operands are the same form clusters of two: each loads one half of an operand for both, so that it passes
+// from the L2 cache only once. A CTA without tile fills up the last cluster; at most one in eight may be such.
+inline int cluster_for(int tiles) { return tiles % 2 == 0 || tiles >= 7 ? 2 : 1; }
+
 // A circular buffer of stages: a producer fills them, consumer warps read them. Each consumer warp releases a stage by
 // itself, because it may be ahead of the other warps of its warpgroup, or behind them.
 template <int STAGES>
@@ -31,10 +35,22 @@ struct Pipeline {
   // Release the stage before the current one.
   DEVICE void consumer_release_previous() const { mbarrier_arrive(empty + (stage == 0 ? STAGES : stage) - 1); }
   DEVICE void consumer_release() const { mbarrier_arrive(empty + stage); }
+  // For stages that the producers of a cluster fill: called by all lanes of a warp; one releases a stage at each CTA.
+  DEVICE void cluster_release_previous() const { cluster_release((stage == 0 ? STAGES : stage) - 1); }
+  DEVICE void cluster_release() const { cluster_release(stage); }
+  DEVICE void cluster_release(int s) const {
+    if (thread() % 32 < cluster_size()) mbarrier_arrive_at(empty + s, thread() % 32);
+  }
   DEVICE void advance() {
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
 };
+
+// Load a box to all CTAs of the cluster.
+DEVICE void cluster_load(void* to, const TensorMap& map, int j, int k, int l, Mbarrier* mbarrier) {
+  if (cluster_size() == 1) tma_load(to, map, j, k, l, mbarrier);
+  else tma_load_multicast(to, map, j, k, l, mbarrier, (1u << cluster_size()) - 1);
+}
 
 // Store two adjacent elements, at an address aligned for both.
 DEVICE void store_pair(float* to, float low, float high) {

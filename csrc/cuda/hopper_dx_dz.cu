@@ -53,12 +53,13 @@ const char* hopper_unsupported(const DxDz<T>& f) {
 template <class T, int BR, int DEPTH>
 static void run(const DxDz<T>& f, Stream stream) {
   using Shape = HopperDxDzShape<BR, DEPTH>;
+  const int tiles = cdiv(f.M, Shape::BM), cluster = cluster_for(tiles), m_tiles = cdiv(tiles, cluster) * cluster;
+  const int rows = 16 * DEPTH / cluster;
   const HopperDxDz<T> params{
-      f, tensor_map(g_tensor(f)), tensor_map(h_tensor(f, 16 * DEPTH)), tensor_map(bias_tensor(f, 16 * DEPTH)),
-      tensor_map(base_tensor(f, 16 * DEPTH))};
-  const int m_tiles = cdiv(f.M, Shape::BM);
+      f, tensor_map(g_tensor(f)), tensor_map(h_tensor(f, rows)), tensor_map(bias_tensor(f, rows)),
+      tensor_map(base_tensor(f, rows))};
   const Grid grid{static_cast<unsigned>(m_tiles * cdiv(f.I, f.per_split))};
-  launch_sm90a(&hopper_dx_dz<T, BR, DEPTH>, grid, Shape::THREADS, Shape::SMEM_BYTES, stream, params, m_tiles);
+  launch_sm90a(&hopper_dx_dz<T, BR, DEPTH>, grid, cluster, Shape::THREADS, Shape::SMEM_BYTES, stream, params, m_tiles);
 }
 
 template <class T, int BR>

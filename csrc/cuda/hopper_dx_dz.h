@@ -7,7 +7,8 @@
 // Each consumer warpgroup has 64 rows m. It keeps all R of z, dz and G in registers and g in shared memory, and
 // iterates over the i of a split on its own. If there are too few registers for two G, one warpgroup reduces while
 // wgmma of another runs. O is padded with zeros to 16·DEPTH. Shared memory collects 64 columns of dx; with W0, a tile
-// of W0 initialises them. bias is treated as H of one more i, for which x is one.
+// of W0 initialises them. bias is treated as H of one more i, for which x is one. The CTAs of a cluster have different
+// rows m; each loads a part of the rows o of a tile of H, W0 or bias for all.
 #pragma once
 #include <cstdint>
 
@@ -76,9 +77,9 @@ class HopperDxDzCta {
   DEVICE void run() {
     if (thread() == 0) {
       mbarrier_init(g_full, 1);
-      pipeline.init(1, 4 * Shape::CONSUMERS);
+      pipeline.init(1, 4 * Shape::CONSUMERS * cluster_size());
     }
-    sync_threads();
+    sync_cluster();
     if (thread() < WARPGROUP) {
       setmaxnreg_dec<24>();
       if (thread() == 0) produce();
@@ -86,6 +87,7 @@ class HopperDxDzCta {
       setmaxnreg_inc<Shape::REGISTERS>();
       consume();
     }
+    sync_cluster();  // the other CTA may still use this CTA's shared memory
   }
 
  private:
@@ -105,19 +107,20 @@ class HopperDxDzCta {
 
   DEVICE void produce() {
     prefetch_tensormap(params.h);
+    const int o = cluster_rank() * 16 * DEPTH / cluster_size();  // the first row that this CTA loads
     mbarrier_arrive_expect_tx(g_full, Shape::STAGES_OFFSET);
     for (int b = 0; b < Shape::CONSUMERS * Shape::G_BOXES; ++b)
       tma_load(smem + b * Shape::BOX_BYTES, params.g, b % Shape::G_BOXES * 64, 0, m0 + b / Shape::G_BOXES * 64, g_full);
     for (TileCoord coord = first_tile(); coord.term != end; coord = next_tile(coord)) {
       pipeline.producer_acquire();
       Mbarrier* const full = pipeline.full + pipeline.stage;
-      char* const to = smem + Shape::STAGES_OFFSET + pipeline.stage * Shape::STAGE_BYTES;
+      char* const to = smem + Shape::STAGES_OFFSET + pipeline.stage * Shape::STAGE_BYTES + o * ROW_BYTES;
       const int count = coord.term == base_term ? 1 : BR / 64;
       mbarrier_arrive_expect_tx(full, count * Shape::H_BOX_BYTES);
       for (int b = 0; b < count; ++b) {
-        if (coord.term == base_term) tma_load(to, params.base, coord.i, 0, 0, full);
-        else if (coord.term == bias_term) tma_load(to + b * Shape::H_BOX_BYTES, params.bias, b * 64, 0, 0, full);
-        else tma_load(to + b * Shape::H_BOX_BYTES, params.h, b * 64, coord.i, 0, full);
+        if (coord.term == base_term) cluster_load(to, params.base, coord.i, 0, o, full);
+        else if (coord.term == bias_term) cluster_load(to + b * Shape::H_BOX_BYTES, params.bias, b * 64, 0, o, full);
+        else cluster_load(to + b * Shape::H_BOX_BYTES, params.h, b * 64, coord.i, o, full);
       }
       pipeline.advance();
     }
@@ -160,7 +163,7 @@ class HopperDxDzCta {
         multiply(G);
         wgmma_wait_group<0>();
         fence_accumulator(G);
-        if (thread() % 32 == 0) pipeline.consumer_release();
+        pipeline.cluster_release();
         pipeline.advance();
         reduce(G, rows, coord);
         coord = next_tile(coord);
@@ -174,7 +177,7 @@ class HopperDxDzCta {
     multiply(next);
     wgmma_wait_group<1>();
     fence_accumulator(G);
-    if (thread() % 32 == 0) pipeline.consumer_release_previous();
+    pipeline.cluster_release_previous();
     pipeline.advance();
     reduce(G, rows, coord);
     coord = next_tile(coord);

@@ -1,57 +1,26 @@
-// Instructions of sm_90a, emulated on a CPU for tests, in addition to those of emulated.h. Effects are as late as a GPU
-// allows: the destination of a TMA load holds NaNs until its mbarrier's phase completes, at a random time; wgmma reads
-// shared memory as late as possible, when it is waited for, and its accumulators are NaNs until then. Errors are: an
-// mbarrier without initialisation, bytes that no mbarrier expects, a descriptor that does not fit the layout, and
-// accumulators that change while a wgmma is in flight.
+// Instructions of sm_90a, emulated on a CPU for tests: those of hopper_memory_emulated.h, and wgmma. It reads shared
+// memory as late as possible, when it is waited for, and its accumulators are NaNs until then. Errors are: a descriptor
+// that does not fit the layout, and accumulators that change while a wgmma is in flight.
 #pragma once
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <deque>
-#include <list>
 #include <map>
 #include <memory>
-#include <stdexcept>
-#include <string>
 #include <utility>
 #include <vector>
 
 #include "device.h"
 #include "emulated.h"
 #include "hopper_layouts.h"
+#include "hopper_memory_emulated.h"
 #include "numbers.h"
-
-#define HOPPER_ONLY(...) __VA_ARGS__
 
 namespace fasthyper {
 
-struct TensorMap {
-  TmaTensor tensor;
-};
-
-inline TensorMap tensor_map(const TmaTensor& tensor) {
-  if (tensor.data)
-    if (const char* why = tensor.unsupported()) throw std::runtime_error(why);
-  return {tensor};
-}
-
 namespace emulated {
-
-// The 64 bits of an mbarrier. Uninitialised shared memory does not have the mark.
-struct MbarrierState {
-  static constexpr uint8_t MARK = 0x5b;
-  uint8_t mark, phase, arrivals, pending;
-  int32_t bytes;  // expected, not yet arrived
-};
-static_assert(sizeof(MbarrierState) == sizeof(Mbarrier));
-
-struct TmaLoad {
-  Mbarrier* mbarrier;
-  char* to;
-  TmaTensor tensor;
-  int64_t at[3];
-};
 
 struct Wgmma {
   bool a_in_registers, add, a_transposed, b_transposed;
@@ -71,166 +40,25 @@ struct Warpgroup {
   std::map<std::pair<int, float*>, std::vector<float>> accumulators;
 };
 
-// State of a CTA, in addition to that in emulated.h. An extra entry in thread_states marks a CTA that has this state.
-struct HopperState {
-  std::list<TmaLoad> loads;
+struct TensorCores : Extension {
   std::vector<Warpgroup> warpgroups;
-  bool inits_unfenced = false;  // mbarriers were initialised, and no fence followed
-  unsigned random = 1;
+  const char* unfinished() const override {
+    for (const auto& group : warpgroups)
+      if (!group.uncommitted.empty() || !group.groups.empty()) return "wgmma of a CTA was never waited for";
+    return nullptr;
+  }
 };
 
-inline HopperState& hopper_state() {
-  static thread_local HopperState state;
-  return state;
-}
-
-// Return a message about operations that were not waited for, or null.
-inline const char* unfinished() {
-  if (!hopper_state().loads.empty()) return "TMA loads of a CTA were in flight when it ended";
-  for (const auto& group : hopper_state().warpgroups)
-    if (!group.uncommitted.empty() || !group.groups.empty()) return "wgmma of a CTA was never waited for";
-  return nullptr;
-}
-
-inline HopperState& hopper() {
-  auto& state = hopper_state();
-  if (static_cast<int>(cta->thread_states.size()) == cta->threads) {
-    if (const char* left = unfinished()) fail(left);
-    const unsigned random = state.random;
-    state = {};
-    state.random = random;
-    state.warpgroups.resize(cta->threads / WARPGROUP);
-    cta->thread_states.push_back(std::make_unique<Thread>());
+inline Warpgroup& warpgroup() {
+  if (!cta->tensor_cores) {
+    auto state = std::make_unique<TensorCores>();
+    state->warpgroups.resize(cta->threads / WARPGROUP);
+    cta->tensor_cores = std::move(state);
   }
-  return state;
-}
-
-inline MbarrierState& state_of(Mbarrier* mbarrier) {
-  expect(smem_address(mbarrier) % 8 == 0, "an mbarrier at a misaligned address");
-  auto& state = *reinterpret_cast<MbarrierState*>(mbarrier);
-  expect(state.mark == MbarrierState::MARK, "an mbarrier that was never initialised");
-  return state;
-}
-
-inline void complete(const TmaLoad& load) {
-  const TmaTensor& tensor = load.tensor;
-  uint32_t offset = smem_address(load.to);
-  for (int l = 0; l < tensor.box[2]; ++l)
-    for (int k = 0; k < tensor.box[1]; ++k)
-      for (int j = 0; j < tensor.box[0]; ++j, offset += 2) {
-        const int64_t at[3] = {load.at[0] + j, load.at[1] + k, load.at[2] + l};
-        bool inside = true;
-        for (int axis = 0; axis < 3; ++axis) inside &= at[axis] >= 0 && at[axis] < tensor.dims[axis];
-        uint16_t element = 0;
-        if (inside)
-          memcpy(
-              &element,
-              static_cast<const char*>(tensor.data) +
-                  (at[0] + at[1] * tensor.strides[0] + at[2] * tensor.strides[1]) * 2,
-              2);
-        memcpy(cta->smem + (offset ^ (offset >> 7 & 7) << 4), &element, 2);
-      }
-}
-
-// Complete an mbarrier's phase if all arrivals and bytes have come; with loads, only if `now` is true. Return true if
-// only `now` is missing.
-inline bool advance(Mbarrier* mbarrier, bool now) {
-  auto& state = state_of(mbarrier);
-  if (state.pending > 0) return false;
-  auto& loads = hopper().loads;
-  int bytes = 0;
-  for (const auto& load : loads)
-    if (load.mbarrier == mbarrier) bytes += load.tensor.box_bytes();
-  expect(bytes <= state.bytes, "more bytes arrive than an mbarrier expects");
-  if (bytes < state.bytes) return false;
-  if (bytes > 0 && !now) return true;
-  for (auto load = loads.begin(); load != loads.end();) {
-    if (load->mbarrier == mbarrier) {
-      complete(*load);
-      load = loads.erase(load);
-    } else {
-      ++load;
-    }
-  }
-  state.bytes = 0;
-  state.pending = state.arrivals;
-  state.phase ^= 1;
-  return false;
+  return static_cast<TensorCores&>(*cta->tensor_cores).warpgroups[self->index / WARPGROUP];
 }
 
 }  // namespace emulated
-
-inline uint32_t mul(uint32_t a, uint32_t b, float16) {
-  uint32_t word = 0;
-  for (int h = 0; h < 2; ++h)
-    word |= static_cast<uint32_t>(static_cast<float16>(unpack(a, h, float16{}) * unpack(b, h, float16{})).x) << 16 * h;
-  return word;
-}
-
-inline uint32_t shuffle(uint32_t v, int from) {
-  struct Lane {
-    uint32_t in, out;
-    int from;
-  } lane{v, 0, from};
-  emulated::in_warp("a shuffle", &lane, [](Lane** lanes) {
-    for (int l = 0; l < 32; ++l) lanes[l]->out = lanes[lanes[l]->from & 31]->in;
-  });
-  return lane.out;
-}
-
-inline void mbarrier_init(Mbarrier* mbarrier, int arrivals) {
-  emulated::expect(smem_address(mbarrier) % 8 == 0, "an mbarrier at a misaligned address");
-  emulated::expect(arrivals > 0 && arrivals < 256, "an mbarrier with no or too many arrivals");
-  emulated::hopper().inits_unfenced = true;
-  const auto count = static_cast<uint8_t>(arrivals);
-  const emulated::MbarrierState state{emulated::MbarrierState::MARK, 0, count, count, 0};
-  memcpy(mbarrier, &state, sizeof state);
-}
-inline void fence_mbarrier_init() { emulated::hopper().inits_unfenced = false; }
-
-inline void mbarrier_arrive_expect_tx(Mbarrier* mbarrier, int bytes) {
-  auto& state = emulated::state_of(mbarrier);
-  emulated::expect(state.pending > 0, "more arrivals than an mbarrier expects");
-  state.bytes += bytes;
-  --state.pending;
-  ++emulated::cta->progress;
-  emulated::advance(mbarrier, false);
-}
-inline void mbarrier_arrive(Mbarrier* mbarrier) { mbarrier_arrive_expect_tx(mbarrier, 0); }
-
-inline void mbarrier_wait(Mbarrier* mbarrier, int parity) {
-  emulated::expect(parity == 0 || parity == 1, "a parity that is neither 0 nor 1");
-  emulated::wait_until(
-      [&] {
-        auto& random = emulated::hopper().random;
-        random = random * 1664525u + 1013904223u;
-        const bool late = random >> 30 == 0;
-        if (emulated::advance(mbarrier, !late)) ++emulated::cta->progress;  // a delayed phase is not a deadlock
-        return emulated::state_of(mbarrier).phase != parity;
-      },
-      "an mbarrier's phase");
-}
-
-inline void sync_warp() {
-  emulated::in_warp("a warp's barrier", emulated::self, [](emulated::Thread**) {});
-}
-
-inline void prefetch_tensormap(const TensorMap&) {}
-
-inline void tma_load(void* to, const TensorMap& map, int j, int k, int l, Mbarrier* mbarrier) {
-  auto& hopper = emulated::hopper();
-  emulated::expect(!hopper.inits_unfenced, "a TMA load before fence_mbarrier_init");
-  emulated::state_of(mbarrier);
-  emulated::expect(map.tensor.data != nullptr, "a TMA load of no tensor");
-  emulated::expect(
-      smem_address(to) % SWIZZLE_ATOM_BYTES == 0, "a TMA load to an address that is not aligned to a swizzle atom");
-  emulated::expect(
-      smem_address(to) + map.tensor.box_bytes() <= static_cast<uint32_t>(emulated::cta->smem_bytes),
-      "a TMA load beyond shared memory");
-  memset(to, 0xff, map.tensor.box_bytes());
-  hopper.loads.push_back({mbarrier, static_cast<char*>(to), map.tensor, {j, k, l}});
-  ++emulated::cta->progress;
-}
 
 template <int REGISTERS>
 void setmaxnreg_inc() {
@@ -246,7 +74,7 @@ namespace emulated {
 
 template <class Argument, class Action>
 void in_warpgroup(const char* purpose, Argument* given, Action act) {
-  auto& group = hopper().warpgroups[self->index / WARPGROUP];
+  auto& group = warpgroup();
   meet(group.rendezvous, WARPGROUP, self->index % WARPGROUP, purpose, given, [&](Argument** all) { act(group, all); });
 }
 
@@ -386,16 +214,6 @@ void wgmma(float (&d)[COUNT], uint64_t a, uint64_t b, T) {
   static_assert(COUNT == 32 || COUNT == 64);
   emulated::Issue lane{d, nullptr, a, b};
   emulated::issue(&lane, {false, ADD, A_TRANSPOSED, B_TRANSPOSED, 2 * COUNT, 0, 0, &emulated::decode<T>, {}, {}});
-}
-
-inline int sm_count() { return 2; }  // few, so that a CTA computes several tiles
-
-template <class... Parameters, class... Arguments>
-void launch_sm90a(
-    void (*kernel)(Parameters...), Grid grid, int threads, int smem_bytes, Stream stream, const Arguments&... given) {
-  emulated::hopper_state() = {};  // a failed launch may have left state behind
-  launch(kernel, grid, threads, smem_bytes, stream, given...);
-  if (const char* left = emulated::unfinished()) throw std::runtime_error(std::string("emulated kernel: ") + left);
 }
 
 }  // namespace fasthyper

@@ -56,7 +56,7 @@ static void run(const Fold<T>& f, Stream stream) {
       f, tensor_map(h_tensor(f, BN)), tensor_map(a_tensor(f, BN)), tensor_map(c_tensor(f, BN)), c_per_tile(f)};
   const int tiles = cdiv(f.M, Shape::BM) * cdiv(f.P, BN) * cdiv(f.C, f.per_split);
   const Grid grid{static_cast<unsigned>(least(tiles, sm_count()))};
-  launch_sm90a(&hopper_fold<T, BN, SMALL_K>, grid, Shape::THREADS, Shape::SMEM_BYTES, stream, params);
+  launch_sm90a(&hopper_fold<T, BN, SMALL_K>, grid, 1, Shape::THREADS, Shape::SMEM_BYTES, stream, params);
 }
 
 template <class T>

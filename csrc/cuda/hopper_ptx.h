@@ -47,6 +47,16 @@ DEVICE void mbarrier_arrive_expect_tx(Mbarrier* mbarrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(mbarrier)), "r"(bytes)
                : "memory");
 }
+// Arrive at the mbarrier of a CTA of the cluster, at the same address there. It orders no stores: with the scope of the
+// cluster it would, by a fence of the whole GPU. It is for a buffer that this thread has read and the other CTA fills.
+DEVICE void mbarrier_arrive_at(Mbarrier* mbarrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(smem_address(mbarrier)),
+      "r"(rank)
+      : "memory");
+}
 DEVICE void mbarrier_wait(Mbarrier* mbarrier, int parity) {
   asm volatile(
       "{\n.reg .pred over;\n"
@@ -57,6 +67,22 @@ DEVICE void mbarrier_wait(Mbarrier* mbarrier, int parity) {
 }
 
 DEVICE void sync_warp() { __syncwarp(); }
+
+// The CTAs of a cluster run together, and may use each other's shared memory until they end.
+DEVICE int cluster_size() {
+  int size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+DEVICE int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// A barrier of all threads of the cluster; it orders their accesses to shared memory.
+DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
 
 using TensorMap = CUtensorMap;
 
@@ -98,6 +124,18 @@ DEVICE void tma_load(void* to, const TensorMap& map, int j, int k, int l, Mbarri
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
       "[%5];" ::"r"(smem_address(to)),
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(j), "r"(k), "r"(l), "r"(smem_address(mbarrier))
+      : "memory");
+}
+
+// Load the box to the same address of several CTAs of the cluster, given as bits. The mbarrier at the same address in
+// each of them counts the bytes.
+DEVICE void tma_load_multicast(
+    void* to, const TensorMap& map, int j, int k, int l, Mbarrier* mbarrier, unsigned ranks) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(smem_address(to)),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(j), "r"(k), "r"(l), "r"(smem_address(mbarrier)),
+      "h"(static_cast<uint16_t>(ranks))
       : "memory");
 }
 
@@ -173,10 +211,20 @@ inline int sm_count() {
   return count;
 }
 
+// Launch a kernel whose CTAs form clusters of `cluster` neighbours in x.
 template <class... Parameters, class... Arguments>
 void launch_sm90a(
-    void (*kernel)(Parameters...), Grid grid, int threads, int smem_bytes, Stream stream, const Arguments&... given) {
-  launch(kernel, grid, threads, smem_bytes, stream, given...);
+    void (*kernel)(Parameters...), Grid grid, int cluster, int threads, int smem_bytes, Stream stream,
+    const Arguments&... given) {
+  if (smem_bytes > 48 << 10) allow_max_smem(reinterpret_cast<const void*>(kernel));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid.x, grid.y, grid.z), config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = smem_bytes, config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = cluster > 1;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(given)...));
 }
 
 }  // namespace fasthyper

@@ -14,12 +14,12 @@ hopper_weight_grad(const GRID_CONSTANT HopperWeightGrad<T> params) {
 }
 
 template <class T>
-static TmaTensor z_tensor(const WeightGrad<T>& f) {
-  return tma_tensor(f.z.data, f.R, 1, 0, f.M, f.z.instance_stride, 64);
+static TmaTensor z_tensor(const WeightGrad<T>& f, int rows) {
+  return tma_tensor(f.z.data, f.R, 1, 0, f.M, f.z.instance_stride, rows);
 }
 template <class T>
-static TmaTensor g_tensor(const WeightGrad<T>& f) {
-  return tma_tensor(f.g.data, f.O, 1, 0, f.M, f.g.instance_stride, 64);
+static TmaTensor g_tensor(const WeightGrad<T>& f, int rows) {
+  return tma_tensor(f.g.data, f.O, 1, 0, f.M, f.g.instance_stride, rows);
 }
 
 template <class T>
@@ -32,17 +32,19 @@ const char* hopper_unsupported(const WeightGrad<T>& f) {
   if (f.per_split < 1 || (f.per_split < f.M && (f.per_split % 64 || !f.head.partial)))
     return "per_split is not a multiple of 64";
   if ((f.R > 1 && f.z.stride != 1) || (f.O > 1 && f.g.stride != 1)) return "a row of z or g is not contiguous";
-  if (const char* why = z_tensor(f).unsupported()) return why;
-  return g_tensor(f).unsupported();
+  if (const char* why = z_tensor(f, 64).unsupported()) return why;
+  return g_tensor(f, 64).unsupported();
 }
 
 template <class T, int BN>
 static void run(const WeightGrad<T>& f, Stream stream) {
   using Shape = HopperWeightGradShape<BN>;
-  const HopperWeightGrad<T> params{f, tensor_map(z_tensor(f)), tensor_map(g_tensor(f))};
-  const int ctas = cdiv(f.I, Shape::INPUTS) * cdiv(f.R, 64) * cdiv(f.O, BN) * cdiv(f.M, f.per_split);
+  const int i_tiles = cdiv(f.I, Shape::INPUTS), cluster = cluster_for(i_tiles), rows = Shape::BATCH / cluster;
+  const HopperWeightGrad<T> params{f, tensor_map(z_tensor(f, rows)), tensor_map(g_tensor(f, rows))};
+  const int ctas = cdiv(i_tiles, cluster) * cluster * cdiv(f.R, 64) * cdiv(f.O, BN) * cdiv(f.M, f.per_split);
   launch_sm90a(
-      &hopper_weight_grad<T, BN>, Grid{static_cast<unsigned>(ctas)}, Shape::THREADS, Shape::SMEM_BYTES, stream, params);
+      &hopper_weight_grad<T, BN>, Grid{static_cast<unsigned>(ctas)}, cluster, Shape::THREADS, Shape::SMEM_BYTES, stream,
+      params);
 }
 
 template <class T>

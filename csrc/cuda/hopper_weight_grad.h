@@ -4,7 +4,8 @@
 //
 // A CTA computes four i, two per consumer warpgroup, by 64 r by BN o, for the rows m of a split. A stage has 64 rows m:
 // TMA loads z and g; two producer warps load x, which may have any strides, through registers. Consumers read z with
-// ldmatrix_trans, once for both i of a warpgroup. g, whose o are contiguous, is the MN-major right operand.
+// ldmatrix_trans, once for both i of a warpgroup. g, whose o are contiguous, is the MN-major right operand. The CTAs of
+// a cluster have different i; each loads z and g of a part of the rows m for all.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -55,7 +56,8 @@ class HopperWeightGradCta {
         f(params.f),
         smem(smem),
         pipeline(reinterpret_cast<Mbarrier*>(smem + Shape::STAGES * Shape::STAGE_BYTES)) {
-    const int i_tiles = cdiv(f.I, INPUTS), r_tiles = cdiv(f.R, 64), o_tiles = cdiv(f.O, BN);
+    const int i_tiles = cdiv(f.I, INPUTS * cluster_size()) * cluster_size(), r_tiles = cdiv(f.R, 64),
+              o_tiles = cdiv(f.O, BN);
     i0 = cta % i_tiles * INPUTS;
     r0 = cta / i_tiles % r_tiles * 64;
     o0 = cta / i_tiles / r_tiles % o_tiles * BN;
@@ -66,9 +68,9 @@ class HopperWeightGradCta {
   }
 
   DEVICE void run() {
-    if (thread() == 0) pipeline.init(1 + Shape::X_THREADS, 4 * Shape::CONSUMERS);
+    if (thread() == 0) pipeline.init(1 + Shape::X_THREADS, 4 * Shape::CONSUMERS * cluster_size());
     if constexpr (SCALED) find_exponents();
-    sync_threads();
+    sync_cluster();
     if (thread() < WARPGROUP) {
       setmaxnreg_dec<72>();
       if (thread() == 0) produce_z_and_g();
@@ -77,6 +79,7 @@ class HopperWeightGradCta {
       setmaxnreg_inc<216>();
       consume();
     }
+    sync_cluster();  // the other CTA may still use this CTA's shared memory
   }
 
  private:
@@ -85,15 +88,17 @@ class HopperWeightGradCta {
   DEVICE void produce_z_and_g() {
     prefetch_tensormap(params.z);
     prefetch_tensormap(params.g);
+    const int rows = BATCH / cluster_size(), row = cluster_rank() * rows;  // that this CTA loads
     for (int k = 0; k < k_tiles; ++k) {
       pipeline.producer_acquire();
       Mbarrier* const full = pipeline.full + pipeline.stage;
-      const int m0 = m_begin + k * BATCH;
+      char* const to = stage() + row * ROW_BYTES;
+      const int m = m_begin + k * BATCH + row;
       mbarrier_arrive_expect_tx(full, Shape::BOXES * Shape::BOX_BYTES);
-      tma_load(stage(), params.z, r0, 0, m0, full);
+      cluster_load(to, params.z, r0, 0, m, full);
 #pragma unroll
       for (int b = 1; b < Shape::BOXES; ++b)
-        tma_load(stage() + b * Shape::BOX_BYTES, params.g, o0 + (b - 1) * 64, 0, m0, full);
+        cluster_load(to + b * Shape::BOX_BYTES, params.g, o0 + (b - 1) * 64, 0, m, full);
       pipeline.advance();
     }
   }
@@ -194,7 +199,7 @@ class HopperWeightGradCta {
         for (int mt = 0; mt < MT; ++mt) wgmma<true>(acc[mt], a[mt], g + j * MN_MAJOR_STEP, T{});
         wgmma_commit_group();
         wgmma_wait_group<1>();  // the previous group is done; after a stage's first group, so is the previous stage
-        if (j == 0 && k > 0 && thread() % 32 == 0) pipeline.consumer_release_previous();
+        if (j == 0 && k > 0) pipeline.cluster_release_previous();
       }
       pipeline.advance();
     } while (++k < k_tiles);
