@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -38,6 +40,11 @@ def on_device():
 def _normal(seed, *sizes, dtype, scale=1.0):
     numbers = torch.randn(*sizes, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     return (numbers * scale).to(DEVICE, dtype)
+
+
+def _rows(seed, *sizes, dtype, scale=1.0):
+    """Return random numbers in rows that begin at multiples of 16 bytes."""
+    return _normal(seed, *sizes[:-1], -(-sizes[-1] // 8) * 8, dtype=dtype, scale=scale)[..., : sizes[-1]]
 
 
 def _close(result, expected, products, dtype):
@@ -91,6 +98,7 @@ FOLDS = {  # B, N, C, K, P, per_split
     "small_32": (50, 1, 13, 32, 72, None),
     "small_splits": (50, 2, 21, 16, 72, 8),
     "three_tiles_per_cta": (520, 1, 2, 24, 72, None),
+    "boxes_beyond_the_tensors": (20, 1, 3, 8, 10, None),
 }
 
 
@@ -211,6 +219,9 @@ WEIGHT_GRADS = {  # B, I, O, R, rows_per_split
     "wide": (130, 6, 200, 72, None),
     "splits": (333, 3, 64, 16, 128),
     "splits_and_wide": (200, 9, 136, 64, 64),
+    "boxes_beyond_the_tensors": (20, 3, 10, 8, None),
+    "pairs_of_ctas": (200, 7, 24, 16, None),
+    "the_last_pair_has_one_tile": (130, 26, 16, 8, 64),
 }
 
 
@@ -218,7 +229,7 @@ WEIGHT_GRADS = {  # B, I, O, R, rows_per_split
 @pytest.mark.parametrize("name", WEIGHT_GRADS)
 def test_weight_grad(name, dtype):
     B, inner, O, R, per_split = WEIGHT_GRADS[name]
-    x, z, g = _normal(1, B, 1, inner, dtype=dtype), _normal(2, B, R, dtype=dtype), _normal(3, B, 1, O, dtype=dtype)
+    x, z, g = _normal(1, B, 1, inner, dtype=dtype), _rows(2, B, R, dtype=dtype), _rows(3, B, 1, O, dtype=dtype)
     _close(_weight_grad(x, z, g, per_split), _expected_weight_grad(x, z, g), B, dtype)
 
 
@@ -289,6 +300,9 @@ DX_DZS = {  # B, N, I, O, R, inputs_per_split, with bias and base
     "points": (9, 5, 6, 40, 72, None, True),
     "splits": (30, 1, 21, 32, 64, 6, True),
     "splits_and_points": (8, 3, 90, 16, 16, 70, False),
+    "boxes_beyond_the_tensors": (20, 1, 3, 10, 8, None, True),
+    "pairs_of_ctas": (500, 1, 5, 72, 72, 3, True),
+    "the_last_pair_has_one_tile": (1160, 1, 2, 8, 8, None, True),
 }
 
 
@@ -296,10 +310,10 @@ DX_DZS = {  # B, N, I, O, R, inputs_per_split, with bias and base
 @pytest.mark.parametrize("name", DX_DZS)
 def test_dx_dz(name, dtype):
     B, N, inner, O, R, per_split, terms = DX_DZS[name]
-    x, z, g = _normal(1, B, N, inner, dtype=dtype), _normal(2, B, R, dtype=dtype), _normal(3, B, N, O, dtype=dtype)
-    h = _normal(4, O, inner, R, dtype=dtype)
-    bias = _normal(5, O, R, dtype=dtype, scale=4) if terms else None
-    base = _normal(6, O, -(-inner // 8) * 8, dtype=dtype, scale=4)[:, :inner] if terms else None
+    x, z, g = _normal(1, B, N, inner, dtype=dtype), _normal(2, B, R, dtype=dtype), _rows(3, B, N, O, dtype=dtype)
+    h = _rows(4, O, inner, R, dtype=dtype)
+    bias = _rows(5, O, R, dtype=dtype, scale=4) if terms else None
+    base = _rows(6, O, inner, dtype=dtype, scale=4) if terms else None
     dx, dz = _dx_dz(x, z, h, g, bias, base, per_split)
     expected_dx, expected_dz = _expected_dx_dz(x, z, h, g, bias, base)
     _close(dx, expected_dx, O * R, dtype)
@@ -356,3 +370,57 @@ def test_all_gradients_in_one_call():
     )
     for got, expected in zip(out, exact, strict=True):
         _close(got, expected, B, dtype)
+
+
+BACKWARD_FIRST = """
+import sys, threading, torch
+from fasthyper import compiled
+
+device, library = sys.argv[1:]
+assert compiled.load(library) is None
+ops = getattr(torch.ops, f"fasthyper_{library}")
+B, I, O, R = 200, 9, 40, 24
+threads = []
+
+class Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, z, h):
+        ctx.save_for_backward(x, z, h)
+        return torch.empty(B, 1, O, dtype=x.dtype, device=device)
+
+    @staticmethod
+    def backward(ctx, g):
+        threads.append(threading.get_ident())
+        x, z, h = ctx.saved_tensors
+        dx, dz, dh = (torch.empty_like(t) for t in (x, z, h))
+        nothing = [None] * 4
+        launches = ops.divided_grads(
+            x, z, h, None, None, g, dx, dz, None, dh, *nothing, I, B, True, True, False
+        )
+        assert launches == 2, launches
+        return dx, dz, dh
+
+generator = torch.Generator().manual_seed(1)
+cpu = [torch.randn(s, generator=generator).bfloat16() for s in ((B, 1, I), (B, R), (O, I, R), (B, 1, O))]
+x, z, h, g = (t.to(device) for t in cpu)
+layer = [t.requires_grad_() for t in (x, z, h)]
+Layer.apply(*layer).backward(g)
+assert device == "cpu" or threads != [threading.get_ident()], "backward ran on the thread of forward"
+x, z, h, g = (t.double() for t in cpu)
+x, g = x[:, 0], g[:, 0]
+exact = (
+    torch.einsum("bo,oir,br->bi", g, h, z)[:, None],
+    torch.einsum("bo,oir,bi->br", g, h, x),
+    torch.einsum("bi,br,bo->oir", x, z, g),
+)
+for t, e in zip(layer, exact, strict=True):
+    assert (t.grad.cpu().double() - e).norm() <= 0.01 * e.norm()
+print("right")
+"""
+
+
+def test_backward_is_the_first_kernel_of_a_process():
+    """On a GPU it runs on autograd's thread, which has no CUDA context of its own; only allocations and copies precede."""
+    command = [sys.executable, "-c", BACKWARD_FIRST, DEVICE, LIBRARY]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout.split() == ["right"], done.stderr
