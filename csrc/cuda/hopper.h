@@ -8,6 +8,12 @@
 
 namespace fasthyper {
 
+// Return the columns of a tile of a matrix with n columns: the fewest of 48, 64, 96 and 128 with the fewest tiles.
+inline int columns_for(int n) {
+  if (n <= 64) return n <= 48 ? 48 : 64;
+  return cdiv(n, 96) == cdiv(n, 128) ? 96 : 128;
+}
+
 // CTAs whose operands are the same form clusters of two: each loads one half of an operand for both, so that it passes
 // from the L2 cache only once. A CTA without tile fills up the last cluster; at most one in eight may be such.
 inline int cluster_for(int tiles) { return tiles % 2 == 0 || tiles >= 7 ? 2 : 1; }

@@ -65,14 +65,16 @@ static void run(const DxDz<T>& f, Stream stream) {
 template <class T, int BR>
 static void run(const DxDz<T>& f, Stream stream) {
   if (f.O <= 32) run<T, BR, 2>(f, stream);
+  else if (f.O <= 48) run<T, BR, 3>(f, stream);
   else if (f.O <= 64) run<T, BR, 4>(f, stream);
+  else if (f.O <= 96) run<T, BR, 6>(f, stream);
   else if (f.O <= 128) run<T, BR, 8>(f, stream);
   else run<T, BR, 16>(f, stream);
 }
 
 template <class T>
 void launch_hopper(const DxDz<T>& f, Stream stream) {
-  f.R <= 64 ? run<T, 64>(f, stream) : run<T, 128>(f, stream);
+  dispatch_columns(f.R, [&](auto columns) { run<T, decltype(columns)::value>(f, stream); });
 }
 
 template const char* hopper_unsupported(const DxDz<bfloat16>&);

@@ -6,7 +6,7 @@
 //
 // Each consumer warpgroup has 64 rows m. It keeps all R of z, dz and G in registers and g in shared memory, and
 // iterates over the i of a split on its own. If there are too few registers for two G, one warpgroup reduces while
-// wgmma of another runs. O is padded with zeros to 16·DEPTH. Shared memory collects 64 columns of dx; with W0, a tile
+// wgmma of another runs. O is padded with zeros to 16·DEPTH. Shared memory collects columns of dx; with W0, a tile
 // of W0 initialises them. bias is treated as H of one more i, for which x is one. The CTAs of a cluster have different
 // rows m; each loads a part of the rows o of a tile of H, W0 or bias for all.
 #pragma once
@@ -29,13 +29,14 @@ struct HopperDxDz {
 
 template <int BR_, int DEPTH>
 struct HopperDxDzShape {
-  static constexpr int BR = BR_, CONSUMERS = BR == 64 ? 3 : 2, BM = 64 * CONSUMERS, STAGES = DEPTH > 8 ? 2 : 4;
-  static constexpr int THREADS = WARPGROUP * (CONSUMERS + 1), REGISTERS = BR == 64 ? 160 : 240;
-  static constexpr bool DOUBLE_BUFFERED_G = BR == 64 && DEPTH <= 8;  // otherwise there are too few registers
-  static constexpr int COLUMNS = 64, DX_STRIDE = COLUMNS + 4, BOX_BYTES = 64 * ROW_BYTES;  // of dx, dx, g
+  static constexpr int BR = BR_, CONSUMERS = BR <= 64 ? 3 : 2, BM = 64 * CONSUMERS, STAGES = DEPTH > 8 ? 2 : 4;
+  static constexpr int THREADS = WARPGROUP * (CONSUMERS + 1), REGISTERS = BR <= 64 ? 160 : 240;
+  static constexpr bool DOUBLE_BUFFERED_G = BR <= 64 && DEPTH <= 8;  // otherwise there are too few registers
+  static constexpr int COLUMNS = BR < 64 ? BR : 64, DX_STRIDE = COLUMNS + 4,
+                       BOX_BYTES = 64 * ROW_BYTES;  // of dx, dx, g
 
-  static constexpr int G_BOXES = (DEPTH + 3) / 4, H_BOX_BYTES = DEPTH * 16 * ROW_BYTES,
-                       STAGE_BYTES = BR / 64 * H_BOX_BYTES;
+  static constexpr int G_BOXES = (DEPTH + 3) / 4, H_BOXES = (BR + 63) / 64, H_BOX_BYTES = DEPTH * 16 * ROW_BYTES,
+                       STAGE_BYTES = H_BOXES * H_BOX_BYTES;
   static constexpr int STAGES_OFFSET = CONSUMERS * G_BOXES * BOX_BYTES,
                        DX_OFFSET = STAGES_OFFSET + STAGES * STAGE_BYTES;
   static constexpr int MBARRIERS_OFFSET = DX_OFFSET + BM * DX_STRIDE * sizeof(float);
@@ -115,7 +116,7 @@ class HopperDxDzCta {
       pipeline.producer_acquire();
       Mbarrier* const full = pipeline.full + pipeline.stage;
       char* const to = smem + Shape::STAGES_OFFSET + pipeline.stage * Shape::STAGE_BYTES + o * ROW_BYTES;
-      const int count = coord.term == base_term ? 1 : BR / 64;
+      const int count = coord.term == base_term ? 1 : Shape::H_BOXES;
       mbarrier_arrive_expect_tx(full, count * Shape::H_BOX_BYTES);
       for (int b = 0; b < count; ++b) {
         if (coord.term == base_term) cluster_load(to, params.base, coord.i, 0, o, full);
@@ -211,7 +212,8 @@ class HopperDxDzCta {
     const int lane = thread() % 32, column = (coord.i - i_begin) % Shape::COLUMNS;
     if (coord.term == base_term) {
 #pragma unroll
-      for (int k = 0; k < 32; k += 2) store_pair(dx_row(k / 2 % 2) + k / 4 * 8 + lane % 4 * 2, G[k], G[k + 1]);
+      for (int k = 0; k < Shape::COLUMNS / 2; k += 2)
+        store_pair(dx_row(k / 2 % 2) + k / 4 * 8 + lane % 4 * 2, G[k], G[k + 1]);
       sync_warp();
       return;
     }

@@ -205,13 +205,13 @@ void fence_accumulator(float (&)[COUNT]) {}
 
 template <bool B_TRANSPOSED, int COUNT, class T>
 void wgmma(float (&d)[COUNT], const uint32_t (&a)[4], uint64_t b, T) {
-  static_assert(COUNT == 32 || COUNT == 64);
+  static_assert(COUNT == 24 || COUNT == 32 || COUNT == 48 || COUNT == 64);
   emulated::Issue lane{d, a, 0, b};
   emulated::issue(&lane, {true, true, false, B_TRANSPOSED, 2 * COUNT, 0, 0, &emulated::decode<T>, {}, {}});
 }
 template <bool ADD, bool A_TRANSPOSED, bool B_TRANSPOSED, int COUNT, class T>
 void wgmma(float (&d)[COUNT], uint64_t a, uint64_t b, T) {
-  static_assert(COUNT == 32 || COUNT == 64);
+  static_assert(COUNT == 24 || COUNT == 32 || COUNT == 48 || COUNT == 64);
   emulated::Issue lane{d, nullptr, a, b};
   emulated::issue(&lane, {false, ADD, A_TRANSPOSED, B_TRANSPOSED, 2 * COUNT, 0, 0, &emulated::decode<T>, {}, {}});
 }

@@ -62,8 +62,11 @@ static void run(const Fold<T>& f, Stream stream) {
 template <class T>
 void launch_hopper(const Fold<T>& f, Stream stream) {
   const bool small = c_per_tile(f) > 1;
-  if (f.P <= 64) small ? run<T, 64, true>(f, stream) : run<T, 64, false>(f, stream);
-  else small ? run<T, 128, true>(f, stream) : run<T, 128, false>(f, stream);
+  const auto with = [&](auto columns) {
+    constexpr int BN = decltype(columns)::value;
+    small ? run<T, BN, true>(f, stream) : run<T, BN, false>(f, stream);
+  };
+  dispatch_columns(f.P, with);
 }
 
 template const char* hopper_unsupported(const Fold<bfloat16>&);

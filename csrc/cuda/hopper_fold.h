@@ -32,7 +32,7 @@ struct HopperFold {
 template <int BN_>
 struct HopperFoldShape {
   static constexpr int BN = BN_, MT = 2, CONSUMERS = 2, BM = CONSUMERS * MT * 64;
-  static constexpr int THREADS = WARPGROUP * (CONSUMERS + 1), TILE_BYTES = BN * ROW_BYTES, STAGES = BN == 128 ? 6 : 8;
+  static constexpr int THREADS = WARPGROUP * (CONSUMERS + 1), TILE_BYTES = BN * ROW_BYTES, STAGES = BN > 64 ? 6 : 8;
   static constexpr int ROW_SCRATCH_OFFSET = STAGES * TILE_BYTES + Pipeline<STAGES>::BYTES,
                        SMEM_BYTES = ROW_SCRATCH_OFFSET + CONSUMERS * WARPGROUP * 32;
 };
@@ -146,8 +146,14 @@ class HopperFoldCta {
       if constexpr (SCALED) scale(acc);
       do {
         const Pass pass = pass_at(r);
-        if (SMALL_K || pass.steps == STEPS) multiply_pass<true>(acc, pass);
-        else multiply_pass<false>(acc, pass);
+        if constexpr (SMALL_K) {
+          multiply_pass<STEPS>(acc, pass);
+        } else {
+          if (pass.steps == 4) multiply_pass<4>(acc, pass);
+          else if (pass.steps == 3) multiply_pass<3>(acc, pass);
+          else if (pass.steps == 2) multiply_pass<2>(acc, pass);
+          else multiply_pass<1>(acc, pass);
+        }
       } while (++r < plain_passes + product_passes);
       epilogue(acc);
     }
@@ -172,49 +178,58 @@ class HopperFoldCta {
       for (int h = 0; h < 2; ++h) u[mt][h] = f.u.data[scratch.u_offset[mt][h] + c_offset];
   }
 
-  template <bool WHOLE>
+  // COUNT is pass.steps, as a constant. Each step has registers of its own for the left operand, which wgmma reads
+  // while the next one is generated; a single step needs those of two c.
+  template <int COUNT>
   DEVICE void multiply_pass(float (&acc)[MT][BN / 2], const Pass& pass) {
-    uint32_t v[MT][STEPS][4], words[MT][2];
+    uint32_t v[MT][COUNT][4], words[MT][2];
     T next[MT][2];
     load_fragments(v, pass.k0, SMALL_K ? params.steps_per_c() : STEPS, f.v, f.K, f.v_aligned);
     load_u(next, 0);
-    const int stride = SMALL_K ? params.c_per_tile : 1;
     int k = 0;
     do {
-      const int c = k * stride;  // relative to c_begin
-      if (c % U_GROUP == 0) {
-#pragma unroll
-        for (int mt = 0; mt < MT; ++mt)
-#pragma unroll
-          for (int h = 0; h < 2; ++h) words[mt][h] = scaled(next[mt][h], mt, h);
-        load_u(next, c + U_GROUP);
+      multiply_tile(acc, v, words, next, k);
+      if constexpr (COUNT == 1) {
+        if (++k == pass.k_tiles) break;
+        multiply_tile(acc, v, words, next, k);
       }
-      uint32_t u[MT][2];
-      if constexpr (!SMALL_K) select_u(u, words, c);
-#pragma unroll
-      for (int j = 0; j < STEPS; ++j) {
-        if (!WHOLE && j > 0 && j >= pass.steps) break;
-        uint32_t a[MT][4];
-        if constexpr (SMALL_K) select_u(u, words, c + j * stride / STEPS);
-#pragma unroll
-        for (int mt = 0; mt < MT; ++mt)
-#pragma unroll
-          for (int q = 0; q < 4; ++q) a[mt][q] = mul(v[mt][j][q], u[mt][q & 1], T{});
-        if (j == 0) pipeline.consumer_wait();
-        wgmma_fence();
-#pragma unroll
-        for (int mt = 0; mt < MT; ++mt) wgmma<false>(acc[mt], a[mt], tile_descriptor() + j * K_MAJOR_STEP, T{});
-        wgmma_commit_group();
-        wgmma_wait_group<1>();  // the previous group is done; after a tile's first group, so is the previous tile
-        if (j == 0 && k > 0 && thread() % 32 == 0) pipeline.consumer_release_previous();
-      }
-      if constexpr (!WHOLE) wgmma_wait_group<0>();  // the next left operands use the same registers
-      pipeline.advance();
     } while (++k < pass.k_tiles);
     wgmma_wait_group<0>();
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt) fence_accumulator(acc[mt]);
     if (thread() % 32 == 0) pipeline.consumer_release_previous();
+  }
+
+  template <int COUNT>
+  DEVICE void multiply_tile(
+      float (&acc)[MT][BN / 2], const uint32_t (&v)[MT][COUNT][4], uint32_t (&words)[MT][2], T (&next)[MT][2], int k) {
+    const int stride = SMALL_K ? params.c_per_tile : 1, c = k * stride;  // relative to c_begin
+    if (c % U_GROUP == 0) {
+#pragma unroll
+      for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) words[mt][h] = scaled(next[mt][h], mt, h);
+      load_u(next, c + U_GROUP);
+    }
+    uint32_t u[MT][2];
+    if constexpr (!SMALL_K) select_u(u, words, c);
+#pragma unroll
+    for (int j = 0; j < COUNT; ++j) {
+      uint32_t a[MT][4];
+      if constexpr (SMALL_K) select_u(u, words, c + j * stride / STEPS);
+#pragma unroll
+      for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+        for (int q = 0; q < 4; ++q) a[mt][q] = mul(v[mt][j][q], u[mt][q & 1], T{});
+      if (j == 0) pipeline.consumer_wait();
+      wgmma_fence();
+#pragma unroll
+      for (int mt = 0; mt < MT; ++mt) wgmma<false>(acc[mt], a[mt], tile_descriptor() + j * K_MAJOR_STEP, T{});
+      wgmma_commit_group();
+      wgmma_wait_group<1>();  // the previous group is done; after a tile's first group, so is the previous tile
+      if (j == 0 && k > 0 && thread() % 32 == 0) pipeline.consumer_release_previous();
+    }
+    pipeline.advance();
   }
 
   DEVICE uint64_t tile_descriptor() const { return k_major(smem_address(smem) + pipeline.stage * Shape::TILE_BYTES); }

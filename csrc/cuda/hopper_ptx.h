@@ -168,11 +168,15 @@ DEVICE void fence_accumulator(float (&d)[COUNT]) {
 // Element 4·j + e of a thread's accumulator has row 16·warp + lane/4 + 8·(e/2) and column 8·j + 2·(lane%4) + e%2. A
 // warp holds 16 rows of a, as fragments of `mma`.
 #define NAMES_10(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"
+#define NAMES_24 NAMES_10() NAMES_10(1) "%20,%21,%22,%23"
 #define NAMES_32 NAMES_10() NAMES_10(1) NAMES_10(2) "%30,%31"
+#define NAMES_48 NAMES_10() NAMES_10(1) NAMES_10(2) NAMES_10(3) "%40,%41,%42,%43,%44,%45,%46,%47"
 #define NAMES_64 NAMES_10() NAMES_10(1) NAMES_10(2) NAMES_10(3) NAMES_10(4) NAMES_10(5) "%60,%61,%62,%63"
 #define ACC_4(k) "+f"(d[k]), "+f"(d[k + 1]), "+f"(d[k + 2]), "+f"(d[k + 3])
 #define ACC_16(k) ACC_4(k), ACC_4(k + 4), ACC_4(k + 8), ACC_4(k + 12)
+#define ACC_24 ACC_16(0), ACC_4(16), ACC_4(20)
 #define ACC_32 ACC_16(0), ACC_16(16)
+#define ACC_48 ACC_32, ACC_16(32)
 #define ACC_64 ACC_32, ACC_16(32), ACC_16(48)
 #define WGMMA(N, T, TYPE, COUNT, i0, i1, i2, i3, i4, i5)                                                    \
   template <bool B_TRANSPOSED>                                                                              \
@@ -191,17 +195,25 @@ DEVICE void fence_accumulator(float (&d)[COUNT]) {
                  : ACC_##COUNT                                                                              \
                  : "l"(a), "l"(b), "n"(ADD ? 1 : 0), "n"(A_TRANSPOSED ? 1 : 0), "n"(B_TRANSPOSED ? 1 : 0)); \
   }
+WGMMA(48, bfloat16, "bf16", 24, 24, 25, 26, 27, 28, 29)
+WGMMA(48, float16, "f16", 24, 24, 25, 26, 27, 28, 29)
 WGMMA(64, bfloat16, "bf16", 32, 32, 33, 34, 35, 36, 37)
 WGMMA(64, float16, "f16", 32, 32, 33, 34, 35, 36, 37)
+WGMMA(96, bfloat16, "bf16", 48, 48, 49, 50, 51, 52, 53)
+WGMMA(96, float16, "f16", 48, 48, 49, 50, 51, 52, 53)
 WGMMA(128, bfloat16, "bf16", 64, 64, 65, 66, 67, 68, 69)
 WGMMA(128, float16, "f16", 64, 64, 65, 66, 67, 68, 69)
 #undef WGMMA
 #undef ACC_64
+#undef ACC_48
 #undef ACC_32
+#undef ACC_24
 #undef ACC_16
 #undef ACC_4
 #undef NAMES_64
+#undef NAMES_48
 #undef NAMES_32
+#undef NAMES_24
 #undef NAMES_10
 
 inline int sm_count() {

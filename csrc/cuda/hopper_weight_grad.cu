@@ -49,7 +49,7 @@ static void run(const WeightGrad<T>& f, Stream stream) {
 
 template <class T>
 void launch_hopper(const WeightGrad<T>& f, Stream stream) {
-  f.O <= 64 ? run<T, 64>(f, stream) : run<T, 128>(f, stream);
+  dispatch_columns(f.O, [&](auto columns) { run<T, decltype(columns)::value>(f, stream); });
 }
 
 template const char* hopper_unsupported(const WeightGrad<bfloat16>&);

@@ -29,8 +29,8 @@ struct HopperWeightGrad {
 template <int BN_>
 struct HopperWeightGradShape {
   static constexpr int BN = BN_, MT = 2, CONSUMERS = 2, INPUTS = MT * CONSUMERS, BATCH = 64, X_THREADS = BATCH;
-  static constexpr int THREADS = WARPGROUP * (CONSUMERS + 1), STAGES = BN == 128 ? 6 : 8;
-  static constexpr int BOX_BYTES = BATCH * ROW_BYTES, BOXES = 1 + BN / 64, X_OFFSET = BOXES * BOX_BYTES,
+  static constexpr int THREADS = WARPGROUP * (CONSUMERS + 1), STAGES = BN > 64 ? 6 : 8;
+  static constexpr int BOX_BYTES = BATCH * ROW_BYTES, BOXES = 1 + (BN + 63) / 64, X_OFFSET = BOXES * BOX_BYTES,
                        STAGE_BYTES = X_OFFSET + SWIZZLE_ATOM_BYTES;
   static constexpr int MAXIMA_OFFSET = STAGES * STAGE_BYTES + Pipeline<STAGES>::BYTES;
   static constexpr int SMEM_BYTES = MAXIMA_OFFSET + THREADS / 32 * (INPUTS + 1) * sizeof(float);

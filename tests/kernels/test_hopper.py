@@ -99,6 +99,9 @@ FOLDS = {  # B, N, C, K, P, per_split
     "small_splits": (50, 2, 21, 16, 72, 8),
     "three_tiles_per_cta": (520, 1, 2, 24, 72, None),
     "boxes_beyond_the_tensors": (20, 1, 3, 8, 10, None),
+    "forty_eight": (70, 1, 6, 48, 48, None),
+    "ninety_six": (40, 1, 5, 96, 192, None),
+    "one_step_of_an_even_number": (40, 1, 6, 80, 120, None),
 }
 
 
@@ -220,7 +223,9 @@ WEIGHT_GRADS = {  # B, I, O, R, rows_per_split
     "splits": (333, 3, 64, 16, 128),
     "splits_and_wide": (200, 9, 136, 64, 64),
     "boxes_beyond_the_tensors": (20, 3, 10, 8, None),
-    "pairs_of_ctas": (200, 7, 24, 16, None),
+    "forty_eight": (70, 3, 48, 48, None),
+    "ninety_six": (70, 3, 192, 96, None),
+    "pairs_of_ctas": (1100, 7, 24, 16, None),
     "the_last_pair_has_one_tile": (130, 26, 16, 8, 64),
 }
 
@@ -301,7 +306,9 @@ DX_DZS = {  # B, N, I, O, R, inputs_per_split, with bias and base
     "splits": (30, 1, 21, 32, 64, 6, True),
     "splits_and_points": (8, 3, 90, 16, 16, 70, False),
     "boxes_beyond_the_tensors": (20, 1, 3, 10, 8, None, True),
-    "pairs_of_ctas": (500, 1, 5, 72, 72, 3, True),
+    "forty_eight": (200, 1, 53, 48, 48, None, True),
+    "ninety_six": (140, 1, 5, 96, 96, None, True),
+    "pairs_of_ctas": (200, 1, 21, 72, 72, 12, True),
     "the_last_pair_has_one_tile": (1160, 1, 2, 8, 8, None, True),
 }
 
@@ -420,7 +427,7 @@ print("right")
 
 
 def test_backward_is_the_first_kernel_of_a_process():
-    """On a GPU it runs on autograd's thread, which has no CUDA context of its own; only allocations and copies precede."""
+    """On a GPU it runs on autograd's thread, which has no CUDA context; only allocations and copies precede."""
     command = [sys.executable, "-c", BACKWARD_FIRST, DEVICE, LIBRARY]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout.split() == ["right"], done.stderr

@@ -1,4 +1,4 @@
-"""The emulator's clusters, with which the CUDA kernels for sm_90a run here: right kernels run, faulty ones are reported."""
+"""The emulator's clusters, for the CUDA kernels for sm_90a: right kernels run, faulty ones are reported."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ namespace fasthyper {
 
 constexpr int TILES = 12, ROWS = 16, STAGES = 2, TILE_BYTES = ROWS * ROW_BYTES, SMEM_BYTES = STAGES * TILE_BYTES + 1024;
 enum Fault {
-  none = 0, releases_here_only = 1, expects_here_only = 2, no_first_barrier = 4, no_last_barrier = 8, half_the_bytes = 16,
-  loads_here_only = 32, wrong_parity = 64
+  none = 0, releases_here_only = 1, expects_here_only = 2, no_first_barrier = 4, no_last_barrier = 8,
+  half_the_bytes = 16, loads_here_only = 32, wrong_parity = 64
 };
 
 KERNEL(64, 1) sum_tiles(float* out, TensorMap map, int faults) {
