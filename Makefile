@@ -7,7 +7,7 @@
 # make sanitize   an hour of random calls under sanitizers
 # make lint       style and types; make format repairs the style
 # make compare    the comparison of methods; make bench measures speed, make report only writes its tables and figures
-# make aot        compile all Triton kernels
+# make aot        compile all Triton and CUDA kernels, and show what the compilers made of them
 # make docs       the pages of docs/ as HTML, in build/docs
 # make gpu        gpu-test and bench-gpu, on a machine with a GPU, with its own Python; all other targets use .venv
 # make clean      delete .venv and everything that was built
@@ -120,8 +120,10 @@ report: .venv/ready
 docs: .venv/docs
 	$(BIN)/python -m sphinx --quiet -W --keep-going --builder html docs build/docs
 
-# The resource usage of every Triton kernel and tile, compiled for every arch; ARCHS="sm_90" for one.
+# The resource usage of every CUDA kernel, and of every Triton kernel and tile, compiled for every arch; ARCHS="sm_90" and
+# CUDA_ARCHS="sm_90a" for one.
 aot: .venv/ready
+	-$(BIN)/python tests/kernels/resource_usage.py $(CUDA_ARCHS)
 	$(BIN)/python tests/kernels/aot.py $(ARCHS)
 
 # gpu-test and bench-gpu take at most ten minutes each. GPU_ARCHS=8.0 builds for an A100. Tests use the predicted tile

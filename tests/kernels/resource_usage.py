@@ -1,6 +1,7 @@
 """Resource usage of the kernels of csrc/cuda: registers, spills, stack and instructions, by ptxas and the disassembly.
 
-This needs nvcc, but no GPU: each file is compiled for one arch after another.
+This needs nvcc, but no GPU: each file is compiled for one arch after another. `python tests/kernels/resource_usage.py`
+prints a table, with the numbers of instructions in the loop of matrix products.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +26,7 @@ FLAGS = ("-O3", "-std=c++20", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-DTORCH
 REGISTERS_PER_SM = 1 << 16  # on every arch
 WARNING = re.compile(r"\bC75(?:08|1[0-5])\b|Performance Loss|setmaxnreg.* ignored|warning")
 """ptxas ignores setmaxnreg, or serialises wgmma for any of several reasons, or gives another warning."""
-INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDL", "STL")
+INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "MULTICAST", "LDGSTS", "LDL", "STL")
 
 
 def _tool(name: str, *more: str) -> str | None:
@@ -52,6 +55,41 @@ def missing() -> str | None:
     return None
 
 
+class Loop(NamedTuple):
+    """The numbers of instructions in a loop: all, and those of some kinds.
+
+    Args:
+        all: all instructions.
+        products: matrix products.
+        waits: waits for matrix products or asynchronous copies.
+        mbarriers: waits for mbarriers and arrivals at them.
+        barriers: barriers of a block.
+        fences: fences of memory.
+        loads: loads from shared memory.
+        cold: loads from global memory, without asynchronous copies.
+    """
+
+    all: int = 0
+    products: int = 0
+    waits: int = 0
+    mbarriers: int = 0
+    barriers: int = 0
+    fences: int = 0
+    loads: int = 0
+    cold: int = 0
+
+
+KINDS = {
+    "products": ("HGMMA", "HMMA"),
+    "waits": ("WARPGROUP.DEPBAR", "DEPBAR"),
+    "mbarriers": ("SYNCS",),
+    "barriers": ("BAR", "UCGABAR"),
+    "fences": ("MEMBAR", "ERRBAR"),
+    "loads": ("LDS", "LDSM"),
+    "cold": ("LDG",),
+}
+
+
 class Kernel(NamedTuple):
     """The resource usage of one kernel.
 
@@ -64,6 +102,7 @@ class Kernel(NamedTuple):
         spilled: bytes of spill stores and loads that ptxas counts.
         shared: bytes of static shared memory.
         instructions: those of INSTRUCTIONS that occur.
+        loop: the numbers of instructions in the loop with the largest share of matrix products.
     """
 
     name: str
@@ -74,6 +113,7 @@ class Kernel(NamedTuple):
     spilled: int
     shared: int
     instructions: tuple[str, ...]
+    loop: Loop = Loop()
 
     def faults(self) -> list[str]:
         """Return the faults of the kernel."""
@@ -90,6 +130,9 @@ class Kernel(NamedTuple):
             found.append(f"takes {self.registers} registers for each of {self.threads} threads")
         if "hopper" in self.name:
             found += [] if "HGMMA" in has else ["has no HGMMA"]
+            found += ["has a fence of memory in its loop"] if self.loop.fences else []
+            if self.name in ("hopper_dx_dz", "hopper_weight_grad") and "MULTICAST" not in has:
+                found.append("shares no operands in clusters")
         elif re.search("fold|grads|primary", self.name) and "HMMA" not in has:
             found.append("has no HMMA")
         return found
@@ -117,7 +160,8 @@ def resource_usage(source: Path, arch: str, cache: Path, *flags: str) -> Resourc
     cached = cache / f"{source.stem}-{arch}-{key.hexdigest()[:24]}.json"
     if cached.exists():
         kernels, warnings = json.loads(cached.read_text())
-        return ResourceUsage(tuple(Kernel(*k[:-1], tuple(k[-1])) for k in kernels), tuple(warnings))
+        kernels = (Kernel(*k[:-2], tuple(k[-2]), Loop(*k[-1])) for k in kernels)
+        return ResourceUsage(tuple(kernels), tuple(warnings))
     usage = _compile(source, arch, flags)
     for old in cache.glob(f"{source.stem}-{arch}-*.json"):
         old.unlink()
@@ -146,7 +190,7 @@ def parse(log: str, ptx: str, code: str) -> ResourceUsage:
     bounds = re.findall(r"\.entry (\w+)\([^)]*\)\s*((?:\.\w+ [\d, ]+\s*)*)", ptx)
     threads = {symbol: _product(re.search(r"\.(?:maxntid|reqntid) ([\d, ]+)", text)) for symbol, text in bounds}
     bodies = re.split(r"^\s*Function : (\S+)$", code, flags=re.MULTILINE)[1:]
-    instructions = dict(zip(bodies[::2], map(_instructions, bodies[1::2]), strict=True))
+    codes = dict(zip(bodies[::2], bodies[1::2], strict=True))
     kernels = []
     texts = re.split(r"Compiling entry function '(\S+)'", log)[1:]
     for symbol, text in zip(texts[::2], texts[1::2], strict=True):
@@ -159,7 +203,8 @@ def parse(log: str, ptx: str, code: str) -> ResourceUsage:
                 _sum(r"(\d+) bytes (?:cumulative )?stack", text),
                 _sum(r"(\d+) bytes spill", text),
                 _sum(r"(\d+) bytes smem", text),
-                instructions[symbol],
+                _instructions(codes[symbol]),
+                hot_loop(codes[symbol]),
             )
         )
     return ResourceUsage(tuple(kernels), tuple(line.strip() for line in log.splitlines() if WARNING.search(line)))
@@ -177,8 +222,31 @@ def _product(found: re.Match[str] | None) -> int:
 
 
 def _instructions(body: str) -> tuple[str, ...]:
-    names = set(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", body))
+    names = {part for _, name, _ in _listing(body) for part in name.split(".")}
     return tuple(name for name in INSTRUCTIONS if name in names)
+
+
+def _listing(body: str) -> list[tuple[int, str, str]]:
+    """Return the address, the name and the operands of each instruction."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);", body)
+    return [(int(address, 16), name, operands) for address, name, operands in lines]
+
+
+def hot_loop(body: str) -> Loop:
+    """Return the loop with the largest share of products: a branch back, and the instructions from its target."""
+    listing = _listing(body)
+    loops = [Loop()]
+    for address, name, operands in listing:
+        target = re.search(r"0x([0-9a-f]+)\s*$", operands)
+        if name.split(".")[0] == "BRA" and target and int(target[1], 16) <= address:
+            names = Counter(n for at, n, _ in listing if int(target[1], 16) <= at <= address)
+            loops.append(Loop(names.total(), **{kind: _count(names, starts) for kind, starts in KINDS.items()}))
+    hot = max(loops, key=lambda loop: loop.products / max(1, loop.all))
+    return hot if hot.products else Loop()
+
+
+def _count(names: Counter[str], starts: tuple[str, ...]) -> int:
+    return sum(n for name, n in names.items() if any(name == s or name.startswith(f"{s}.") for s in starts))
 
 
 def short_name(symbol: str) -> str:
@@ -194,3 +262,26 @@ def demangled(symbol: str) -> str:
     tool = shutil.which("c++filt")
     text = subprocess.run([tool, symbol], capture_output=True, text=True, check=True).stdout if tool else symbol
     return re.sub(r"^void |\(.*\)$", "", text.strip())
+
+
+def main() -> None:
+    """Print the resource usage of every kernel, for all archs or for those in the arguments."""
+    if why := missing():
+        sys.exit(why)
+    with tempfile.TemporaryDirectory() as cache:
+        for arch in sys.argv[1:] or ARCHS:
+            for source in sorted(SOURCES.glob("*.cu")):
+                if source.stem.endswith("library"):
+                    continue
+                usage = resource_usage(source, arch, Path(cache))
+                for kernel in usage.kernels:
+                    if "hopper" in kernel.name and arch != "sm_90a":
+                        continue
+                    loop = " ".join(f"{n} {kind}" for kind, n in kernel.loop._asdict().items() if n)
+                    numbers = f"{kernel.registers:4d} registers {kernel.spilled:5d} spilled"
+                    faults = "; ".join([*usage.warnings, *kernel.faults()]) or "clean"
+                    print(f"{arch} {demangled(kernel.symbol):<68}{numbers}  {loop}  {faults}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

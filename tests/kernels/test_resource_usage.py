@@ -121,3 +121,28 @@ def test_too_many_registers_are_seen():
     assert kernel._replace(threads=384).faults() == []
     # ptxas counts a spill, but the code has none.
     assert kernel._replace(threads=128, spilled=8).faults() == []
+
+
+CODE = """
+        /*0000*/                   LDG.E R2, desc[UR4][R2.64] ;
+        /*0010*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R3+URZ], R4 ;
+        /*0020*/              @!P0 BRA 0x10 ;
+        /*0030*/                   LDS R5, [R6] ;
+        /*0040*/                   WARPGROUP.ARRIVE ;
+        /*0050*/                   HGMMA.64x48x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0060*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0070*/               @P1 MEMBAR.ALL.GPU ;
+        /*0080*/                   SYNCS.ARRIVE.TRANS64.RED.A1T0 RZ, [R7+URZ], RZ ;
+        /*0090*/               @P2 BRA 0x30 ;
+        /*00a0*/                   UTMALDG.3D.MULTICAST [UR8], [UR4] ;
+        /*00b0*/                   BRA 0x0 ;
+"""
+
+
+def test_the_loop_of_products_is_found():
+    loop = resource_usage.hot_loop(CODE)
+    assert loop == resource_usage.Loop(all=7, products=1, waits=1, mbarriers=1, fences=1, loads=1)
+    assert resource_usage.hot_loop(CODE.replace("HGMMA", "FFMA")) == resource_usage.Loop()
+    kernel = Kernel("hopper_dx_dz", "", 168, 384, 0, 0, 0, ("HGMMA",), loop)
+    assert kernel.faults() == ["has a fence of memory in its loop", "shares no operands in clusters"]
+    assert kernel._replace(loop=loop._replace(fences=0), instructions=("HGMMA", "MULTICAST")).faults() == []
