@@ -9,7 +9,8 @@
 # make compare    the comparison of methods; make bench measures speed, make report only writes its tables and figures
 # make aot        compile all Triton and CUDA kernels, and show what the compilers made of them
 # make docs       the pages of docs/ as HTML, in build/docs
-# make gpu        gpu-test and bench-gpu, on a machine with a GPU, with its own Python; all other targets use .venv
+# make gpu        all that a GPU is asked, in nine minutes, with the Python of the GPU's machine; other targets use .venv
+# make gpu-rerun  a few of its stages, in three minutes
 # make clean      delete .venv and everything that was built
 PYTHON ?= python3
 BIN := .venv/bin
@@ -19,7 +20,7 @@ CPU_SOURCES := $(wildcard csrc/*.cpp csrc/eager/* csrc/cpu/*)
 SOURCES := $(CPU_SOURCES) $(wildcard csrc/cuda/*)
 
 .PHONY: test interpreted emulated pretended slow clients held matrix forced sanitize lint format clean
-.PHONY: compare compare-ready bench report docs aot gpu gpu-test bench-gpu
+.PHONY: compare compare-ready bench report docs aot gpu gpu-rerun
 
 # One process for each core, with one thread each: the tests are many and small.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
@@ -126,33 +127,15 @@ aot: .venv/ready
 	-$(BIN)/python tests/kernels/resource_usage.py $(CUDA_ARCHS)
 	$(BIN)/python tests/kernels/aot.py $(ARCHS)
 
-# gpu-test and bench-gpu take at most ten minutes each. GPU_ARCHS=8.0 builds for an A100. Tests use the predicted tile
-# shape: autotuning would compile three for each. racecheck and synccheck do not know mbarriers: their reports on the
-# kernels for sm_90a may be wrong.
+# docs/kernels.md has the stages, `python tests/gpu/stages.py list` their names. STAGES="smoke-cuda fresh" chooses for a
+# rerun. OUT is the folder of the results: `python tests/gpu/stages.py record FOLDER` enters them in fasthyper/seen.json.
 GPU_PYTHON ?= python3
-GPU_ARCHS ?= 9.0a
-OUT ?= benchmarks/results
-ON_GPU := FASTHYPER_TEST_DEVICE=cuda FASTHYPER_AUTOTUNE=0 PYTHONPATH=.
-GPU_TEST := $(GPU_PYTHON) -m pytest -q --numprocesses auto --maxprocesses 12
-GPU_MEASURE := $(GPU_PYTHON) -m benchmarks measure --device cuda --no-report --out $(OUT)
-gpu: gpu-test bench-gpu
-gpu-test:
-	rm -f .venv/here $(BUILT)
-	FASTHYPER_ONLY=cuda TORCH_CUDA_ARCH_LIST=$(GPU_ARCHS) timeout 240 $(GPU_PYTHON) setup.py --quiet build_ext --inplace \
-		|| echo "NOT BUILT"
-	$(ON_GPU) timeout -s INT -k 5 60 $(GPU_TEST) tests/backends/test_gpu.py || echo "TESTS FAILED on the GPU"
-	$(ON_GPU) timeout -s INT -k 5 60 $(GPU_TEST) tests/kernels/test_hopper.py tests/backends/test_cuda.py \
-		|| echo "TESTS FAILED on the GPU"
-	$(ON_GPU) timeout -s INT -k 5 60 $(GPU_TEST) -k cuda tests/ops tests/backends/test_kernels.py \
-		|| echo "TESTS FAILED on the GPU"
-	for tool in memcheck racecheck synccheck; do PYTHONPATH=. timeout -k 5 60 compute-sanitizer --error-exitcode 9 \
-		--tool $$tool $(GPU_PYTHON) tests/kernels/sanitized.py || echo "$$tool: exit status $$? (9: an error, 124: timeout)"; done
-bench-gpu:
-	$(ON_GPU) timeout -s INT -k 5 90 $(GPU_TEST) -k triton --durations 5 tests/ops tests/backends/test_kernels.py \
-		tests/backends/test_triton.py tests/backends/test_triton_terms.py || echo "TESTS FAILED on the GPU"
-	timeout 240 $(GPU_MEASURE) --studies workloads --dtypes bfloat16 --modes "forward + backward" --budget 180 || echo "$$?"
-	timeout 130 $(GPU_MEASURE) --studies scaling,training --budget 90 || echo "$$?"
-	timeout 100 $(GPU_MEASURE) --studies workloads --modes forward,"training step" --eager --budget 60 || echo "$$?"
+OUT ?= build/gpu-results
+STAGES ?= smoke-cuda smoke-triton fresh tests-cuda tests-triton
+gpu:
+	$(GPU_PYTHON) tests/gpu/stages.py run --out $(OUT)
+gpu-rerun:
+	$(GPU_PYTHON) tests/gpu/stages.py run --out $(OUT) $(STAGES)
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

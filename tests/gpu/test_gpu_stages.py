@@ -1,0 +1,240 @@
+"""`make gpu`: a stage that fails, hangs or crashes costs only itself; the deadline holds; every stage runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import stages
+import torch
+from stages import PYTHON, Done, Stage
+
+from fasthyper import compiled, seen
+
+MACHINE = {
+    "device": "a GPU",
+    "arch": "sm_90",
+    "date": "2026-01-02",
+    "torch": "2.11.0",
+    "triton": "3.6.0",
+    "commit": "abc",
+}
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch):
+    """Keep Triton's cache and built libraries of this machine out of the tests."""
+    monkeypatch.setattr(stages, "WORK", tmp_path / "work")
+    monkeypatch.setattr(stages, "CARRIED", tmp_path / "carried")
+
+
+def python(name: str, code: str, limit: float = 20, file: str = "tests.txt") -> Stage:
+    return Stage(name, limit, file, (PYTHON, "-c", code))
+
+
+def stages_of(out: Path) -> dict[str, Done]:
+    return {end.name: end for end in stages.ends_of(out)}
+
+
+HANG = "import time; print('begun', flush=True); time.sleep(600)"
+IGNORE = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); " + HANG
+GOOD = "print('done'); import sys; print('RESULT {\"number\": 3}', file=sys.stderr); print('SAID a word')"
+
+
+def test_a_broken_stage_costs_only_itself(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stages, "GRACE", 2.0)
+    monkeypatch.setattr(stages, "LEAST", 0.5)
+    broken = (
+        python("hangs", HANG, 2),
+        python("ignores", IGNORE, 2),
+        python("crashes", "import os; os.abort()"),
+        python("fails", "raise SystemExit('no such luck')"),
+        Stage("missing", 5, "ncu.csv", ("no-such-tool", PYTHON, "-c", GOOD)),
+        python("good", GOOD),
+    )
+    start = time.monotonic()
+    assert stages.run([], tmp_path, 60, broken) == 5
+    assert time.monotonic() - start < 40
+    ends = stages_of(tmp_path)
+    assert list(ends) == [stage.name for stage in broken]
+    assert [end.cut for end in ends.values()] == [True, True, False, False, False, False]
+    assert (ends["crashes"].status, ends["fails"].status, ends["missing"].status) == (-6, 1, None)
+    assert "SIGINT did not stop it" in ends["ignores"].note
+    assert ends["good"].passed
+    assert ends["good"].result == {"number": 3}
+    assert ends["good"].lines == ("a word",)
+    text = (tmp_path / "tests.txt").read_text()
+    assert text.count("begun") == 2  # output of a stage that was killed is kept
+    assert "no such luck" in text
+    printed = capsys.readouterr().out
+    assert "hangs            " in printed
+    assert "no-such-tool cannot be run" in printed
+    assert "good: a word" in printed
+
+
+def test_what_a_stage_started_is_stopped_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "GRACE", 1.5)
+    child = "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid, flush=True)"
+    for stage in (python("ends", child), python("hangs", f"{child}; {HANG}", 2)):
+        done = stages.run_stage(stage, stage.limit, tmp_path)
+        pid = int(next(line for line in (tmp_path / "tests.txt").read_text().splitlines()[::-1] if line.isdigit()))
+        assert done.cut == (stage.name == "hangs")
+        deadline = time.monotonic() + 10
+        while _runs(pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not _runs(pid)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_stages_share_the_time_that_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "GRACE", 1.0)
+    two = (python("first", HANG, 9), python("second", HANG, 19))
+    assert stages.share(two, 1000) == 9
+    assert stages.share(two, 15) == pytest.approx(4)
+    assert stages.share(two[1:], 10) == pytest.approx(9)
+    assert sum(stage.limit + 5 for stage in stages.STAGES if stage.name != "build") > stages.SECONDS * 0.9
+
+
+def test_the_deadline_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "GRACE", 1.0)
+    monkeypatch.setattr(stages, "LEAST", 1.0)
+    hanging = tuple(python(f"stage{i}", HANG, 100) for i in range(3))
+    start = time.monotonic()
+    assert stages.run([], tmp_path, 9, hanging) == 3
+    assert time.monotonic() - start < 12
+    ends = stages_of(tmp_path)
+    assert all(end.limit < 4 for end in ends.values())
+    assert stages.run([], tmp_path / "late", 1.5, hanging) == 3
+    assert {end.note for end in stages_of(tmp_path / "late").values()} == {"no time was left"}
+
+
+def test_a_table_has_only_its_rows(tmp_path):
+    code = "import sys; print('a,b'); print('SAID beside it', file=sys.stderr); print('a warning', file=sys.stderr)"
+    done = stages.run_stage(python("table", code, file="kernels.csv"), 20, tmp_path)
+    assert (tmp_path / "kernels.csv").read_text() == "a,b\n"
+    assert done.lines == ("beside it",)
+    assert "a warning" in (tmp_path / "env.txt").read_text()
+
+
+def test_the_summary_has_forty_lines():
+    said = tuple(f"line {i}" for i in range(50))
+    ends = [Done(s.name, 1.0, 2.0, 0, False, "", {"passed": 1}, said, 2, 1) for s in stages.STAGES]
+    lines = stages.summary(ends, ["late"], "none were carried")
+    assert len(lines) == 40
+    assert f"{2 * len(ends)} were compiled here, and {len(ends)} launchers" in lines[0]
+    for stage in stages.STAGES:
+        assert any(line.startswith(f"   {stage.name}: line 0") for line in lines)
+
+
+def test_eight_files():
+    """What a stage writes beside its file is in one more: bench's records."""
+    files = {stage.file for stage in stages.STAGES}
+    assert len(files) == 7
+    assert len({stage.name for stage in stages.STAGES}) == len(stages.STAGES)
+
+
+def _write(out: Path, **failed: int) -> Path:
+    out.mkdir()
+    names = ("env", "smoke-cuda", "smoke-triton", "fresh", "tests-cuda", "tests-triton")
+    ends = [
+        Done(n, 1.0, 2.0, failed.get(n.replace("-", "_"), 0), False, "", MACHINE if n == "env" else {}, (), 0, 0)
+        for n in names
+    ]
+    (out / "env.txt").write_text("".join(f"STAGE {json.dumps(end._asdict())}\n" for end in ends))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("failed", "right"),
+    [
+        ({}, ["triton", "cuda"]),
+        ({"fresh": 1}, ["triton"]),
+        ({"smoke_triton": 3}, ["cuda"]),
+        ({"tests_cuda": -9, "tests_triton": 1}, []),
+    ],
+)
+def test_a_record(tmp_path, failed, right, monkeypatch):
+    file = tmp_path / "seen.json"
+    file.write_text("[]")
+    run = _write(tmp_path / "run", **failed)
+    assert stages.record([run], file) == {**MACHINE, "right": right}
+    monkeypatch.setattr(seen, "FILE", file)
+    seen.runs.cache_clear()
+    try:
+        assert seen.is_right("cuda", "sm_90") == ("cuda" in right)
+        assert ("passed on a GPU, 2026-01-02" in seen.describe("triton")) == ("triton" in right)
+    finally:
+        seen.runs.cache_clear()
+
+
+def test_a_rerun_replaces_what_it_ran_and_a_day_has_one_record(tmp_path):
+    file = tmp_path / "seen.json"
+    file.write_text("[]")
+    run, again = _write(tmp_path / "run", tests_cuda=1), _write(tmp_path / "again")
+    stages.record([run], file)
+    assert stages.record([run, again], file)["right"] == ["triton", "cuda"]
+    assert len(json.loads(file.read_text())) == 1
+    other = MACHINE | {"commit": "def"}
+    (again / "env.txt").write_text((again / "env.txt").read_text().replace(json.dumps(MACHINE), json.dumps(other)))
+    with pytest.raises(ValueError, match="several machines, versions or commits"):
+        stages.record([run, again], file)
+
+
+def test_a_record_needs_a_run(tmp_path):
+    (tmp_path / "env.txt").write_text("== env\n")
+    with pytest.raises(ValueError, match=r"out: no run in .* names device"):
+        stages.record([tmp_path])
+
+
+def test_unknown_stages(tmp_path):
+    with pytest.raises(SystemExit, match="unknown stage: sleep; choose from env, build"):
+        stages.run(["sleep"], tmp_path, 10, stages.STAGES)
+
+
+@pytest.mark.skipif(compiled.load("cuda_emulated") is not None, reason="the emulator is not built")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch knows real GPUs")
+def test_dry_run(tmp_path, monkeypatch):
+    """The pretended GPU and the emulator are in the GPU's place; the tools only run what they are to watch."""
+    for name in ("ncu", "compute-sanitizer"):
+        tool = tmp_path / "tools" / name
+        tool.parent.mkdir(exist_ok=True)
+        tool.write_text(f'#!/bin/sh\necho watched\nwhile [ "$1" != "{sys.executable}" ]; do shift; done\nexec "$@"\n')
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
+    for variable in ("EMULATED", "GPU_SMALL"):
+        monkeypatch.setenv(f"FASTHYPER_{variable}", "1")
+    out = tmp_path / "out"
+    pretended = [str(stages.HERE / "pretended_run.py")]
+    stages.run([], out, 600, stages.STAGES, pretended)
+    ends = stages_of(out)
+    assert list(ends) == [stage.name for stage in stages.STAGES]
+    failed = {name: end.lines for name, end in ends.items() if not end.passed and "triton" not in name}
+    assert not failed
+    assert ends["smoke-triton"].lines == ends["tests-triton"].lines
+    assert "triton is left out: triton is not installed" in ends["smoke-triton"].lines[0]
+    assert ends["smoke-cuda"].result == {"passed": 10, "bad": 0}
+    assert ends["tests-cuda"].result["passed"] == 4
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert len(files) == 8
+    assert all(path.stat().st_size for path in files)
+    tables = {path.name: path.read_text().splitlines() for path in out.glob("*.csv")}
+    assert len(tables["kernels.csv"]) == 1 + 6 * 3 * 3  # problems, parts and ways, without Triton's
+    assert len(tables["eager.csv"]) == 1 + 4 * 2 * 2
+    (tmp_path / "seen.json").write_text("[]")
+    assert stages.record([out], tmp_path / "seen.json")["right"] == ["cuda"]
+
+
+def test_the_command_line():
+    listed = subprocess.run([sys.executable, str(stages.HERE / "stages.py"), "list"], capture_output=True, text=True)
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == [stage.name for stage in stages.STAGES]
