@@ -10,7 +10,7 @@
 # make aot        compile all Triton and CUDA kernels, and show what the compilers made of them
 # make docs       the pages of docs/ as HTML, in build/docs
 # make gpu        all that a GPU is asked, in nine minutes, with the Python of the GPU's machine; other targets use .venv
-# make gpu-rerun  a few of its stages, in three minutes
+# make gpu-rerun  a few of its stages, in three minutes; make gpu-carry compiles here what that machine would have to
 # make clean      delete .venv and everything that was built
 PYTHON ?= python3
 BIN := .venv/bin
@@ -20,7 +20,7 @@ CPU_SOURCES := $(wildcard csrc/*.cpp csrc/eager/* csrc/cpu/*)
 SOURCES := $(CPU_SOURCES) $(wildcard csrc/cuda/*)
 
 .PHONY: test interpreted emulated pretended slow clients held matrix forced sanitize lint format clean
-.PHONY: compare compare-ready bench report docs aot gpu gpu-rerun
+.PHONY: compare compare-ready bench report docs aot gpu gpu-rerun gpu-carry
 
 # One process for each core, with one thread each: the tests are many and small.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
@@ -136,6 +136,23 @@ gpu:
 	$(GPU_PYTHON) tests/gpu/stages.py run --out $(OUT)
 gpu-rerun:
 	$(GPU_PYTHON) tests/gpu/stages.py run --out $(OUT) $(STAGES)
+
+# build/carried, for the GPU's machine: libraries for its torch, and Triton's cache for the Triton of that torch and for
+# its Python. The torch is in the same environment as for `make matrix`. docs/kernels.md says what must agree.
+CARRY_TORCH ?= 2.11.0
+CARRY_PYTHON ?= 3.12
+CARRY_ARCHS ?= 9.0a
+CARRYING := build/carrying
+gpu-carry: .venv/ready
+	@folder=$(CURDIR)/.venv-matrix/$(CARRY_TORCH) && mkdir -p $(CARRYING)/here && \
+	{ test -x $$folder/bin/python || $(PYTHON) -m venv $$folder; } && \
+	$$folder/bin/python -m pip install --quiet --no-compile torch==$(CARRY_TORCH) numpy && \
+	TORCH_CUDA_ARCH_LIST="$(CARRY_ARCHS)" $$folder/bin/python tests/gpu/carry_libraries.py && \
+	triton=$$(ls -d $$folder/lib/python*/site-packages/triton) && ln -sfn $$triton $(CARRYING)/here/triton && \
+	version=$$($$folder/bin/python -c "import triton; print(triton.__version__)") && \
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version $(CARRY_PYTHON) \
+		--dest $(CARRYING)/wheels triton==$$version && \
+	$(BIN)/python tests/gpu/carry_triton.py $(CARRYING)/here $$(ls $(CARRYING)/wheels/triton-$$version-*)
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

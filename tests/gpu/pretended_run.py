@@ -44,13 +44,6 @@ class Stream:
         """Do nothing."""
 
 
-class Generator(torch.Generator):
-    """A generator of the host's numbers."""
-
-    def __new__(cls, device: object = "cpu") -> Generator:
-        return super().__new__(cls)
-
-
 def no_graph(*_: object) -> None:
     raise RuntimeError("a pretended GPU captures no graphs")
 
@@ -69,7 +62,6 @@ EVERYTHING = {
     "max_memory_allocated": lambda device=None: 0,
     "memory_allocated": lambda device=None: 0,
 }
-torch.Generator = Generator  # type: ignore[misc]
 for name, value in EVERYTHING.items():
     setattr(torch.cuda, name, value)
 torch.cuda.profiler.start = torch.cuda.profiler.stop = lambda: None

@@ -71,5 +71,13 @@ def start() -> None:
     for name, value in cuda.items():
         setattr(torch.cuda, name, value)
 
+    class Generator(torch.Generator):
+        """A generator of the host's numbers, for any device."""
+
+        def __new__(cls, device: object = "cpu") -> Generator:
+            return super().__new__(cls)
+
+    torch.Generator = Generator  # type: ignore[misc]
+
 
 start()
