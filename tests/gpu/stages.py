@@ -6,7 +6,7 @@
 
 Each stage is a process of its own group with a limit: at the limit it gets SIGINT, and SIGKILL five seconds later. So a
 stage that fails, hangs or crashes costs its own time alone. If the rest of the time is less than the limits of the
-stages that are left, they share it in proportion. Output goes to at most eight files at once, and the last lines of
+stages that are left, later ones are shortened. Output goes to at most eight files at once, and the last lines of
 stdout are a summary. This module needs no torch. docs/kernels.md describes the stages.
 """
 
@@ -142,9 +142,14 @@ class Done(NamedTuple):
 
 
 def share(stages: Sequence[Stage], remaining: float) -> float:
-    """Return the seconds of the first of the stages that are left."""
-    wanted = sum(stage.limit + GRACE for stage in stages)
-    return (stages[0].limit + GRACE) * min(1.0, remaining / wanted) - GRACE
+    """Return the seconds of the first of the stages that are left.
+
+    It has all of its limit if a third of theirs is then left for the later ones, and at least its proportional part.
+    """
+    first, later = stages[0].limit + GRACE, stages[1:]
+    part = first * remaining / (first + sum(stage.limit + GRACE for stage in later))
+    kept = sum(stage.limit / 3 + GRACE for stage in later)
+    return min(first, max(part, remaining - kept)) - GRACE
 
 
 def _prepare() -> None:

@@ -101,8 +101,11 @@ def test_stages_share_the_time_that_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "GRACE", 1.0)
     two = (python("first", HANG, 9), python("second", HANG, 19))
     assert stages.share(two, 1000) == 9
-    assert stages.share(two, 15) == pytest.approx(4)
+    assert stages.share(two, 20) == 9  # a third of 19, and what SIGINT may take, is left
+    assert stages.share(two, 15) == pytest.approx(15 - (19 / 3 + 1) - 1)
+    assert stages.share(two, 6) == pytest.approx(6 * 10 / 30 - 1)
     assert stages.share(two[1:], 10) == pytest.approx(9)
+    assert stages.share(stages.STAGES, stages.SECONDS) == stages.STAGES[0].limit
     assert sum(stage.limit + 5 for stage in stages.STAGES if stage.name != "build") > stages.SECONDS * 0.9
 
 
