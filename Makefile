@@ -121,11 +121,12 @@ report: .venv/ready
 docs: .venv/docs
 	$(BIN)/python -m sphinx --quiet -W --keep-going --builder html docs build/docs
 
-# The resource usage of every CUDA kernel, and of every Triton kernel and tile, compiled for every arch; ARCHS="sm_90" and
-# CUDA_ARCHS="sm_90a" for one.
+# The resource usage of every CUDA kernel, and of every Triton kernel and tile, compiled for every arch, then the hot loops
+# of published shapes; ARCHS="sm_90" and CUDA_ARCHS="sm_90a" for one.
 aot: .venv/ready
 	-$(BIN)/python tests/kernels/resource_usage.py $(CUDA_ARCHS)
 	$(BIN)/python tests/kernels/aot.py $(ARCHS)
+	PYTHONPATH=. $(BIN)/python tests/kernels/hot_loops.py
 
 # docs/kernels.md has the stages, `python tests/gpu/stages.py list` their names. STAGES="smoke-cuda fresh" chooses for a
 # rerun. OUT is the folder of the results: `python tests/gpu/stages.py record FOLDER` enters them in fasthyper/seen.json.

@@ -137,7 +137,7 @@ def resource_usage(call: Call, arch: str) -> ResourceUsage:
     text = kernel.asm["ptx"]
     log = _ptxas(text, arch)
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
-    if spilled and not re.search(r"\b(LDL|STL)\b", _disassembled(kernel.asm["cubin"])):
+    if spilled and not re.search(r"\b(LDL|STL)\b", disassembled(kernel.asm["cubin"])):
         spilled = 0  # for sm_100, ptxas counts a few bytes, but the code has no such loads or stores
     registers = re.search(r"Used (\d+) registers", log)
     return ResourceUsage(
@@ -153,7 +153,7 @@ def resource_usage(call: Call, arch: str) -> ResourceUsage:
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def _disassembled(cubin: bytes) -> str:
+def disassembled(cubin: bytes) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "kernel.cubin"
         path.write_bytes(cubin)
