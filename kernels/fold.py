@@ -52,14 +52,20 @@ def head_tile(h_ptr, h, c, k0, p0, C, K, P, sh_c, sh_k, sh_p,
 @triton.jit
 def add_products(acc, u_row, v_row, h_ptr, h, in_rows, first, last, k0, p0, C, K, P, su_c, sv_k, sh_c, sh_k, sh_p,
                  BK: tl.constexpr, BP: tl.constexpr, CB: tl.constexpr, READ: tl.constexpr,
-                 EVEN_C: tl.constexpr, EVEN_K: tl.constexpr, CLAMP_K: tl.constexpr, CLAMP_P: tl.constexpr,
-                 LONG: tl.constexpr, WIDE: tl.constexpr, SCALED: tl.constexpr, factor,
+                 AHEAD: tl.constexpr, EVEN_C: tl.constexpr, EVEN_K: tl.constexpr, CLAMP_K: tl.constexpr,
+                 CLAMP_P: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr, SCALED: tl.constexpr, factor,
                  PRECISION: tl.constexpr):  # fmt: skip
     """Add Σ_c (u[:, c] v[:, k0 + 0..BK]) H(c, k0 + 0..BK, p0 + 0..BP) for c in [first, last) to acc."""
     v = widened(columns(v_row, in_rows, k0 + tl.arange(0, BK), K, sv_k, EVEN_K), WIDE)
+    if AHEAD:
+        ahead = tl.load(u_row + tl.cast(first, tl.int64) * su_c, mask=in_rows, other=0.0)
     for c in tl.range(first, last, CB):
         if CB == 1:
-            u = widened(tl.load(u_row + tl.cast(c, tl.int64) * su_c, mask=in_rows, other=0.0), WIDE)
+            if AHEAD:
+                u = widened(ahead, WIDE)
+                ahead = tl.load(u_row + tl.cast(c + 1, tl.int64) * su_c, mask=in_rows & (c + 1 < last), other=0.0)
+            else:
+                u = widened(tl.load(u_row + tl.cast(c, tl.int64) * su_c, mask=in_rows, other=0.0), WIDE)
             if SCALED:
                 u = (u.to(tl.float32) * factor).to(u.dtype)
             a = u[:, None] * v
@@ -106,14 +112,14 @@ def largest(row, in_rows, first, last, s_j, BM: tl.constexpr):
 def fold(u_ptr, v_ptr, h_ptr, h, h_tail, a_ptr, c_ptr, d_ptr, out_ptr, M, N, C, K, P, K_shared, per_split,
          su_b, su_n, su_c, sv_b, sv_n, sv_k, sh_c, sh_k, sh_p, sa_p, sa_c, sc_p, sc_k, sd_p,
          POINTS: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr, TAIL: tl.constexpr,
-         CB: tl.constexpr, READ: tl.constexpr, EVEN_C: tl.constexpr, EVEN_K: tl.constexpr, CLAMP_K: tl.constexpr,
-         CLAMP_P: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr, SCALED: tl.constexpr, UNIT: tl.constexpr,
-         PRECISION: tl.constexpr):  # fmt: skip
+         CB: tl.constexpr, READ: tl.constexpr, AHEAD: tl.constexpr, EVEN_C: tl.constexpr, EVEN_K: tl.constexpr,
+         CLAMP_K: tl.constexpr, CLAMP_P: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr, SCALED: tl.constexpr,
+         UNIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Compute one tile (BM, BP) of out, or the partial sums of one split where per_split < C.
 
-    K is divided into steps of BK, and one of TAIL. K_shared: the number of columns of C, which is not padded. SCALED:
-    rows of u are multiplied by powers of two that keep u·v in the range of float16. UNIT: K and the strides of rows of
-    v are multiples of it.
+    K is divided into steps of BK, and one of TAIL. K_shared: the number of columns of C, which is not padded. AHEAD: a
+    column of u is loaded a step before its use. SCALED: rows of u are multiplied by powers of two that keep u·v in the
+    range of float16. UNIT: K and the strides of rows of v are multiples of it.
     """
     K, sv_b, sv_n = multiple(K, UNIT), multiple(sv_b, UNIT), multiple(sv_n, UNIT)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -137,12 +143,12 @@ def fold(u_ptr, v_ptr, h_ptr, h, h_tail, a_ptr, c_ptr, d_ptr, out_ptr, M, N, C, 
     acc = tl.zeros((BM, BP), tl.float32)
     for k0 in tl.range(0, whole, BK):
         acc = add_products(acc, u_row, v_row, h_ptr, h, in_rows, first, last, k0, p0, C, K, P, su_c, sv_k, sh_c, sh_k,
-                           sh_p, BK, BP, CB, READ, EVEN_C, EVEN_K or TAIL > 0, CLAMP_K and TAIL == 0, CLAMP_P, LONG,
-                           WIDE, SCALED, factor, PRECISION)  # fmt: skip
+                           sh_p, BK, BP, CB, READ, AHEAD, EVEN_C, EVEN_K or TAIL > 0, CLAMP_K and TAIL == 0, CLAMP_P,
+                           LONG, WIDE, SCALED, factor, PRECISION)  # fmt: skip
     if TAIL > 0:
         acc = add_products(acc, u_row, v_row, h_ptr, h_tail, in_rows, first, last, whole, p0, C, K, P, su_c, sv_k, sh_c,
-                           sh_k, sh_p, TAIL, BP, CB, READ, EVEN_C, EVEN_K, CLAMP_K, CLAMP_P, LONG, WIDE, SCALED, factor,
-                           PRECISION)  # fmt: skip
+                           sh_k, sh_p, TAIL, BP, CB, READ, AHEAD, EVEN_C, EVEN_K, CLAMP_K, CLAMP_P, LONG, WIDE, SCALED,
+                           factor, PRECISION)  # fmt: skip
     if SCALED:
         acc /= factor[:, None]
 

@@ -25,13 +25,14 @@ def transposed(pointer, m, M, N, s_b, s_n, j, J, s_j, POINTS: tl.constexpr, EVEN
 def weight_grad(x_ptr, z_ptr, g_ptr, z_rows, g_rows, out_ptr, M, N, I, O, R, W, per_split,
                 sx_b, sx_n, sx_i, sz_b, sz_r, sg_b, sg_n, sg_o,
                 POINTS: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr, BM: tl.constexpr,
-                EVEN_I: tl.constexpr, EVEN_R: tl.constexpr, EVEN_O: tl.constexpr, WIDE: tl.constexpr,
-                SCALED: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                EVEN_I: tl.constexpr, EVEN_R: tl.constexpr, EVEN_O: tl.constexpr, AHEAD: tl.constexpr,
+                WIDE: tl.constexpr, SCALED: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Compute one tile of dH, BI·BR rows and BO columns, from the rows of the batch of one split.
 
-    z_rows, g_rows: descriptors, or None to read by pointers. SCALED: columns of x are multiplied by powers of two that
-    keep x·z in the range of float16, if the products of one column span at most 2^29. W: the number of columns of z,
-    zeros from R on. UNIT: R, W and the stride of rows of z are multiples of it.
+    z_rows, g_rows: descriptors, or None to read by pointers. AHEAD: x is loaded a step before its use. SCALED: columns
+    of x are multiplied by powers of two that keep x·z in the range of float16, if the products of one column span at
+    most 2^29. W: the number of columns of z, zeros from R on. UNIT: R, W and the stride of rows of z are multiples of
+    it.
     """
     R, W, sz_b = multiple(R, UNIT), multiple(W, UNIT), multiple(sz_b, UNIT)
     r_tiles = tl.cdiv(R, BR)
@@ -52,6 +53,8 @@ def weight_grad(x_ptr, z_ptr, g_ptr, z_rows, g_rows, out_ptr, M, N, I, O, R, W, 
         factor = into_range(tl.max(most_x, 1), tl.max(most_z))
 
     acc = tl.zeros((BI * BR, BO), tl.float32)
+    if AHEAD:
+        ahead = transposed(x_ptr, first + k, M, N, sx_b, sx_n, i, I, sx_i, POINTS, EVEN_I)
     for m0 in tl.range(first, last, BM):
         m = m0 + k
         if z_rows is not None:
@@ -66,7 +69,11 @@ def weight_grad(x_ptr, z_ptr, g_ptr, z_rows, g_rows, out_ptr, M, N, I, O, R, W, 
                 g = tl.load(at, mask=(m < M)[:, None], other=0.0)
             else:
                 g = tl.load(at, mask=(m < M)[:, None] & (o < O)[None, :], other=0.0)
-        x = widened(transposed(x_ptr, m, M, N, sx_b, sx_n, i, I, sx_i, POINTS, EVEN_I), WIDE)
+        if AHEAD:
+            x = widened(ahead, WIDE)
+            ahead = transposed(x_ptr, m + BM, M, N, sx_b, sx_n, i, I, sx_i, POINTS, EVEN_I)
+        else:
+            x = widened(transposed(x_ptr, m, M, N, sx_b, sx_n, i, I, sx_i, POINTS, EVEN_I), WIDE)
         if SCALED:
             x = (x.to(tl.float32) * factor[:, None]).to(x.dtype)
         a = tl.reshape(x[:, None, :] * widened(z, WIDE)[None, :, :], (BI * BR, BM))

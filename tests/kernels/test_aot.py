@@ -18,6 +18,7 @@ from fasthyper.terms import Terms
 
 sys.path.append(str(Path(__file__).parent))
 import aot
+import hot_loops
 
 pytestmark = pytest.mark.skipif(triton.interpreting(), reason="interpreted kernels cannot be compiled")
 
@@ -134,3 +135,47 @@ def test_a_call_is_compiled_as_it_is_launched():
     assert source.signature["u_ptr"] == "*bf16"
     assert source.signature["h"] == "tensordesc<bf16[128, 64]>"
     assert (source.fn.arg_names.index("M"),) in source.attrs  # 4800
+
+
+@pytest.mark.parametrize("kernel", ["fold y (256, 128", "fold dz (128, 64", "weight_grad (256, 128"])
+def test_no_product_waits_for_a_load(kernel):
+    """x, u and g are copied or loaded a step before the hot loop needs them."""
+    call = next(case.call for case in aot.cases("sm_90", torch.bfloat16, False, "even") if kernel in case.name)
+    loop = hot_loops.hot_loop(aot.disassembled(aot.compiled(call, "sm_90").asm["cubin"]))
+    assert loop is not None
+    assert loop.exposed == 0
+    late = call._replace(constants={**call.constants, "AHEAD": False})
+    assert hot_loops.hot_loop(aot.disassembled(aot.compiled(late, "sm_90").asm["cubin"])).exposed > 0
+
+
+SASS = """
+        /*0100*/  HGMMA.64x64x16.F32.BF16 R56, R104, gdesc[UR20], R56 ;  /* 0x0 */
+        /*0110*/  LDG.E.U16 R107, desc[UR24][R104.64] ;
+        /*0120*/  UTMALDG.2D [UR12], [UR6] ;
+        /*0130*/  HGMMA.64x128x16.F32.BF16 R24, R112, gdesc[UR20], R24, gsb0 ;
+        /*0140*/  WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0150*/  BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0160*/  @!P0 LDG.E R10, desc[UR24][R104.64] ;
+        /*0170*/  STS [R2], R10 ;
+        /*0180*/  STS.U16 [R2+0x20], R107 ;
+        /*0190*/  @P4 BRA 0x100 ;
+        /*01a0*/  @P5 BRA `(.L_x_1) ;
+        /*01b0*/  IMAD R1, R1, R1, R1 ;
+        /*01c0*/  @P4 BRA 0x0 ;
+"""
+
+
+def test_a_hot_loop_is_read():
+    """The loop of the products is found, and which load is too late; copies by descriptors are no loads."""
+    loop = hot_loops.hot_loop(SASS)
+    assert loop == hot_loops.HotLoop(10, 1, 1, 1, 2, 1, 2 * 64 * 16 * (64 + 128))
+    assert hot_loops.hot_loop(SASS.replace("HGMMA", "HMMA")) is None
+
+
+def test_published_shapes_are_planned_for_a_gpu():
+    """The table has forward and backward of each shape, with the launches and tiles that a GPU would have."""
+    planned = {name: [call.kernel.__name__ for call in calls] for name, calls in hot_loops.published()}
+    assert set(planned) == set(hot_loops.SHAPES)
+    assert {"fold", "dx_dz", "weight_grad"} <= set(planned["qm9"])
+    assert hot_loops.fill(153, 132) == 153 / 264
+    assert hot_loops.fill(132, 132) == 1

@@ -179,6 +179,20 @@ def _named(names: str, *values: Any) -> dict[str, Any]:
     return dict(zip(names.split(), values, strict=True))
 
 
+def _ahead(t: Tensor, numbers: int, tile: Tile, arch: str) -> bool:
+    """Return whether a kernel loads the numbers that a step takes of x, or of u, one step before their use.
+
+    The compiler does so itself, by asynchronous copies, where a thread copies at least four bytes. Where a step takes
+    fewer numbers than the block has threads, several threads load the same number, and the loads would cost more
+    instructions than the products have time for.
+    """
+    if arch == INTERPRETER or arch.startswith("gfx") or t.element_size() != 2:
+        return arch == INTERPRETER and t.element_size() == 2
+    threads = 32 * tile.warps
+    aligned = t.stride(-1) == 1 and all(stride % 16 == 0 for stride in t.stride()[:-1])
+    return numbers >= threads and not (aligned and numbers > threads)
+
+
 def depths(K: int, most: int, C: int) -> tuple[int, int, int]:
     """Return how `fold` divides K: the depth of a step, that of a smaller last step or 0, and columns c per step.
 
@@ -261,6 +275,7 @@ def fold_call(
         "TAIL": tail,
         "CB": cb,
         "READ": layout.name,
+        "AHEAD": cb == 1 and _ahead(u, tile.rows, tile, arch),
         "EVEN_C": C % cb == 0,
         "EVEN_K": K % (tail or depth) == 0,
         "CLAMP_K": h.shape[1] < padded(K),
@@ -373,6 +388,7 @@ def weight_grad_call(
         "EVEN_I": I % bi == 0,
         "EVEN_R": z.shape[1] % br == 0,
         "EVEN_O": O % bo == 0,
+        "AHEAD": _ahead(x, bi * tile.depth, tile, arch),
         "WIDE": arch == INTERPRETER and x.dtype == torch.bfloat16,
         "SCALED": x.dtype == torch.float16,
         "UNIT": unit(z, R),
