@@ -113,6 +113,30 @@ def test_boxes_begin_at_aligned_addresses(R, dtype, in_place):
     assert reads == (["p_ck", "o_ir"] if in_place else ["pointers"] * 2)
 
 
+@ready
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [(70, 1, 20, 24, 10), (70, 1, 40, 24, 10)], ids=str)  # dx and dz at once, and apart
+def test_the_last_blocks_are_a_call_of_their_own(sizes, dtype, factors, oracle, monkeypatch):
+    """Four processors compute four of five blocks at once; the sum of the fifth is split."""
+    from fasthyper.backends.triton import calls, tuning
+
+    if not triton.interpreting():
+        pytest.skip("a GPU has more processors")
+    monkeypatch.setattr(tuning, "_LAUNCH", 0.0)
+    tuning.candidate.cache_clear()
+    launched = []
+    launch = calls.Call.launch
+    monkeypatch.setattr(calls.Call, "launch", lambda call: (launched.append(call), launch(call)))
+    args = factors(sizes, dtype, NAMES)
+    oracle.check_linear(args, everything(*args))
+    tuning.candidate.cache_clear()
+    parts = {name: [c for c in launched if c.kernel.__name__ == name][:2] for name in ("fold", "dx_dz")}
+    for first, rest in filter(None, parts.values()):
+        splits = 1 if first.kernel.__name__ == "dx_dz" else 2
+        assert (first.args["M"], rest.args["M"]) == (64, 6)
+        assert first.grid[splits] == 1 < rest.grid[splits]
+
+
 def test_auto_takes_it_for_a_gpu(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setattr(triton, "unavailable", lambda: None)
@@ -243,6 +267,20 @@ class TestTuning:
         assert few.splits > 8
         assert many.splits == 1
         assert tuning.candidate(tile, tiling, 1 << 16, 1 << 17, 132, 16).splits <= 2  # no room for more
+
+    def test_the_last_blocks_are_split_where_they_fill_no_wave(self, tuning):
+        tile = tiles.Tile(256, 64, 64, 8, 4)
+        tiling = tuning.Tiling(153, 256, 64, 128 * 64, 64, 1)
+        predict = lambda t: tuning.candidate(tile, t, 153 << 16, 64 << 20, 132, 16)
+        apart, together = predict(tiling), predict(tiling._replace(across=0))
+        assert (apart.whole, apart.splits) == (132, 6)
+        assert (together.whole, together.splits) == (0, 1)
+        assert apart.seconds < 0.7 * together.seconds
+        assert predict(tiling._replace(blocks=132)).whole == 0
+        assert predict(tiling._replace(blocks=263)).whole == 0  # the last wave is full
+        assert predict(tiling._replace(blocks=100)).whole == 0
+        assert predict(tiling._replace(blocks=306, across=2)).whole == 132  # rows of two blocks
+        assert predict(tiling._replace(depth=64)).whole == 0  # the launches would take longer
 
 
 class TestPrecision:

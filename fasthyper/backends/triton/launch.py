@@ -4,14 +4,15 @@
     dx, dz   dx_dz, or fold(g, z) and fold(g, x) where no tile has all of R and O
     dH       weight_grad
 
-A sum is split where its output has too few blocks to fill the device. The partial sums are float32, and `reduce` adds
-them in order. Of several points, dz has a row each, and `reduce_points` adds them in order.
+A sum is split where its output has too few blocks to fill the device. Where the last blocks would fill it in part, they
+are a call of their own, whose sum is split. The partial sums are float32, and `reduce` adds them in order. Of several
+points, dz has a row each, and `reduce_points` adds them in order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -208,6 +209,14 @@ def _grads_of_rows(
         _fold(g, x, weight, None if bias is None else bias.T, None, None, dz)
 
 
+_ALL = slice(None)
+
+
+def _rows_of(t: Tensor, rows: slice) -> Tensor:
+    """Return some rows of a tensor, or the tensor itself for all."""
+    return t if rows == _ALL else t[rows]
+
+
 def _bucket(rows: int) -> int:
     """Return the power of two of a number of rows: calls of one bucket share the tile that was timed."""
     return gpu.hint(rows).bit_length()
@@ -221,7 +230,8 @@ def _tuned(
     size: int,
     step: Callable[[Tile], int],
     tiling: Callable[[Tile], tuple[int, int, int, int]],
-    call: Callable[[Tensor, int, Tile, str, str], Call],
+    across: Callable[[Tile], int],
+    call: Callable[[slice, Tensor, int, Tile, str, str], Call],
 ) -> None:
     """Launch a call with the fastest tile, and add its partial sums if the sum is split.
 
@@ -233,25 +243,32 @@ def _tuned(
         size: length of the axis that a split divides.
         step: returns the number that the length of a split is a multiple of.
         tiling: returns the first four fields of `Tiling`.
-        call: returns the call for an output, the length of a split, a tile, an arch and a precision.
+        across: returns the last field of `Tiling`. Rows of blocks are rows of `out`.
+        call: returns the call for rows of the factors, their output, the length of a split, a tile, an arch and a
+            precision.
     """
     device, arch, bits = gpu.device(x, gpu.INTERPRETED), arch_of(x), x.dtype.itemsize * 8
     precision = calls.precision_of(x.dtype, arch, gpu.allows_tf32())
 
     def predicted(tile: Tile) -> Candidate:
-        tiled = Tiling(*map(gpu.hint, (*tiling(tile), cdiv(size, step(tile)))))
-        return tuning.candidate(
-            tile, tiled, gpu.hint(out.numel()) * 4, gpu.partial_sums_limit(), device.processors, bits
-        )
+        alone = calls.is_traced()  # the number of rows may be a symbol, and other calls have other last blocks
+        tiled = Tiling(*map(gpu.hint, (*tiling(tile), cdiv(size, step(tile)))), 0 if alone else across(tile))
+        partial = gpu.hint(out.numel()) * 4
+        return tuning.candidate(tile, tiled, partial, gpu.partial_sums_limit(), device.processors, bits)
 
     def run(chosen: Candidate) -> None:
-        tile, unit = chosen.tile, step(chosen.tile)
-        per_split = cdiv(cdiv(size, chosen.splits), unit) * unit
-        splits = 1 if chosen.splits == 1 else cdiv(size, per_split)
-        partial = gpu.partial_sums(splits, *out.shape, like=out)
-        call(out if partial is None else partial, per_split, tile, arch, precision).launch()
+        cut = chosen.whole * chosen.tile.rows
+        if cut:
+            part(chosen.tile, slice(0, cut), 1)
+        part(chosen.tile, slice(cut, None) if cut else _ALL, chosen.splits)
+
+    def part(tile: Tile, rows: slice, splits: int) -> None:
+        unit, to = step(tile), _rows_of(out, rows)
+        per_split = cdiv(cdiv(size, splits), unit) * unit
+        partial = gpu.partial_sums(1 if splits == 1 else cdiv(size, per_split), *to.shape, like=out)
+        call(rows, to if partial is None else partial, per_split, tile, arch, precision).launch()
         if partial is not None:
-            calls.reduce_call(partial, out).launch()
+            calls.reduce_call(partial, to).launch()
 
     run(tuning.choose((*key, x.dtype, precision), [predicted(tile) for tile in allowed], device, run))
 
@@ -267,7 +284,9 @@ def _fold(u: Tensor, v: Tensor, h: Tensor, a: Tensor | None, c: Tensor | None, d
     key = ("fold", _bucket(M), C, K, P, h.stride(), u.shape[1] > 1)
     allowed = calls.fold_tiles(v, h, P, arch_of(u))
     step = lambda tile: calls.depths(K, tile.depth, C)[2]
-    _tuned(key, allowed, u, out, C, step, tiling, lambda to, *args: calls.fold_call(u, v, h, a, c, d, to, *args))
+    across = lambda tile: cdiv(P, min(tile.columns, tiles.power_of_two(P))) if u.shape[1] == 1 else 0
+    call = lambda rows, to, *args: calls.fold_call(_rows_of(u, rows), _rows_of(v, rows), h, a, c, d, to, *args)
+    _tuned(key, allowed, u, out, C, step, tiling, across, call)
 
 
 def _dx_dz(
@@ -285,8 +304,13 @@ def _dx_dz(
     (M, I), O, R = dx.shape, g.shape[2], dz.shape[1]
     tiling = lambda tile: (cdiv(M, tile.rows), tile.rows, tile.columns, I * tile.depth)
     key = ("dx_dz", _bucket(M), I, O, R, weight.stride(), x.shape[1] > 1)
-    call = lambda to, *args: calls.dx_dz_call(x, z, weight, base, bias, g, dx, to, *args)
-    _tuned(key, allowed, x, dz, I, lambda tile: calls.DX_COLUMNS, tiling, call)
+    across = lambda tile: int(x.shape[1] == 1)
+
+    def call(rows: slice, to: Tensor, *args: Any) -> Call:
+        x_m, z_m, g_m, dx_m = (_rows_of(t, rows) for t in (x, z, g, dx))
+        return calls.dx_dz_call(x_m, z_m, weight, base, bias, g_m, dx_m, to, *args)
+
+    _tuned(key, allowed, x, dz, I, lambda tile: calls.DX_COLUMNS, tiling, across, call)
 
 
 def _weight_grad(x: Tensor, z: Tensor, g: Tensor, dh: Tensor) -> None:
@@ -299,5 +323,5 @@ def _weight_grad(x: Tensor, z: Tensor, g: Tensor, dh: Tensor) -> None:
 
     key = ("weight_grad", _bucket(M), I, O, R, x.shape[1] > 1)
     allowed = calls.weight_grad_tiles(z, g, arch_of(x))
-    call = lambda to, *args: calls.weight_grad_call(x, z, g, to, *args)
-    _tuned(key, allowed, x, dh, M, lambda tile: tile.depth, tiling, call)
+    call = lambda _, to, *args: calls.weight_grad_call(x, z, g, to, *args)
+    _tuned(key, allowed, x, dh, M, lambda tile: tile.depth, tiling, lambda tile: 0, call)

@@ -28,16 +28,26 @@ from . import calls, repeat
 from .tiles import Tile
 
 _MOST_TIMED = 3
+_LAUNCH = 3e-6  # seconds
 _RUNS, _SLEEP = 5, 4_000_000  # timed runs; clock cycles, about two milliseconds, in which Python queues these runs
 _chosen: dict[tuple[str, str], Tile] = {}  # by the device's name and the key as text
 
 
 class Candidate(NamedTuple):
-    """A tile, the number of splits that suits it, and the predicted seconds."""
+    """A tile, and how a call is computed with it.
+
+    Args:
+        tile: the tile.
+        splits: number of parts into which the sum is split.
+        seconds: the predicted time.
+        whole: number of rows of blocks that are computed first, without a split: they fill all processors, which the
+            last blocks would not.
+    """
 
     tile: Tile
     splits: int
     seconds: float
+    whole: int = 0
 
 
 class Tiling(NamedTuple):
@@ -49,6 +59,7 @@ class Tiling(NamedTuple):
         columns: columns of one block.
         depth: length of the sum, padded.
         steps: number of steps along the axis that a split divides.
+        across: number of blocks in a row of blocks, if some of the rows may be computed apart; else 0.
     """
 
     blocks: int
@@ -56,11 +67,14 @@ class Tiling(NamedTuple):
     columns: int
     depth: int
     steps: int
+    across: int = 0
 
 
 @functools.lru_cache(maxsize=4096)
 def candidate(tile: Tile, tiling: Tiling, partial: int, limit: int, processors: int, bits: int) -> Candidate:
-    """Predict the time of a tile with the best number of splits.
+    """Predict the time of a tile with the best division of the work.
+
+    The sum is split where the blocks are too few for the device, or that of the last blocks, which fill no whole wave.
 
     Args:
         tile: the tile.
@@ -73,16 +87,28 @@ def candidate(tile: Tile, tiling: Tiling, partial: int, limit: int, processors: 
     # Flops per second of one multiprocessor, predicted for sm_90. Small tiles read their operands more often.
     rate = 4e12 if bits == 16 else 6e11
     rate *= min(1.0, tiling.rows / 256 + 0.3) * min(1.0, tiling.columns / 128 + 0.3)
-    work, steps, blocks = 2.0 * tiling.rows * tiling.columns * tiling.depth, tiling.steps, tiling.blocks
-    best = Candidate(tile, 1, float("inf"))
-    for splits in range(1, max(1, min(steps, limit // max(1, partial), 2 * processors // blocks)) + 1):
-        waves = -(-blocks * splits // processors)
-        seconds = waves * work / rate * -(-steps // splits) / steps
-        if splits > 1:
-            seconds += 3e-6 + 2 * splits * partial / 3e12  # a second launch; partial sums are written and read
-        if seconds < best.seconds:
-            best = Candidate(tile, splits, seconds)
-    return best
+    block = 2.0 * tiling.rows * tiling.columns * tiling.depth / rate  # seconds
+    blocks, steps, across = tiling.blocks, tiling.steps, tiling.across
+
+    def best(blocks: int, partial: int) -> tuple[float, int]:
+        """Return the lowest time of some blocks, and the number of splits that has it."""
+        times = [-(-blocks // processors) * block]
+        for splits in range(2, min(steps, limit // max(1, partial), 2 * processors // blocks) + 1):
+            seconds = -(-blocks * splits // processors) * block * -(-steps // splits) / steps
+            # Another launch; partial sums are written and read.
+            times.append(seconds + _LAUNCH + 2 * splits * partial / 3e12)
+        seconds = min(times)
+        return seconds, times.index(seconds) + 1
+
+    seconds, splits = best(blocks, partial)
+    whole = blocks // processors * processors // across if across else 0
+    rest = blocks - whole * across
+    if whole and rest:
+        apart, rest_splits = best(rest, partial * rest // blocks)
+        apart += -(-whole * across // processors) * block + _LAUNCH
+        if apart < seconds:
+            return Candidate(tile, rest_splits, apart, whole)
+    return Candidate(tile, splits, seconds)
 
 
 def choose(
