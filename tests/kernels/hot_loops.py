@@ -69,6 +69,8 @@ def hot_loop(sass: str) -> HotLoop | None:
         back = _BACK.search(text)
         if back and int(back[1], 16) <= at:
             loops.append([text for place, text in code if int(back[1], 16) <= place <= at])
+    # A wait that failed is repeated behind the end of the kernel, and jumps back from there.
+    loops = [loop for loop in loops if not any("EXIT" in text for text in loop)]
     loops = [loop for loop in loops if any(_PRODUCT.search(text) for text in loop)]
     inner = [loop for loop in loops if not any(len(other) < len(loop) and set(other) <= set(loop) for other in loops)]
     if not inner:

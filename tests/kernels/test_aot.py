@@ -162,6 +162,9 @@ SASS = """
         /*01a0*/  @P5 BRA `(.L_x_1) ;
         /*01b0*/  IMAD R1, R1, R1, R1 ;
         /*01c0*/  @P4 BRA 0x0 ;
+        /*01d0*/  EXIT ;
+        /*01e0*/  HGMMA.64x128x16.F32.BF16 R24, R112, gdesc[UR20], R24, gsb0 ;
+        /*01f0*/  BRA 0x150 ;
 """
 
 
