@@ -148,6 +148,15 @@ def test_no_product_waits_for_a_load(kernel):
     assert hot_loops.hot_loop(aot.disassembled(aot.compiled(late, "sm_90").asm["cubin"])).exposed > 0
 
 
+def test_a_step_of_a_small_r_has_several_columns():
+    """A step of dx_dz takes instructions that do not depend on R: with one column i, 167 at R = 32."""
+    call = next(case.call for case in aot.cases("sm_90", torch.bfloat16, False, "few") if "dx_dz" in case.name)
+    loop = hot_loops.hot_loop(aot.disassembled(aot.compiled(call, "sm_90").asm["cubin"]))
+    assert call.constants["IB"] == 4
+    assert loop.instructions < 4 * 80
+    assert loop.exposed == 0
+
+
 SASS = """
         /*0100*/  HGMMA.64x64x16.F32.BF16 R56, R104, gdesc[UR20], R56 ;  /* 0x0 */
         /*0110*/  LDG.E.U16 R107, desc[UR24][R104.64] ;

@@ -317,13 +317,16 @@ def dx_dz_call(
     so, si, sr = h.stride()
     bo, br = power_of_two(O), power_of_two(R)
     width = h.shape[2]
-    layout, descriptor, i_stride = "pointers", None, si
+    layout, descriptor, i_stride, ib = "pointers", None, si, 1
     if sr == 1 and si == width and si * h.element_size() % 16 == 0:
-        layout, descriptor, i_stride = "o_ir", _descriptor(h, [O, I * width], so, [bo, br], arch), si
+        if width == br and h.element_size() == 2 and (br <= 32 or tile.rows >= 128):
+            # As many columns i as make a product of 128 columns. Else half the warps would add up half of R each.
+            ib = max(1, min(128 // br, (1 << 14) // (bo * br), power_of_two(I, 1)))
+        layout, descriptor, i_stride = "o_ir", _descriptor(h, [O, I * width], so, [bo, ib * br], arch), si
     elif sr == 1 and si == O * so:
         layout, descriptor, i_stride = "io_r", _descriptor(h, [I * O, width], so, [bo, br], arch, (1, 0, 2)), O
     if descriptor is None:
-        layout, i_stride = "pointers", si
+        layout, i_stride, ib = "pointers", si, 1
     sizes = _named("M N I O R W per_split", B * N, N, I, O, R, z.shape[1], per_split)
     strides = _named(
         "sg_b sg_n sg_o sz_b sz_r sx_b sx_n sx_i sh_o sh_i sh_r sw_o sw_i sb_o sb_r",
@@ -337,7 +340,9 @@ def dx_dz_call(
         "BO": bo,
         "BR": br,
         "BI": DX_COLUMNS,
+        "IB": ib,
         "READ": layout,
+        "EVEN_I": I % ib == 0,
         "EVEN_O": bo == O,
         "EVEN_R": br == z.shape[1],
         "LONG": _long((O, so), (R, sr)),
