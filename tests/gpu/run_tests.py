@@ -15,7 +15,14 @@ from gpu_common import SMALL, available, report, say
 
 CHOSEN = {
     # The tests of all ops would compile 1,300 kernels of Triton.
-    "triton": ("tests/backends/test_gpu.py", "tests/backends/test_kernels.py", "-k", "(gpu and not cuda) or triton"),
+    "triton": (
+        "tests/backends/test_gpu.py",
+        "tests/backends/test_kernels.py",
+        "tests/backends/test_triton_points.py",
+        "tests/backends/test_ahead.py",
+        "-k",
+        "(gpu and not cuda) or triton or ahead",
+    ),
     "cuda": (
         "tests/kernels/test_hopper.py",
         "tests/backends/test_cuda.py",

@@ -23,7 +23,8 @@ from fasthyper.backends.cuda import library
 
 REPEATS = 5
 # B, N, R, I, O: ordinary sizes; boxes of tensor descriptors that are larger than the tensor (R = 8, O = 10); tails of
-# every axis; several points; split sums; one of everything. Rows of 16 bytes take the kernels for Hopper.
+# every axis; several points; split sums; products of 48 and 96 columns; heads whose rows are aligned, but no multiple
+# of 16; one of everything. Rows of 16 bytes take the kernels for Hopper.
 SIZES = (
     (520, 1, 64, 27, 32),
     (150, 1, 8, 9, 12),
@@ -36,6 +37,10 @@ SIZES = (
     (200, 1, 16, 24, 72),
     (4000, 1, 32, 16, 24),
     (257, 1, 101, 3, 50),
+    (200, 1, 48, 24, 96),
+    (130, 1, 96, 16, 48),
+    (90, 1, 40, 9, 40),
+    (77, 1, 104, 10, 24),
     (1, 1, 1, 1, 1),
 )
 ALLOWED = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9, torch.float32: 1e-5}

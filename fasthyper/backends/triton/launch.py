@@ -251,8 +251,10 @@ def _tuned(
     precision = calls.precision_of(x.dtype, arch, gpu.allows_tf32())
 
     def predicted(tile: Tile) -> Candidate:
-        alone = calls.is_traced()  # the number of rows may be a symbol, and other calls have other last blocks
-        tiled = Tiling(*map(gpu.hint, (*tiling(tile), cdiv(size, step(tile)))), 0 if alone else across(tile))
+        blocks, rows, columns, depth = map(gpu.hint, tiling(tile))
+        # In a trace, the number of rows may be a symbol: other calls have other last blocks.
+        apart = 0 if calls.is_traced() else across(tile)
+        tiled = Tiling(blocks, rows, columns, depth, gpu.hint(cdiv(size, step(tile))), apart)
         partial = gpu.hint(out.numel()) * 4
         return tuning.candidate(tile, tiled, partial, gpu.partial_sums_limit(), device.processors, bits)
 
