@@ -82,7 +82,7 @@ def measure_here(backend: str, repeats: int, calls: int) -> list[dict[str, objec
 
         stubbed_triton.start()
     torch.ops.fasthyper_pretended.skip_kernels(True)
-    fasthyper.set_backend(backend, "fold" if backend == "triton" else None)
+    fasthyper.set_backend(backend)
 
     def measure_shape(name: str, B: int, N: int, R: int, I: int, O: int) -> dict[str, object]:
         new = lambda *shape: torch.randn(shape, device="cuda", dtype=torch.bfloat16)
