@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import stubbed_triton
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 
 import fasthyper
@@ -179,3 +181,40 @@ def test_more_than_launches_is_never_repeated():
     for _ in range(5):
         repeat.run("test", (tensor,), launch)
     assert len(ran) == 5
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of the tensors that are allocated within it, and are alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if "empty" in func.name():
+            self.add(result.untyped_storage().nbytes())
+            weakref.finalize(result, self.add, -result.untyped_storage().nbytes())
+        return result
+
+    def add(self, size):
+        self.now += size
+        self.most = max(self.most, self.now)
+
+
+def test_recorded_launches_hold_no_memory(factors):
+    """A call of many blocks frees the temporary memory of each, while its launches are recorded, too."""
+    fasthyper.set_workspace_limit(1 << 20)
+    x, z, weight, g = factors((500, 40, 50, 8, 24), torch.bfloat16)
+    for turn in range(4):
+        with Allocated() as allocated:
+            dx, dz, dh, *_ = backend.grads(x, z, weight, None, None, g, (True,) * 3, schedule="fold")
+        assert allocated.most - dx.nbytes - dz.nbytes - dh.nbytes <= 1 << 20, turn
+
+
+def test_storages_that_overlap_are_one_piece():
+    """They were not alive at the same time: one took the memory of the other."""
+    ranges = [(5000, 5010), (1050, 1700), (1000, 1100), (1000, 1100), (1700, 1701)]
+    memories = [repeat._Memory(begin, begin, end) for begin, end in ranges]
+    assert repeat._pieces(memories) == ({1000: 0, 1700: 1024, 5000: 1536}, 2048)
+    assert repeat._pieces([]) == ({}, 0)

@@ -27,9 +27,10 @@ _DESCRIPTORS = ("sm_90", "sm_100", INTERPRETER)
 
 @dataclass
 class Record:
-    """The launches within a `recording`, with the compiled kernels, and whether more than launches was done."""
+    """What is kept of the launches within a `recording`, and whether more than launches was done."""
 
-    launches: list[tuple[Call, Any]] = field(default_factory=list)
+    keep: Callable[[Call, Any], Any]
+    launches: list[Any] = field(default_factory=list)
     spoiled: bool = False
 
 
@@ -43,9 +44,12 @@ _thread = _Thread()
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[Record]:
-    """Record the launches of this thread."""
-    _thread.record = record = Record()
+def recording(keep: Callable[[Call, Any], Any]) -> Iterator[Record]:
+    """Record the launches of this thread: what `keep` returns of each call and its compiled kernel.
+
+    A call holds its tensors, temporary ones included, whose memory is to be free as soon as the launcher drops them.
+    """
+    _thread.record = record = Record(keep)
     try:
         yield record
     finally:
@@ -96,8 +100,8 @@ class Call(NamedTuple):
             return
         with capture.refusing_to_compile(self.kernel):
             kernel = self.kernel[self.grid](**self.args, **self.constants, num_warps=self.warps, num_stages=self.stages)
-        if _thread.record is not None:
-            _thread.record.launches.append((self, kernel))
+        if (record := _thread.record) is not None:
+            record.launches.append(record.keep(self, kernel))
 
 
 def precision_of(dtype: torch.dtype, arch: str, allow_tf32: bool) -> str:

@@ -22,7 +22,7 @@ from ... import planner
 from .. import gpu
 from . import calls
 
-_MOST = 4096
+_MOST, _MOST_LAUNCHES = 4096, 64  # calls, and launches of one: more take longer than the Python that chooses them
 _PIECE = 512  # bytes; temporary tensors begin at multiples of it, as those of torch's allocator do
 _SEEN, _NEVER = "seen once", "never repeated"
 _known: dict[tuple[object, ...], Repeat | str] = {}
@@ -46,6 +46,24 @@ class _Address(NamedTuple):
 
     def data_ptr(self) -> int:
         return self.address
+
+
+class _Memory(NamedTuple):
+    """The address of a tensor, and the first and the last address of its storage, which may be free by now."""
+
+    address: int
+    begin: int
+    end: int
+
+
+class _Kept(NamedTuple):
+    """A launch without its tensors: all arguments, and the position and the memory of each tensor and descriptor."""
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    arguments: list[Any]
+    pointers: list[tuple[int, _Memory]]
+    descriptors: list[tuple[int, _Memory, TensorDescriptor]]
 
 
 class _Place(NamedTuple):
@@ -114,7 +132,7 @@ def run(kind: str, tensors: Sequence[Tensor | None], launch: Callable[[], None])
         if isinstance(known, Repeat):
             known.run(tensors, device)
         elif known == _SEEN and not torch.cuda.is_current_stream_capturing():
-            with calls.recording() as record:
+            with calls.recording(_keep) as record:
                 launch()
             _known[key] = _repeat(record, tensors) or _NEVER
         else:
@@ -142,48 +160,68 @@ def _key(kind: str, tensors: Sequence[Tensor | None], device: torch.device) -> t
     return kind, device.index, planner.get_workspace_limit(), gpu.allows_tf32(), deterministic, *layouts
 
 
+def _keep(call: calls.Call, kernel: Any) -> _Kept:
+    given = {**call.args, **call.constants}
+    kept = _Kept(kernel, call.grid, [given[name] for name in call.kernel.arg_names], [], [])
+    for position, value in enumerate(kept.arguments):
+        if isinstance(value, Tensor):
+            kept.pointers.append((position, _memory(value)))
+        elif isinstance(value, TensorDescriptor):
+            described = copy.copy(value)
+            described.base = _Address(0, value.base.dtype)
+            kept.descriptors.append((position, _memory(value.base), described))
+        else:
+            continue
+        kept.arguments[position] = None
+    return kept
+
+
+def _memory(t: Tensor) -> _Memory:
+    storage = t.untyped_storage()
+    return _Memory(t.data_ptr(), storage.data_ptr(), storage.data_ptr() + storage.nbytes())
+
+
 def _repeat(record: calls.Record, tensors: Sequence[Tensor | None]) -> Repeat | None:
     """Return the launches of a record as a function of tensors; None if they cannot be repeated."""
-    if record.spoiled:
+    launches: list[_Kept] = record.launches
+    if record.spoiled or len(launches) > _MOST_LAUNCHES:
         return None
     ranges = [(0, 0) if t is None else (t.data_ptr(), t.data_ptr() + _extent(t)) for t in tensors]
-    pieces: dict[int, int] = {}  # offsets of temporary tensors by the address of their storage
-    temporary = 0
-    launches = []
+    slots_of = lambda m: [slot for slot, (begin, end) in enumerate(ranges) if begin <= m.address < end]
+    memories = [memory for kept in launches for _, memory in kept.pointers]
+    memories += [memory for kept in launches for _, memory, _ in kept.descriptors]
+    if any(len(slots_of(memory)) > 1 for memory in memories):
+        return None  # tensors overlap
+    pieces, temporary = _pieces([memory for memory in memories if not slots_of(memory)])
 
-    def place(position: int, t: Tensor) -> _Place:
-        nonlocal temporary
-        address = t.data_ptr()
-        slots = [slot for slot, (begin, end) in enumerate(ranges) if begin <= address < end]
-        if len(slots) > 1:
-            raise LookupError  # tensors overlap
-        if slots:
-            return _Place(position, slots[0], address - ranges[slots[0]][0])
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in pieces:
-            pieces[storage.data_ptr()] = temporary
-            temporary += gpu.cdiv(storage.nbytes(), _PIECE) * _PIECE
-        return _Place(position, len(ranges), pieces[storage.data_ptr()] + address - storage.data_ptr())
+    def place(position: int, memory: _Memory) -> _Place:
+        for slot in slots_of(memory):
+            return _Place(position, slot, memory.address - ranges[slot][0])
+        begin = max(begin for begin in pieces if begin <= memory.address)
+        return _Place(position, len(ranges), pieces[begin] + memory.address - begin)
 
-    try:
-        for call, kernel in record.launches:
-            given = {**call.args, **call.constants}
-            arguments = [given[name] for name in call.kernel.arg_names]
-            pointers, descriptors = [], []
-            for position, value in enumerate(arguments):
-                if isinstance(value, Tensor):
-                    pointers.append(place(position, value))
-                elif isinstance(value, TensorDescriptor):
-                    described = copy.copy(value)
-                    described.base = _Address(0, value.base.dtype)
-                    descriptors.append((place(position, value.base), described))
-                else:
-                    continue
-                arguments[position] = None
-            launches.append(_Launch(kernel, call.grid, arguments, pointers, descriptors))
-    except LookupError:
+    if temporary > planner.get_workspace_limit():
         return None
-    return Repeat(launches, temporary) if temporary <= planner.get_workspace_limit() else None
+    repeated = []
+    for kernel, grid, arguments, pointers, descriptors in launches:
+        described = [(place(position, memory), of) for position, memory, of in descriptors]
+        repeated.append(_Launch(kernel, grid, arguments, [place(*pointer) for pointer in pointers], described))
+    return Repeat(repeated, temporary)
+
+
+def _pieces(memories: Sequence[_Memory]) -> tuple[dict[int, int], int]:
+    """Return the offsets of temporary memory by its first address, and the bytes of all.
+
+    Storages that overlap were not alive at the same time, and make one piece: they may overlap again.
+    """
+    pieces: dict[int, int] = {}
+    first = last = temporary = 0
+    for _, begin, end in sorted(memories, key=lambda memory: memory.begin):
+        if not pieces or begin >= last:
+            temporary += gpu.cdiv(last - first, _PIECE) * _PIECE
+            pieces[begin], first, last = temporary, begin, end
+        last = max(last, end)
+    return pieces, temporary + gpu.cdiv(last - first, _PIECE) * _PIECE
 
 
 def _extent(t: Tensor) -> int:
