@@ -7,6 +7,7 @@ triton selects it.
 from __future__ import annotations
 
 import json
+import threading
 import types
 
 import pytest
@@ -175,6 +176,36 @@ def test_of_amds_gpus_it_takes_those_that_it_is_compiled_for(name, ready, monkey
 )
 def test_other_archs_take_the_tiles_of_a_known_one(arch, nearest):
     assert tiles.nearest(arch) == nearest
+
+
+def test_two_threads_that_capture_leave_no_hook(monkeypatch):
+    """Triton's hook is that of all threads: it is as before when the last thread is done, whichever was first."""
+    knobs = pytest.importorskip("triton").knobs
+    from fasthyper.backends.triton import capture
+
+    monkeypatch.setattr(capture, "is_capturing", lambda: True)
+    seen = []
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda **given: seen.append(given))
+    own = knobs.runtime.jit_cache_hook
+    kernel = types.SimpleNamespace(__name__="fold")
+    entered, left = threading.Event(), threading.Event()
+
+    def other():
+        with capture.refusing_to_compile(kernel):
+            entered.set()
+            left.wait(10)
+
+    thread = threading.Thread(target=other)
+    with capture.refusing_to_compile(kernel):
+        thread.start()
+        assert entered.wait(10)
+        with pytest.raises(RuntimeError, match="fold is not compiled yet"):
+            knobs.runtime.jit_cache_hook(key=1)
+    knobs.runtime.jit_cache_hook(key=2)  # this thread is done
+    left.set()
+    thread.join()
+    assert knobs.runtime.jit_cache_hook is own
+    assert seen == [{"key": 2}]
 
 
 class TestTuning:
