@@ -53,6 +53,8 @@ def one_by_one(g, z, x_row, h_ptr, h, base_ptr, dx_row, in_rows, first, last, O,
             tile = h.load([0, i * sh_i])
         elif READ == "io_r":
             tile = h.load([i * sh_i, 0])
+        elif READ == "i_o_r":
+            tile = tl.reshape(h.load([i, 0, 0]), (BO, BR))
         else:
             at = h_ptr + tl.cast(i, tl.int64) * sh_i + (o.to(index) * sh_o)[:, None] + (r.to(index) * sh_r)[None, :]
             if EVEN_O and EVEN_R:
@@ -81,10 +83,10 @@ def dx_dz(g_ptr, z_ptr, x_ptr, h_ptr, h, base_ptr, bias_ptr, dx_ptr, dz_ptr, M, 
           LONG: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Compute BM rows of dx, in the columns i of one split, and the partial sums of dz over these i.
 
-    READ: H is read by a descriptor of (o, (i, r)) or of ((i, o), r), or by pointers. sh_i is the distance from i to
-    i + 1: in columns or rows of the descriptor, or in numbers. IB: columns i of a step, several where R is small:
-    a step has instructions that do not depend on R. W: the number of columns of z, zeros from R on. UNIT: R, W and the
-    stride of rows of z are multiples of it.
+    READ: H is read by a descriptor of (o, (i, r)), of ((i, o), r) or of (i, o, r), or by pointers. sh_i is the distance
+    from i to i + 1: in columns or rows of the descriptor, or in numbers. IB: columns i of a step, several where R is
+    small: a step has instructions that do not depend on R. W: the number of columns of z, zeros from R on. UNIT: R, W
+    and the stride of rows of z are multiples of it.
     """
     R, W, sz_b = multiple(R, UNIT), multiple(W, UNIT), multiple(sz_b, UNIT)
     m = tl.program_id(0) * BM + tl.arange(0, BM)

@@ -111,7 +111,31 @@ def test_boxes_begin_at_aligned_addresses(R, dtype, in_place):
     y = calls.fold_call(x, rows, h.permute(1, 2, 0), None, None, None, g[:, 0], 64, tile, "sm_90", "tf32")
     both = calls.dx_dz_call(x, z, h, None, None, g, dx, dz, 64, tile, "sm_90", "tf32")
     reads = [call.constants["READ"] for call in (y, both)]
-    assert reads == (["p_ck", "o_ir"] if in_place else ["pointers"] * 2)
+    assert reads == (["p_ck", "i_o_r"] if in_place else ["pointers"] * 2)
+
+
+@ready
+@pytest.mark.parametrize("points", [1, 3])
+@pytest.mark.parametrize(
+    ("R", "dtype"),
+    [(16, torch.bfloat16), (20, torch.float32), (24, torch.float32), (25, torch.float32), (40, torch.bfloat16)],
+    ids=str,
+)
+@pytest.mark.parametrize("factor", ["x", "z", "weight", "g"])
+def test_nan_stays_in_the_results_that_depend_on_it(factor, R, dtype, points, factors):
+    """Boxes of H are as wide as a power of two: they must not take a NaN of the next row."""
+    args = dict(zip(NAMES, factors((20, points, R, 6, 10), dtype, NAMES), strict=True))
+    args[factor][(1, 2 if factor == "weight" else 0, 3)[: args[factor].dim()]] = float("nan")
+    y, dx, dz, dh, *_ = everything(*args.values())
+    x, z, weight, g = (args[name].double() for name in ("x", "z", "weight", "g"))
+    exact = (
+        torch.einsum("bni,br,oir->bno", x, z, weight),
+        torch.einsum("bno,br,oir->bni", g, z, weight),
+        torch.einsum("bni,bno,oir->br", x, g, weight),
+        torch.einsum("bni,br,bno->oir", x, z, g),
+    )
+    for name, mine, true in zip(("y", "dx", "dz", "dh"), (y, dx, dz, dh), exact, strict=True):
+        assert not (mine.isnan() & ~true.isnan()).any(), name
 
 
 @ready

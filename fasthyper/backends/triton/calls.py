@@ -138,6 +138,14 @@ def _descriptor(
     return Described(matrix, box) if matrix.stride() == (stride, 1) else None
 
 
+def _box_of_one(h: Tensor, box: list[int], arch: str) -> TensorDescriptor | Described | None:
+    """Return a descriptor of H (O, I, R) as (I, O, R), whose boxes have one i; None where it cannot have one."""
+    if _descriptor(h[:, 0], [h.shape[0], h.shape[2]], h.stride(0), box[1:], arch) is None:
+        return None
+    matrix = h.transpose(0, 1)
+    return Described(matrix, box) if is_traced() else TensorDescriptor(h, [*matrix.shape], [*matrix.stride()], box)
+
+
 class _HeadLayout(NamedTuple):
     """How `fold` reads H (C, K, P).
 
@@ -327,6 +335,8 @@ def dx_dz_call(
             # As many columns i as make a product of 128 columns. Else half the warps would add up half of R each.
             ib = max(1, min(128 // br, (1 << 14) // (bo * br), power_of_two(I, 1)))
         layout, descriptor, i_stride = "o_ir", _descriptor(h, [O, I * width], so, [bo, ib * br], arch), si
+        if width < br:  # a box of rows would end in the next column i, where NaN times a zero of z is NaN
+            layout, descriptor = "i_o_r", _box_of_one(h, [1, bo, br], arch)
     elif sr == 1 and si == O * so:
         layout, descriptor, i_stride = "io_r", _descriptor(h, [I * O, width], so, [bo, br], arch, (1, 0, 2)), O
     if descriptor is None:
