@@ -34,6 +34,27 @@ def test_many_points(sizes, dtype, room, factors, oracle, monkeypatch):
         oracle.check(got, exact, scale, dtype)
 
 
+@ready
+@pytest.mark.parametrize("N", [40, 120])
+def test_sums_of_pieces_have_little_memory(N, factors, oracle, monkeypatch):
+    """Their number grows with that of the points, but not their memory."""
+    from fasthyper.backends.triton import calls
+
+    monkeypatch.setattr(gpu, "partial_sums_limit", lambda: 1000)
+    sums, reduce_points_call = set(), calls.reduce_points_call
+
+    def spy(rows, out):
+        if out.dtype == torch.float32:
+            sums.add(out.untyped_storage().nbytes())
+        return reduce_points_call(rows, out)
+
+    monkeypatch.setattr(calls, "reduce_points_call", spy)
+    x, z, weight, g = factors((1, N, 20, 3, 4), torch.bfloat16)
+    dz = triton.grads(x, z, weight, None, None, g, MASK, schedule="fold")[1]
+    oracle.check_op("cond_grad", dz, x, g, weight)
+    assert sums == {2 * 4 * 20}
+
+
 class Values(TorchDispatchMode):
     """Fails where torch computes a value."""
 

@@ -163,15 +163,26 @@ def _dx_and_dz(
     parts = _parts(B, pieces[0].stop, R, len(pieces), x)
     out = dz.unsqueeze(1)
     single = len(pieces) * parts == 1
-    sums = out if single else x.new_empty(B, len(pieces) * parts, R, dtype=torch.float32)
-    for k, n in enumerate(pieces):
+    slots = min(len(pieces) * parts, max(2, parts, _sums_room(B, R)))
+    sums = out if single else x.new_empty(B, slots, R, dtype=torch.float32)
+    used = 0
+    for n in pieces:
+        if used + parts > slots:  # B is one here
+            calls.reduce_points_call(sums, sums[:, :1]).launch()
+            used = 1
         rows = x.new_empty(B * (n.stop - n.start), R, dtype=torch.float32)
         dx_n = None if dx is None else dx[:, n].view(-1, I)
         _grads_of_rows(x[:, n], z, weight, base_weight, bias, g[:, n], dx_n, rows)
-        calls.reduce_points_call(rows.view(B, -1, R), sums[:, k * parts : (k + 1) * parts]).launch()
+        calls.reduce_points_call(rows.view(B, -1, R), sums[:, used : used + parts]).launch()
+        used += parts
         del rows  # before the next rows are allocated
     if not single:
-        calls.reduce_points_call(sums, out).launch()
+        calls.reduce_points_call(sums[:, :used], out).launch()
+
+
+def _sums_room(B: int, R: int) -> int:
+    """Return how many sums over some points, of B instances each, have room beside the rows of dz."""
+    return _share() // 8 // (4 * B * R)
 
 
 _POINTS = 64
@@ -182,8 +193,7 @@ def _parts(B: int, N: int, R: int, pieces: int, like: Tensor) -> int:
     """Return in how many parts the rows of N points are summed, so that the sums of all pieces fill the device."""
     programs = cdiv(B * R, calls.SUMMED_COLUMNS)
     wanted = 2 * gpu.device(like, gpu.INTERPRETED).processors // programs
-    room = _share() // 8 // (4 * B * R * pieces)
-    return max(1, min(cdiv(N, _POINTS), wanted, room))
+    return max(1, min(cdiv(N, _POINTS), wanted, _sums_room(B, R) // pieces))
 
 
 def _grads_of_rows(
