@@ -143,15 +143,15 @@ def test_nan_stays_in_the_results_that_depend_on_it(factor, R, dtype, points, fa
 @pytest.mark.parametrize("sizes", [(70, 1, 20, 24, 10), (70, 1, 40, 24, 10)], ids=str)  # dx and dz at once, and apart
 def test_the_last_blocks_are_a_call_of_their_own(sizes, dtype, factors, oracle, monkeypatch):
     """Four processors compute four of five blocks at once; the sum of the fifth is split."""
-    from fasthyper.backends.triton import calls, tuning
+    from fasthyper.backends.triton import recording, tuning
 
     if not triton.interpreting():
         pytest.skip("a GPU has more processors")
     monkeypatch.setattr(tuning, "_LAUNCH", 0.0)
     tuning.candidate.cache_clear()
     launched = []
-    launch = calls.Call.launch
-    monkeypatch.setattr(calls.Call, "launch", lambda call: (launched.append(call), launch(call)))
+    launch = recording.Call.launch
+    monkeypatch.setattr(recording.Call, "launch", lambda call: (launched.append(call), launch(call)))
     args = factors(sizes, dtype, NAMES)
     oracle.check_linear(args, everything(*args))
     tuning.candidate.cache_clear()

@@ -70,15 +70,15 @@ class Values(TorchDispatchMode):
 @pytest.mark.parametrize("sizes", [(3, 4, 18, 5, 6), *MANY], ids=str)
 def test_a_backward_is_launches_alone(sizes, room, factors, monkeypatch):
     """So it is repeated as it was recorded: temporary memory and the call's tensors are all that it needs."""
-    from fasthyper.backends.triton import calls, launch, repeat
+    from fasthyper.backends.triton import launch, recording, repeat
 
     if room is not None:
         monkeypatch.setattr(gpu, "partial_sums_limit", lambda: room)
     x, z, weight, g = factors(sizes, torch.bfloat16)
     out = torch.empty_like(x), torch.empty_like(z), torch.empty_like(weight)
     with monkeypatch.context() as patch:
-        patch.setattr(calls.Call, "launch", lambda self: record.launches.append(repeat._keep(self, None)))
-        with calls.recording(repeat._keep) as record, Values():
+        patch.setattr(recording.Call, "launch", lambda self: record.launches.append(repeat._keep(self, None)))
+        with recording.recording(repeat._keep) as record, Values():
             launch.grads(x, z, weight, None, None, g, *out)
     repeated = repeat._repeat(record, (x, z, weight, None, None, g, *out))
     assert repeated is not None
@@ -129,7 +129,7 @@ def at_address(address, like):
 @pytest.mark.parametrize("room", [None, 8000], ids=["at once", "in pieces"])
 @pytest.mark.parametrize("sizes", [(3, 4, 18, 5, 6), (1, 150, 20, 3, 4)], ids=str)
 def test_a_repeated_backward_is_that_of_its_own_tensors(sizes, room, factors, oracle, monkeypatch):
-    from fasthyper.backends.triton import calls, launch, repeat
+    from fasthyper.backends.triton import launch, recording, repeat
 
     if room is not None:
         monkeypatch.setattr(gpu, "partial_sums_limit", lambda: room)
@@ -141,7 +141,7 @@ def test_a_repeated_backward_is_that_of_its_own_tensors(sizes, room, factors, or
         return x, z, weight, None, None, g, *(torch.full_like(t, float("nan")) for t in (x, z, weight))
 
     first, second = tensors(), tensors()
-    with calls.recording(lambda call, _: repeat._keep(call, Compiled(call))) as record:
+    with recording.recording(lambda call, _: repeat._keep(call, Compiled(call))) as record:
         launch.grads(*first)
     repeat._repeat(record, first).run(second, torch.device("cpu"))
     x, z, weight, _, _, g, *out = second

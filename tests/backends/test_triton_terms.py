@@ -241,7 +241,7 @@ def test_float64_runs_on_aten(call):
 @pytest.mark.parametrize("schedule", TERM_SCHEDULES)
 def test_a_second_call_does_not_wait_for_the_device(schedule, call, monkeypatch):
     """What the host reads from an index is kept: values of tensors on a GPU would have to be waited for."""
-    from fasthyper.backends.triton import calls
+    from fasthyper.backends.triton import recording
 
     one = call(same="c")
     one.run(schedule)
@@ -249,7 +249,7 @@ def test_a_second_call_does_not_wait_for_the_device(schedule, call, monkeypatch)
     def waits(*args, **kwargs):
         raise AssertionError("waits for the device")
 
-    monkeypatch.setattr(calls.Call, "launch", lambda self: None)  # the interpreter reads values
+    monkeypatch.setattr(recording.Call, "launch", lambda self: None)  # the interpreter reads values
     for name in ("item", "tolist", "cpu", "nonzero", "__bool__", "__int__", "__float__", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, waits)
     one.run(schedule)
@@ -261,9 +261,9 @@ def test_a_second_call_does_not_wait_for_the_device(schedule, call, monkeypatch)
 @pytest.mark.parametrize("schedule", TERM_SCHEDULES)
 def test_temporary_memory_does_not_grow_with_the_terms(schedule, monkeypatch):
     """Nothing is launched: only memory is allocated. The orders of the terms are kept, and are not temporary."""
-    from fasthyper.backends.triton import calls
+    from fasthyper.backends.triton import recording
 
-    monkeypatch.setattr(calls.Call, "launch", lambda self: None)
+    monkeypatch.setattr(recording.Call, "launch", lambda self: None)
     peaks = []
     for more in (1, 2):
         rows = (3000 * more, 3000 * more, 3000 * more)

@@ -24,7 +24,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fasthyper.backends.gpu import cdiv, padded
 from fasthyper.backends.triton.calls import (
-    Call,
     dx_dz_call,
     dx_dz_tiles,
     fold_call,
@@ -37,6 +36,7 @@ from fasthyper.backends.triton.calls import (
     weight_grad_call,
     weight_grad_tiles,
 )
+from fasthyper.backends.triton.recording import Call
 from fasthyper.backends.triton.term_calls import outer_sum_call, row_products_call, sum_terms_call
 from fasthyper.backends.triton.tiles import ARCHS, SHARED_MEMORY
 

@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fasthyper.backends import gpu
 from fasthyper.backends.gpu import cdiv
 from fasthyper.backends.triton import launch, tuning
-from fasthyper.backends.triton.calls import Call
+from fasthyper.backends.triton.recording import Call
 
 H200 = gpu.Device("H200", "sm_90", 132, 227 << 10)
 SHAPES = {  # B, I, R padded, O, of benchmarks/workloads.py, with as many instances as published

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from fasthyper.backends import triton
-from fasthyper.backends.triton import calls
+from fasthyper.backends.triton import recording
 from fasthyper.backends.triton.tiles import ARCHS
 from fasthyper.problem import TERM_SCHEDULES
 from fasthyper.terms import Terms
@@ -93,7 +93,7 @@ def test_all_launches_of_a_graph_in_16_bits_are_clean(arch, dtype, schedule, poi
         source = aot.source(call)
         launched[call.kernel, str(source.signature), str(source.constants), str(source.attrs)] = call
 
-    monkeypatch.setattr(calls.Call, "launch", launch)
+    monkeypatch.setattr(recording.Call, "launch", launch)
     monkeypatch.setattr("fasthyper.backends.triton.launch.arch_of", lambda t: arch)
     E, S, R, I, O = 4000, 300, 128, 64, 64
     terms = Terms(torch.randint(S, (E,)).sort().values, None, torch.randint(S, (E,)), S, E, S)

@@ -15,7 +15,7 @@ from triton import knobs
 import fasthyper
 from fasthyper.backends import gpu
 from fasthyper.backends import triton as backend
-from fasthyper.backends.triton import calls, repeat, tuning
+from fasthyper.backends.triton import recording, repeat, tuning
 
 NAMES = ("x", "z", "weight", "bias", "base_weight", "g")
 SIZES = [
@@ -76,7 +76,7 @@ def compare(make, monkeypatch):
     for _ in range(3):
         call(make())
     with monkeypatch.context() as patch:
-        patch.setattr(calls.Call, "launch", lambda self: pytest.fail("not repeated"))
+        patch.setattr(recording.Call, "launch", lambda self: pytest.fail("not repeated"))
         args = make()
         assert described(*call(args)) == expected
     assert expected
@@ -86,7 +86,7 @@ def compare(make, monkeypatch):
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_the_same_launches_on_other_tensors(sizes, dtype, factors, monkeypatch):
     if sizes[1] > 1:
-        monkeypatch.setattr(repeat.calls, "spoil", lambda: None)
+        monkeypatch.setattr(repeat.recording, "spoil", lambda: None)
     compare(lambda: factors(sizes, dtype, NAMES), monkeypatch)
 
 
@@ -122,7 +122,7 @@ def test_another_problem_is_not_a_repeat(change, factors, monkeypatch):
     else:
         monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     launched = []
-    monkeypatch.setattr(calls.Call, "launch", lambda self: launched.append(self))
+    monkeypatch.setattr(recording.Call, "launch", lambda self: launched.append(self))
     call(args)
     assert launched
 
@@ -132,7 +132,7 @@ def test_a_profilers_hooks_see_each_launch(factors, monkeypatch):
     for _ in range(3):
         call(args)
     launched = []
-    monkeypatch.setattr(calls.Call, "launch", lambda self: launched.append(self))
+    monkeypatch.setattr(recording.Call, "launch", lambda self: launched.append(self))
     monkeypatch.setattr(knobs.runtime, "launch_enter_hook", lambda *_: None)
     call(args)
     assert launched
@@ -175,7 +175,7 @@ def test_more_than_launches_is_never_repeated():
     ran = []
 
     def launch():
-        calls.spoil()
+        recording.spoil()
         ran.append(SimpleNamespace())
 
     for _ in range(5):

@@ -6,10 +6,7 @@ at multiples of 16 bytes; else by pointers. Each box must begin at such an addre
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,57 +15,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...kernels import dx_dz, fold, pad, reduce, weight_grad
 from ..gpu import INTERPRETER, cdiv, padded
-from . import capture, tiles
+from . import tiles
+from .recording import Call, is_traced
 from .tiles import Tile, power_of_two
 
 _INT32 = 1 << 31
 _DESCRIPTORS = ("sm_90", "sm_100", INTERPRETER)
-
-
-@dataclass
-class Record:
-    """What is kept of the launches within a `recording`, and whether more than launches was done."""
-
-    keep: Callable[[Call, Any], Any]
-    launches: list[Any] = field(default_factory=list)
-    spoiled: bool = False
-
-
-class _Thread(threading.local):
-    def __init__(self) -> None:
-        self.record: Record | None = None
-        self.emit: Callable[[Call], None] | None = None
-
-
-_thread = _Thread()
-
-
-@contextlib.contextmanager
-def recording(keep: Callable[[Call, Any], Any]) -> Iterator[Record]:
-    """Record the launches of this thread: what `keep` returns of each call and its compiled kernel.
-
-    A call holds its tensors, temporary ones included, whose memory is to be free as soon as the launcher drops them.
-    """
-    _thread.record = record = Record(keep)
-    try:
-        yield record
-    finally:
-        _thread.record = None
-
-
-@contextlib.contextmanager
-def emitting(emit: Callable[[Call], None]) -> Iterator[None]:
-    """Give the calls of this thread to `emit` instead of launching them. Their tensors have no addresses."""
-    _thread.emit = emit
-    try:
-        yield
-    finally:
-        _thread.emit = None
-
-
-def is_traced() -> bool:
-    """Return whether calls of this thread are not launched, so that sizes may be symbols, and nothing can be timed."""
-    return _thread.emit is not None
 
 
 class Described(NamedTuple):
@@ -76,32 +28,6 @@ class Described(NamedTuple):
 
     matrix: Tensor
     box: list[int]
-
-
-def spoil() -> None:
-    """Say that the work of this call is more than its launches, so that repeating them would not repeat it."""
-    if _thread.record is not None:
-        _thread.record.spoiled = True
-
-
-class Call(NamedTuple):
-    """A launch: `kernel[grid](**args, **constants, num_warps=..., num_stages=...)`."""
-
-    kernel: Any
-    grid: tuple[int, int, int]
-    args: dict[str, Any]
-    constants: dict[str, Any]
-    warps: int
-    stages: int
-
-    def launch(self) -> None:
-        if _thread.emit is not None:
-            _thread.emit(self)
-            return
-        with capture.refusing_to_compile(self.kernel):
-            kernel = self.kernel[self.grid](**self.args, **self.constants, num_warps=self.warps, num_stages=self.stages)
-        if (record := _thread.record) is not None:
-            record.launches.append(record.keep(self, kernel))
 
 
 def precision_of(dtype: torch.dtype, arch: str, allow_tf32: bool) -> str:

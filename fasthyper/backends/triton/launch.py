@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .. import aten, gpu
 from ..gpu import cdiv, padded
-from . import calls, repeat, tiles, tuning
-from .calls import Call
+from . import calls, recording, repeat, tiles, tuning
+from .recording import Call
 from .tiles import Tile
 from .tuning import Candidate, Tiling
 
@@ -263,7 +263,7 @@ def _tuned(
     def predicted(tile: Tile) -> Candidate:
         blocks, rows, columns, depth = map(gpu.hint, tiling(tile))
         # In a trace, the number of rows may be a symbol: other calls have other last blocks.
-        apart = 0 if calls.is_traced() else across(tile)
+        apart = 0 if recording.is_traced() else across(tile)
         tiled = Tiling(blocks, rows, columns, depth, gpu.hint(cdiv(size, step(tile))), apart)
         partial = gpu.hint(out.numel()) * 4
         return tuning.candidate(tile, tiled, partial, gpu.partial_sums_limit(), device.processors, bits)

@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import planner
 from .. import gpu
-from . import calls
+from . import recording
 
 _MOST, _MOST_LAUNCHES = 4096, 64  # calls, and launches of one: more take longer than the Python that chooses them
 _PIECE = 512  # bytes; temporary tensors begin at multiples of it, as those of torch's allocator do
@@ -132,7 +132,7 @@ def run(kind: str, tensors: Sequence[Tensor | None], launch: Callable[[], None])
         if isinstance(known, Repeat):
             known.run(tensors, device)
         elif known == _SEEN and not torch.cuda.is_current_stream_capturing():
-            with calls.recording(_keep) as record:
+            with recording.recording(_keep) as record:
                 launch()
             _known[key] = _repeat(record, tensors) or _NEVER
         else:
@@ -160,7 +160,7 @@ def _key(kind: str, tensors: Sequence[Tensor | None], device: torch.device) -> t
     return kind, device.index, planner.get_workspace_limit(), gpu.allows_tf32(), deterministic, *layouts
 
 
-def _keep(call: calls.Call, kernel: Any) -> _Kept:
+def _keep(call: recording.Call, kernel: Any) -> _Kept:
     given = {**call.args, **call.constants}
     kept = _Kept(kernel, call.grid, [given[name] for name in call.kernel.arg_names], [], [])
     for position, value in enumerate(kept.arguments):
@@ -181,7 +181,7 @@ def _memory(t: Tensor) -> _Memory:
     return _Memory(t.data_ptr(), storage.data_ptr(), storage.data_ptr() + storage.nbytes())
 
 
-def _repeat(record: calls.Record, tensors: Sequence[Tensor | None]) -> Repeat | None:
+def _repeat(record: recording.Record, tensors: Sequence[Tensor | None]) -> Repeat | None:
     """Return the launches of a record as a function of tensors; None if they cannot be repeated."""
     launches: list[_Kept] = record.launches
     if record.spoiled or len(launches) > _MOST_LAUNCHES:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ...kernels import terms as kernels
 from ..gpu import INTERPRETER, cdiv
-from .calls import Call, precision_of
+from .calls import precision_of
+from .recording import Call
 from .tiles import power_of_two
 
 _FEW_OUTER, _FEW_PRODUCTS = 8, 2

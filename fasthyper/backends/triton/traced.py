@@ -20,8 +20,8 @@ from ... import planner
 from ...problem import Problem
 from .. import gpu
 from ..gpu import padded
-from . import calls, launch
-from .calls import Call
+from . import calls, launch, recording
+from .recording import Call
 
 Emit = Callable[[Call], None]
 
@@ -106,7 +106,7 @@ def _emitting(emit: Emit) -> Iterator[None]:
         assert partial is None or partial.numel() * 4 <= gpu.partial_sums_limit()  # a guard where B is a symbol
         emit(call)
 
-    with calls.emitting(checked):
+    with recording.emitting(checked):
         yield
 
 

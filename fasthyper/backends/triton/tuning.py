@@ -24,7 +24,7 @@ from ... import compiled
 from ..._version import __version__
 from .. import gpu
 from ..gpu import INTERPRETER, Device
-from . import calls, repeat
+from . import recording, repeat
 from .tiles import Tile
 
 _MOST_TIMED = 3
@@ -123,7 +123,7 @@ def choose(
     if stored_as not in _chosen:  # choices of this process stay, even if another process has stored others
         _chosen.update({k: tile for k, tile in _read(device).items() if k not in _chosen})
     if _chosen.get(stored_as) not in by_tile:
-        if gpu.is_capturing() or calls.is_traced():
+        if gpu.is_capturing() or recording.is_traced():
             return ranked[0]
         _chosen[stored_as] = min(ranked[:_MOST_TIMED], key=lambda c: _time(run, c)).tile
         _write(device)
@@ -144,7 +144,7 @@ def _may_time(device: Device) -> bool:
 
 def _time(run: Callable[[Candidate], None], c: Candidate) -> float:
     """Return the seconds of one run. The device sleeps first, so that all runs are queued before the first starts."""
-    calls.spoil()
+    recording.spoil()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     try:
         run(c)
