@@ -28,7 +28,6 @@ from fasthyper.backends.triton.calls import (
     dx_dz_tiles,
     fold_call,
     fold_tiles,
-    in_place,
     pad_call,
     precision_of,
     reduce_call,
@@ -36,6 +35,7 @@ from fasthyper.backends.triton.calls import (
     weight_grad_call,
     weight_grad_tiles,
 )
+from fasthyper.backends.triton.layouts import in_place
 from fasthyper.backends.triton.recording import Call
 from fasthyper.backends.triton.term_calls import outer_sum_call, row_products_call, sum_terms_call
 from fasthyper.backends.triton.tiles import ARCHS, SHARED_MEMORY

@@ -1,33 +1,18 @@
-"""Build the call of each kernel: its grid, arguments and constants. Nothing is launched; tensors may be meta tensors.
-
-A matrix is read by a tensor descriptor (TMA on sm_90 and later) where its last axis is contiguous, and its rows begin
-at multiples of 16 bytes; else by pointers. Each box must begin at such an address, too, or the GPU raises an error.
-"""
+"""Build the call of each kernel: its grid, arguments and constants. Tensors may be meta tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...kernels import dx_dz, fold, pad, reduce, weight_grad
 from ..gpu import INTERPRETER, cdiv, padded
 from . import tiles
-from .recording import Call, is_traced
+from .layouts import INT32, descriptor, reading, reading_one, unit, wide_loads
+from .recording import Call
 from .tiles import Tile, power_of_two
-
-_INT32 = 1 << 31
-_DESCRIPTORS = ("sm_90", "sm_100", INTERPRETER)
-
-
-class Described(NamedTuple):
-    """A matrix and the boxes of its tensor descriptor, in the place of a descriptor that needs an address."""
-
-    matrix: Tensor
-    box: list[int]
 
 
 def precision_of(dtype: torch.dtype, arch: str, allow_tf32: bool) -> str:
@@ -41,72 +26,9 @@ def precision_of(dtype: torch.dtype, arch: str, allow_tf32: bool) -> str:
     return "tf32" if allow_tf32 else "tf32x3"
 
 
-def _is_aligned(t: Tensor) -> bool:
-    """Return whether a tensor begins at a multiple of 16 bytes. In a trace, storages begin there."""
-    address = t.storage_offset() * t.element_size() if is_traced() else t.data_ptr()
-    return address % 16 == 0
-
-
-def _descriptor(
-    t: Tensor, shape: list[int], stride: int, box: list[int], arch: str, axes: Sequence[int] = ()
-) -> TensorDescriptor | Described | None:
-    """Return a descriptor of a matrix whose rows are `stride` apart, read by boxes; None where it cannot have one.
-
-    axes: the order of t's axes that makes the matrix; that of t if it is empty.
-    """
-    size = t.element_size()
-    aligned = stride * size % 16 == 0 and _is_aligned(t) and stride >= shape[1]
-    if arch not in _DESCRIPTORS or not aligned or any(n >= _INT32 for n in shape):
-        return None
-    if not is_traced():
-        return TensorDescriptor(t, shape, [stride, 1], box)
-    matrix = (t.permute(*axes) if axes else t).reshape(shape)
-    return Described(matrix, box) if matrix.stride() == (stride, 1) else None
-
-
-def _box_of_one(h: Tensor, box: list[int], arch: str) -> TensorDescriptor | Described | None:
-    """Return a descriptor of H (O, I, R) as (I, O, R), whose boxes have one i; None where it cannot have one."""
-    if _descriptor(h[:, 0], [h.shape[0], h.shape[2]], h.stride(0), box[1:], arch) is None:
-        return None
-    matrix = h.transpose(0, 1)
-    return Described(matrix, box) if is_traced() else TensorDescriptor(h, [*matrix.shape], [*matrix.stride()], box)
-
-
-class _HeadLayout(NamedTuple):
-    """How `fold` reads H (C, K, P).
-
-    Args:
-        name: the constant READ of the kernel.
-        descriptor: of H, or None.
-        tail_descriptor: of H, with boxes of the tail of K, or None.
-        c_stride: distance from c to c + 1, in rows or columns of the descriptor, or in numbers.
-    """
-
-    name: str
-    descriptor: TensorDescriptor | Described | None
-    tail_descriptor: TensorDescriptor | Described | None
-    c_stride: int
-
-
-def _head_layout(h: Tensor, columns: int, depth: int, tail: int, cb: int, arch: str) -> _HeadLayout:
-    C, K, P = h.shape
-    sc, sk, sp = h.stride()
-    layouts = {  # whether H has this layout; the descriptor's shape, row stride and axes; whether rows are p; c_stride
-        "p_ck": (sk == 1 and sc == K and sc * h.element_size() % 16 == 0, [P, C * K], sp, (2, 0, 1), True, K),
-        "cp_k": (sk == 1 and sc == P * sp and cb == 1, [C * P, K], sp, (0, 2, 1), True, P),
-        "ck_p": (sp == 1 and sc == K * sk, [C * K, P], sk, (0, 1, 2), False, K),
-    }
-    for name, (matches, shape, stride, axes, rows_are_p, c_stride) in layouts.items():
-        box, tail_box = ([columns, cb * k] if rows_are_p else [cb * k, columns] for k in (depth, tail))
-        if matches and (descriptor := _descriptor(h, shape, stride, box, arch, axes)) is not None:
-            tail_descriptor = _descriptor(h, shape, stride, tail_box, arch, axes) if tail else None
-            return _HeadLayout(name, descriptor, tail_descriptor, c_stride)
-    return _HeadLayout("pointers", None, None, sc)
-
-
 def _long(*extents: tuple[int, int]) -> bool:
     """Return whether offsets within a tile, whose axes have these sizes and strides, need 64 bits."""
-    return sum((size - 1) * abs(stride) for size, stride in extents) >= _INT32
+    return sum((size - 1) * abs(stride) for size, stride in extents) >= INT32
 
 
 def _strides(t: Tensor | None, *axes: int) -> tuple[int, ...]:
@@ -140,25 +62,6 @@ def depths(K: int, most: int, C: int) -> tuple[int, int, int]:
     while depth > 16 and (depth > total or (total % depth and total % depth != power_of_two(total % depth))):
         depth //= 2
     return depth, total % depth, min(most // depth, power_of_two(C, 1)) if depth == K else 1
-
-
-def unit(t: Tensor, length: int) -> int:
-    """Return how many numbers of a row of this length are loaded together: 16 bytes, or 1 if a row is not aligned."""
-    most = 16 // t.element_size()
-    aligned = t.stride(-1) == 1 and _is_aligned(t)
-    return most if aligned and all(n % most == 0 for n in (length, t.shape[-1], *t.stride()[:-1])) else 1
-
-
-def in_place(h: Tensor, arch: str) -> bool:
-    """Return whether descriptors can read H whose rows are no multiple of 16."""
-    least, *others = sorted(h.stride())
-    aligned = least == 1 and all(s * h.element_size() % 16 == 0 for s in others)
-    return arch in _DESCRIPTORS and aligned and _is_aligned(h)
-
-
-def wide_loads(v: Tensor, h: Tensor, arch: str) -> bool:
-    """Return whether v and H are loaded several numbers at a time; else only small tiles have enough registers."""
-    return unit(v, v.shape[-1]) > 1 and (1 in h.stride() if v.shape[-1] % 16 == 0 else in_place(h, arch))
 
 
 def fold_tiles(v: Tensor, h: Tensor, P: int, arch: str) -> tuple[Tile, ...]:
@@ -195,16 +98,19 @@ def fold_call(
     M = B * N
     depth, tail, cb = depths(K, tile.depth, C)
     columns = min(tile.columns, power_of_two(P))
-    layout = _head_layout(h, columns, depth, tail, cb, arch)
+    box = {"c": cb, "k": depth, "p": columns}
+    layouts = ("p_ck", "cp_k", "ck_p") if cb == 1 else ("p_ck", "ck_p")
+    head = reading(h, "ckp", "c", layouts, box, arch)
+    h_tail = None if head.descriptor is None or not tail else descriptor(h, "ckp", head.name, box | {"k": tail}, arch)
     sc, sk, sp = h.stride()
     sizes = _named("M N C K P K_shared per_split", M, N, C, K, P, K if c is None else c.shape[1], per_split)
     strides = _named(
         "su_b su_n su_c sv_b sv_n sv_k sh_c sh_k sh_p sa_p sa_c sc_p sc_k sd_p",
-        *u.stride(), *v.stride(), layout.c_stride, sk, sp, *_strides(a, 0, 1), *_strides(c, 0, 1), *_strides(d, 0),
+        *u.stride(), *v.stride(), head.stride, sk, sp, *_strides(a, 0, 1), *_strides(c, 0, 1), *_strides(d, 0),
     )  # fmt: skip
     tensors = {"u_ptr": u, "v_ptr": v, "a_ptr": a, "c_ptr": c, "d_ptr": d, "out_ptr": out}
-    tensors["h_ptr"] = h if layout.descriptor is None else None
-    descriptors = {"h": layout.descriptor, "h_tail": layout.tail_descriptor}
+    tensors["h_ptr"] = h if head.descriptor is None else None
+    descriptors = {"h": head.descriptor, "h_tail": h_tail}
     constants = {
         "POINTS": N > 1,
         "BM": tile.rows,
@@ -212,7 +118,7 @@ def fold_call(
         "BK": depth,
         "TAIL": tail,
         "CB": cb,
-        "READ": layout.name,
+        "READ": head.name,
         "AHEAD": cb == 1 and _ahead(u, tile.rows, tile, arch),
         "EVEN_C": C % cb == 0,
         "EVEN_K": K % (tail or depth) == 0,
@@ -252,27 +158,23 @@ def dx_dz_call(
     """
     B, N, I = x.shape
     O, R = g.shape[2], dz.shape[-1]
-    so, si, sr = h.stride()
+    so, _, sr = h.stride()
     bo, br = power_of_two(O), power_of_two(R)
-    width = h.shape[2]
-    layout, descriptor, i_stride, ib = "pointers", None, si, 1
-    if sr == 1 and si == width and si * h.element_size() % 16 == 0:
-        if width == br and h.element_size() == 2 and (br <= 32 or tile.rows >= 128):
-            # As many columns i as make a product of 128 columns. Else half the warps would add up half of R each.
-            ib = max(1, min(128 // br, (1 << 14) // (bo * br), power_of_two(I, 1)))
-        layout, descriptor, i_stride = "o_ir", _descriptor(h, [O, I * width], so, [bo, ib * br], arch), si
-        if width < br:  # a box of rows would end in the next column i, where NaN times a zero of z is NaN
-            layout, descriptor = "i_o_r", _box_of_one(h, [1, bo, br], arch)
-    elif sr == 1 and si == O * so:
-        layout, descriptor, i_stride = "io_r", _descriptor(h, [I * O, width], so, [bo, br], arch, (1, 0, 2)), O
-    if descriptor is None:
-        layout, i_stride, ib = "pointers", si, 1
+    ib = 1
+    if h.shape[2] == br and h.element_size() == 2 and (br <= 32 or tile.rows >= 128):
+        # As many columns i as make a product of 128 columns. Else half the warps would add up half of R each.
+        ib = max(1, min(128 // br, (1 << 14) // (bo * br), power_of_two(I, 1)))
+    head = reading(h, "oir", "i", ("o_ir",), {"o": bo, "i": ib, "r": br}, arch)
+    if head.descriptor is not None and h.shape[2] < br:
+        head = reading_one(h, bo, br)
+    if head.descriptor is None:
+        ib, head = 1, reading(h, "oir", "i", ("io_r",), {"o": bo, "i": 1, "r": br}, arch)
     sizes = _named("M N I O R W per_split", B * N, N, I, O, R, z.shape[1], per_split)
     strides = _named(
         "sg_b sg_n sg_o sz_b sz_r sx_b sx_n sx_i sh_o sh_i sh_r sw_o sw_i sb_o sb_r",
-        *g.stride(), *z.stride(), *x.stride(), so, i_stride, sr, *_strides(base, 0, 1), *_strides(bias, 0, 1),
+        *g.stride(), *z.stride(), *x.stride(), so, head.stride, sr, *_strides(base, 0, 1), *_strides(bias, 0, 1),
     )  # fmt: skip
-    tensors = {"g_ptr": g, "z_ptr": z, "x_ptr": x, "h_ptr": h if descriptor is None else None, "h": descriptor}
+    tensors = {"g_ptr": g, "z_ptr": z, "x_ptr": x, "h_ptr": h if head.descriptor is None else None}
     tensors |= {"base_ptr": base, "bias_ptr": bias, "dx_ptr": dx, "dz_ptr": dz}
     constants = {
         "POINTS": N > 1,
@@ -281,7 +183,7 @@ def dx_dz_call(
         "BR": br,
         "BI": DX_COLUMNS,
         "IB": ib,
-        "READ": layout,
+        "READ": head.name,
         "EVEN_I": I % ib == 0,
         "EVEN_O": bo == O,
         "EVEN_R": br == z.shape[1],
@@ -291,7 +193,9 @@ def dx_dz_call(
         "PRECISION": precision,
     }
     grid = (cdiv(B * N, tile.rows), cdiv(I, per_split), 1)
-    return Call(dx_dz.dx_dz, grid, tensors | sizes | strides, constants, tile.warps, tile.stages)
+    return Call(
+        dx_dz.dx_dz, grid, {**tensors, "h": head.descriptor} | sizes | strides, constants, tile.warps, tile.stages
+    )
 
 
 def weight_grad_block(I: int, R: int, O: int, tile: Tile) -> tuple[int, int, int]:
@@ -315,12 +219,9 @@ def weight_grad_call(
     B, N, I = x.shape
     O, R = g.shape[2], out.shape[-1]
     bi, br, bo = weight_grad_block(I, R, O, tile)
-    z_rows: TensorDescriptor | Described | None = None
-    g_rows: TensorDescriptor | Described | None = None
-    if z.stride(1) == 1 and N == 1:
-        z_rows = _descriptor(z, list(z.shape), z.stride(0), [tile.depth, br], arch)
-    if g.stride(2) == 1 and (N == 1 or g.stride(0) == N * g.stride(1)):
-        g_rows = _descriptor(g, [B * N, O], g.stride(0) if N == 1 else g.stride(1), [tile.depth, bo], arch)
+    rows = {"b": tile.depth, "n": 1} if N == 1 else {"b": 1, "n": tile.depth}
+    z_rows = descriptor(z, "br", "b_r", rows | {"r": br}, arch) if N == 1 else None
+    g_rows = descriptor(g, "bno", "b_o" if N == 1 else "bn_o", rows | {"o": bo}, arch)
     sizes = _named("M N I O R W per_split", B * N, N, I, O, R, z.shape[1], per_split)
     strides = _named("sx_b sx_n sx_i sz_b sz_r sg_b sg_n sg_o", *x.stride(), *z.stride(), *g.stride())
     tensors = {"x_ptr": x, "z_ptr": z, "g_ptr": g, "z_rows": z_rows, "g_rows": g_rows, "out_ptr": out}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import aten, gpu
 from ..gpu import cdiv, padded
-from . import calls, recording, repeat, tiles, tuning
+from . import calls, layouts, recording, repeat, tiles, tuning
 from .recording import Call
 from .tiles import Tile
 from .tuning import Candidate, Tiling
@@ -70,7 +70,7 @@ def grads(
             whole_z = cast(Tensor, z)
             if z_b is not None and len(z_b) == B:
                 whole_z = z_b
-            elif calls.unit(whole_z, whole_z.shape[1]) == 1:
+            elif layouts.unit(whole_z, whole_z.shape[1]) == 1:
                 whole_z = cast(Tensor, _padded(z, None)[0])
             _weight_grad(x, whole_z, g, dh)
 
@@ -123,8 +123,8 @@ def _in_place(z: Tensor | None, weight: Tensor) -> bool:
     Rows of H of up to 64 bytes are copied all the same: a step of `fold` then has several of them.
     """
     R, size = weight.shape[-1], weight.element_size()
-    aligned = weight.is_contiguous() and calls.in_place(weight, arch_of(weight))
-    return aligned and padded(R) * size > 64 and (z is None or calls.unit(z, R) > 1)
+    aligned = weight.is_contiguous() and layouts.in_place(weight, arch_of(weight))
+    return aligned and padded(R) * size > 64 and (z is None or layouts.unit(z, R) > 1)
 
 
 def _padded(z: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -20,7 +20,7 @@ from ... import planner
 from ...problem import Problem
 from .. import gpu
 from ..gpu import padded
-from . import calls, launch, recording
+from . import launch, layouts, recording
 from .recording import Call
 
 Emit = Callable[[Call], None]
@@ -75,7 +75,7 @@ def grads(
         if mask[0] or mask[1]:
             wide, h = _padded_factors(z, cast(Tensor, weight))
             launch._grads_of_rows(x, wide, h, base_weight, bias, g, dx, dz)
-        elif z is not None and calls.unit(z, R) == 1:
+        elif z is not None and layouts.unit(z, R) == 1:
             wide = _padded(z)
         if dh is not None:
             launch._weight_grad(x, cast(Tensor, wide), g, dh)
