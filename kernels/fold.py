@@ -13,7 +13,7 @@ The launcher sums dz over n where there are several points.
 import triton
 import triton.language as tl
 
-from .loads import columns, into_range, larger, multiple, row_offsets, widened
+from .loads import columns, into_range, larger, multiple, row_offsets, scaled, widened
 
 
 @triton.jit
@@ -67,12 +67,12 @@ def add_products(acc, u_row, v_row, h_ptr, h, in_rows, first, last, k0, p0, C, K
             else:
                 u = widened(tl.load(u_row + tl.cast(c, tl.int64) * su_c, mask=in_rows, other=0.0), WIDE)
             if SCALED:
-                u = (u.to(tl.float32) * factor).to(u.dtype)
+                u = scaled(u, factor)
             a = u[:, None] * v
         else:
             u = widened(columns(u_row, in_rows, c + tl.arange(0, CB), C, su_c, EVEN_C), WIDE)
             if SCALED:
-                u = (u.to(tl.float32) * factor[:, None]).to(u.dtype)
+                u = scaled(u, factor[:, None])
             a = tl.reshape(u[:, :, None] * v[:, None, :], (u.shape[0], CB * BK))
         tile = head_tile(h_ptr, h, c, k0, p0, C, K, P, sh_c, sh_k, sh_p, BK, BP, CB, READ, CLAMP_K, CLAMP_P, LONG,
                          WIDE)  # fmt: skip

@@ -52,3 +52,9 @@ def larger(most, t):
     """Return the larger of most and |t|, or most if t is not finite: it would change the factor of the whole row."""
     size = tl.abs(t.to(tl.float32))
     return tl.maximum(most, tl.where(size < float("inf"), size, 0.0))
+
+
+@triton.jit
+def scaled(u, factor):
+    """Return u times powers of two, by which the sums of u·v are divided."""
+    return (u.to(tl.float32) * factor).to(u.dtype)

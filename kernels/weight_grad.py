@@ -9,7 +9,7 @@ result has the same bits every time.
 import triton
 import triton.language as tl
 
-from .loads import into_range, larger, multiple, row_offsets, widened
+from .loads import into_range, larger, multiple, row_offsets, scaled, widened
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def weight_grad(x_ptr, z_ptr, g_ptr, z_rows, g_rows, out_ptr, M, N, I, O, R, W, 
         else:
             x = widened(transposed(x_ptr, m, M, N, sx_b, sx_n, i, I, sx_i, POINTS, EVEN_I), WIDE)
         if SCALED:
-            x = (x.to(tl.float32) * factor[:, None]).to(x.dtype)
+            x = scaled(x, factor[:, None])
         a = tl.reshape(x[:, None, :] * widened(z, WIDE)[None, :, :], (BI * BR, BM))
         acc = tl.dot(a, widened(g, WIDE), acc, input_precision=PRECISION)
 
