@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NAMES = ("abs", "softplus", "relu", "sigmoid", "tanh", "exp", "normalize", "softmax")
-BY_ROWS = ("normalize", "softmax")
 
 Map = str | Callable[[Tensor], Tensor]
 """One of `NAMES`, or an elementwise function."""
