@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,17 +29,15 @@ class Device(NamedTuple):
         name: the product's name.
         arch: the architecture, such as ``"sm_90"`` or ``"gfx942"``.
         processors: number of multiprocessors.
-        shared_memory: bytes of shared memory that one block can have.
     """
 
     name: str
     arch: str
     processors: int
-    shared_memory: int
 
 
 # Few multiprocessors, so that sums of small problems are split, too.
-INTERPRETED = Device("Triton's interpreter", INTERPRETER, 4, 227 << 10)
+INTERPRETED = Device("Triton's interpreter", INTERPRETER, 4)
 
 
 def device(t: Tensor, stand_in: Device) -> Device:
@@ -50,12 +48,12 @@ def device(t: Tensor, stand_in: Device) -> Device:
 @functools.cache
 def _device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip is not None:
-        arch, shared_memory = properties.gcnArchName.partition(":")[0], properties.shared_memory_per_block
-    else:
-        arch = f"sm_{properties.major}{properties.minor}"
-        shared_memory = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return Device(properties.name, arch, properties.multi_processor_count, shared_memory)
+    return Device(properties.name, _arch(properties), properties.multi_processor_count)
+
+
+def _arch(properties: Any) -> str:
+    amd = torch.version.hip is not None
+    return str(properties.gcnArchName).partition(":")[0] if amd else f"sm_{properties.major}{properties.minor}"
 
 
 @contextlib.contextmanager
@@ -76,7 +74,7 @@ def unsuitable() -> str | None:
     name = torch.cuda.get_device_name()
     if torch.version.hip is None:
         return None if torch.cuda.get_device_capability() >= (8, 0) else f"{name} is older than sm_80"
-    arch = torch.cuda.get_device_properties(torch.cuda.current_device()).gcnArchName.partition(":")[0]
+    arch = _arch(torch.cuda.get_device_properties(torch.cuda.current_device()))
     return None if arch in AMD else f"{name} is {arch}, and of AMD's GPUs the kernels are compiled for {', '.join(AMD)}"
 
 

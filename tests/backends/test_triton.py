@@ -248,7 +248,7 @@ class TestTuning:
 
     @pytest.fixture
     def device(self):
-        return gpu.Device("NVIDIA Test 9000", "sm_90", 132, 227 << 10)
+        return gpu.Device("NVIDIA Test 9000", "sm_90", 132)
 
     @staticmethod
     def candidates(tuning, count=5):

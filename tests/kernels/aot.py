@@ -38,8 +38,10 @@ from fasthyper.backends.triton.calls import (
 from fasthyper.backends.triton.layouts import in_place
 from fasthyper.backends.triton.recording import Call
 from fasthyper.backends.triton.term_calls import outer_sum_call, row_products_call, sum_terms_call
-from fasthyper.backends.triton.tiles import ARCHS, SHARED_MEMORY
+from fasthyper.backends.triton.tiles import ARCHS
 
+SHARED_MEMORY = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+"""Bytes of shared memory that one block can have; for sm_80, those of sm_86, sm_89 and sm_120, which take its tiles."""
 WARNINGS = ("C7508", "C7512", "C7514", "C7515")
 """Warnings of ptxas: setmaxnreg is ignored, or wgmma is serialised."""
 _MATRIX_INSTRUCTIONS = {

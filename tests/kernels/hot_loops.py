@@ -23,7 +23,7 @@ from fasthyper.backends.gpu import cdiv
 from fasthyper.backends.triton import launch, tuning
 from fasthyper.backends.triton.recording import Call
 
-H200 = gpu.Device("H200", "sm_90", 132, 227 << 10)
+H200 = gpu.Device("H200", "sm_90", 132)
 SHAPES = {  # B, I, R padded, O, of benchmarks/workloads.py, with as many instances as published
     "qm9": (39_168, 64, 128, 64),
     "modelnet": (8_192, 64, 32, 128),

@@ -52,7 +52,6 @@ def start() -> None:
         major=ARCH[0],
         minor=ARCH[1],
         multi_processor_count=4,
-        shared_memory_per_block_optin=227 << 10,
         gcnArchName="",
     )
     cuda = {

@@ -11,8 +11,6 @@ from typing import NamedTuple
 from ..gpu import AMD, INTERPRETER
 
 ARCHS = ("sm_80", "sm_90", "sm_100", *AMD)
-SHARED_MEMORY = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-"""Bytes of shared memory that one block can have; for sm_80, those of sm_86, sm_89 and sm_120, which take its tiles."""
 
 
 class Tile(NamedTuple):
