@@ -71,6 +71,11 @@ def fold_tiles(v: Tensor, h: Tensor, P: int, arch: str) -> tuple[Tile, ...]:
     return allowed if wide_loads(v, h, arch) else allowed[-1:]
 
 
+def fold_columns(P: int, tile: Tile) -> int:
+    """Return how many columns one tile of `fold` has; they are no more than a narrow output needs."""
+    return min(tile.columns, power_of_two(P))
+
+
 def dx_dz_tiles(z: Tensor, h: Tensor, R: int, O: int, arch: str) -> tuple[Tile, ...]:
     """Return the tiles that dx and dz in one pass may take; empty if two folds are faster."""
     return tiles.dx_dz_tiles(arch, z.element_size() * 8, R, O) if wide_loads(z, h, arch) else ()
@@ -97,7 +102,7 @@ def fold_call(
     K, P = v.shape[2], out.shape[-1]
     M = B * N
     depth, tail, cb = depths(K, tile.depth, C)
-    columns = min(tile.columns, power_of_two(P))
+    columns = fold_columns(P, tile)
     box = {"c": cb, "k": depth, "p": columns}
     layouts = ("p_ck", "cp_k", "ck_p") if cb == 1 else ("p_ck", "ck_p")
     head = reading(h, "ckp", "c", layouts, box, arch)

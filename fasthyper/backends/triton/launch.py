@@ -290,13 +290,13 @@ def _fold(u: Tensor, v: Tensor, h: Tensor, a: Tensor | None, c: Tensor | None, d
     M, C, K, P = out.shape[0], u.shape[2], v.shape[2], out.shape[1]
 
     def tiling(tile: Tile) -> tuple[int, int, int, int]:
-        columns = min(tile.columns, tiles.power_of_two(P))
+        columns = calls.fold_columns(P, tile)
         return cdiv(M, tile.rows) * cdiv(P, columns), tile.rows, columns, C * padded(K)
 
     key = ("fold", _bucket(M), C, K, P, h.stride(), u.shape[1] > 1)
     allowed = calls.fold_tiles(v, h, P, arch_of(u))
     step = lambda tile: calls.depths(K, tile.depth, C)[2]
-    across = lambda tile: cdiv(P, min(tile.columns, tiles.power_of_two(P))) if u.shape[1] == 1 else 0
+    across = lambda tile: cdiv(P, calls.fold_columns(P, tile)) if u.shape[1] == 1 else 0
     call = lambda rows, to, *args: calls.fold_call(_rows_of(u, rows), _rows_of(v, rows), h, a, c, d, to, *args)
     _tuned(key, allowed, u, out, C, step, tiling, across, call)
 

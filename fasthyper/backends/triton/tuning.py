@@ -23,12 +23,13 @@ import triton
 from ... import compiled
 from ..._version import __version__
 from .. import gpu
-from ..gpu import INTERPRETER, Device
+from ..gpu import INTERPRETER, Device, cdiv
 from . import recording, repeat
 from .tiles import Tile
 
 _MOST_TIMED = 3
 _LAUNCH = 3e-6  # seconds
+_BANDWIDTH = gpu.GpuCosts().machine("cuda", torch.float32, 1).memory_bandwidth
 _RUNS, _SLEEP = 5, 4_000_000  # timed runs; clock cycles, about two milliseconds, in which Python queues these runs
 _chosen: dict[tuple[str, str], Tile] = {}  # by the device's name and the key as text
 
@@ -92,11 +93,11 @@ def candidate(tile: Tile, tiling: Tiling, partial: int, limit: int, processors: 
 
     def best(blocks: int, partial: int) -> tuple[float, int]:
         """Return the lowest time of some blocks, and the number of splits that has it."""
-        times = [-(-blocks // processors) * block]
+        times = [cdiv(blocks, processors) * block]
         for splits in range(2, min(steps, limit // max(1, partial), 2 * processors // blocks) + 1):
-            seconds = -(-blocks * splits // processors) * block * -(-steps // splits) / steps
+            seconds = cdiv(blocks * splits, processors) * block * cdiv(steps, splits) / steps
             # Another launch; partial sums are written and read.
-            times.append(seconds + _LAUNCH + 2 * splits * partial / 3e12)
+            times.append(seconds + _LAUNCH + 2 * splits * partial / _BANDWIDTH)
         seconds = min(times)
         return seconds, times.index(seconds) + 1
 
@@ -105,7 +106,7 @@ def candidate(tile: Tile, tiling: Tiling, partial: int, limit: int, processors: 
     rest = blocks - whole * across
     if whole and rest:
         apart, rest_splits = best(rest, partial * rest // blocks)
-        apart += -(-whole * across // processors) * block + _LAUNCH
+        apart += cdiv(whole * across, processors) * block + _LAUNCH
         if apart < seconds:
             return Candidate(tile, rest_splits, apart, whole)
     return Candidate(tile, splits, seconds)
