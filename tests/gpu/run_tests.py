@@ -24,7 +24,8 @@ CHOSEN = {
         "(gpu and not cuda) or triton or ahead",
     ),
     "cuda": (
-        "tests/kernels/test_hopper.py",
+        "tests/kernels/test_hopper_fold.py",
+        "tests/kernels/test_hopper_grads.py",
         "tests/backends/test_cuda.py",
         "tests/backends/test_gpu.py",
         "tests/backends/test_kernels.py",
