@@ -2,6 +2,7 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "hopper_instructions.h"
 #include "numbers.h"
@@ -82,6 +83,21 @@ DEVICE float power_of_two(int exponent) { return as_float(static_cast<uint32_t>(
 DEVICE float finite_max(float max, float t) {
   const float magnitude = fabsf(t);
   return magnitude < INFINITY && magnitude > max ? magnitude : max;
+}
+// Return the largest of a number of each of LANES adjacent lanes.
+template <int LANES>
+DEVICE float max_of_lanes(float max) {
+#pragma unroll
+  for (int by = LANES / 2; by > 0; by /= 2) max = fmaxf(max, shuffle_xor(max, by));
+  return max;
+}
+// Whether one factor of generated operands is scaled; by the exponent of its scale.
+template <class T>
+constexpr bool is_scaled = std::is_same_v<T, float16>;
+template <class T>
+DEVICE T scaled(T u, int exponent) {
+  if constexpr (!is_scaled<T>) return u;
+  return static_cast<T>(static_cast<float>(u) * power_of_two(exponent));
 }
 
 }  // namespace fasthyper

@@ -8,7 +8,6 @@
 // rows of the same p, and share H in the L2 cache.
 #pragma once
 #include <cstdint>
-#include <type_traits>
 
 #include "fold.h"
 #include "hopper.h"
@@ -41,7 +40,6 @@ template <class T, int BN, bool SMALL_K>
 class HopperFoldCta {
   using Shape = HopperFoldShape<BN>;
   static constexpr int MT = Shape::MT, PER_ROW = per_row<T>, U_GROUP = 4;  // c whose u is loaded at once
-  static constexpr bool SCALED = std::is_same_v<T, float16>;
   const HopperFold<T>& params;
   const Fold<T>& f;
   char* const smem;
@@ -138,12 +136,12 @@ class HopperFoldCta {
         for (int h = 0; h < 2; ++h) {
           const int m = row(mt, h);
           row_scratch()->u_offset[mt][h] = static_cast<int>(f.u.row(least(m, f.M - 1), f.N) - f.u.data);
-          if constexpr (SCALED) row_scratch()->exponent[mt][h] = row_exponent(m);
+          if constexpr (is_scaled<T>) row_scratch()->exponent[mt][h] = row_exponent(m);
         }
       }
       int r = 0;
       for (; r < plain_passes; ++r) multiply_plain(acc, pass_at(r));
-      if constexpr (SCALED) scale(acc);
+      if constexpr (is_scaled<T>) scale(acc);
       do {
         const Pass pass = pass_at(r);
         if constexpr (SMALL_K) {
@@ -166,6 +164,10 @@ class HopperFoldCta {
   };
   DEVICE RowScratch* row_scratch() const {
     return reinterpret_cast<RowScratch*>(smem + Shape::ROW_SCRATCH_OFFSET) + thread() - WARPGROUP;
+  }
+  DEVICE int exponent(int mt, int h) const {
+    if constexpr (is_scaled<T>) return row_scratch()->exponent[mt][h];
+    return 0;
   }
 
   // Load u of the four c from c_begin + c on: one for each of four lanes; beyond the end, u of the last c.
@@ -208,7 +210,7 @@ class HopperFoldCta {
 #pragma unroll
       for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) words[mt][h] = scaled(next[mt][h], mt, h);
+        for (int h = 0; h < 2; ++h) words[mt][h] = replicate(scaled(next[mt][h], exponent(mt, h)));
       load_u(next, c + U_GROUP);
     }
     uint32_t u[MT][2];
@@ -306,22 +308,12 @@ class HopperFoldCta {
         max_u = finite_max(max_u, static_cast<float>(u[c * f.u.stride]));
       for (int k = thread() % 4; k < f.K; k += 4) max_v = finite_max(max_v, static_cast<float>(v[k * f.v.stride]));
     }
-#pragma unroll
-    for (int by = 1; by < 4; by *= 2) {
-      max_u = fmaxf(max_u, shuffle_xor(max_u, by));
-      max_v = fmaxf(max_v, shuffle_xor(max_v, by));
-    }
-    return range_exponent(max_u, max_v);
-  }
-  DEVICE uint32_t scaled(T u, int mt, int h) const {
-    if constexpr (!SCALED) return replicate(u);
-    return replicate(static_cast<T>(static_cast<float>(u) * power_of_two(row_scratch()->exponent[mt][h])));
+    return range_exponent(max_of_lanes<4>(max_u), max_of_lanes<4>(max_v));
   }
   DEVICE void scale(float (&acc)[MT][BN / 2]) const {
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt) {
-      const float factors[2] = {
-          power_of_two(row_scratch()->exponent[mt][0]), power_of_two(row_scratch()->exponent[mt][1])};
+      const float factors[2] = {power_of_two(exponent(mt, 0)), power_of_two(exponent(mt, 1))};
 #pragma unroll
       for (int k = 0; k < BN / 2; ++k) acc[mt][k] *= factors[k / 2 % 2];
     }
@@ -349,7 +341,7 @@ class HopperFoldCta {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int m = row(mt, h);
-          const float unscale = SCALED ? power_of_two(-row_scratch()->exponent[mt][h]) : 1.f;
+          const float unscale = power_of_two(-exponent(mt, h));
           const float low = acc[mt][j * 4 + 2 * h] * unscale + d0, high = acc[mt][j * 4 + 2 * h + 1] * unscale + d1;
           Out* const to = out + static_cast<int64_t>(m) * f.P + p;
           if constexpr (PAIRS) {

@@ -8,7 +8,6 @@
 // a cluster have different i; each loads z and g of a part of the rows m for all.
 #pragma once
 #include <cstdint>
-#include <type_traits>
 
 #include "hopper.h"
 #include "hopper_instructions.h"
@@ -41,7 +40,6 @@ class HopperWeightGradCta {
   using Shape = HopperWeightGradShape<BN>;
   static constexpr int MT = Shape::MT, BATCH = Shape::BATCH, INPUTS = Shape::INPUTS;
   static constexpr int X_PREFETCH = 4;  // stages of x that are loaded to registers ahead
-  static constexpr bool SCALED = std::is_same_v<T, float16>;
   const HopperWeightGrad<T>& params;
   const WeightGrad<T>& f;
   char* const smem;
@@ -69,7 +67,7 @@ class HopperWeightGradCta {
 
   DEVICE void run() {
     if (thread() == 0) pipeline.init(1 + Shape::X_THREADS, 4 * Shape::CONSUMERS * cluster_size());
-    if constexpr (SCALED) find_exponents();
+    if constexpr (is_scaled<T>) find_exponents();
     sync_cluster();
     if (thread() < WARPGROUP) {
       setmaxnreg_dec<72>();
@@ -132,11 +130,6 @@ class HopperWeightGradCta {
     }
   }
 
-  DEVICE T scaled(T x, int exponent) const {
-    if constexpr (!SCALED) return x;
-    return static_cast<T>(static_cast<float>(x) * power_of_two(exponent));
-  }
-
   // Find the scale of each i from its largest |x|, and from the largest |z| of all r of the CTA, over the rows of the
   // split.
   DEVICE void find_exponents() {
@@ -157,8 +150,7 @@ class HopperWeightGradCta {
     float* const warp_maxima = reinterpret_cast<float*>(smem + Shape::MAXIMA_OFFSET);
 #pragma unroll
     for (int k = 0; k <= INPUTS; ++k) {
-#pragma unroll
-      for (int by = 16; by > 0; by /= 2) maxima[k] = fmaxf(maxima[k], shuffle_xor(maxima[k], by));
+      maxima[k] = max_of_lanes<32>(maxima[k]);
       if (thread() % 32 == 0) warp_maxima[thread() / 32 * (INPUTS + 1) + k] = maxima[k];
     }
     sync_threads();
@@ -226,7 +218,7 @@ class HopperWeightGradCta {
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt) {
       int exponent = 0;
-      if constexpr (SCALED)
+      if constexpr (is_scaled<T>)
 #pragma unroll
         for (int k = 0; k < INPUTS; ++k) exponent = i + mt == i0 + k ? exponents[k] : exponent;
       const float unscale = power_of_two(-exponent);
