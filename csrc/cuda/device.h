@@ -1,4 +1,4 @@
-// Qualifiers of functions and kernels, for a GPU or for the emulator on a CPU, and the size of a grid.
+// Qualifiers of functions and kernels, for a GPU or for the emulator on a CPU, the size of a grid, and shared memory.
 //
 // The headers form layers. Each header includes what it uses, and only from the lines above its own:
 //
@@ -34,6 +34,8 @@
 #endif
 
 namespace fasthyper {
+
+constexpr int MOST_SHARED_MEMORY = 227 << 10;  // bytes of a CTA, on sm_90
 
 struct Grid {
   unsigned x, y = 1, z = 1;

@@ -23,7 +23,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // those of the output, `work` is what the splits share, `partial` the bytes of the partial sums of one split.
 inline int64_t splits_of(int64_t blocks, int64_t work, int64_t partial, const Limits& limits) {
   const auto fill = limits.processors / std::max<int64_t>(1, blocks),
-             fit = limits.workspace / 4 / std::max<int64_t>(1, partial);
+             fit = limits.partial_sums() / std::max<int64_t>(1, partial);
   return std::max<int64_t>(1, std::min({fill, work / thresholds.least_work, fit, MOST_SPLITS}));
 }
 
@@ -91,7 +91,7 @@ struct GradsDivision {
       if (too_large(wide, per_split_i)) return;
       const auto splits = ceil_div(I, per_split_i);
       dz_partials = dz && (N > 1 || splits > 1) ? splits : 0;
-      if (4 * M * R * dz_partials > limits.workspace / 4) return;
+      if (4 * M * R * dz_partials > limits.partial_sums()) return;
     }
     per_split_m = M;
     if (parameters) {

@@ -12,6 +12,7 @@
 #pragma once
 #include <cstdint>
 
+#include "device.h"
 #include "dx_dz.h"
 #include "hopper.h"
 #include "hopper_instructions.h"
@@ -41,7 +42,7 @@ struct HopperDxDzShape {
                        DX_OFFSET = STAGES_OFFSET + STAGES * STAGE_BYTES;
   static constexpr int MBARRIERS_OFFSET = DX_OFFSET + BM * DX_STRIDE * sizeof(float);
   static constexpr int SMEM_BYTES = MBARRIERS_OFFSET + Pipeline<STAGES>::BYTES + sizeof(Mbarrier);
-  static_assert(SMEM_BYTES <= 227 << 10);
+  static_assert(SMEM_BYTES <= MOST_SHARED_MEMORY);
 };
 
 template <class T, int BR, int DEPTH>

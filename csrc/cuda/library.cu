@@ -191,7 +191,7 @@ static bool fits_primary_op(
   if (GradsDivision::shared_memory(O, J, bytes, true, false) > limits.shared_memory) return false;
   if (GradsDivision::shared_memory(J, division.first.per_split_i, bytes, true, false) > limits.shared_memory)
     return false;
-  return 4 * B * N * R * (1 + ceil_div(I, division.first.per_split_i)) <= workspace / 4;
+  return 4 * B * N * R * (1 + ceil_div(I, division.first.per_split_i)) <= limits.partial_sums();
 }
 
 // a (B, N, J) and y (B, N, O) of two layers.

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <mutex>
 
+#include "device.h"
 #include "instructions.h"
 #include "reduce.h"
 
@@ -14,6 +15,8 @@ namespace fasthyper {
 struct Limits {
   int64_t processors, shared_memory, workspace;
   bool hopper;  // whether the kernels for sm_90a run here
+
+  int64_t partial_sums() const { return workspace / 4; }  // bytes of those of a launch
 };
 
 // Numbers that no GPU has confirmed. Tests change them, so that small problems are divided as large ones are.
@@ -38,7 +41,8 @@ inline int64_t generation() {
 
 // Return the limits of a call on the current device.
 inline Limits limits_of(int device, int64_t workspace) {
-  Limits limits{4, 227 << 10, workspace, true};  // few multiprocessors, so that sums of small problems are split, too
+  // Few multiprocessors, so that sums of small problems are split, too.
+  Limits limits{4, MOST_SHARED_MEMORY, workspace, true};
 #ifndef FASTHYPER_EMULATED
   static std::array<Limits, 64> known;
   static std::array<std::once_flag, 64> once;
