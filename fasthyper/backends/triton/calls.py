@@ -35,8 +35,14 @@ def _strides(t: Tensor | None, *axes: int) -> tuple[int, ...]:
     return tuple(0 if t is None else t.stride(axis) for axis in axes)
 
 
-def _named(names: str, *values: Any) -> dict[str, Any]:
+def named(names: str, *values: Any) -> dict[str, Any]:
+    """Return arguments by name, for which the values stand in the order of the names."""
     return dict(zip(names.split(), values, strict=True))
+
+
+def products(t: Tensor, arch: str, precision: str) -> dict[str, Any]:
+    """Return the constants of matrix products of operands such as t."""
+    return {"WIDE": arch == INTERPRETER and t.dtype == torch.bfloat16, "PRECISION": precision}
 
 
 def _ahead(t: Tensor, numbers: int, tile: Tile, arch: str) -> bool:
@@ -108,8 +114,8 @@ def fold_call(
     head = reading(h, "ckp", "c", layouts, box, arch)
     h_tail = None if head.descriptor is None or not tail else descriptor(h, "ckp", head.name, box | {"k": tail}, arch)
     sc, sk, sp = h.stride()
-    sizes = _named("M N C K P K_shared per_split", M, N, C, K, P, K if c is None else c.shape[1], per_split)
-    strides = _named(
+    sizes = named("M N C K P K_shared per_split", M, N, C, K, P, K if c is None else c.shape[1], per_split)
+    strides = named(
         "su_b su_n su_c sv_b sv_n sv_k sh_c sh_k sh_p sa_p sa_c sc_p sc_k sd_p",
         *u.stride(), *v.stride(), head.stride, sk, sp, *_strides(a, 0, 1), *_strides(c, 0, 1), *_strides(d, 0),
     )  # fmt: skip
@@ -130,10 +136,9 @@ def fold_call(
         "CLAMP_K": h.shape[1] < padded(K),
         "CLAMP_P": h.shape[2] % columns != 0,
         "LONG": _long((max(depth, K), sk), (P, sp), (cb, sc)),
-        "WIDE": arch == INTERPRETER and u.dtype == torch.bfloat16,
         "SCALED": u.dtype == torch.float16,
         "UNIT": unit(v, K),
-        "PRECISION": precision,
+        **products(u, arch, precision),
     }
     grid = (cdiv(M, tile.rows), cdiv(P, columns), cdiv(C, per_split))
     return Call(fold.fold, grid, tensors | descriptors | sizes | strides, constants, tile.warps, tile.stages)
@@ -174,8 +179,8 @@ def dx_dz_call(
         head = reading_one(h, bo, br)
     if head.descriptor is None:
         ib, head = 1, reading(h, "oir", "i", ("io_r",), {"o": bo, "i": 1, "r": br}, arch)
-    sizes = _named("M N I O R W per_split", B * N, N, I, O, R, z.shape[1], per_split)
-    strides = _named(
+    sizes = named("M N I O R W per_split", B * N, N, I, O, R, z.shape[1], per_split)
+    strides = named(
         "sg_b sg_n sg_o sz_b sz_r sx_b sx_n sx_i sh_o sh_i sh_r sw_o sw_i sb_o sb_r",
         *g.stride(), *z.stride(), *x.stride(), so, head.stride, sr, *_strides(base, 0, 1), *_strides(bias, 0, 1),
     )  # fmt: skip
@@ -193,9 +198,8 @@ def dx_dz_call(
         "EVEN_O": bo == O,
         "EVEN_R": br == z.shape[1],
         "LONG": _long((O, so), (R, sr)),
-        "WIDE": arch == INTERPRETER and x.dtype == torch.bfloat16,
         "UNIT": unit(z, R),
-        "PRECISION": precision,
+        **products(x, arch, precision),
     }
     grid = (cdiv(B * N, tile.rows), cdiv(I, per_split), 1)
     return Call(
@@ -227,8 +231,8 @@ def weight_grad_call(
     rows = {"b": tile.depth, "n": 1} if N == 1 else {"b": 1, "n": tile.depth}
     z_rows = descriptor(z, "br", "b_r", rows | {"r": br}, arch) if N == 1 else None
     g_rows = descriptor(g, "bno", "b_o" if N == 1 else "bn_o", rows | {"o": bo}, arch)
-    sizes = _named("M N I O R W per_split", B * N, N, I, O, R, z.shape[1], per_split)
-    strides = _named("sx_b sx_n sx_i sz_b sz_r sg_b sg_n sg_o", *x.stride(), *z.stride(), *g.stride())
+    sizes = named("M N I O R W per_split", B * N, N, I, O, R, z.shape[1], per_split)
+    strides = named("sx_b sx_n sx_i sz_b sz_r sg_b sg_n sg_o", *x.stride(), *z.stride(), *g.stride())
     tensors = {"x_ptr": x, "z_ptr": z, "g_ptr": g, "z_rows": z_rows, "g_rows": g_rows, "out_ptr": out}
     constants = {
         "POINTS": N > 1,
@@ -240,10 +244,9 @@ def weight_grad_call(
         "EVEN_R": z.shape[1] % br == 0,
         "EVEN_O": O % bo == 0,
         "AHEAD": _ahead(x, bi * tile.depth, tile, arch),
-        "WIDE": arch == INTERPRETER and x.dtype == torch.bfloat16,
         "SCALED": x.dtype == torch.float16,
         "UNIT": unit(z, R),
-        "PRECISION": precision,
+        **products(x, arch, precision),
     }
     grid = (cdiv(I, bi) * cdiv(R, br), cdiv(O, bo), cdiv(B * N, per_split))
     return Call(weight_grad.weight_grad, grid, tensors | sizes | strides, constants, tile.warps, tile.stages)
@@ -263,7 +266,7 @@ SUMMED_COLUMNS, SUMMED_POINTS = 128, 8
 def reduce_points_call(rows: Tensor, out: Tensor) -> Call:
     """Return the call that sums rows (B, N, R) in float32 over N, in P parts of equal length, to out (B, P, R)."""
     (B, N, R), P = rows.shape, out.shape[1]
-    sizes = _named("J N R per_part so_b so_p", B * R, N, R, cdiv(N, P), *_strides(out, 0, 1))
+    sizes = named("J N R per_part so_b so_p", B * R, N, R, cdiv(N, P), *_strides(out, 0, 1))
     constants = {"BJ": SUMMED_COLUMNS, "BN": SUMMED_POINTS}
     grid = (cdiv(B * R, SUMMED_COLUMNS), P, 1)
     return Call(reduce.reduce_points, grid, {"rows_ptr": rows, "out_ptr": out, **sizes}, constants, 4, 1)
@@ -275,6 +278,6 @@ def pad_call(z: Tensor | None, h: Tensor | None, z_out: Tensor | None, h_out: Te
     R, W = given.shape[-1], out.shape[-1]  # type: ignore[union-attr]
     B, (O, I) = 0 if z is None else len(z), (0, 1) if h is None else h.shape[:2]
     tensors = {"z_ptr": z, "h_ptr": h, "z_out_ptr": z_out, "h_out_ptr": h_out}
-    sizes = _named("B OI I R W", B, O * I, I, R, W)
-    strides = _named("sz_b sz_r sh_o sh_i sh_r", *_strides(z, 0, 1), *_strides(h, 0, 1, 2))
+    sizes = named("B OI I R W", B, O * I, I, R, W)
+    strides = named("sz_b sz_r sh_o sh_i sh_r", *_strides(z, 0, 1), *_strides(h, 0, 1, 2))
     return Call(pad.pad, (cdiv((B + O * I) * W, 1024), 1, 1), tensors | sizes | strides, {"BJ": 1024}, 4, 1)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from ...kernels import terms as kernels
-from ..gpu import INTERPRETER, cdiv
-from .calls import precision_of
+from ..gpu import cdiv
+from .calls import named, precision_of, products
 from .recording import Call
 from .tiles import power_of_two
 
@@ -22,18 +19,8 @@ def _strides(t: Tensor) -> tuple[int, int, int]:
     return t.stride(0), t.stride(1) if t.dim() == 3 else 0, t.stride(-1)
 
 
-def _named(names: str, *values: Any) -> dict[str, Any]:
-    return dict(zip(names.split(), values, strict=True))
-
-
 def _block(size: int, most: int = 64) -> int:
     return min(most, power_of_two(size))
-
-
-def _products(t: Tensor, arch: str, allow_tf32: bool) -> dict[str, Any]:
-    """Return the constants of matrix products of operands such as t."""
-    wide = arch == INTERPRETER and t.dtype == torch.bfloat16
-    return {"WIDE": wide, "PRECISION": precision_of(t.dtype, arch, allow_tf32)}
 
 
 def outer_sum_call(
@@ -67,10 +54,10 @@ def outer_sum_call(
     K, Q, C = out.shape
     bq, bc = _block(Q), _block(C)
     tensors = {"u_ptr": u, "v_ptr": v, "a_ptr": out, "ptr_ptr": ptr, "u_rows": u_rows, "v_rows": v_rows}
-    sizes = _named("first N Q C", first, points, Q, C)
-    strides = _named("su_row su_point su_q sv_row sv_point sv_c", *_strides(u), *_strides(v))
+    sizes = named("first N Q C", first, points, Q, C)
+    strides = named("su_row su_point su_q sv_row sv_point sv_c", *_strides(u), *_strides(v))
     constants = {"PAIRS": points > 1, "DOT": mean > _FEW_OUTER, "BQ": bq, "BC": bc, "BT": 32}
-    constants |= _products(u, arch, allow_tf32)
+    constants |= products(u, arch, precision_of(u.dtype, arch, allow_tf32))
     grid = (K, cdiv(Q, bq), cdiv(C, bc))
     return Call(kernels.outer_sum, grid, tensors | sizes | strides, constants, 4, 3 if u.dtype.itemsize == 2 else 2)
 
@@ -115,11 +102,11 @@ def row_products_call(
     ba, bb, bt = _block(A), _block(B, 32 if odd else 64), _block(width, 64 if m.dtype.itemsize == 2 else 32)
     dot = mean > _FEW_PRODUCTS
     tensors = {"m_ptr": m, "f_ptr": f, "to_ptr": to, "ptr_ptr": ptr, "f_rows": f_rows, "to_rows": to_rows}
-    sizes = _named("first first_to N A B", first, first_to, points, A, B)
+    sizes = named("first first_to N A B", first, first_to, points, A, B)
     names = "sm_k sm_a sm_b sf_row sf_point sf_b st_row st_point st_a"
-    strides = _named(names, *m.stride(), *_strides(f), *_strides(to))
+    strides = named(names, *m.stride(), *_strides(f), *_strides(to))
     constants = {"PAIRS": points > 1, "TO_PAIRS": to.dim() == 3, "ADD": add, "DOT": dot, "BA": ba, "BB": bb, "BT": bt}
-    constants |= _products(m, arch, allow_tf32)
+    constants |= products(m, arch, precision_of(m.dtype, arch, allow_tf32))
     grid = (K, cdiv(width, bt) if dot else 1, cdiv(A, ba))
     return Call(kernels.row_products, grid, tensors | sizes | strides, constants, 4, 3 if m.dtype.itemsize == 2 else 2)
 
@@ -153,7 +140,7 @@ def sum_terms_call(
     bt, bf = 1 if ptr is None else 4 if mean <= 8 else 16, min(128, power_of_two(F))
     tensors = {"out_ptr": out, "messages_ptr": messages, "ptr_ptr": ptr, "from_ptr": sources, "row_ptr": rows}
     limits = segments.start, first_row, positions.start, positions.stop
-    sizes = _named("first first_row low high base F", *limits, base, F)
-    strides = _named("so_row so_f sm_row sm_f", *out.stride(), *messages.stride())
+    sizes = named("first first_row low high base F", *limits, base, F)
+    strides = named("so_row so_f sm_row sm_f", *out.stride(), *messages.stride())
     grid = (len(segments), cdiv(F, bf), 1)
     return Call(kernels.sum_terms, grid, tensors | sizes | strides, {"BT": bt, "BF": bf}, 4 if bf > 32 else 1, 1)
