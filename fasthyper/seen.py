@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 FILE = Path(__file__).with_name("seen.json")
 
@@ -35,11 +35,26 @@ class Run(NamedTuple):
     right: tuple[str, ...]
 
 
+def _read() -> tuple[tuple[Run, ...], str | None]:
+    """Return all runs, the latest first; none if the file is damaged, and why it cannot be read."""
+    try:
+        found = [_run(record) for record in json.loads(FILE.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return (), f"{FILE.name} cannot be read ({type(error).__name__}: {error})"
+    return tuple(sorted(found, key=lambda run: run.date, reverse=True)), None
+
+
+def _run(record: Any) -> Run:
+    run = Run(**record)
+    if not all(isinstance(text, str) for text in (*run[:-1], *run.right)) or isinstance(run.right, str):
+        raise ValueError(f"a field of {record} is no text")
+    return run._replace(right=tuple(run.right))
+
+
 @functools.cache
 def runs() -> tuple[Run, ...]:
-    """Return all runs, the latest first."""
-    found = [Run(**{**record, "right": tuple(record["right"])}) for record in json.loads(FILE.read_text())]
-    return tuple(sorted(found, key=lambda run: run.date, reverse=True))
+    """Return all runs, the latest first; none if the file is damaged."""
+    return _read()[0]
 
 
 def is_right(backend: str, arch: str) -> bool:
@@ -53,4 +68,4 @@ def describe(backend: str) -> str:
     for run in runs():
         if backend in run.right:
             return f"its tests passed on {run.device}, {run.date}, with torch {run.torch}"
-    return "it has never run on a GPU"
+    return _read()[1] or "it has never run on a GPU"

@@ -49,6 +49,35 @@ def test_the_description(recorded):
     assert seen.describe("cuda") == "its tests passed on NVIDIA Test, 2026-01-31, with torch 2.11.0"
 
 
+FULL = {**NEW, "device": "NVIDIA Test", "torch": "2.11.0", "triton": "3.6.0", "commit": "abc"}
+DAMAGED = {
+    "cut": '[{"device": "NVIDIA Test", "arch": "sm',
+    "empty": "",
+    "binary": b"\xff\xfe\x00",
+    "no list": "3",
+    "no records": '["cuda"]',
+    "another field": json.dumps([{**FULL, "kernels": 1}]),
+    "a field is missing": json.dumps([OLD]),
+    "a number": json.dumps([{**FULL, "date": 3}]),
+    "a word for a list": json.dumps([{**FULL, "right": "cuda"}]),
+    "nothing for a list": json.dumps([{**FULL, "right": None}]),
+    "deep": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("name", [*DAMAGED, "there is none"])
+def test_a_damaged_file_shows_nothing(name, recorded, tmp_path):
+    """The package must be imported whatever is in the file, and no kernel is taken because of it."""
+    recorded()
+    seen.FILE.unlink()
+    if name in DAMAGED:
+        text = DAMAGED[name]
+        seen.FILE.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert seen.runs() == ()
+    assert not seen.is_right("cuda", "sm_90")
+    assert seen.describe("cuda").startswith("seen.json cannot be read (")
+
+
 def test_info_says_what_was_seen():
     assert seen.describe("triton") in info.describe()
     assert seen.describe("cuda") in info.describe()
