@@ -13,9 +13,9 @@ stdout are a summary. This module needs no torch. docs/kernels.md describes the 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +24,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import processes
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -152,44 +154,6 @@ def share(stages: Sequence[Stage], remaining: float) -> float:
     return min(first, max(part, remaining - kept)) - GRACE
 
 
-def _prepare() -> None:
-    """Let the child get SIGINT even where this process ignores it, and lead a process group."""
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def _signal_group(group: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, number)
-
-
-def _wait(process: subprocess.Popen[bytes], limit: float) -> tuple[int | None, bool, str]:
-    """Return the exit status of a process, whether it was stopped at the limit, and a note."""
-    try:
-        status, cut, note = process.wait(limit), False, ""
-    except subprocess.TimeoutExpired:
-        _signal_group(process.pid, signal.SIGINT)
-        try:
-            status, cut, note = process.wait(0.8 * GRACE), True, ""
-        except subprocess.TimeoutExpired:
-            status, cut, note = -signal.SIGKILL, True, "SIGINT did not stop it"
-    except BaseException:
-        _signal_group(process.pid, signal.SIGKILL)
-        raise
-    _signal_group(process.pid, signal.SIGKILL)  # what it started may still run
-    try:
-        process.wait(1)
-    except subprocess.TimeoutExpired:
-        note = "SIGKILL did not stop it"
-    return status, cut, note
-
-
-def _written(path: Path, start: int) -> list[str]:
-    with path.open("rb") as file:
-        file.seek(start)
-        return file.read().decode(errors="replace").splitlines()
-
-
 def run_stage(stage: Stage, limit: float, out: Path, prefix: Sequence[str] = ()) -> Done:
     """Run a stage; `prefix` are arguments of Python before the script."""
     values = {PYTHON: sys.executable, SECONDS_LEFT: f"{max(1.0, limit - GRACE):.0f}", OUT: str(out / "bench")}
@@ -198,21 +162,24 @@ def run_stage(stage: Stage, limit: float, out: Path, prefix: Sequence[str] = ())
     command[at:at] = prefix
     log, table = out / "env.txt", stage.file.endswith(".csv")
     files = [out / stage.file, *([log] if table else [])]
-    before, start = _cached(), time.monotonic()
-    with files[0].open("ab") as to, files[-1].open("ab") as errors:
-        if not table:
-            to.write(f"== {stage.name}, at most {limit:.0f} s\n".encode())
-            to.flush()
-        begins = [path.stat().st_size for path in files]
-        try:
+    before, others, start, begins = _cached(), processes.children(), time.monotonic(), [0] * len(files)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with files[0].open("ab") as to, files[-1].open("ab") as errors:
+            if not table:
+                to.write(f"== {stage.name}, at most {limit:.0f} s\n".encode())
+                to.flush()
+            begins = [path.stat().st_size for path in files]
             process = subprocess.Popen(
                 command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=to, stderr=errors, env=_environment(),
-                preexec_fn=_prepare,
+                preexec_fn=processes.prepare,
             )  # fmt: skip
-            status, cut, note = _wait(process, limit)
-        except OSError as error:
-            status, cut, note = None, False, f"{command[0]} cannot be run ({error.strerror})"
-    lines = [line for path, begin in zip(files, begins, strict=True) for line in _written(path, begin)]
+            status, cut, note = processes.wait(process, limit, GRACE)
+    except OSError as error:
+        status, cut, note = None, False, f"{error.filename or out} cannot be run or written ({error.strerror})"
+    finally:
+        processes.stop_new_children(others)
+    lines = [line for path, begin in zip(files, begins, strict=True) for line in processes.written(path, begin)]
     results = [line.removeprefix("RESULT ") for line in lines if line.startswith("RESULT ")]
     kernels, launchers = (after - b for after, b in zip(_cached(), before, strict=True))
     said = [line.removeprefix("SAID ") for line in lines if line.startswith("SAID ")]
@@ -244,7 +211,7 @@ def _environment() -> dict[str, str]:
         "FASTHYPER_CACHE": str(WORK / "cache"),
     }
     if (commit := CARRIED / "commit.txt").exists():
-        given["FASTHYPER_COMMIT"] = commit.read_text().strip()
+        given["FASTHYPER_COMMIT"] = commit.read_text(errors="replace").strip()
     if not os.environ.get("FASTHYPER_COMPILED"):
         folders = [path for path in (WORK / "compiled", CARRIED / "compiled") if (path / "cuda.so").exists()]
         given |= {"FASTHYPER_COMPILED": str(folders[0])} if folders else {}
@@ -260,12 +227,18 @@ def _cached() -> tuple[int, int]:
 
 def _unpack() -> str:
     """Fill Triton's cache with what was carried; return a line about it."""
-    (WORK / "triton").mkdir(parents=True, exist_ok=True)
+    cache, unpacked = WORK / "triton", WORK / "unpacked"
     try:
+        cache.mkdir(parents=True, exist_ok=True)
         with tarfile.open(CARRIED / "triton.tar.xz") as archive:
-            archive.extractall(WORK / "triton", filter="data")
-    except (OSError, tarfile.TarError) as error:
+            archive.extractall(unpacked, filter="data")
+        for folder in unpacked.iterdir():
+            if not (cache / folder.name).exists():
+                folder.replace(cache / folder.name)
+    except Exception as error:  # a damaged archive raises errors of several modules
         return f"no kernels of Triton were carried ({type(error).__name__})"
+    finally:
+        shutil.rmtree(unpacked, ignore_errors=True)
     return f"{_cached()[0]} kernels of Triton are there, some of them carried"
 
 
@@ -277,8 +250,8 @@ def run(names: Sequence[str], out: Path, seconds: float, stages: Sequence[Stage]
             f"unknown stage: {', '.join(sorted(unknown))}; choose from {', '.join(s.name for s in stages)}"
         )
     left = [stage for stage in stages if not names or stage.name in names]
-    out.mkdir(parents=True, exist_ok=True)
     carried, done = _unpack(), []
+    processes.adopt_orphans()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         while left:
@@ -289,13 +262,22 @@ def run(names: Sequence[str], out: Path, seconds: float, stages: Sequence[Stage]
             else:
                 end = run_stage(stage, limit, out, prefix)
             done.append(end)
-            with (out / "env.txt").open("a") as file:
-                file.write(f"STAGE {json.dumps(end._asdict())}\n")
             print(end.describe(), flush=True)
+            _enter(end, out)
     except KeyboardInterrupt:
         print("interrupted")
     print(*summary(done, [stage.name for stage in left], carried), sep="\n", flush=True)
     return sum(not end.passed for end in done) + len(left)
+
+
+def _enter(end: Done, out: Path) -> None:
+    """Write what became of a stage, for `record`."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / "env.txt").open("a") as file:
+            file.write(f"STAGE {json.dumps(end._asdict())}\n")
+    except OSError as error:
+        print(f"{end.name} cannot be recorded in {out} ({error.strerror})", flush=True)
 
 
 def _interrupt(*_: object) -> None:
@@ -317,10 +299,10 @@ def summary(done: Sequence[Done], left: Sequence[str], carried: str) -> list[str
 
 
 def ends_of(out: Path) -> list[Done]:
-    """Return what became of the stages of the runs in a folder, in order."""
+    """Return what became of the stages of the runs in a folder, in order; lines that are damaged do not count."""
     lines = (out / "env.txt").read_text(errors="replace").splitlines()
-    found = [json.loads(line.removeprefix("STAGE ")) for line in lines if line.startswith("STAGE ")]
-    return [Done(**{**end, "lines": tuple(end["lines"])}) for end in found]
+    found = [_parsed([line.removeprefix("STAGE ")]) for line in lines if line.startswith("STAGE ")]
+    return [Done(**{**end, "lines": tuple(end["lines"])}) for end in found if end.keys() == set(Done._fields)]
 
 
 def record(outs: Sequence[Path], seen: Path = SEEN) -> dict[str, Any]:

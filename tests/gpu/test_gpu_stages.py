@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import stages
 import torch
@@ -77,9 +81,12 @@ def test_a_broken_stage_costs_only_itself(tmp_path, monkeypatch, capsys):
     assert "good: a word" in printed
 
 
-def test_what_a_stage_started_is_stopped_with_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("apart", [False, True], ids=["same group", "own session"])
+def test_what_a_stage_started_is_stopped_with_it(tmp_path, monkeypatch, apart):
     monkeypatch.setattr(stages, "GRACE", 1.5)
-    child = "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid, flush=True)"
+    options = f"start_new_session={apart}"
+    child = f"import subprocess, sys; print(subprocess.Popen(['sleep', '600'], {options}).pid, flush=True)"
+    processes.adopt_orphans()
     for stage in (python("ends", child), python("hangs", f"{child}; {HANG}", 2)):
         done = stages.run_stage(stage, stage.limit, tmp_path)
         pid = int(next(line for line in (tmp_path / "tests.txt").read_text().splitlines()[::-1] if line.isdigit()))
@@ -88,6 +95,77 @@ def test_what_a_stage_started_is_stopped_with_it(tmp_path, monkeypatch):
         while _runs(pid) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not _runs(pid)
+
+
+@pytest.mark.parametrize("file", ["env.txt", "tests.txt"])
+def test_a_line_without_an_end_hides_nothing(file, tmp_path):
+    both = (python("dots", f"{GOOD}; print('..', end='')", file=file), python("good", GOOD, file=file))
+    assert stages.run([], tmp_path, 60, both) == 0
+    assert [(name, end.result) for name, end in stages_of(tmp_path).items()] == [
+        ("dots", {"number": 3}),
+        ("good", {"number": 3}),
+    ]
+
+
+def test_the_end_of_long_output_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "MOST_OUTPUT", 1000)
+    done = stages.run_stage(python("long", f"print('first'); print('x' * 5000); {GOOD}"), 20, tmp_path)
+    assert (done.result, done.lines) == ({"number": 3}, ("a word",))
+    text = (tmp_path / "tests.txt").read_text()
+    assert len(text) < 1100
+    assert "first" in text
+    assert "bytes were here" in text
+
+
+def test_a_stage_writes_no_huge_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "LARGEST_FILE", 1 << 20)
+    endless = python("endless", "import os\nwhile True: os.write(1, bytes(1 << 16))")
+    assert stages.run([], tmp_path, 60, (endless, python("good", GOOD, file="smoke.txt"))) == 1
+    ends = stages_of(tmp_path)
+    assert not ends["endless"].cut
+    assert (tmp_path / "tests.txt").stat().st_size < 2 << 20
+
+
+@pytest.mark.parametrize("change", [shutil.rmtree, lambda out: (out / "smoke.txt").mkdir()], ids=["gone", "a folder"])
+def test_a_file_that_cannot_be_written_costs_its_stage(change, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    change(out)
+    two = (python("first", GOOD, file="smoke.txt"), python("second", GOOD))
+    failed = int(out.exists())
+    assert stages.run([], out, 60, two) == failed
+    ends = stages_of(out)
+    assert ends["second"].passed
+    assert ("smoke.txt cannot be run or written" in ends["first"].note) == bool(failed)
+
+
+def test_results_that_cannot_be_recorded_are_printed(tmp_path, capsys):
+    (tmp_path / "env.txt").mkdir()
+    assert stages.run([], tmp_path, 60, (python("good", GOOD), python("better", GOOD))) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("cannot be recorded") == 2
+    assert "better: a word" in printed
+
+
+def _archive(path: Path) -> bytes:
+    path.parent.mkdir()
+    with tarfile.open(path, "w:xz") as archive:
+        for name in ("one/a.cubin", "two/b.cubin"):
+            member = tarfile.TarInfo(name)
+            member.size = 100_000
+            archive.addfile(member, io.BytesIO(os.urandom(member.size)))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:-50_000] + bytes(50_000), lambda b: b""])
+def test_a_damaged_cache_is_not_used(damage, tmp_path):
+    path = stages.CARRIED / "triton.tar.xz"
+    whole = _archive(path)
+    path.write_bytes(damage(whole))
+    assert "no kernels of Triton were carried" in stages._unpack()
+    assert stages._cached() == (0, 0)
+    path.write_bytes(whole)
+    assert stages._unpack().startswith("2 kernels of Triton are there")
 
 
 def _runs(pid: int) -> bool:
@@ -192,6 +270,15 @@ def test_a_rerun_replaces_what_it_ran_and_a_day_has_one_record(tmp_path):
     (again / "env.txt").write_text((again / "env.txt").read_text().replace(json.dumps(MACHINE), json.dumps(other)))
     with pytest.raises(ValueError, match="several machines, versions or commits"):
         stages.record([run, again], file)
+
+
+@pytest.mark.parametrize("damaged", ["STAGE {", "STAGE", "STAGE {}", "STAGE [1]", 'STAGE {"name": "env"}'])
+def test_damaged_lines_do_not_count(damaged, tmp_path):
+    out = _write(tmp_path / "run")
+    whole = stages.ends_of(out)
+    with (out / "env.txt").open("a") as file:
+        file.write(f"{damaged}\n")
+    assert stages.ends_of(out) == whole
 
 
 def test_a_record_needs_a_run(tmp_path):
