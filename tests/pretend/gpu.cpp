@@ -77,7 +77,9 @@ c10::Storage on_gpu(const c10::Storage& host) {
 }
 
 Tensor tensor_of(c10::Storage storage, DispatchKey key, const Tensor& like) {
-  auto made = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(key), like.dtype());
+  auto keys = c10::DispatchKeySet(key);
+  if (like._is_zerotensor()) keys = keys.add(DispatchKey::ZeroTensor);  // it has no memory
+  auto made = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), keys, like.dtype());
   auto* impl = made.unsafeGetTensorImpl();
   impl->set_sizes_and_strides(like.sizes(), like.strides(), like.storage_offset());
   if (like.is_conj()) impl->_set_conj(true);

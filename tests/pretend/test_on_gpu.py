@@ -100,6 +100,22 @@ def test_gradients_of_gradients(factors):
         assert (a - b).norm() <= 1e-5 * b.norm()
 
 
+def test_forward_mode(factors):
+    """Tangents of factors that have none are tensors without memory."""
+    x, z, weight, _, base_weight, _ = factors((4, 2, 3, 5, 6), torch.float32, NAMES)
+    tangent = torch.randn_like(x)
+    with fasthyper.use_backend("cuda"):
+        for _ in range(3):
+            fasthyper.hyper_linear(x, z, weight, base_weight=base_weight)
+            call = lambda x: fasthyper.hyper_linear(x, z, weight, base_weight=base_weight)
+            y, found = torch.func.jvp(call, (x,), (tangent,))
+    generated = torch.einsum("br,oir->boi", z.double(), weight.double()) + base_weight.double()
+    for a, b in ((y, x), (found, tangent)):
+        torch.testing.assert_close(
+            a.double(), torch.einsum("bni,boi->bno", b.double(), generated), rtol=1e-4, atol=1e-4
+        )
+
+
 @pytest.mark.parametrize("wanted", range(1, 8))
 def test_only_wanted_gradients_are_computed(wanted, factors):
     args = factors((4, 2, 3, 5, 6), torch.float32)
