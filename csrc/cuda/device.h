@@ -17,7 +17,7 @@
 //     grads.h                                              dx_dz.h and weight_grad.h in one launch
 //     launchers.h, hopper_launchers.h                      functions that launch kernels, defined in the .cu files
 //     limits.h, division.h                                 what a device has; how a call is divided
-//     tensors.h, arguments.h                               conversions from torch, for the operators in library.cu
+//     tensors.h, arguments.h, checks.h                     conversions from torch, for the operators in library.cu
 #pragma once
 
 #ifdef FASTHYPER_EMULATED

@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "dx_dz.h"
 #include "fold.h"
@@ -73,6 +74,7 @@ struct GradsDivision {
   GradsDivision(
       int64_t B, int64_t N, int64_t R, int64_t I, int64_t O, int64_t itemsize, int mask, const Limits& limits) {
     const auto M = B * N, row = ROW_BYTES / itemsize;  // numbers in a row of a tile
+    if (B > MOST_ROWS / N) return;
     const bool dx = mask & 1, dz = mask & 2;
     const int64_t sizes[] = {O * I * R, O * R, O * I, O};
     for (int k = 0; k < 4; ++k) parameters += mask >> (k + 2) & 1 ? sizes[k] : 0;
@@ -107,6 +109,8 @@ struct GradsDivision {
 
   // The bytes of shared memory of a block.
   static int64_t shared_memory(int64_t O, int64_t inputs, int64_t itemsize, bool dx, bool wide) {
+    constexpr int64_t MOST = 1 << 20;  // more do not fit any GPU, and an int does not count their bytes
+    if (O > MOST || (dx && inputs > MOST)) return std::numeric_limits<int64_t>::max();
     return itemsize == 4 ? shared_memory<float>(O, inputs, dx, wide) : shared_memory<bfloat16>(O, inputs, dx, wide);
   }
 

@@ -38,7 +38,7 @@ struct Copy {
   int bytes, valid;
   void run() const {
     memset(to, 0, bytes);
-    memcpy(to, from, valid);
+    if (valid) memcpy(to, from, valid);
   }
 };
 
@@ -203,6 +203,7 @@ inline char* stacks(int threads, size_t size) {
 inline void run(Grid grid, int cluster_size, int threads, int smem_bytes, const std::function<void()>& kernel) {
   constexpr size_t stack = 64 << 10;
   if (smem_bytes > MOST_SHARED_MEMORY) throw std::runtime_error("emulated kernel: more shared memory than any GPU has");
+  if (grid.y > 65535 || grid.z > 65535) throw std::runtime_error("emulated kernel: a grid larger than any GPU takes");
   if (grid.x % cluster_size) throw std::runtime_error("emulated kernel: a grid of no whole number of clusters");
   const size_t smem_size = (smem_bytes + 1023) / 1024 * 1024;
   char* const stack_memory = stacks(cluster_size * threads, stack);

@@ -28,7 +28,7 @@ static void run(const Fold<T>& f, Stream stream) {
   // Keep all tiles of H in shared memory if they fit, and if a CTA would otherwise load them again for more rows.
   const int m_tiles = cdiv(f.M, Shape::BM), p_tiles = cdiv(f.P, Shape::BP), splits = cdiv(f.C, f.per_split);
   const int wave = least(m_tiles, cdiv(WAVE, p_tiles * splits));
-  const bool resident = m_tiles > wave && Shape::smem_bytes(k_tiles) <= SMEM_LIMIT;
+  const bool resident = m_tiles > wave && k_tiles <= (SMEM_LIMIT - Shape::REDUCTION_BYTES) / Shape::TILE_BYTES;
   const int stages = resident && k_tiles > Shape::PREFETCH ? k_tiles : Shape::PREFETCH + 1;
   const Grid grid{
       static_cast<unsigned>(resident ? wave : m_tiles), static_cast<unsigned>(p_tiles), static_cast<unsigned>(splits)};

@@ -1,10 +1,10 @@
-// The operators of torch that fasthyper/backends/cuda calls. They rely on Python's checks: shapes agree, all tensors
-// have one dtype, results are contiguous.
+// The operators of torch that fasthyper/backends/cuda calls. Those for tests trust the tensors that they get.
 #include <initializer_list>
 #include <string>
 #include <utility>
 
 #include "arguments.h"
+#include "checks.h"
 #include "division.h"
 #include "hopper_launchers.h"
 #include "launchers.h"
@@ -66,18 +66,25 @@ static OptionalTensor partial_sums(const Tensor& like, int64_t splits, int64_t n
   return torch::stable::new_empty(like, {splits, numel}, torch::headeronly::ScalarType::Float);
 }
 
+// Whether a grid has blocks for all outputs of a layer.
+static bool fits_grid(int64_t O) { return O <= MOST_BLOCKS * WideFold<float>::BP; }
+
 // y (B, N, O). Return how often the kernel for sm_90a ran.
 static int64_t apply_op(
     const Tensor& x, const Tensor& z, const Tensor& h, const OptionalTensor& bias, const OptionalTensor& base,
     const OptionalTensor& b0, Tensor y, int64_t workspace, bool tf32) {
-  const DeviceScope scope(x);
-  const auto limits = scope.limits(workspace);
   const OptionalTensor head = h;
   const Layer layer{head, bias, base, b0};
+  const auto R = z.size(1), O = h.size(0);
+  const Checks checks(x, R, O);
+  const auto B = x.size(0), N = x.size(1), I = x.size(2);
+  checks.layer(layer, R, I, O), checks.input("z", z, {B, R}), checks.result("y", y, {B, N, O});
+  STD_TORCH_CHECK(fits_grid(O), "the weight has ", O, " outputs, more than a grid has blocks for");
+  const DeviceScope scope(x);
+  const auto limits = scope.limits(workspace);
   int64_t hopper_launches = 0;
   dispatch_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const auto B = x.size(0), N = x.size(1), I = x.size(2), R = z.size(1), O = y.size(2);
     const bool hopper = is_for_hopper(sizeof(T), 2 * B * N * I * R * O, limits);
     const auto first = hopper && N == 1 ? whole_waves(B, O, limits.processors) : B;
     for (const auto& [from, to] : {std::pair(int64_t(0), first), std::pair(first, B)}) {
@@ -135,10 +142,18 @@ static int64_t grads_op(
     const OptionalTensor& base, const Tensor& g, const OptionalTensor& dx, const OptionalTensor& dz,
     const OptionalTensor& dh, const OptionalTensor& dbias, const OptionalTensor& dbase, const OptionalTensor& db0,
     int64_t workspace, bool tf32) {
-  const auto B = x.size(0), N = x.size(1), R = h ? h->size(2) : z->size(1);
+  STD_TORCH_CHECK(h || !(dx || dz), "the gradients of x and z need the weight");
+  STD_TORCH_CHECK(z || !(dx || dh || dbias), "the gradients of x, the weight and the bias need z");
+  STD_TORCH_CHECK(h || z, "the weight or z must be given");
+  const OptionalTensor none;
+  const auto R = h ? h->size(2) : z->size(1), O = g.size(2);
+  const Checks checks(x, R, O);
+  const auto B = x.size(0), N = x.size(1), I = x.size(2);
+  checks.layer(Layer{h, bias, base, none}, R, I, O), checks.gradients(Layer{dh, dbias, dbase, db0}, R, I, O);
+  checks.input("z", z, {B, R}), checks.input("g", g, {B, N, O});
+  checks.result("the gradient of x", dx, {B, N, I}), checks.result("the gradient of z", dz, {B, R});
   const auto limits = DeviceScope(x).limits(workspace);
-  const GradsDivision division(
-      B, N, R, x.size(2), g.size(2), itemsize(x), mask_of({&dx, &dz, &dh, &dbias, &dbase, &db0}), limits);
+  const GradsDivision division(B, N, R, I, O, itemsize(x), mask_of({&dx, &dz, &dh, &dbias, &dbase, &db0}), limits);
   STD_TORCH_CHECK(division.fits, "these gradients do not fit shared memory or the workspace");
   const auto partials = partial_sums(x, ceil_div(B * N, division.per_split_m), division.parameters);
   OptionalTensor dz_partials;
@@ -194,16 +209,42 @@ static bool fits_primary_op(
   return 4 * B * N * R * (1 + ceil_div(I, division.first.per_split_i)) <= limits.partial_sums();
 }
 
+struct PrimarySizes {
+  int64_t B, N, I, J, R, O;
+};
+
+// The sizes of two layers, after checks of their tensors.
+static PrimarySizes checked_primary(
+    const Tensor& x, const Tensor& z, const Layer& first, const Layer& second, int64_t workspace, int64_t activation) {
+  const auto R = z.size(1), J = first.head->size(0), O = second.head->size(0);
+  const Checks checks(x, R, O);
+  const auto B = x.size(0), N = x.size(1), I = x.size(2);
+  checks.input("z", z, {B, R}), checks.layer(first, R, I, J), checks.layer(second, R, J, O);
+  STD_TORCH_CHECK(J > 0, "the hidden layer must not be empty");
+  STD_TORCH_CHECK(
+      0 < activation && activation <= static_cast<int64_t>(Activation::gelu), "no activation has the number ",
+      activation);
+  STD_TORCH_CHECK(
+      fits_primary_op(x.get_device_index(), B, N, R, I, J, O, itemsize(x), workspace),
+      "these layers do not fit shared memory or the workspace");
+  return {B, N, I, J, R, O};
+}
+
 // a (B, N, J) and y (B, N, O) of two layers.
 static void primary_op(
     const Tensor& x, const Tensor& z, const Tensor& h1, const OptionalTensor& bias1, const OptionalTensor& base1,
     const OptionalTensor& b1, const Tensor& h2, const OptionalTensor& bias2, const OptionalTensor& base2,
     const OptionalTensor& b2, Tensor a, Tensor y, int64_t workspace, bool tf32, int64_t activation) {
+  const OptionalTensor head1 = h1, head2 = h2;
+  const auto sizes =
+      checked_primary(x, z, Layer{head1, bias1, base1, b1}, Layer{head2, bias2, base2, b2}, workspace, activation);
+  const auto B = sizes.B, N = sizes.N, I = sizes.I, J = sizes.J, R = sizes.R, O = sizes.O;
+  const Checks checks(x, R, O);
+  checks.result("a", a, {B, N, J}), checks.result("y", y, {B, N, O});
+  const auto M = B * N;
   const DeviceScope scope(x);
   dispatch_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const OptionalTensor head1 = h1, head2 = h2;
-    const auto M = x.size(0) * x.size(1), I = x.size(2), J = a.size(2);
     const FoldDivision division(M, I, z.size(1), J, scope.limits(workspace), false);
     const auto partial = partial_sums(x, ceil_div(I, division.per_split), M * J);
     const auto first = fold_of<T>(x, z, Layer{head1, bias1, base1, b1}, a, partial, division.per_split, tf32);
@@ -221,11 +262,19 @@ static void primary_grads_op(
     const OptionalTensor& dx, const OptionalTensor& dz, const OptionalTensor& dh1, const OptionalTensor& dbias1,
     const OptionalTensor& dbase1, const OptionalTensor& db1, const OptionalTensor& dh2, const OptionalTensor& dbias2,
     const OptionalTensor& dbase2, const OptionalTensor& db2, int64_t workspace, bool tf32, int64_t activation) {
+  const OptionalTensor head1 = h1, head2 = h2, none;
+  const auto sizes =
+      checked_primary(x, z, Layer{head1, bias1, base1, none}, Layer{head2, bias2, base2, none}, workspace, activation);
+  const auto B = sizes.B, N = sizes.N, I = sizes.I, J = sizes.J, R = sizes.R, O = sizes.O;
+  const Checks checks(x, R, O);
+  checks.input("a", a, {B, N, J}), checks.input("g", g, {B, N, O});
+  checks.result("the gradient of x", dx, {B, N, I}), checks.result("the gradient of z", dz, {B, R});
+  checks.gradients(Layer{dh1, dbias1, dbase1, db1}, R, I, J),
+      checks.gradients(Layer{dh2, dbias2, dbase2, db2}, R, J, O);
   const DeviceScope scope(x);
   dispatch_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     using torch::headeronly::ScalarType;
-    const auto B = x.size(0), N = x.size(1), I = x.size(2), J = a.size(2), O = g.size(2), R = z.size(1);
     const int mask = mask_of({&dx, &dz, &dh1, &dbias1, &dbase1, &db1, &dh2, &dbias2, &dbase2, &db2});
     const PrimaryDivision division(B, N, R, I, J, O, itemsize(x), mask, scope.limits(workspace));
     const auto &first = division.first, &second = division.second;
@@ -241,7 +290,7 @@ static void primary_grads_op(
     float* const dz1 = dz2 ? dz2 + B * N * R : nullptr;
     const auto da = torch::stable::new_empty(x, {B, N, J});
     Reductions reductions;
-    const OptionalTensor head1 = h1, head2 = h2, a_grad = da, none;
+    const OptionalTensor a_grad = da;
     const auto dx_dz2 = dx_dz_of<T>(a, z, g, Layer{head2, bias2, base2, none}, a_grad, dz, dz2, J, tf32, activation);
     const auto weight_grad2 = weight_grad_of<T>(
         a, z, g, Layer{dh2, dbias2, dbase2, db2}, partials2, second.per_split_m, tf32, activation, reductions);
@@ -258,6 +307,7 @@ static void primary_grads_op(
 
 // Change a number of `thresholds`, and return the one before: for tests.
 static int64_t force_op(std::string name, int64_t value) {
+  STD_TORCH_CHECK(value >= (name == "least_work"), name, " cannot be ", value);
   if (name == "hopper_work") return thresholds.hopper_work.exchange(value);
   if (name == "least_work") return thresholds.least_work.exchange(value);
   if (name == "processors") return thresholds.processors.exchange(value);

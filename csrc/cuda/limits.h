@@ -19,6 +19,9 @@ struct Limits {
   int64_t partial_sums() const { return workspace / 4; }  // bytes of those of a launch
 };
 
+constexpr int64_t MOST_ROWS = (int64_t(1) << 31) - (1 << 10);  // an int also counts the rows of the last block
+constexpr int64_t MOST_BLOCKS = 65535;                         // of a grid, along its second axis
+
 // Numbers that no GPU has confirmed. Tests change them, so that small problems are divided as large ones are.
 struct Thresholds {
   std::atomic<int64_t> hopper_work{int64_t(1) << 31};  // the kernels for sm_90a are faster from this many flops on

@@ -165,6 +165,97 @@ def test_problems_that_do_not_fit_go_to_another_backend(factors, oracle, monkeyp
     assert [name for name, _ in launches] == ["apply", "apply"]
 
 
+def test_sizes_that_an_int_does_not_count_are_not_taken(ops):
+    """Neither by the operators, which would overflow, nor by the backend."""
+    fits = lambda *sizes, itemsize=2, mask=3: ops.fits(0, *sizes, itemsize, mask, 32 << 20)
+    assert fits(1, 1, 1, 1, 64)
+    for power in range(14, 40):
+        for itemsize, mask in ((2, 3), (4, 3), (2, 1), (4, 2)):
+            assert not fits(1, 1, 1, 1, 1 << power, itemsize=itemsize, mask=mask), power
+    assert not fits(1, (1 << 31) - 8, 1, 1, 1, mask=4)
+    assert not fits(1 << 20, 1 << 11, 1, 1, 1, mask=4)
+    problem = planner.Problem("apply", 1, 1, 1, 1, 1, torch.bfloat16, "cuda")
+    assert cuda.takes(problem)
+    for large in ({"points": (1 << 31) - 8}, {"batch": (1 << 31) - 8}, {"out_features": (65535 * 64) + 1}):
+        assert not cuda.takes(problem._replace(**large))
+
+
+@ready
+def test_more_outputs_than_a_grid_has_blocks_for(launches):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    most = 65535 * 64
+    weight = torch.arange(most + 2.0, device=device)[:, None, None]
+    ones = torch.ones(1, 1, device=device)
+    y = cuda.apply(ones[None], ones, weight[: most + 1], schedule="fold")
+    assert not launches
+    assert torch.equal(y.flatten(), weight[: most + 1].flatten())
+    with pytest.raises(RuntimeError, match="more than a grid has blocks for"):
+        library.ops().apply(ones[None], ones, weight[: most + 1], None, None, None, y, 32 << 20, False)
+
+
+SIZES = {"B": 4, "N": 2, "R": 3, "I": 5, "J": 7, "O": 6}
+LAYER, OTHER = ("OIR", "OR", "OI", "O"), ("JIR", "JR", "JI", "J")  # of one layer; of the first of two
+SECOND = ("OJR", "OR", "OJ", "O")
+ARGUMENTS = {
+    "apply": ("BNI", "BR", *LAYER, "BNO"),
+    "grads": ("BNI", "BR", *LAYER[:3], "BNO", "BNI", "BR", *LAYER),
+    "primary": ("BNI", "BR", *OTHER, *SECOND, "BNJ", "BNO"),
+    "primary_grads": ("BNI", "BR", *OTHER[:3], *SECOND[:3], "BNJ", "BNO", "BNI", "BR", *OTHER, *SECOND),
+}
+RESULTS = {"apply": 1, "grads": 6, "primary": 2, "primary_grads": 10}
+WRONG = {
+    "another dtype": lambda t: t.half(),
+    "float64": lambda t: t.double(),
+    "a shorter row": lambda t: t[..., :1].contiguous(),
+    "a longer row": lambda t: torch.cat((t, t), -1),
+    "more rows": lambda t: torch.cat((t, t)),
+    "one axis": lambda t: t.flatten(),
+    "no axis": lambda t: t.sum(),
+    "another axis": lambda t: t[None],
+    "empty": lambda t: t[:0],
+}
+
+
+@ready
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_operators_refuse_tensors_that_do_not_fit(name, wrong):
+    """Whoever calls them: kernels would read or write beyond the tensors."""
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    good = [torch.randn([SIZES[axis] for axis in axes], device=device) for axes in ARGUMENTS[name]]
+    op = getattr(library.ops(), name)
+    options = (32 << 20, False, *((1,) if name.startswith("primary") else ()))
+    op(*good, *options)
+    for k, t in enumerate(good):
+        other = WRONG[wrong](t)
+        if other.shape == t.shape and other.dtype == t.dtype:
+            continue
+        with pytest.raises(RuntimeError):
+            op(*good[:k], other, *good[k + 1 :], *options)
+    for k in range(len(good) - RESULTS[name], len(good)):
+        spread = torch.randn(*good[k].shape, 2, device=device)[..., 0]
+        with pytest.raises(RuntimeError, match="must be contiguous"):
+            op(*good[:k], spread, *good[k + 1 :], *options)
+
+
+@ready
+def test_gradients_need_the_factors_that_they_read(factors):
+    x, z, weight, bias, base_weight, g = factors((4, 2, 3, 5, 6), torch.float32, NAMES)
+    sizes, options = (x, z, weight, bias, base_weight, base_weight[:, 0]), (32 << 20, False)
+    for k in range(6):
+        out = [torch.empty_like(t).contiguous() if i == k else None for i, t in enumerate(sizes)]
+        for missing in (0, 1):
+            needed = k in ((0, 2, 3), (0, 1))[missing]
+            args = [x, z, weight, bias, base_weight, g]
+            args[1 + missing] = None
+            if needed:
+                with pytest.raises(RuntimeError, match=r"need (z|the weight)"):
+                    library.ops().grads(*args, *out, *options)
+            else:
+                library.ops().grads(*args, *out, *options)
+
+
 def test_auto_does_not_take_it(monkeypatch):
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
     for device in ("cuda", "cpu"):

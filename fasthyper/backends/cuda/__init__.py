@@ -21,7 +21,7 @@ from ...terms import Terms
 from .. import aten, gpu, triton
 from . import library, primaries
 
-DTYPES, takes = gpu.DTYPES, gpu.takes
+DTYPES = gpu.DTYPES
 REMARK = f"for small problems; {seen.describe('cuda')}"
 """A remark for `fasthyper info`."""
 PREFERRED_ON = ()  # `gpu_auto` chooses it
@@ -32,6 +32,16 @@ emulating = library.emulating
 def devices() -> tuple[str, ...]:
     """Return the types of device that it runs on."""
     return ("cuda", "cpu") if emulating() else ("cuda",)
+
+
+_MOST_ROWS = (1 << 31) - (1 << 10)  # as csrc/cuda/limits.h has them
+_MOST_OUTPUTS = 65535 * 64  # the blocks of a grid, and their columns
+
+
+def takes(problem: Problem) -> bool:
+    """Return whether the kernels are for the dtype and the sizes of a problem."""
+    rows = problem.batch * problem.points
+    return gpu.takes(problem) and rows <= _MOST_ROWS and problem.out_features <= _MOST_OUTPUTS
 
 
 @functools.cache
