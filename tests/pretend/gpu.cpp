@@ -1,4 +1,4 @@
-// A pretended GPU: tensors on cuda:0 whose memory is the host's, for a torch without CUDA.
+// A pretended GPU: tensors on cuda:0 whose memory is the host's. torch may be one for CPUs or one for GPUs.
 //
 // Each operator runs its CPU kernel on the same memory. What torch decides by the device of a tensor, such as dispatch,
 // autograd's thread and its streams, is torch's own.
@@ -167,7 +167,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
 }
 
 // Operators that torch has for GPUs alone.
-TORCH_LIBRARY_IMPL(aten, CUDA, m) {
+void define_for_gpus(torch::Library& m) {
   m.impl("mm.dtype", [](const Tensor& a, const Tensor& b, at::ScalarType dtype) {
     return at::mm(a.to(dtype), b.to(dtype));
   });
@@ -176,7 +176,26 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   });
 }
 
+TORCH_LIBRARY_IMPL(aten, CUDA, m) { define_for_gpus(m); }
+
+// A torch with CUDA registers its own guard and kernels, when it is imported: these take their places.
+void replace_cuda() {
+  static Guard guard;
+  static auto& kept = *new std::vector<c10::RegistrationHandleRAII>();  // never undone, as other threads may run then
+  c10::impl::device_guard_impl_registry[static_cast<size_t>(c10::kCUDA)].store(&guard);
+  auto& dispatcher = c10::Dispatcher::singleton();
+  for (const auto& name : dispatcher.getRegistrationsForDispatchKey(DispatchKey::CUDA)) {
+    const auto op = dispatcher.findSchema(name);
+    if (!op || name.name.rfind("aten::", 0) != 0) continue;
+    kept.push_back(dispatcher.registerImpl(
+        name, DispatchKey::CUDA, c10::KernelFunction::makeFromBoxedFunction<&run_on_host>(), std::nullopt, nullptr,
+        "gpu.cpp"));
+  }
+  define_for_gpus(*new torch::Library(torch::Library::IMPL, "aten", DispatchKey::CUDA, __FILE__, __LINE__));
+}
+
 TORCH_LIBRARY(fasthyper_pretended, m) {
+  m.def("replace_cuda() -> ()", &replace_cuda);
   m.def("devices_set() -> int", [] { return devices_set.load(); });
   m.def("skip_kernels(bool skip) -> ()", [](bool skip) { skips_kernels = skip; });
 }
@@ -184,5 +203,5 @@ TORCH_LIBRARY(fasthyper_pretended, m) {
 }  // namespace pretended
 
 namespace at {
-C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, pretended::Hooks)
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, pretended::Hooks)
 }

@@ -47,11 +47,14 @@ def start() -> None:
     ctypes.CDLL(str(build()))
     import torch
 
+    if torch.version.cuda:
+        torch.ops.fasthyper_pretended.replace_cuda()
     properties = types.SimpleNamespace(
         name="a pretended GPU",
         major=ARCH[0],
         minor=ARCH[1],
         multi_processor_count=4,
+        warp_size=32,
         gcnArchName="",
     )
     cuda = {
