@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import ClassVar
 
 import pytest
@@ -26,6 +27,23 @@ settings.load_profile("fasthyper")
 
 DEVICE = os.environ.get("FASTHYPER_TEST_DEVICE", "cpu")
 """The device of the factors; `make gpu` sets it to `cuda`."""
+
+
+def _mend_interpreter() -> None:
+    """Let the interpreter of Triton 3.6 count to a number in a tensor, which numpy 2.4 refuses, as later ones do."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda t: int(t.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
+
+
+if triton.interpreting() and triton.unavailable() is None and version("triton").startswith("3.6."):
+    _mend_interpreter()
 
 
 def _hows() -> Iterator[tuple[str, str | None]]:
