@@ -1,5 +1,6 @@
 # make test       everything that a change must pass: lint, build, tests, Triton's interpreter, emulator, a pretended
 #                 GPU, sanitizers
+# make interpreted, emulated, pretended, forced   the last four parts alone
 # make slow       also the tests that take minutes
 # make clients    the tests with other libraries' trainers and solvers, which `make test` runs, too
 # make matrix     the tests of the ops and the layers on several versions of torch, each in its own environment

@@ -27,6 +27,7 @@ def write(folder: Path) -> Path:
 
     here = current_context("cpu")
     about = (__doc__ or "").partition("\n\n")[2].strip()
+    folder.mkdir(parents=True, exist_ok=True)
     page = folder / "python-share.md"
     text = f"# Python's share of a call on a GPU\n\n{about}\n\n{table(measure())}\n\n"
     versions = f"torch {here.torch}, Triton {here.triton}, Python {here.python}"
@@ -80,7 +81,7 @@ def measure_here(backend: str, repeats: int, calls: int) -> list[dict[str, objec
 
     torch.set_num_threads(1)
     if backend == "cuda" and (why := fasthyper.backends.cuda.unavailable()) is not None:
-        raise SystemExit(f"{why}; `make bench` builds what this needs, the emulator")
+        raise SystemExit(f"the emulator is needed ({why.partition(';')[0]}): run `make .venv/built`")
     if backend == "triton":
         import stubbed_triton
 

@@ -110,7 +110,7 @@ def _build(names: Sequence[str], folder: Path, archs: str) -> dict[str, str]:
     """Compile libraries, record them beside those that are there, and return the reasons of those that failed."""
     for part in folder.glob(".*"):  # of a build that was killed
         part.unlink()
-    print(f"compiling {', '.join(names)} for torch {torch.__version__}, which takes minutes", flush=True)
+    print(f"compiling {', '.join(names)} for torch {torch.__version__}, which takes up to some minutes", flush=True)
     with tempfile.TemporaryDirectory() as objects, _progress() as report:
         failed = building.build(names, folder, Path(objects), archs=archs, report=report)
     try:

@@ -318,7 +318,8 @@ def record(outs: Sequence[Path], seen: Path = SEEN) -> dict[str, Any]:
     machine = last["env"].result if "env" in last else {}
     wanted = ("device", "arch", "date", "torch", "triton", "commit")
     if missing := [name for name in wanted if not isinstance(machine.get(name), str)]:
-        raise ValueError(f"out: no run in {', '.join(map(str, outs))} names {', '.join(missing)}")
+        folders = ", ".join(map(str, outs))
+        raise ValueError(f"out: no stage `env` in {folders} names {', '.join(missing)}: run make gpu first")
     same = [end.result for end in ends if end.name == "env" and end.result]
     if any(other.get(name) != machine[name] for other in same for name in wanted if name != "date"):
         raise ValueError("out: the runs are of several machines, versions or commits")
@@ -352,7 +353,10 @@ def main(given: Sequence[str] | None = None) -> int:
     if args.command == "list":
         print(*(f"{s.name:<13}{s.limit:4.0f} s  {s.file}" for s in STAGES), sep="\n")
     elif args.command == "record":
-        print(json.dumps(record(args.out)))
+        try:
+            print(json.dumps(record(args.out)))
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"nothing is recorded: {error}") from error
     else:
         seconds = args.seconds or (RERUN_SECONDS if args.stages else SECONDS)
         names = ["env", "build", *args.stages] if args.stages else []  # a fresh machine has to build, if need be

@@ -283,7 +283,7 @@ def test_damaged_lines_do_not_count(damaged, tmp_path):
 
 def test_a_record_needs_a_run(tmp_path):
     (tmp_path / "env.txt").write_text("== env\n")
-    with pytest.raises(ValueError, match=r"out: no run in .* names device"):
+    with pytest.raises(ValueError, match=r"out: no stage `env` in .* names device"):
         stages.record([tmp_path])
 
 
