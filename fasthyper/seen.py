@@ -59,13 +59,18 @@ def runs() -> tuple[Run, ...]:
 
 def is_right(backend: str, arch: str) -> bool:
     """Return whether the tests of a backend passed in the latest run on an architecture."""
-    latest = next((run for run in runs() if run.arch == arch), None)
-    return latest is not None and backend in latest.right
+    return arch in _latest() and backend in _latest()[arch].right
 
 
 def describe(backend: str) -> str:
-    """Return what was seen of a backend, in words."""
-    for run in runs():
-        if backend in run.right:
-            return f"its tests passed on {run.device}, {run.date}, with torch {run.torch}"
-    return _read()[1] or "it has never run on a GPU"
+    """Return what was seen of a backend, in words: the latest run on each architecture."""
+    said = []
+    for run in _latest().values():
+        passed = "passed" if backend in run.right else "did not all pass"
+        said.append(f"its tests {passed} on {run.device}, {run.date}, with torch {run.torch}")
+    return "; ".join(said) or _read()[1] or "it has never run on a GPU"
+
+
+def _latest() -> dict[str, Run]:
+    """Return the latest run by architecture."""
+    return {run.arch: run for run in reversed(runs())}

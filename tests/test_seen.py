@@ -47,6 +47,10 @@ def test_the_description(recorded):
     assert seen.describe("cuda") == "it has never run on a GPU"
     recorded(OLD)
     assert seen.describe("cuda") == "its tests passed on NVIDIA Test, 2026-01-31, with torch 2.11.0"
+    recorded(OLD, NEW)
+    assert seen.describe("cuda") == "its tests did not all pass on NVIDIA Test, 2026-12-01, with torch 2.11.0"
+    recorded(OLD, {**NEW, "arch": "sm_80"})
+    assert seen.describe("cuda").count("NVIDIA Test") == 2
 
 
 FULL = {**NEW, "device": "NVIDIA Test", "torch": "2.11.0", "triton": "3.6.0", "commit": "abc"}

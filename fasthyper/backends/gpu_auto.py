@@ -47,7 +47,7 @@ def grads(
 
 def trace_apply(x: Tensor, z: Tensor, weight: Tensor, *others: Tensor | None, **options: Any) -> Tensor | None:
     """Return y if Triton's kernels compute it, else None; see `contract.Traced`."""
-    if cuda.unavailable() is None and cuda.is_best(x, weight.shape[2], weight.shape[0]):
+    if cuda.is_best(x, weight.shape[2], weight.shape[0]):
         return None
     return triton.trace_apply(x, z, weight, *others, **options)
 
@@ -57,6 +57,6 @@ def trace_grads(
 ) -> tuple[Tensor | None, ...] | None:
     """Return the gradients if Triton's kernels compute them, else None; see `contract.Traced`."""
     R, g = (z if weight is None else weight).shape[-1], others[2]  # type: ignore[union-attr]
-    if cuda.unavailable() is None and cuda.is_best(x, R, g.shape[2]):
+    if cuda.is_best(x, R, g.shape[2]):
         return None
     return triton.trace_grads(x, z, weight, *others, **options)
