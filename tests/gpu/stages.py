@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import processes
+import stage_processes
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -162,7 +162,7 @@ def run_stage(stage: Stage, limit: float, out: Path, prefix: Sequence[str] = ())
     command[at:at] = prefix
     log, table = out / "env.txt", stage.file.endswith(".csv")
     files = [out / stage.file, *([log] if table else [])]
-    before, others, start, begins = _cached(), processes.children(), time.monotonic(), [0] * len(files)
+    before, others, start, begins = _cached(), stage_processes.children(), time.monotonic(), [0] * len(files)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with files[0].open("ab") as to, files[-1].open("ab") as errors:
@@ -172,14 +172,14 @@ def run_stage(stage: Stage, limit: float, out: Path, prefix: Sequence[str] = ())
             begins = [path.stat().st_size for path in files]
             process = subprocess.Popen(
                 command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=to, stderr=errors, env=_environment(),
-                preexec_fn=processes.prepare,
+                preexec_fn=stage_processes.prepare,
             )  # fmt: skip
-            status, cut, note = processes.wait(process, limit, GRACE)
+            status, cut, note = stage_processes.wait(process, limit, GRACE)
     except OSError as error:
         status, cut, note = None, False, f"{error.filename or out} cannot be run or written ({error.strerror})"
     finally:
-        processes.stop_new_children(others)
-    lines = [line for path, begin in zip(files, begins, strict=True) for line in processes.written(path, begin)]
+        stage_processes.stop_new_children(others)
+    lines = [line for path, begin in zip(files, begins, strict=True) for line in stage_processes.written(path, begin)]
     results = [line.removeprefix("RESULT ") for line in lines if line.startswith("RESULT ")]
     kernels, launchers = (after - b for after, b in zip(_cached(), before, strict=True))
     said = [line.removeprefix("SAID ") for line in lines if line.startswith("SAID ")]
@@ -251,7 +251,7 @@ def run(names: Sequence[str], out: Path, seconds: float, stages: Sequence[Stage]
         )
     left = [stage for stage in stages if not names or stage.name in names]
     carried, done = _unpack(), []
-    processes.adopt_orphans()
+    stage_processes.adopt_orphans()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         while left:

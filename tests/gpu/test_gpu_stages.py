@@ -12,8 +12,8 @@ import tarfile
 import time
 from pathlib import Path
 
-import processes
 import pytest
+import stage_processes
 import stages
 import torch
 from stages import PYTHON, Done, Stage
@@ -86,7 +86,7 @@ def test_what_a_stage_started_is_stopped_with_it(tmp_path, monkeypatch, apart):
     monkeypatch.setattr(stages, "GRACE", 1.5)
     options = f"start_new_session={apart}"
     child = f"import subprocess, sys; print(subprocess.Popen(['sleep', '600'], {options}).pid, flush=True)"
-    processes.adopt_orphans()
+    stage_processes.adopt_orphans()
     for stage in (python("ends", child), python("hangs", f"{child}; {HANG}", 2)):
         done = stages.run_stage(stage, stage.limit, tmp_path)
         pid = int(next(line for line in (tmp_path / "tests.txt").read_text().splitlines()[::-1] if line.isdigit()))
@@ -108,7 +108,7 @@ def test_a_line_without_an_end_hides_nothing(file, tmp_path):
 
 
 def test_the_end_of_long_output_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "MOST_OUTPUT", 1000)
+    monkeypatch.setattr(stage_processes, "MOST_OUTPUT", 1000)
     done = stages.run_stage(python("long", f"print('first'); print('x' * 5000); {GOOD}"), 20, tmp_path)
     assert (done.result, done.lines) == ({"number": 3}, ("a word",))
     text = (tmp_path / "tests.txt").read_text()
@@ -118,7 +118,7 @@ def test_the_end_of_long_output_is_read(tmp_path, monkeypatch):
 
 
 def test_a_stage_writes_no_huge_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "LARGEST_FILE", 1 << 20)
+    monkeypatch.setattr(stage_processes, "LARGEST_FILE", 1 << 20)
     endless = python("endless", "import os\nwhile True: os.write(1, bytes(1 << 16))")
     assert stages.run([], tmp_path, 60, (endless, python("good", GOOD, file="smoke.txt"))) == 1
     ends = stages_of(tmp_path)

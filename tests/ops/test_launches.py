@@ -29,7 +29,7 @@ def generated():
         pytest.skip("it needs Triton, and a torch in which a GPU of NVIDIA can be pretended")
     env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FASTHYPER_EMULATED")}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))
-    script = Path(__file__).with_name("generated_code.py")
+    script = ROOT / "tests" / "pretend" / "generated_code.py"
     done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout) | {"stderr": done.stderr}

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-collect_ignore_glob = ["pretended_gpu.py", "stubbed_triton.py", "launcher.py"]
+collect_ignore_glob = ["generated_code.py", "launcher.py", "pretended_gpu.py", "stubbed_triton.py"]
 if "pretended_gpu" not in sys.modules:
     collect_ignore_glob.append("test_*.py")

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import types
-from pathlib import Path
 
 os.environ["FASTHYPER_AUTOTUNE"] = "0"
-sys.path.insert(0, str(Path(__file__).parents[1] / "pretend"))
 import pretended_gpu  # noqa: F401  # before torch
 import torch
 import torch._functorch.config
