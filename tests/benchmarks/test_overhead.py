@@ -18,5 +18,5 @@ def test_a_backend_is_measured_in_a_process_of_its_own(backend, monkeypatch):
     assert [row["shape"] for row in rows] == list(overhead.SHAPES)
     for row in rows:
         assert row["backend"] == backend
-        assert 0 < row["forward"] < row["both"]
+        assert min(row[name] for name in ("forward", "both", "threads")) > 0
     assert f"| {backend} | QM9 | 5760, 1, 64, 27 → 32 |" in overhead.table(rows)
