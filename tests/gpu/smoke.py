@@ -66,7 +66,7 @@ def poison() -> bool:
     return bool(torch.empty(1000, device="cuda").isnan().all())
 
 
-def faults(backend: str, dtype: torch.dtype, sizes: tuple[int, ...], schedule: str | None) -> list[str]:
+def faults(backend: str, dtype: torch.dtype, sizes: tuple[int, ...], schedule: str | None = "fold") -> list[str]:
     """Return what is wrong with the results of a problem, in the schedule `fold` or in the planner's."""
     tensors = made(sizes, dtype)
     expected, factors, g = exact(tensors), [t.requires_grad_() for t in tensors[:-1]], tensors[-1]
