@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,11 @@ class WorkerFailed(RuntimeError):
 def in_one_line(error: BaseException) -> str:
     """Return the type and the message of an error in one line."""
     return ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
+
+
+_LAST_TENSORS = 0.2
+"""Seconds in which gloo's thread frees the tensors of the last collective. It needs the interpreter for that, and
+aborts a process that ends just then."""
 
 
 @dataclass(frozen=True)
@@ -224,3 +230,4 @@ def _process_group(store: dist.Store, rank: int, size: int, backend: str) -> Ite
         yield Group(rank, size, store)
     finally:
         dist.destroy_process_group()
+        time.sleep(_LAST_TENSORS)
