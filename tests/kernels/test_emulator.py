@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
-from torch.utils.cpp_extension import include_paths
+from emulated_toys import NEEDS, run_toy
 
-CSRC = Path(__file__).parents[2] / "csrc" / "cuda"
-pytestmark = [
-    pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler"),
-    pytest.mark.skipif(not CSRC.exists(), reason="there are no sources"),
-]
+pytestmark = NEEDS
 
 # Each kernel has 64 threads and gets 64 numbers; main prints a weighted sum of its results, or its error.
 SOURCE = r"""
@@ -94,27 +85,7 @@ int main() { fasthyper::show_all(); }
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory) -> dict[str, set[str]]:
     """Return the lines that each kernel printed."""
-    folder = tmp_path_factory.mktemp("emulator")
-    (folder / "toy.cpp").write_text(SOURCE)
-    flags = [flag for path in include_paths() for flag in ("-I", path)]
-    command = [
-        "c++",
-        "-std=c++20",
-        "-O1",
-        "-DFASTHYPER_EMULATED",
-        "-idirafter",
-        str(CSRC),
-        *flags,
-        "toy.cpp",
-        "-o",
-        "toy",
-    ]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
-    printed = subprocess.run([str(folder / "toy")], check=True, capture_output=True, text=True).stdout
-    out: dict[str, set[str]] = {}
-    for name, text in re.findall(r"(\w+): (.*)", printed):
-        out.setdefault(name, set()).add(text)
-    return out
+    return run_toy(tmp_path_factory.mktemp("emulator"), SOURCE)
 
 
 def weighted(numbers) -> set[str]:

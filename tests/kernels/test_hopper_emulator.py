@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
-from torch.utils.cpp_extension import include_paths
+from emulated_toys import NEEDS, run_toy
 
-CSRC = Path(__file__).parents[2] / "csrc" / "cuda"
-pytestmark = [
-    pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler"),
-    pytest.mark.skipif(not CSRC.exists(), reason="there are no sources"),
-]
+pytestmark = NEEDS
 
 # The two CTAs of a cluster sum the 12 tiles of a tensor, 16 rows of 64 numbers each. Each CTA loads one half of a tile
 # for both. The first warp produces, the second consumes; its lane l sums columns l and l + 32. The faults are bits.
@@ -102,27 +93,7 @@ int main() { fasthyper::show_all(); }
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory) -> dict[str, set[str]]:
     """Return the lines that the kernel printed with each fault, of 16 runs."""
-    folder = tmp_path_factory.mktemp("hopper_emulator")
-    (folder / "toy.cpp").write_text(SOURCE)
-    flags = [flag for path in include_paths() for flag in ("-I", path)]
-    command = [
-        "c++",
-        "-std=c++20",
-        "-O1",
-        "-DFASTHYPER_EMULATED",
-        "-idirafter",
-        str(CSRC),
-        *flags,
-        "toy.cpp",
-        "-o",
-        "toy",
-    ]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
-    printed = subprocess.run([str(folder / "toy")], check=True, capture_output=True, text=True).stdout
-    out: dict[str, set[str]] = {}
-    for name, text in re.findall(r"(\w+): (.*)", printed):
-        out.setdefault(name, set()).add(text)
-    return out
+    return run_toy(tmp_path_factory.mktemp("hopper_emulator"), SOURCE)
 
 
 def test_a_right_kernel_runs(shown):
