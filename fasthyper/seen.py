@@ -35,6 +35,7 @@ class Run(NamedTuple):
     right: tuple[str, ...]
 
 
+@functools.cache
 def _read() -> tuple[tuple[Run, ...], str | None]:
     """Return all runs, the latest first; none if the file is damaged, and why it cannot be read."""
     try:
@@ -51,7 +52,6 @@ def _run(record: Any) -> Run:
     return run._replace(right=tuple(run.right))
 
 
-@functools.cache
 def runs() -> tuple[Run, ...]:
     """Return all runs, the latest first; none if the file is damaged."""
     return _read()[0]

@@ -16,10 +16,10 @@ def recorded(monkeypatch, tmp_path):
         fields = {"device": "NVIDIA Test", "triton": "3.6.0", "torch": "2.11.0", "commit": "abc"}
         file.write_text(json.dumps([{**fields, **run} for run in runs]))
         monkeypatch.setattr(seen, "FILE", file)
-        seen.runs.cache_clear()
+        seen._read.cache_clear()
 
     yield record
-    seen.runs.cache_clear()
+    seen._read.cache_clear()
 
 
 OLD = {"arch": "sm_90", "date": "2026-01-31", "right": ["cuda", "triton"]}

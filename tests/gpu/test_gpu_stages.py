@@ -251,12 +251,12 @@ def test_a_record(tmp_path, failed, right, monkeypatch):
     run = _write(tmp_path / "run", **failed)
     assert stages.record([run], file) == {**MACHINE, "right": right}
     monkeypatch.setattr(seen, "FILE", file)
-    seen.runs.cache_clear()
+    seen._read.cache_clear()
     try:
         assert seen.is_right("cuda", "sm_90") == ("cuda" in right)
         assert ("passed on a GPU, 2026-01-02" in seen.describe("triton")) == ("triton" in right)
     finally:
-        seen.runs.cache_clear()
+        seen._read.cache_clear()
 
 
 def test_a_rerun_replaces_what_it_ran_and_a_day_has_one_record(tmp_path):
