@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,11 +49,6 @@ class WorkerFailed(RuntimeError):
 def in_one_line(error: BaseException) -> str:
     """Return the type and the message of an error in one line."""
     return ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
-
-
-_LAST_TENSORS = 0.2
-"""Seconds in which gloo's thread frees the tensors of the last collective. It needs the interpreter for that, and
-aborts a process that ends just then."""
 
 
 @dataclass(frozen=True)
@@ -225,9 +219,12 @@ def _errors_sent(rank: int, size: int, messages: Any) -> Iterator[None]:
 
 @contextmanager
 def _process_group(store: dist.Store, rank: int, size: int, backend: str) -> Iterator[Group]:
+    # Imported later, by torch's optimizers, this module keeps the group as the default of its functions. The group's
+    # threads then outlive it, and may abort the process: they need the interpreter to free the last tensors.
+    import torch.distributed.nn  # noqa: F401
+
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     try:
         yield Group(rank, size, store)
     finally:
         dist.destroy_process_group()
-        time.sleep(_LAST_TENSORS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from fasthyper.experiments.distributed import Group, torchrun
@@ -52,6 +54,19 @@ def first_exits(group, progress):
     if group.rank == 0:
         os._exit(7)
     group.gather(None)
+
+
+def write_threads_at_exit(group, progress, folder):
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # imports more of torch.distributed
+    group.gather("x")
+    assert gloo_threads()
+    atexit.register(lambda: Path(folder, str(group.rank)).write_text(str(gloo_threads())))
+
+
+def gloo_threads():
+    """Return the names of the threads that gloo has started in this process."""
+    names = [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    return [name for name in names if "gloo" in name]
 
 
 def end(process):

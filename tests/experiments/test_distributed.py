@@ -126,6 +126,13 @@ def test_the_first_that_fails_ends_all_and_is_heard_of(tmp_path):
     assert not alive(first)
 
 
+@linux
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    """Such a thread may abort a process whose interpreter ends."""
+    launch(parallel.write_threads_at_exit, 2, "cpu", lambda *what: None, tmp_path)
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["[]", "[]"]
+
+
 def test_torchrun_twice_in_the_same_processes(tmp_path):
     """Two groups, one after the other, as in `compare all`: the second shares nothing with the first."""
     process = torchrun_of("parallel", tmp_path, "same")
