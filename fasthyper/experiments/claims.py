@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fasthyper.experiments.experiment import ASKED, Claim, Finding, Measure
-from fasthyper.experiments.methods import BIASES, EMBEDDING, EQUAL_PARAMETERS, EQUAL_TIME, FILM, HYPERNETWORK
+from fasthyper.experiments.methods import BIASES, EMBEDDING, EQUAL_FLOPS, FILM, HYPERNETWORK, WIDE_E
 from fasthyper.experiments.results import Interval, Results, exp
 
 
@@ -50,8 +50,8 @@ class Wins(Claim):
 
 
 AGAINST_OTHERS = (
-    Wins(text="The hypernetwork wins where both train equally many parameters", over=EQUAL_PARAMETERS, whose=ASKED),
-    Wins(text="The hypernetwork wins where both train equally long", over=EQUAL_TIME, whose=ASKED),
+    Wins(text="The hypernetwork wins where both train equally many parameters", over=WIDE_E, whose=ASKED),
+    Wins(text="The hypernetwork wins where both train equally long", over=EQUAL_FLOPS, whose=ASKED),
     Wins(text="The hypernetwork wins over FiLM", over=FILM, whose=ASKED),
     Wins(text="The hypernetwork wins over generating only biases", over=BIASES, whose=ASKED),
 )

@@ -13,7 +13,7 @@ from fasthyper.experiments.experiment import Experiment, Run, Study
 from fasthyper.experiments.methods import METHODS
 from fasthyper.experiments.setting import is_integer
 
-PRESETS = ("quick", "paper")
+PRESETS = ("quick", "standard", "paper")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Comparison:
         Args:
             experiment: the experiment.
             data: one of `experiment.data`; the first by default.
-            preset: `"quick"`: minutes on two cores; `"paper"`: the full protocol.
+            preset: `"quick"`: minutes on two cores; `"standard"`: an hour or two; `"paper"`: the full protocol.
             studies: names of studies; all by default.
             methods: names of methods; all by default.
             depths: the values of the studies over depth, as `"2-4,8"` or a sequence. Other studies are left out.

@@ -8,7 +8,7 @@ To write an experiment of your own:
 
     1. Subclass `Setting` (or `ContextSetting`) with the fields that the experiment adds, and annotate them.
     2. Write `architecture(run)`, the sizes of the networks, and `task(run, dataset)`, a `Task`.
-    3. Write `studies(preset, data)`, the figures, for the presets "quick" and "paper".
+    3. Write `studies(preset, data)`, the figures, for the presets "quick", "standard" and "paper".
     4. Write `load(data, data_home)`, if there is a data set to load.
     5. Make an `Experiment` of these, and pass it to `Comparison.of`, and the comparison to `run_comparison`.
 
@@ -32,6 +32,8 @@ ASKED = "asked here"
 THEOREM = "a theorem"
 
 UNDECIDED = "undecided"
+UNMET = "premise unmet"
+MEASURED = "measured"
 _OF_A_PAPER = ("reproduced", "not reproduced")
 _VERDICTS = {ASKED: ("holds", "does not hold"), THEOREM: ("in line", "not in line")}
 
@@ -103,6 +105,8 @@ class Task:
         measure: the measures on the test examples, by name, of outputs and targets: one number for each example. A run
             reports their means.
         levels: numbers to compare a measure with, by name, such as the error of the best constant.
+        validation: the examples on which learning rates are chosen, if a study is tuned. They share nothing with the
+            other two.
     """
 
     train: Examples
@@ -110,6 +114,7 @@ class Task:
     loss: Callable[[Tensor, Tensor], Tensor]
     measure: Callable[[Tensor, Tensor], Mapping[str, Tensor]]
     levels: Mapping[str, float] = field(default_factory=dict)
+    validation: Examples | None = None
 
 
 @dataclass(frozen=True)
@@ -120,8 +125,8 @@ class Axis:
         field: its name.
         label: of the axis in the figure.
         log: whether the values grow by ratios. The axis is logarithmic then, and trends are per doubling.
-        count: `"primary_parameters"` or `"trainable_parameters"`: figures and exponents use this number of each run in
-            place of the value.
+        count: `"primary_parameters"`, `"trainable_parameters"` or `"training_flops"`: figures and exponents use this
+            number of each run in place of the value.
     """
 
     field: str
@@ -230,6 +235,23 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """The grid of learning rates. Each method keeps the rate with the least error on the validation split.
+
+    A method is tuned at each value of the axis; a study over the learning rate itself is not tuned.
+
+    Attributes:
+        rates: the rates of each optimizer, by its name.
+        seeds: runs with each rate. They are numbered from `FIRST_TUNING_SEED` on: no run of a result has such a seed.
+    """
+
+    FIRST_TUNING_SEED: ClassVar[int] = 1_000_000
+
+    rates: Mapping[str, tuple[float, ...]]
+    seeds: int = 1
+
+
+@dataclass(frozen=True)
 class Study:
     """One figure with its table and claims: every method at every value of the axis, with every seed.
 
@@ -248,6 +270,8 @@ class Study:
         lines: the lines to draw; by default one for each method.
         published: published values of the measure, by method and value.
         note: a sentence below the figure.
+        tuning: the learning rates to choose from; None: that of the setting.
+        structure: of the task, in a few words, if the study is a frontier: one row of the page that answers.
     """
 
     name: str
@@ -264,6 +288,8 @@ class Study:
     lines: tuple[Line, ...] = ()
     published: Mapping[tuple[str, Any], float] = field(default_factory=dict)
     note: str = ""
+    tuning: Tuning | None = None
+    structure: str = ""
 
     def all_lines(self) -> tuple[Line, ...]:
         """Return the lines of the figure and of the table: those of the methods, then the levels."""
@@ -282,7 +308,10 @@ class Study:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: all values that decide its results, which also identify it among the finished runs."""
+    """One training run: all values that decide its results, which also identify it among the finished runs.
+
+    `split` is `"test"` for a run of a result, and `"validation"` for one that chooses a learning rate.
+    """
 
     experiment: str
     protocol: int
@@ -291,6 +320,7 @@ class Run:
     seed: int
     device: str
     setting: Setting
+    split: str = "test"
 
     def config(self) -> dict[str, Any]:
         """Return the run as JSON values."""

@@ -15,6 +15,7 @@ _FURTHER_STYLES = (("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "v"))
 _COUNT_LABELS = {
     "primary_parameters": "N_g or N_q, parameters of the primary",
     "trainable_parameters": "parameters trained",
+    "training_flops": "flops of training",
 }
 
 

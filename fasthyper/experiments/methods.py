@@ -7,9 +7,18 @@
     deeponet       <t(x), b(I)>     only the weights of the last layer are generated
     plain          p(x, I)          one network of x and I together
 
-All are built from the same `Architecture` and differ in nothing else. Variants of the embedding method have as many
-trained parameters in total as the hypernetwork (embedding_parameters), as much training time (embedding_time), or an E
-that is ten times as large (embedding_tenfold). A pair is two equal networks of x alone.
+All are built from the same `Architecture` and differ in nothing else. Some methods train as many parameters in total as
+the hypernetwork, and put them into different parts:
+
+    embedding_wide_e   the embedding method with a wide e
+    embedding_wide_q   with a wide q, and an E as large as a hidden layer of e
+    embedding_deep_q   the same with two more hidden layers in q
+    film_wide          FiLM with a wide q
+    attention          q(x, a(x, I)), where a attends from x to parts of I
+    plain_wide         p(x, I) with as many hidden layers as f and g together
+
+Variants of the embedding method are trained with as many flops as the hypernetwork (embedding_flops), or have an E that
+is ten times as large (embedding_tenfold). A pair is two equal networks of x alone.
 """
 
 from __future__ import annotations
@@ -27,17 +36,28 @@ from fasthyper.nn import EmbeddingNetwork, HyperLinear, Hypernetwork, parameter_
 
 HYPERNETWORK = "hypernetwork"
 EMBEDDING = "embedding"
-EQUAL_PARAMETERS = "embedding_parameters"
-EQUAL_TIME = "embedding_time"
+WIDE_E = "embedding_wide_e"
+WIDE_Q = "embedding_wide_q"
+DEEP_Q = "embedding_deep_q"
+EQUAL_FLOPS = "embedding_flops"
 TENFOLD = "embedding_tenfold"
 FILM = "film"
+FILM_WIDE = "film_wide"
+ATTENTION = "attention"
 BIASES = "biases"
 DEEPONET = "deeponet"
 PLAIN = "plain"
+PLAIN_WIDE = "plain_wide"
 PAIR = "pair"
 
-ALL = (HYPERNETWORK, EMBEDDING, EQUAL_PARAMETERS, EQUAL_TIME, FILM, BIASES)
-"""The two methods of the paper and the four that answer the usual objections to comparing only these."""
+EQUAL_TOTAL = (HYPERNETWORK, WIDE_E, WIDE_Q, DEEP_Q, FILM_WIDE, ATTENTION, PLAIN_WIDE)
+"""The methods that train equally many parameters in total: those of a frontier."""
+
+ALL = (HYPERNETWORK, EMBEDDING, EQUAL_FLOPS, FILM, BIASES, *EQUAL_TOTAL[1:])
+"""All methods that suit any task."""
+
+INITIALISATIONS = ("torch", "ours", "hyperfan", "magnitude_invariant")
+"""Of generated weights: the head as a linear layer of torch, `HyperLinear`'s own, Chang et al., and Ortiz et al."""
 
 ACTIVATIONS: Mapping[str, type[nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU, "tanh": nn.Tanh}
 
@@ -57,6 +77,9 @@ class Architecture:
         context_activation: of f and e.
         generated_bias: whether f also generates biases of g.
         embed_context: widths of the hidden layers of e; None: as in `context`.
+        size: the trained parameters in total, as a multiple of those of the hypernetwork at size 1 (for methods that
+            train as many as it), or of the method's own at size 1 (for the others).
+        initialisation: of generated weights, one of `INITIALISATIONS`.
     """
 
     cond: int
@@ -69,6 +92,8 @@ class Architecture:
     context_activation: str = "relu"
     generated_bias: bool = False
     embed_context: tuple[int, ...] | None = None
+    size: float = 1.0
+    initialisation: str = "torch"
 
 
 class Counts(NamedTuple):
@@ -79,16 +104,29 @@ class Counts(NamedTuple):
     trainable: int
 
 
+def widen_context(a: Architecture, width: int) -> Architecture:
+    """Return the sizes with hidden layers of this width in f and e."""
+    embed = None if a.embed_context is None else (width,) * len(a.embed_context)
+    return replace(a, context=(width,) * len(a.context), embed_context=embed)
+
+
+def widen_primary(a: Architecture, width: int, more: int = 0) -> Architecture:
+    """Return the sizes with hidden layers of this width in q, `more` of them, and an E as large as a layer of e."""
+    return replace(a, hidden=(width,) * (len(a.hidden) + more), embedding=_context_size(a.cond, a.context))
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to use I.
 
     Attributes:
         label: its name in figures and tables.
-        build: returns its model.
+        build: returns its model. Call `Method.model` instead, which fits the width.
         colour: of its line in figures, from the palette of Okabe and Ito, which colour-blind readers can distinguish.
         marker: of its line in figures.
-        as_long_as: another method. This method is trained for as many steps as fit into the training time of the other.
+        widen: returns the sizes of a width: the one that is fitted to a number of trained parameters.
+        equal: whether it trains as many parameters as the hypernetwork.
+        flops_of: another method. This method is trained for as many steps as fit into the flops of the other.
         embeds: whether the model depends on E.
     """
 
@@ -96,8 +134,24 @@ class Method:
     build: Callable[[Architecture], nn.Module]
     colour: str
     marker: str
-    as_long_as: str | None = None
+    widen: Callable[[Architecture, int], Architecture] = widen_context
+    equal: bool = False
+    flops_of: str | None = None
     embeds: bool = False
+
+    def model(self, a: Architecture) -> nn.Module:
+        """Return the model, as large as `a.size` says.
+
+        Raises:
+            ValueError: no width changes the number of trained parameters.
+        """
+        if not self.equal and a.size == 1:
+            return self.build(a)
+        whole = replace(a, size=1.0)
+        target = a.size * _trained(hypernetwork if self.equal else self.build, whole)
+        return self.build(
+            self.widen(whole, _fitted_width(lambda width: _trained(self.build, self.widen(whole, width)), target))
+        )
 
 
 def hypernetwork(a: Architecture) -> Hypernetwork:
@@ -120,32 +174,9 @@ def embedding_tenfold(a: Architecture) -> EmbeddingNetwork:
     return embedding(replace(a, embedding=10 * a.embedding))
 
 
-def embedding_of_equal_size(a: Architecture) -> EmbeddingNetwork:
-    """Build the embedding method, with e so wide that it trains as many parameters as the hypernetwork.
-
-    Raises:
-        ValueError: e has no hidden layer.
-    """
-    hidden = a.context if a.embed_context is None else a.embed_context
-    if not hidden:
-        raise ValueError("context: e has no hidden layer whose width could be fitted")
-
-    def of_width(width: int) -> Architecture:
-        return replace(a, embed_context=(width,) * len(hidden))
-
-    def size(build: Callable[[Architecture], nn.Module], b: Architecture) -> int:
-        with torch.device("meta"):
-            return counts(build(b)).trainable
-
-    target = size(hypernetwork, a)
-    low, high = 1, 2
-    while size(embedding, of_width(high)) < target:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if size(embedding, of_width(middle)) <= target else (low, middle)
-    width = min((low, high), key=lambda w: abs(size(embedding, of_width(w)) - target))
-    return embedding(of_width(width))
+def attention(a: Architecture) -> Attention:
+    """Build `q(x, a(x, I))`."""
+    return Attention(a)
 
 
 def deeponet(a: Architecture) -> Hypernetwork:
@@ -174,6 +205,35 @@ class Plain(nn.Module):
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """Return `(B, *, O)` for x `(B, *, I)` and cond `(B, C)`."""
         return self.primary(torch.cat([x, _over_points(cond, x).expand(*x.shape[:-1], -1)], dim=-1))
+
+
+class Attention(nn.Module):
+    """A network of x and of what x finds in I: I is cut into parts, and x attends to them.
+
+    Vaswani et al., Attention Is All You Need, NeurIPS 2017 (arXiv 1706.03762).
+    """
+
+    PARTS, HEADS = 16, 4
+
+    def __init__(self, a: Architecture) -> None:
+        super().__init__()
+        width = a.hidden[0]
+        self.parts = min(self.PARTS, a.cond)
+        features = math.ceil(a.cond / self.parts)
+        self.missing = self.parts * features - a.cond
+        self.embed = nn.Linear(features, width)
+        self.position = nn.Parameter(torch.randn(self.parts, width) / math.sqrt(width))
+        self.ask = nn.Linear(a.x, width)
+        self.attend = nn.MultiheadAttention(width, math.gcd(self.HEADS, width), batch_first=True)
+        self.primary = _network((a.x + width, *a.hidden, a.out), a.activation)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """Return `(B, *, O)` for x `(B, *, I)` and cond `(B, C)`."""
+        parts = nn.functional.pad(cond, (0, self.missing)).unflatten(1, (self.parts, -1))
+        keys = self.embed(parts) + self.position
+        points = x.view(len(x), -1, x.shape[-1])
+        found, _ = self.attend(self.ask(points), keys, keys, need_weights=False)
+        return self.primary(torch.cat([points, found], dim=-1)).view(*x.shape[:-1], -1)
 
 
 class Pair(nn.Module):
@@ -231,8 +291,15 @@ class Modulated(nn.Module):
 METHODS: Mapping[str, Method] = {
     HYPERNETWORK: Method("hypernetwork g(x; f(I))", hypernetwork, "#0072B2", "o"),
     EMBEDDING: Method("embedding q(x, e(I))", embedding, "#D55E00", "s", embeds=True),
-    EQUAL_PARAMETERS: Method("embedding, equal parameters", embedding_of_equal_size, "#E69F00", "D", embeds=True),
-    EQUAL_TIME: Method("embedding, equal time", embedding, "#CC79A7", "v", HYPERNETWORK, embeds=True),
+    EQUAL_FLOPS: Method("embedding, equal flops", embedding, "#CC79A7", "v", flops_of=HYPERNETWORK, embeds=True),
+    WIDE_E: Method("embedding, wide e", embedding, "#E69F00", "D", equal=True, embeds=True),
+    WIDE_Q: Method("embedding, wide q", embedding, "#D55E00", "p", widen_primary, equal=True),
+    DEEP_Q: Method("embedding, deep q", embedding, "#882255", "h", lambda a, w: widen_primary(a, w, 2), equal=True),
+    FILM_WIDE: Method("FiLM, wide q", lambda a: Modulated(a, film=True), "#009E73", "^", widen_primary, equal=True),
+    ATTENTION: Method("attention q(x, a(x, I))", attention, "#56B4E9", "d", widen_primary, equal=True),
+    PLAIN_WIDE: Method(
+        "one network p(x, I), wide", plain, "#7F7F7F", "*", lambda a, w: widen_primary(a, w, len(a.context)), equal=True
+    ),
     TENFOLD: Method("embedding, E ten times", embedding_tenfold, "#882255", "<", embeds=True),
     FILM: Method("FiLM q(x; γ(I), β(I))", lambda a: Modulated(a, film=True), "#009E73", "^"),
     BIASES: Method("biases only q(x; b(I))", lambda a: Modulated(a, film=False), "#56B4E9", "P"),
@@ -240,6 +307,25 @@ METHODS: Mapping[str, Method] = {
     PLAIN: Method("one network p(x, I)", plain, "#7F7F7F", "*"),
     PAIR: Method("two networks", lambda a: Pair(_network_of_x(a), _network_of_x(a)), "#0072B2", "o"),
 }
+
+
+def _trained(build: Callable[[Architecture], nn.Module], a: Architecture) -> int:
+    """Return the number of trained parameters of a model."""
+    with torch.device("meta"):
+        return counts(build(a)).trainable
+
+
+def _fitted_width(size: Callable[[int], int], target: float) -> int:
+    """Return the width whose size, an increasing function, is nearest to the target."""
+    if size(1) == size(2):
+        raise ValueError("context: there is no hidden layer whose width could be fitted")
+    low, high = 1, 2
+    while size(high) < target:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if size(middle) <= target else (low, middle)
+    return min((low, high), key=lambda width: abs(size(width) - target))
 
 
 def counts(model: nn.Module) -> Counts:

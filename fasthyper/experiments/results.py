@@ -74,7 +74,8 @@ class Row:
         context_parameters: N_f or N_e.
         primary_parameters: N_g or N_q.
         trainable_parameters: all that is trained.
-        steps: training steps. This and all further costs are medians over the seeds.
+        steps: training steps.
+        training_flops: of all steps. This and all further costs are medians over the seeds.
         step_seconds: of a training step.
         peak_temporary_bytes: of a forward and backward pass.
         fused_seconds: of a hypernetwork's step.
@@ -91,6 +92,7 @@ class Row:
     primary_parameters: int
     trainable_parameters: int
     steps: float
+    training_flops: float
     step_seconds: float
     peak_temporary_bytes: float
     fused_seconds: float | None
@@ -186,6 +188,7 @@ class Results:
             primary_parameters=found[0]["primary_parameters"],
             trainable_parameters=found[0]["trainable_parameters"],
             steps=median("steps"),
+            training_flops=median("training_flops"),
             step_seconds=median("step_seconds"),
             peak_temporary_bytes=median("peak_temporary_bytes"),
             fused_seconds=median("fused_seconds"),

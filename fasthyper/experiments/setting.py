@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from fasthyper.experiments.methods import ACTIVATIONS
+from fasthyper.experiments.methods import ACTIVATIONS, INITIALISATIONS
 
 OPTIMIZERS = ("sgd", "adam", "adadelta")
 SCHEDULES = ("constant", "cosine")
@@ -27,6 +27,8 @@ class Setting:
         optimizer: `"sgd"`, `"adam"` or `"adadelta"`.
         momentum: of SGD only.
         schedule: of the learning rate: `"constant"`, or `"cosine"`, which falls to 0.
+        size: as in `Architecture`.
+        initialisation: as in `Architecture`.
 
     Raises:
         ValueError: a number out of range, or an unknown optimizer, schedule or activation.
@@ -40,6 +42,8 @@ class Setting:
     optimizer: str = "sgd"
     momentum: float = 0.0
     schedule: str = "constant"
+    size: float = 1.0
+    initialisation: str = "torch"
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -52,9 +56,15 @@ class Setting:
                 isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
             ):
                 raise ValueError(f"{name}: expected a finite number that is not negative, got {value!r}")
-        if self.lr <= 0:
-            raise ValueError(f"lr: expected a positive finite number, got {self.lr!r}")
-        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("activation", tuple(ACTIVATIONS))):
+        for name in ("lr", "size"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: expected a positive finite number, got {getattr(self, name)!r}")
+        for name, known in (
+            ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+            ("activation", tuple(ACTIVATIONS)),
+            ("initialisation", INITIALISATIONS),
+        ):
             if getattr(self, name, known[0]) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
 

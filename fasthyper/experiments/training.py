@@ -8,11 +8,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fasthyper.backends import use_backend
 from fasthyper.experiments.experiment import Batch, Examples, Experiment, Run, Task, stream
@@ -36,6 +37,7 @@ class Metrics:
         primary_parameters: N_g, weights that f generates, or N_q, trainable parameters of q.
         trainable_parameters: all that is trained.
         steps: training steps.
+        training_flops: flops of all steps: forward and backward, with generated weights counted as if written out.
         step_seconds: median time of a step: forward, loss, backward and update, without drawing the batch.
         run_seconds: time of the whole run.
         peak_temporary_bytes: temporary memory of a forward and backward pass, without outputs and gradients.
@@ -51,6 +53,7 @@ class Metrics:
     primary_parameters: int
     trainable_parameters: int
     steps: int
+    training_flops: int
     step_seconds: float
     run_seconds: float
     peak_temporary_bytes: int
@@ -102,6 +105,7 @@ def train(
         primary_parameters=sizes.primary,
         trainable_parameters=sizes.trainable,
         steps=steps,
+        training_flops=steps * _step_flops(trainer.model, task, run),
         step_seconds=statistics.median(seconds),
         run_seconds=time.perf_counter() - begin,
         **cost,
@@ -143,7 +147,9 @@ def build(experiment: Experiment, run: Run, method: str | None = None) -> nn.Mod
     """Return the model of a run, on the CPU, initialised from its seed. Torch's global generator does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(run.seed, "weights"))
-        return METHODS[method or run.method].build(experiment.architecture(run))
+        setting = run.setting
+        sizes = replace(experiment.architecture(run), size=setting.size, initialisation=setting.initialisation)
+        return METHODS[method or run.method].model(sizes)
 
 
 def batches(run: Run, examples: Examples, generator: torch.Generator) -> Iterator[Batch]:
@@ -173,15 +179,21 @@ def _endless_batches(run: Run, task: Task, generator: torch.Generator) -> Iterat
 
 
 def _steps(experiment: Experiment, run: Run, task: Task, steps: int) -> int:
-    """Return the given number of training steps, or as many as fit into the training time of another method."""
-    other = METHODS[run.method].as_long_as
+    """Return the given number of training steps, or as many as fit into the training flops of another method."""
+    other = METHODS[run.method].flops_of
     if other is None:
         return steps
-    device = torch.device(run.device)
+    theirs, own = (_step_flops(build(experiment, run, m).to(run.device), task, run) for m in (other, run.method))
+    return max(1, round(steps * theirs / own))
+
+
+def _step_flops(model: nn.Module, task: Task, run: Run) -> int:
+    """Return the flops of forward and backward of a training batch. Deletes the gradients."""
     batch = _sample_batch(run, task)
-    trainers = [Trainer(build(experiment, run, m).to(device), task, run.setting, device) for m in (other, run.method)]
-    other_seconds, own_seconds = interleaved_seconds([lambda t=t: t.step(batch) for t in trainers], TIMED_STEPS, device)  # type: ignore[misc]
-    return max(1, round(steps * other_seconds / own_seconds))
+    with FlopCounterMode(display=False) as counter:
+        task.loss(model(batch.x, batch.cond), batch.target).backward()
+    model.zero_grad()
+    return int(counter.get_total_flops())
 
 
 def _cost(trainer: Trainer, task: Task, run: Run) -> dict[str, Any]:

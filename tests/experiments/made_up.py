@@ -61,6 +61,7 @@ def records_of(comparison, errors, counts=lambda run: 100, **extra):
             "primary_parameters": counts(run),
             "trainable_parameters": 2000,
             "steps": 12 + run.seed,
+            "training_flops": 1000 * (12 + run.seed),
             "step_seconds": 0.001 * (run.seed + 1),
             "run_seconds": 1.0,
             "peak_temporary_bytes": 2048 + run.seed,

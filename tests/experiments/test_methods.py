@@ -16,13 +16,13 @@ from fasthyper.experiments.methods import (
     BIASES,
     DEEPONET,
     EMBEDDING,
-    EQUAL_PARAMETERS,
-    EQUAL_TIME,
+    EQUAL_FLOPS,
     FILM,
     HYPERNETWORK,
     METHODS,
     PAIR,
     PLAIN,
+    WIDE_E,
     Architecture,
     counts,
 )
@@ -113,7 +113,7 @@ def test_a_hypernetwork_applies_the_weights_that_f_gives(a):
 
 
 @pytest.mark.parametrize("a", [SMALL, DEEP, replace(DEEP, embed_context=(3,)), replace(DEEP, embed_context=())])
-@pytest.mark.parametrize("name", [EMBEDDING, EQUAL_TIME])
+@pytest.mark.parametrize("name", [EMBEDDING, EQUAL_FLOPS])
 def test_the_embedding_method_concatenates(name, a):
     model = build(name, a)
     x, cond = inputs(a, N)
@@ -237,8 +237,8 @@ def rotations():
 @pytest.mark.parametrize("a", [*rotations(), replace(SMALL, hidden=(40,)), replace(BIASED, context=(90, 60, 80))])
 def test_equal_parameters_are_equal(a):
     with torch.device("meta"):
-        target, found = (counts(METHODS[name].build(a)).trainable for name in (HYPERNETWORK, EQUAL_PARAMETERS))
-        model = METHODS[EQUAL_PARAMETERS].build(a)
+        target, found = (counts(METHODS[name].build(a)).trainable for name in (HYPERNETWORK, WIDE_E))
+        model = METHODS[WIDE_E].build(a)
     assert found == pytest.approx(target, rel=0.03)
     widths = {layer.out_features for layer in linears(model.embed)[:-1]}
     assert len(widths) == 1
@@ -247,7 +247,7 @@ def test_equal_parameters_are_equal(a):
 
 def test_without_a_hidden_layer_there_is_no_width_to_fit():
     with pytest.raises(ValueError, match="context: e has no hidden layer"):
-        METHODS[EQUAL_PARAMETERS].build(replace(SMALL, context=()))
+        METHODS[WIDE_E].build(replace(SMALL, context=()))
 
 
 @pytest.mark.parametrize("name", [HYPERNETWORK, DEEPONET])
@@ -270,8 +270,8 @@ def test_all_of_the_papers_and_reviewers_methods_are_told_apart():
     assert set(ALL) <= set(METHODS)
     for attribute in ("label", "colour", "marker"):
         assert len({getattr(METHODS[name], attribute) for name in (*ALL, DEEPONET, PLAIN)}) == len(ALL) + 2
-    assert {EMBEDDING, EQUAL_PARAMETERS, EQUAL_TIME} <= {name for name in METHODS if METHODS[name].embeds}
+    assert {EMBEDDING, WIDE_E, EQUAL_FLOPS} <= {name for name in METHODS if METHODS[name].embeds}
     assert not any(METHODS[name].embeds for name in (HYPERNETWORK, FILM, BIASES, DEEPONET, PLAIN, PAIR))
     assert {name: METHODS[name].as_long_as for name in METHODS if METHODS[name].as_long_as} == {
-        EQUAL_TIME: HYPERNETWORK
+        EQUAL_FLOPS: HYPERNETWORK
     }

@@ -10,7 +10,7 @@ from tiny_experiment import BOTH, SETTING, TEST, TINY, TRAIN, comparison_of, tas
 from fasthyper import backends
 from fasthyper.experiments import training
 from fasthyper.experiments.experiment import Batch, Examples, Run, Task, stream
-from fasthyper.experiments.methods import EMBEDDING, EQUAL_TIME, HYPERNETWORK, METHODS, counts
+from fasthyper.experiments.methods import EMBEDDING, EQUAL_FLOPS, HYPERNETWORK, METHODS, counts
 from fasthyper.experiments.training import batches, build, evaluate, train
 
 
@@ -229,7 +229,7 @@ def test_equal_time_is_as_many_steps_as_the_clock_says(monkeypatch, its, own, st
         return [its, own]
 
     monkeypatch.setattr(training, "interleaved_seconds", clock)
-    metrics = train(TINY, run_of(EQUAL_TIME), None)
+    metrics = train(TINY, run_of(EQUAL_FLOPS), None)
     assert metrics.steps == steps
     assert timed == [[counts(build(TINY, run_of(method))) for method in (HYPERNETWORK, EMBEDDING)]]
     if steps % 3 == 0:
@@ -239,7 +239,7 @@ def test_equal_time_is_as_many_steps_as_the_clock_says(monkeypatch, its, own, st
 
 def test_equal_time_is_measured_on_a_model_of_its_own():
     """The model that is timed is not the one that is trained."""
-    metrics = train(TINY, run_of(EQUAL_TIME), None)
+    metrics = train(TINY, run_of(EQUAL_FLOPS), None)
     if metrics.steps % 3 == 0:
         assert measured(train(TINY, run_of(EMBEDDING, epochs=metrics.steps // 3), None)) == measured(metrics)
     assert metrics.fused_seconds is None

@@ -22,7 +22,7 @@ from fasthyper import cli
 from fasthyper.experiments import EXPERIMENTS, Comparison, run_comparison
 from fasthyper.experiments.claims import Flat, Improves, Wins
 from fasthyper.experiments.experiment import ASKED, Axis, Examples, Experiment, Measure, Study, Task
-from fasthyper.experiments.methods import EMBEDDING, EQUAL_TIME, HYPERNETWORK, Architecture
+from fasthyper.experiments.methods import EMBEDDING, EQUAL_FLOPS, HYPERNETWORK, Architecture
 from fasthyper.experiments.setting import Setting
 from fasthyper.experiments.store import config_key
 
@@ -50,7 +50,7 @@ def studies(preset, data):
             title="Over depth",
             axis=Axis("depth", "layers"),
             values=(2, 3),
-            methods=(*BOTH, EQUAL_TIME),
+            methods=(*BOTH, EQUAL_FLOPS),
             setting=SETTING,
             seeds=seeds,
             measure=error,

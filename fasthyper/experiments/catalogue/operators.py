@@ -28,10 +28,10 @@ from fasthyper.experiments.methods import (
     BIASES,
     DEEPONET,
     EMBEDDING,
-    EQUAL_PARAMETERS,
-    EQUAL_TIME,
+    EQUAL_FLOPS,
     FILM,
     HYPERNETWORK,
+    WIDE_E,
     Architecture,
 )
 from fasthyper.experiments.setting import ContextSetting
@@ -155,8 +155,8 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
                 for what, over, whose in (
                     ("concatenation", EMBEDDING, _PAPER),
                     ("DeepONet", DEEPONET, _PAPER),
-                    ("concatenation with as many parameters", EQUAL_PARAMETERS, ASKED),
-                    ("concatenation trained for as long", EQUAL_TIME, ASKED),
+                    ("concatenation with as many parameters", WIDE_E, ASKED),
+                    ("concatenation trained for as long", EQUAL_FLOPS, ASKED),
                     ("FiLM", FILM, ASKED),
                     ("generated biases", BIASES, ASKED),
                 )
