@@ -10,8 +10,11 @@ The modules, in the order in which they build on each other:
     experiment     the types that declare an experiment: start here to write one
     comparison     chosen studies of an experiment, and the runs that they need
     training       one run
+    significance   tests of significance and their power
     results        the statistics of one study
-    claims         the claims that are judged from these statistics
+    words          these statistics in words
+    claims         the claims about a study, each with its test
+    verdicts       the verdicts on all claims of a page
     catalogue      the experiments, and the table of them by name
     summary        the results and findings of a comparison
     figures, report                    the summary as CSV and as one HTML page
@@ -20,7 +23,7 @@ The modules, in the order in which they build on each other:
 
 from fasthyper.experiments.catalogue import EXPERIMENTS
 from fasthyper.experiments.catalogue.rotation import ROTATION
-from fasthyper.experiments.claims import Exponent, FallsAtEachStep, Flat, Improves, Steeper, WellBelow, Wins
+from fasthyper.experiments.claims import Exponent, FallsAtEachStep, Flat, Improves, Learns, Steeper, WellBelow, Wins
 from fasthyper.experiments.comparison import Comparison
 from fasthyper.experiments.distributed import WorkerFailed
 from fasthyper.experiments.experiment import (
@@ -30,6 +33,7 @@ from fasthyper.experiments.experiment import (
     DatasetUnavailable,
     Examples,
     Experiment,
+    Finding,
     Line,
     Measure,
     Run,
@@ -40,6 +44,7 @@ from fasthyper.experiments.methods import ALL, METHODS, Architecture
 from fasthyper.experiments.runner import run_comparison
 from fasthyper.experiments.setting import Setting
 from fasthyper.experiments.summary import Summary
+from fasthyper.experiments.verdicts import judged
 
 __all__ = [
     "ALL",
@@ -56,8 +61,10 @@ __all__ = [
     "Experiment",
     "Exponent",
     "FallsAtEachStep",
+    "Finding",
     "Flat",
     "Improves",
+    "Learns",
     "Line",
     "Measure",
     "Run",
@@ -69,5 +76,6 @@ __all__ = [
     "WellBelow",
     "Wins",
     "WorkerFailed",
+    "judged",
     "run_comparison",
 ]

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fasthyper.experiments.methods import METHODS, Architecture
 from fasthyper.experiments.setting import Setting
+from fasthyper.experiments.significance import Outcome
 
 PAPER = "the paper"
 ASKED = "asked here"
@@ -35,7 +36,7 @@ UNDECIDED = "undecided"
 UNMET = "premise unmet"
 MEASURED = "measured"
 _OF_A_PAPER = ("reproduced", "not reproduced")
-_VERDICTS = {ASKED: ("holds", "does not hold"), THEOREM: ("in line", "not in line")}
+_ASKED_HERE = ("holds", "does not hold")
 
 _PURPOSES = ("weights", "order", "test", "task")
 
@@ -188,10 +189,13 @@ class Finding:
     Attributes:
         claim: its text.
         whose: the source of the claim, see `Claim`.
-        verdict: for a claim of a paper `"reproduced"` or `"not reproduced"`, for one of this library `"holds"` or
-            `"does not hold"`, for a theorem `"in line"` or `"not in line"`; for all of them `"undecided"`.
+        verdict: for a claim of a paper `"reproduced"` or `"not reproduced"`, for another one `"holds"` or `"does not
+            hold"`; for all of them `"undecided"`, `"premise unmet"`, or `"measured"` where nothing is tested.
         evidence: the numbers behind the verdict.
         rule: the condition under which the verdict is yes.
+        p: the two-sided p-value of the test of the claim; None if there is no test, or one seed only.
+        adjusted: the same after Holm's correction for all claims of the page.
+        detects: the smallest effect that the test would find with a chance of 80 %, in words.
     """
 
     claim: str
@@ -199,39 +203,50 @@ class Finding:
     verdict: str
     evidence: str
     rule: str
+    p: float | None = None
+    adjusted: float | None = None
+    detects: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
     """A statement about the results of a study. `fasthyper.experiments.claims` has the usual ones.
 
-    A subclass defines `rule`, the condition of a yes in words, and `judge`.
+    A subclass defines `rule`, the condition of a yes in words, and `concerns`, `test`, `evidence` and `detects`. Their
+    argument `results` is the `fasthyper.experiments.results.Results` of the study. `fasthyper.experiments.verdicts`
+    judges all claims of a page together.
 
     Attributes:
         text: the statement.
         whose: its source: `PAPER`, `ASKED` (this library), `THEOREM`, or the name of another paper.
+        premises: claims without which this one says nothing. Where one of them is not a yes, the verdict is `"premise
+            unmet"`.
     """
 
     text: str
     whose: str = PAPER
+    premises: tuple[Claim, ...] = ()
     rule: ClassVar[str]
 
-    def judge(self, results: Any) -> Finding | None:
-        """Judge the claim; see `finding`.
-
-        Args:
-            results: the `fasthyper.experiments.results.Results` of the study.
-
-        Returns:
-            The finding, or None if the study lacks a method that the claim is about.
-        """
+    def concerns(self, results: Any) -> bool:
+        """Return whether the study has all methods and values that the claim is about."""
         raise NotImplementedError
 
-    def finding(self, holds: bool | None, evidence: str) -> Finding:
-        """Return the finding, with the verdict in words; `holds` is None if the intervals allow yes and no."""
-        yes, no = _VERDICTS.get(self.whose, _OF_A_PAPER)
-        verdict = UNDECIDED if holds is None else yes if holds else no
-        return Finding(self.text, self.whose, verdict, evidence, self.rule)
+    def test(self, results: Any) -> Outcome | None:
+        """Return the outcome of the one test of the claim; None if the claim is not tested, only measured."""
+        raise NotImplementedError
+
+    def evidence(self, results: Any, level: float) -> str:
+        """Return the numbers behind the verdict, in words; `level` is that of a single test, for its power."""
+        raise NotImplementedError
+
+    def detects(self, results: Any, level: float) -> str:
+        """Return the smallest effect that the test would find at this level with a chance of 80 %, in words."""
+        return ""
+
+    def verdict(self, yes: bool) -> str:
+        """Return yes or no in the words for the source of the claim."""
+        return (_ASKED_HERE if self.whose == ASKED else _OF_A_PAPER)[0 if yes else 1]
 
 
 @dataclass(frozen=True)

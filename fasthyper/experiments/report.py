@@ -15,7 +15,7 @@ from fasthyper.experiments.experiment import Study, value_text
 from fasthyper.experiments.figures import figure_png
 from fasthyper.experiments.files import write_atomically
 from fasthyper.experiments.methods import HYPERNETWORK
-from fasthyper.experiments.results import Results, Row, exp
+from fasthyper.experiments.results import Results, Row
 from fasthyper.experiments.summary import Summary
 
 REPORT_FILES = ("summary.csv", "report.html")
@@ -134,26 +134,29 @@ def report_html(summaries: Sequence[Summary]) -> str:
 
 
 def measured_text(results: Results, row: Row) -> str:
-    """Return the mean and its interval as the table shows them."""
+    """Return the mean and its interval as the table shows them, and how many runs diverged."""
     measure = results.study.measure
-    return row.measured.map(measure.displayed).text(".1f" if measure.percent else ".3g", "diverged")
+    text = row.measured.map(measure.displayed).text(".1f" if measure.percent else ".3g", "diverged")
+    return f"{text}, {row.diverged} of {row.seeds} diverged" if 0 < row.diverged < row.seeds else text
 
 
 def _paired(results: Results, row: Row) -> str:
     """Return how much less the hypernetwork's error is, paired by seed: a factor, or a difference."""
-    if row.line.method == HYPERNETWORK and not row.line.dashed:
+    if row.paired is None:
         return ""
     measure = results.study.measure
-    advantage = results.advantage(HYPERNETWORK, row.line.key, row.value)
-    if measure.log:
-        return "× " + advantage.map(exp).text(".3g", "diverged")
-    return advantage.map(measure.displayed).text(".1f", "diverged")
+    return (
+        "× " + row.paired.text(".3g", "diverged")
+        if measure.log
+        else row.paired.map(measure.displayed).text(".1f", "diverged")
+    )
 
 
 def _csv_values(row: Row) -> dict[str, Any]:
     values = asdict(row)
-    line, measured = values.pop("line"), values.pop("measured")
-    return {"method": line["method"], "measure": line["measure"], **values, **measured}
+    line, measured, paired = (values.pop(name) for name in ("line", "measured", "paired"))
+    beside = {f"paired_{name}": "" if paired is None else paired[name] for name in ("mean", "low", "high")}
+    return {"method": line["method"], "measure": line["measure"], **values, **measured, **beside}
 
 
 def _settings(study: Study) -> str:

@@ -1,4 +1,10 @@
-"""Statistics of one study: means over seeds with confidence intervals, paired differences, trends and exponents."""
+"""Statistics of one study: means over seeds with confidence intervals, paired differences, trends and exponents.
+
+A run diverged if its measure or its training loss is not finite. Its error counts as that of the worst level of the
+study, such as the best constant, or as that of the worst finished run at the same value, whichever is larger: to
+diverge is never an advantage. If the study has no level, the run is missing: its seed is left out where it is needed,
+and there is no verdict in favour of its line.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fasthyper.experiments.experiment import Line, Study
+from fasthyper.experiments.methods import HYPERNETWORK
 
 _TINY = 1e-300
 
@@ -23,7 +30,9 @@ class Interval:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval:
-        """Return the interval of the mean of independent values; if one is not finite, an unbounded one around NaN.
+        """Return the interval of the mean of independent values.
+
+        It is unbounded around NaN if there is no value, or one that is not finite.
 
         Example:
             >>> Interval.of([1.0, 2.0, 3.0])
@@ -31,7 +40,7 @@ class Interval:
         """
         from scipy import stats
 
-        if not all(map(math.isfinite, values)):
+        if not values or not all(map(math.isfinite, values)):
             return cls(math.nan, -math.inf, math.inf)
         mean = statistics.fmean(values)
         if len(values) < 2:
@@ -70,7 +79,10 @@ class Row:
         line: the line.
         value: the value of the axis.
         seeds: how many runs.
-        measured: the mean of the measure.
+        diverged: how many of them diverged.
+        measured: the mean of the measure. Diverged runs count as the module says; if all diverged, it is NaN.
+        paired: the measure divided by the hypernetwork's, paired by seed, if the study compares by ratios; otherwise
+            minus it. None for the hypernetwork itself, and in studies without it.
         context_parameters: N_f or N_e.
         primary_parameters: N_g or N_q.
         trainable_parameters: all that is trained.
@@ -87,7 +99,9 @@ class Row:
     line: Line
     value: Any
     seeds: int
+    diverged: int
     measured: Interval
+    paired: Interval | None
     context_parameters: int
     primary_parameters: int
     trainable_parameters: int
@@ -114,6 +128,8 @@ class Results:
     def __init__(self, study: Study, metrics: Mapping[tuple[str, Any], Sequence[Mapping[str, Any]]]) -> None:
         self.study = study
         self.metrics = metrics
+        self._levels = tuple(name for name, _ in study.levels)
+        self._per_seed: dict[tuple[str, Any], list[float]] = {}
 
     def line(self, name: str) -> Line:
         """Return the line that has this name in claims."""
@@ -124,40 +140,69 @@ class Results:
         """Return whether the study has the methods of all these lines."""
         return all(self.line(name).method in self.study.methods for name in names)
 
+    def diverged(self, line: Line, value: Any) -> int:
+        """Return how many runs of a line diverged."""
+        return sum(math.isnan(self._error(metrics, line.measure)) for metrics in self.metrics[line.method, value])
+
     def per_seed(self, line: Line, value: Any) -> list[float]:
-        """Return the measure of each seed, infinite if the run diverged; logarithms if the study compares by ratios."""
-        found = (metrics["measures"][line.measure] for metrics in self.metrics[line.method, value])
-        numbers = [math.inf if number is None else number for number in found]
-        return [math.log(max(number, _TINY)) if self.study.measure.log else number for number in numbers]
+        """Return the measure of each seed; logarithms if the study compares by ratios.
+
+        It is NaN if the run is missing: it diverged, and nothing stands for its error.
+        """
+        key = line.key, value
+        if key not in self._per_seed:
+            found = [(m, self._error(m, line.measure)) for m in self.metrics[line.method, value]]
+            numbers = [self._stand_in(m, line.measure, value) if math.isnan(e) else e for m, e in found]
+            self._per_seed[key] = [math.log(max(e, _TINY)) for e in numbers] if self.study.measure.log else numbers
+        return self._per_seed[key]
+
+    def missing(self, name: str, values: Sequence[Any]) -> bool:
+        """Return whether a run of a line is missing."""
+        return any(math.isnan(number) for value in values for number in self.per_seed(self.line(name), value))
 
     def measured(self, line: Line, value: Any) -> Interval:
-        """Return the mean over seeds: the geometric mean if the study compares by ratios."""
-        interval = Interval.of(self.per_seed(line, value))
+        """Return the mean over seeds: the geometric mean if the study compares by ratios. NaN if all diverged."""
+        if self.diverged(line, value) == len(self.metrics[line.method, value]):
+            return Interval.of([])
+        interval = Interval.of(finite(self.per_seed(line, value)))
         return interval.map(exp) if self.study.measure.log else interval
 
     def mean_of(self, row: Row, measure: str) -> float:
         """Return the mean of another measure of the runs of a row, as `measured` does."""
         return self.measured(Line(row.line.method, measure, measure), row.value).mean
 
-    def advantage(self, name: str, over: str, value: Any) -> Interval:
-        """Return how much less `name` is than `over`, paired by seed: a difference, or the logarithm of a ratio."""
+    def differences(self, name: str, over: str, value: Any) -> list[float]:
+        """Return of each seed how much less `name` is than `over`: a difference, or the logarithm of a ratio."""
         pairs = zip(self.per_seed(self.line(over), value), self.per_seed(self.line(name), value), strict=True)
-        return Interval.of([b - a if math.isfinite(a) and math.isfinite(b) else math.nan for b, a in pairs])
+        return [b - a for b, a in pairs]
 
-    def trend(self, name: str) -> Interval:
+    def advantage(self, name: str, over: str, value: Any) -> Interval:
+        """Return the mean of `differences`."""
+        return Interval.of(finite(self.differences(name, over, value)))
+
+    def slopes(self, name: str) -> list[float]:
         """Return the least-squares slope of each seed: per unit of the axis, or per doubling if the axis is `log`."""
         axis = self.study.axis
         positions = [math.log2(value) if axis.log else float(value) for value in self.study.values]
-        return Interval.of(self._slopes(self.line(name), [positions] * self.study.seeds))
+        return self._slopes(self.line(name), [positions] * self.study.seeds)
+
+    def trend(self, name: str) -> Interval:
+        """Return the mean of `slopes`."""
+        return Interval.of(finite(self.slopes(name)))
+
+    @property
+    def negligible_fall(self) -> float:
+        """The largest fall, per unit or doubling of the axis, that counts as none: 2 % in logarithms, or 0.01."""
+        return math.log(1.02) if self.study.measure.log else 0.01
 
     def exponent(self, name: str) -> Interval:
         """Return the exponent of a power law in the number of parameters `axis.count`, fitted for each seed."""
-        return Interval.of(self._exponents(name))
+        return Interval.of(finite(self._exponents(name)))
 
     def exponent_difference(self, name: str, other: str) -> Interval:
         """Return the exponent of `name` minus that of `other`, paired by seed."""
         pairs = zip(self._exponents(name), self._exponents(other), strict=True)
-        return Interval.of([a - b for a, b in pairs])
+        return Interval.of(finite([a - b for a, b in pairs]))
 
     def _exponents(self, name: str) -> list[float]:
         line, count = self.line(name), str(self.study.axis.count)
@@ -183,7 +228,9 @@ class Results:
             line=line,
             value=value,
             seeds=len(found),
+            diverged=self.diverged(line, value),
             measured=self.measured(line, value),
+            paired=self._paired(line, value),
             context_parameters=found[0]["context_parameters"],
             primary_parameters=found[0]["primary_parameters"],
             trainable_parameters=found[0]["trainable_parameters"],
@@ -196,6 +243,32 @@ class Results:
             materialised_bytes=median("materialised_bytes"),
             published=None if line.dashed else self.study.published.get((line.method, value)),
         )
+
+    def _paired(self, line: Line, value: Any) -> Interval | None:
+        if HYPERNETWORK not in self.study.methods or (line.method == HYPERNETWORK and not line.dashed):
+            return None
+        advantage = self.advantage(HYPERNETWORK, line.key, value)
+        return advantage.map(exp) if self.study.measure.log else advantage
+
+    def _error(self, metrics: Mapping[str, Any], measure: str) -> float:
+        """Return the measure of a run; NaN if the run diverged. Levels are known in any case."""
+        numbers = (metrics["measures"][measure], 0.0 if measure in self._levels else metrics["train_loss"])
+        return numbers[0] if all(n is not None and math.isfinite(n) for n in numbers) else math.nan
+
+    def _stand_in(self, metrics: Mapping[str, Any], measure: str, value: Any) -> float:
+        """Return the number that stands for a measure of a run that diverged; NaN if there is none."""
+        compared = {self.study.measure.name, *(line.measure for line in self.study.lines)}
+        levels = finite([self._error(metrics, name) for name in self._levels])
+        if measure not in compared or not levels:
+            return math.nan
+        runs = (run for method in self.study.methods for run in self.metrics[method, value])
+        others = [self._error(run, measure) for run in runs if measure in run["measures"]]
+        return max(levels + finite(others))
+
+
+def finite(numbers: Sequence[float]) -> list[float]:
+    """Return those of the numbers that are finite."""
+    return [number for number in numbers if math.isfinite(number)]
 
 
 def _slope(positions: Sequence[float], values: Sequence[float]) -> float:

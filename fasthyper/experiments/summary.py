@@ -10,6 +10,7 @@ from fasthyper.experiments.comparison import Comparison
 from fasthyper.experiments.experiment import Finding, Study
 from fasthyper.experiments.results import Results
 from fasthyper.experiments.store import Record, config_key
+from fasthyper.experiments.verdicts import judged
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,8 @@ def summarise(comparison: Comparison, records: Sequence[Record]) -> Summary:
         Results(study, {(m, v): metrics(study, m, v) for m in study.methods for v in study.values})
         for study in comparison.studies
     )
-    findings = tuple((r.study, f) for r in results for claim in r.study.claims if (f := claim.judge(r)) is not None)
     versions: list[Mapping[str, str]] = []
     for record in records:
         if record["versions"] not in versions:
             versions.append(record["versions"])
-    return Summary(comparison, results, findings, tuple(versions))
+    return Summary(comparison, results, judged(results), tuple(versions))

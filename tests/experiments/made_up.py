@@ -10,7 +10,9 @@ from tiny_experiment import BOTH, SETTING, TINY
 from fasthyper.experiments.comparison import Comparison
 from fasthyper.experiments.experiment import Axis, Measure, Study
 from fasthyper.experiments.methods import HYPERNETWORK
+from fasthyper.experiments.results import Results
 from fasthyper.experiments.summary import summarise
+from fasthyper.experiments.verdicts import judged
 
 DEPTH = Axis("depth", "layers of f and e")
 PERCENT = Measure("error", "test error", percent=True)
@@ -84,3 +86,9 @@ def results_of(errors, values=(2, 3), **options):
 
 def pair(hypernetwork, embedding):
     return dict(zip(BOTH, map(np.asarray, (hypernetwork, embedding)), strict=True))
+
+
+def finding_of(claim, results):
+    """Return the finding on a claim that is alone on its page; None if there is none."""
+    found = judged([Results(replace(results.study, claims=(claim,)), results.metrics)])
+    return found[0][1] if found else None

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from made_up import JITTER, LOG, PERCENT, pair, results_of
+from made_up import JITTER, LOG, PERCENT, comparison_of, pair, records_of, results_of, study_of
 from scipy import stats
 
 from fasthyper.experiments.experiment import Axis
 from fasthyper.experiments.results import Interval
+from fasthyper.experiments.summary import summarise
 
 RANDOM = np.random.default_rng(0)
 HYPER = 0.2 - 0.02 * np.arange(3) + 0.01 * RANDOM.standard_normal((4, 3))
@@ -146,23 +147,89 @@ def test_the_exponent_of_an_exact_power_law():
     np.testing.assert_allclose((found.mean, found.low, found.high), -2.0, atol=1e-6)
 
 
+def broken(*places):
+    """Return the errors of the hypernetwork with diverged runs."""
+    errors = HYPER.copy()
+    for place in places:
+        errors[place] = np.nan
+    return errors
+
+
+FLOOR = {"levels": (("floor", "the floor"), ("lower", "a lower one")), "extra": {"floor": 0.9, "lower": 0.4}}
+
+
 @pytest.mark.parametrize("measure", [PERCENT, LOG])
-def test_where_a_run_diverged_nothing_is_known(measure):
-    broken = HYPER.copy()
-    broken[1, 1] = np.nan
-    results = results_of(pair(broken, EMBED), DEPTHS, measure=measure, axis=replace(WIDTHS, field="depth"))
-    for found in (
-        results.rows()[1].measured,
-        results.advantage("hypernetwork", "embedding", 3),
-        results.advantage("embedding", "hypernetwork", 3),
-        results.trend("hypernetwork"),
-        results.exponent("hypernetwork"),
-        results.exponent_difference("embedding", "hypernetwork"),
-    ):
-        assert math.isnan(found.mean)
-        assert (found.low, found.high) in ((-math.inf, math.inf), (0.0, math.inf))
-    for found in (results.rows()[0].measured, results.advantage("hypernetwork", "embedding", 5)):
-        assert math.isfinite(found.low)
+def test_a_diverged_run_without_a_level_is_left_out(measure):
+    options = {"axis": replace(WIDTHS, field="depth"), "counts": lambda run: run.setting.depth}
+    results = results_of(pair(broken((1, 1)), EMBED), DEPTHS, measure=measure, **options)
+    kept, shape = [0, 2, 3], np.log if measure.log else np.asarray
+    row = results.rows()[1]
+    assert row.measured.mean == pytest.approx((stats.gmean if measure.log else np.mean)(HYPER[kept, 1]))
+    assert (row.seeds, row.diverged) == (4, 1)
+    same(results.advantage("hypernetwork", "embedding", 3), (shape(EMBED) - shape(HYPER))[kept, 1])
+    same(results.trend("hypernetwork"), [stats.linregress(DEPTHS, r).slope for r in shape(HYPER)[kept]])
+    exponents = [[stats.linregress(np.log(DEPTHS), r).slope for r in shape(e)[kept]] for e in (HYPER, EMBED)]
+    same(results.exponent("hypernetwork"), exponents[0])
+    same(results.exponent_difference("hypernetwork", "embedding"), np.subtract(*exponents))
+    assert results.missing("hypernetwork", DEPTHS)
+    assert not results.missing("hypernetwork", (2, 5))
+    assert not results.missing("embedding", DEPTHS)
+
+
+@pytest.mark.parametrize(("worst", "expected"), [(0.5, 0.9), (1.5, 1.5)])
+def test_a_diverged_run_counts_as_the_worst_level_or_run_at_its_value(worst, expected):
+    other = EMBED.copy()
+    other[3, 1], other[0, 0] = worst, 7.0  # the second is at another value
+    results = results_of(pair(broken((1, 1)), other), DEPTHS, **FLOOR)
+    counted = HYPER[:, 1].copy()
+    counted[1] = expected
+    row = results.rows()[1]
+    same(row.measured, counted)
+    assert (row.diverged, results.rows()[0].diverged) == (1, 0)
+    same(results.advantage("hypernetwork", "embedding", 3), other[:, 1] - counted)
+    assert not results.missing("hypernetwork", DEPTHS)
+
+
+def test_levels_do_not_stand_for_measures_in_other_units():
+    errors = {**pair(broken((1, 1)), EMBED), "hypernetwork:apart": broken((1, 1))}
+    results = results_of(errors, DEPTHS, **FLOOR)
+    assert results.missing("hypernetwork:apart", DEPTHS)
+    assert results.mean_of(results.rows()[1], "apart") == pytest.approx(HYPER[[0, 2, 3], 1].mean())
+
+
+@pytest.mark.parametrize("loss", [None, math.inf])
+def test_a_run_whose_training_loss_is_not_finite_diverged_whatever_its_error(loss):
+    """A classifier whose outputs are not numbers has an error of 92 % in all seeds."""
+    comparison = comparison_of(study_of(pair(HYPER, EMBED), DEPTHS, levels=FLOOR["levels"]))
+    records = records_of(comparison, pair(HYPER, EMBED), **FLOOR["extra"])
+    assert records[0]["config"]["setting"]["depth"] == 2
+    records[0]["metrics"]["train_loss"] = loss
+    results = summarise(comparison, records).results[0]
+    row, level = results.rows()[0], results.rows()[6]
+    assert row.diverged == 1
+    same(row.measured, [0.9, *HYPER[1:, 0]])
+    assert (level.line.measure, level.diverged, level.measured.mean) == ("floor", 0, pytest.approx(0.9))
+
+
+def test_where_all_runs_diverged_there_is_no_mean():
+    row = results_of(pair(broken(np.s_[:, 1]), EMBED), DEPTHS, **FLOOR).rows()[1]
+    assert (row.diverged, row.measured.low, row.measured.high) == (4, -math.inf, math.inf)
+    assert math.isnan(row.measured.mean)
+
+
+@pytest.mark.parametrize("measure", [PERCENT, LOG])
+def test_rows_have_the_ratio_to_the_hypernetwork_paired_by_seed(measure):
+    rows = results_of(pair(HYPER, EMBED), DEPTHS, measure=measure, **FLOOR).rows()
+    assert [row.paired for row in rows[:3]] == [None] * 3
+    for row, hyper, other in zip(rows[3:9], [*HYPER.T, *HYPER.T], [*EMBED.T, *np.full((3, 4), 0.9)], strict=True):
+        mean, low, high = interval(np.log(other / hyper) if measure.log else other - hyper)
+        expected = np.exp((mean, low, high)) if measure.log else (mean, low, high)
+        np.testing.assert_allclose((row.paired.mean, row.paired.low, row.paired.high), expected)
+
+
+def test_without_a_hypernetwork_nothing_is_paired():
+    rows = results_of({"embedding": EMBED, "film": HYPER}, DEPTHS).rows()
+    assert {row.paired for row in rows} == {None}
 
 
 def test_both_diverged_is_no_tie():
