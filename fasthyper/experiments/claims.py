@@ -52,7 +52,7 @@ class Pooled(Claim):
 class _Paired(Pooled):
     """A claim that one line lies below another by a margin, paired by seed and averaged over values of the axis."""
 
-    def lines(self) -> tuple[str, str]:
+    def compared(self) -> tuple[str, str]:
         """Return the lower line and the upper one."""
         raise NotImplementedError
 
@@ -66,11 +66,11 @@ class _Paired(Pooled):
 
     def concerns(self, results: Results) -> bool:
         """Return whether the study has both lines and a value to compare them at."""
-        return results.has(*self.lines()) and bool(self.values(results))
+        return results.has(*self.compared()) and bool(self.values(results))
 
     def mean_advantages(self, results: Results) -> list[float]:
         """Return of each seed how much less the lower line is, averaged over the values."""
-        by_value = [results.differences(*self.lines(), value) for value in self.values(results)]
+        by_value = [results.differences(*self.compared(), value) for value in self.values(results)]
         return [statistics.fmean(numbers) for numbers in zip(*by_value, strict=True)]
 
     def statistic(self, results: Results) -> list[float]:
@@ -80,17 +80,17 @@ class _Paired(Pooled):
 
     def against(self, results: Results) -> tuple[bool, bool]:
         """Return whether runs of the lower and of the upper line are missing."""
-        line, over = self.lines()
+        line, over = self.compared()
         return results.missing(line, self.values(results)), results.missing(over, self.values(results))
 
     def evidence(self, results: Results, level: float) -> str:
         """Return the advantage on average and at each value."""
         values = self.values(results)
-        found = {value_label(results, value): results.advantage(*self.lines(), value) for value in values}
+        found = {value_label(results, value): results.advantage(*self.compared(), value) for value in values}
         if len(values) > 1:
             found = {"on average": Interval.of(finite(self.mean_advantages(results))), **found}
         texts = (f"{name}: {self.in_words(results, advantage)}" for name, advantage in found.items())
-        return "; ".join([*texts, *diverged_text(results, self.lines(), values)])
+        return "; ".join([*texts, *diverged_text(results, self.compared(), values)])
 
     def in_words(self, results: Results, advantage: Interval) -> str:
         """Return an advantage in words."""
@@ -124,7 +124,7 @@ class Wins(_Paired):
     at: str | None = None
     margin: float | None = None
 
-    def lines(self) -> tuple[str, str]:
+    def compared(self) -> tuple[str, str]:
         """Return the lower line and the upper one."""
         return self.line, self.over
 
@@ -162,7 +162,7 @@ class WellBelow(_Paired):
     than: str
     share: float = 0.5
 
-    def lines(self) -> tuple[str, str]:
+    def compared(self) -> tuple[str, str]:
         """Return the lower line and the upper one."""
         return self.line, self.than
 

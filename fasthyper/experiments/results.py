@@ -38,7 +38,7 @@ class Interval:
             >>> Interval.of([1.0, 2.0, 3.0])
             Interval(mean=2.0, low=-0.484..., high=4.484...)
         """
-        from scipy import stats
+        from scipy import special
 
         if not values or not all(map(math.isfinite, values)):
             return cls(math.nan, -math.inf, math.inf)
@@ -46,7 +46,7 @@ class Interval:
         if len(values) < 2:
             return cls(mean, -math.inf, math.inf)
         error = statistics.stdev(values) / math.sqrt(len(values))
-        half = float(stats.t.ppf(0.975, len(values) - 1)) * error
+        half = float(special.stdtrit(len(values) - 1, 0.975)) * error
         return cls(mean, mean - half, mean + half)
 
     def text(self, form: str, unknown: str, alone: str = "") -> str:
