@@ -160,15 +160,20 @@ def batches(run: Run, examples: Examples, generator: torch.Generator) -> Iterato
 
 @torch.no_grad()
 def evaluate(run: Run, task: Task, model: nn.Module) -> dict[str, float]:
-    """Return the means of the measures over the test examples. Random values for them depend only on the seed."""
+    """Return the means of the measures over the test examples. Random values for them depend only on the seed.
+
+    They are NaN if an output is not finite: a classifier without numbers would have an error of its own.
+    """
     generator = torch.Generator().manual_seed(stream(run.seed, "test"))
     training = model.training
     model.eval()
     sums: dict[str, float] = {}
     for chosen in torch.arange(task.test.count).split(TEST_BATCH):
         batch = _to_device(run.device, task.test.draw(chosen, generator))
-        for name, values in task.measure(model(batch.x, batch.cond), batch.target).items():
-            sums[name] = sums.get(name, 0.0) + values.double().sum().item()
+        y = model(batch.x, batch.cond)
+        known = 0.0 if y.isfinite().all() else math.nan
+        for name, values in task.measure(y, batch.target).items():
+            sums[name] = sums.get(name, 0.0) + known + values.double().sum().item()
     model.train(training)
     return {name: total / task.test.count for name, total in sums.items()}
 

@@ -276,6 +276,23 @@ def test_measures_are_means_over_all_test_examples(monkeypatch):
     assert model.training
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_classifier_whose_outputs_are_not_finite_has_no_error(number, monkeypatch):
+    """Its error alone would be finite: the largest of outputs that are no numbers is the first."""
+    monkeypatch.setattr(training, "TEST_BATCH", 2)
+    x = torch.tensor([[1.0, 2.0], [number, 0.0], [1.0, 2.0], [3.0, 4.0]])
+    examples = Examples.of(x, torch.zeros(4, 1), torch.zeros(4))
+    found = evaluate(
+        run_of(), Task(examples, examples, None, lambda y, t: {"error": (y.argmax(1) != t).float()}), Same()
+    )
+    assert math.isnan(found["error"])
+
+
+class Same(torch.nn.Module):
+    def forward(self, x, cond):
+        return x
+
+
 def test_both_methods_start_from_the_same_hidden_layers():
     hyper, embed = build(TINY, run_of(HYPERNETWORK, 1)).trunk, build(TINY, run_of(EMBEDDING, 1)).embed
     assert torch.equal(hyper[0].weight, embed[0].weight)
