@@ -5,7 +5,8 @@
 
 The modules, in the order in which they build on each other:
 
-    methods        the methods that are compared
+    networks       the networks that the methods build
+    methods        the methods that are compared, and their sizes
     setting        the settings of runs
     experiment     the types that declare an experiment: start here to write one
     comparison     chosen studies of an experiment, and the runs that they need

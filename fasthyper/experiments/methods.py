@@ -11,28 +11,41 @@ All are built from the same `Architecture` and differ in nothing else. Some meth
 the hypernetwork, and put them into different parts:
 
     embedding_wide_e   the embedding method with a wide e
-    embedding_wide_q   with a wide q, and an E as large as a hidden layer of e
+    embedding_wide_q   with a wide q, and an E as large as the last hidden layer of e
     embedding_deep_q   the same with two more hidden layers in q
     film_wide          FiLM with a wide q
-    attention          q(x, a(x, I)), where a attends from x to parts of I
+    attention          q(x, a(x, I)), where x attends to parts of I, with a wide q
     plain_wide         p(x, I) with as many hidden layers as f and g together
 
 Variants of the embedding method are trained with as many flops as the hypernetwork (embedding_flops), or have an E that
 is ten times as large (embedding_tenfold). A pair is two equal networks of x alone.
+
+How a total is reached. One part of each method is fitted: its hidden layers are made wider or narrower, all in the same
+proportion, until the total is nearest to the target. The other parts keep the sizes of the architecture, but take at
+most half of the target: if they would take more, the width of e (of FiLM's network of I, of attention's encoder), or E
+if e is the fitted part, is reduced. It is also reduced where the steps of the fitted width are too coarse.
+
+    fitted               methods                                     reduced
+    f, e                 the hypernetwork, FiLM, biases, DeepONet    -
+    e                    embedding, embedding_wide_e                 E
+    q                    embedding_wide_q, embedding_deep_q          e, and with it E
+    q                    film_wide, attention                        the network of I
+    p                    plain, plain_wide, a pair                   -
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fasthyper.nn import EmbeddingNetwork, HyperLinear, Hypernetwork, parameter_report
+from fasthyper.experiments import networks
+from fasthyper.experiments.networks import Architecture
+from fasthyper.nn import Hypernetwork, parameter_report
 
 HYPERNETWORK = "hypernetwork"
 EMBEDDING = "embedding"
@@ -56,44 +69,8 @@ EQUAL_TOTAL = (HYPERNETWORK, WIDE_E, WIDE_Q, DEEP_Q, FILM_WIDE, ATTENTION, PLAIN
 ALL = (HYPERNETWORK, EMBEDDING, EQUAL_FLOPS, FILM, BIASES, *EQUAL_TOTAL[1:])
 """All methods that suit any task."""
 
-INITIALISATIONS = ("torch", "ours", "hyperfan", "magnitude_invariant")
-"""Of generated weights: the head as a linear layer of torch, `HyperLinear`'s own, Chang et al., and Ortiz et al."""
-
-ACTIVATIONS: Mapping[str, type[nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU, "tanh": nn.Tanh}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The sizes of both networks: the context network (f or e), a function of I, and the primary (g or q), one of x.
-
-    Attributes:
-        cond: features of I.
-        x: features of x.
-        out: outputs of the primary.
-        context: widths of the hidden layers of f and e. The size of their last layer depends on the method.
-        hidden: widths of the hidden layers of g and q.
-        embedding: E, the outputs of e.
-        activation: of g and q: `"relu"`, `"elu"` or `"tanh"`.
-        context_activation: of f and e.
-        generated_bias: whether f also generates biases of g.
-        embed_context: widths of the hidden layers of e; None: as in `context`.
-        size: the trained parameters in total, as a multiple of those of the hypernetwork at size 1 (for methods that
-            train as many as it), or of the method's own at size 1 (for the others).
-        initialisation: of generated weights, one of `INITIALISATIONS`.
-    """
-
-    cond: int
-    x: int
-    out: int
-    context: tuple[int, ...]
-    hidden: tuple[int, ...]
-    embedding: int = 0
-    activation: str = "relu"
-    context_activation: str = "relu"
-    generated_bias: bool = False
-    embed_context: tuple[int, ...] | None = None
-    size: float = 1.0
-    initialisation: str = "torch"
+CLOSE = 0.01
+"""The relative difference from a target total up to which no part but the fitted one is changed."""
 
 
 class Counts(NamedTuple):
@@ -104,15 +81,40 @@ class Counts(NamedTuple):
     trainable: int
 
 
-def widen_context(a: Architecture, width: int) -> Architecture:
-    """Return the sizes with hidden layers of this width in f and e."""
-    embed = None if a.embed_context is None else (width,) * len(a.embed_context)
-    return replace(a, context=(width,) * len(a.context), embed_context=embed)
+@dataclass(frozen=True)
+class Widths:
+    """The widths of some layers, changed together by one integer: their steps.
+
+    Each width is in proportion to that of the architecture. If all are equal, one more step adds one unit to one layer.
+
+    Attributes:
+        field: the attribute of `Architecture` that has these widths.
+        of: returns the widths of an architecture.
+    """
+
+    field: str
+    of: Callable[[Architecture], tuple[int, ...]]
+
+    def steps(self, a: Architecture) -> int:
+        """Return the steps at which the widths are those of the architecture: 0 without layers."""
+        widths = self.of(a)
+        return len(widths) * max(widths, default=0)
+
+    def set(self, a: Architecture, steps: int) -> Architecture:
+        """Return the sizes after so many steps. No width is below 1."""
+        widths = self.of(a)
+        layers, widest = len(widths), max(widths, default=0)
+        new = tuple(max(1, (width * steps // widest + i) // layers) for i, width in enumerate(widths))
+        value: Any = new[0] if self.field == "embedding" else new
+        return replace(a, **{self.field: value})
 
 
-def widen_primary(a: Architecture, width: int, more: int = 0) -> Architecture:
-    """Return the sizes with hidden layers of this width in q, `more` of them, and an E as large as a layer of e."""
-    return replace(a, hidden=(width,) * (len(a.hidden) + more), embedding=_context_size(a.cond, a.context))
+OF_F = Widths("context", lambda a: a.context)
+OF_E = Widths("embed_context", lambda a: a.embed_hidden)
+OF_Q = Widths("hidden", lambda a: a.hidden)
+OF_DEEP_Q = Widths("hidden", lambda a: a.hidden[:1] * 2 + a.hidden)
+OF_P = Widths("hidden", lambda a: (1,) * (len(a.context) + len(a.hidden)))
+EMBEDDING_SIZE = Widths("embedding", lambda a: (a.embedding,) if a.embedding else ())
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ class Method:
         build: returns its model. Call `Method.model` instead, which fits the width.
         colour: of its line in figures, from the palette of Okabe and Ito, which colour-blind readers can distinguish.
         marker: of its line in figures.
-        widen: returns the sizes of a width: the one that is fitted to a number of trained parameters.
+        fitted: the widths that are fitted to a number of trained parameters.
+        reduced: the widths that are reduced where they take more than half of it.
         equal: whether it trains as many parameters as the hypernetwork.
         flops_of: another method. This method is trained for as many steps as fit into the flops of the other.
         embeds: whether the model depends on E.
@@ -134,7 +137,8 @@ class Method:
     build: Callable[[Architecture], nn.Module]
     colour: str
     marker: str
-    widen: Callable[[Architecture, int], Architecture] = widen_context
+    fitted: Widths = OF_F
+    reduced: Widths | None = None
     equal: bool = False
     flops_of: str | None = None
     embeds: bool = False
@@ -142,190 +146,105 @@ class Method:
     def model(self, a: Architecture) -> nn.Module:
         """Return the model, as large as `a.size` says.
 
+        An `equal` method trains as many parameters as the hypernetwork of this size; any other method `a.size` times as
+        many as at size 1. The total is the nearest that widths, which are integers, allow.
+
         Raises:
-            ValueError: no width changes the number of trained parameters.
+            ValueError: no width changes the total, or the smallest total is more than 2 % above the target.
         """
+        return self.build(self.sizes(a))
+
+    def sizes(self, a: Architecture) -> Architecture:
+        """Return the sizes whose widths are fitted. Raises what `model` raises."""
         if not self.equal and a.size == 1:
-            return self.build(a)
+            return a
         whole = replace(a, size=1.0)
-        target = a.size * _trained(hypernetwork if self.equal else self.build, whole)
-        return self.build(
-            self.widen(whole, _fitted_width(lambda width: _trained(self.build, self.widen(whole, width)), target))
-        )
-
-
-def hypernetwork(a: Architecture) -> Hypernetwork:
-    """Build `g(x; f(I))`: the hidden layers of f are the trunk, its last layer is the heads of the layers of g."""
-    trunk = _hidden_layers(a, a.context)
-    sizes = (a.x, *a.hidden, a.out)
-    layers = (_generated_layer(i, o, _context_size(a.cond, a.context), a.generated_bias) for i, o in pairwise(sizes))
-    return Hypernetwork(trunk, _with_activations(layers, a.activation))
-
-
-def embedding(a: Architecture) -> EmbeddingNetwork:
-    """Build `q(x, e(I))`: q gets x and the E outputs of e."""
-    hidden = a.context if a.embed_context is None else a.embed_context
-    embed = nn.Sequential(*_hidden_layers(a, hidden), nn.Linear(_context_size(a.cond, hidden), a.embedding))
-    return EmbeddingNetwork(embed, _network((a.x + a.embedding, *a.hidden, a.out), a.activation))
-
-
-def embedding_tenfold(a: Architecture) -> EmbeddingNetwork:
-    """Build the embedding method with an E that is ten times as large."""
-    return embedding(replace(a, embedding=10 * a.embedding))
-
-
-def attention(a: Architecture) -> Attention:
-    """Build `q(x, a(x, I))`."""
-    return Attention(a)
-
-
-def deeponet(a: Architecture) -> Hypernetwork:
-    """Build `Σ_p b_p(I) t_p(x)`: a shared network computes functions t_p of x, the branch the weights b_p of their sum.
-
-    Lu, Jin, Pang, Zhang, Karniadakis, Nature Machine Intelligence 2021 (arXiv 1910.03193).
-    """
-    branch = _hidden_layers(a, a.context)
-    shared = _network((a.x, *a.hidden), a.activation)
-    last = _generated_layer(a.hidden[-1], a.out, _context_size(a.cond, a.context), bias=False)
-    return Hypernetwork(branch, nn.Sequential(*shared, ACTIVATIONS[a.activation](), last))
-
-
-def plain(a: Architecture) -> Plain:
-    """Build one network of x and I together, as wide and deep as the primary."""
-    return Plain(_network((a.x + a.cond, *a.hidden, a.out), a.activation))
-
-
-class Plain(nn.Module):
-    """One network `p([x, I])`. I may have no features."""
-
-    def __init__(self, primary: nn.Module) -> None:
-        super().__init__()
-        self.primary = primary
-
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        """Return `(B, *, O)` for x `(B, *, I)` and cond `(B, C)`."""
-        return self.primary(torch.cat([x, _over_points(cond, x).expand(*x.shape[:-1], -1)], dim=-1))
-
-
-class Attention(nn.Module):
-    """A network of x and of what x finds in I: I is cut into parts, and x attends to them.
-
-    Vaswani et al., Attention Is All You Need, NeurIPS 2017 (arXiv 1706.03762).
-    """
-
-    PARTS, HEADS = 16, 4
-
-    def __init__(self, a: Architecture) -> None:
-        super().__init__()
-        width = a.hidden[0]
-        self.parts = min(self.PARTS, a.cond)
-        features = math.ceil(a.cond / self.parts)
-        self.missing = self.parts * features - a.cond
-        self.embed = nn.Linear(features, width)
-        self.position = nn.Parameter(torch.randn(self.parts, width) / math.sqrt(width))
-        self.ask = nn.Linear(a.x, width)
-        self.attend = nn.MultiheadAttention(width, math.gcd(self.HEADS, width), batch_first=True)
-        self.primary = _network((a.x + width, *a.hidden, a.out), a.activation)
-
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        """Return `(B, *, O)` for x `(B, *, I)` and cond `(B, C)`."""
-        parts = nn.functional.pad(cond, (0, self.missing)).unflatten(1, (self.parts, -1))
-        keys = self.embed(parts) + self.position
-        points = x.view(len(x), -1, x.shape[-1])
-        found, _ = self.attend(self.ask(points), keys, keys, need_weights=False)
-        return self.primary(torch.cat([points, found], dim=-1)).view(*x.shape[:-1], -1)
-
-
-class Pair(nn.Module):
-    """Two networks of x that differ only in their initial weights. Their outputs are stacked, `(B, 2, O)`."""
-
-    def __init__(self, first: nn.Module, second: nn.Module) -> None:
-        super().__init__()
-        self.primary = nn.ModuleList([first, second])
-
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        """Return the outputs of both networks for x; cond is ignored."""
-        return torch.stack([network(x) for network in self.primary], dim=1)
-
-
-class Modulated(nn.Module):
-    """A primary shared by all instances. Outputs of `context`, a network of I, scale and shift its units.
-
-    FiLM: Perez, Strub, de Vries, Dumoulin, Courville, AAAI 2018 (arXiv 1709.07871).
-
-    Args:
-        a: the sizes.
-        film: scale and shift the hidden units. Otherwise shift all units, including the outputs.
-    """
-
-    def __init__(self, a: Architecture, film: bool) -> None:
-        super().__init__()
-        sizes = (a.x, *a.hidden, a.out)
-        self.film = film
-        self.units = a.hidden if film else sizes[1:]
-        outputs = sum(self.units) * (2 if film else 1)
-        self.context = nn.Sequential(
-            *_hidden_layers(a, a.context), nn.Linear(_context_size(a.cond, a.context), outputs)
-        )
-        self.primary = nn.ModuleList(nn.Linear(i, o, bias=film) for i, o in pairwise(sizes))
-        self.activation = ACTIVATIONS[a.activation]()
-
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        """Return `(B, *, O)` for x `(B, *, I)` and cond `(B, C)`."""
-        shifts = _over_points(self.context(cond), x)
-        if self.film:
-            scales, shifts = shifts.chunk(2, dim=-1)
-            by_layer = list(zip(scales.split(self.units, dim=-1), shifts.split(self.units, dim=-1), strict=True))
+        if self.equal:
+            target = float(trained(METHODS[HYPERNETWORK].build, METHODS[HYPERNETWORK].sizes(a)))
         else:
-            by_layer = [(None, shift) for shift in shifts.split(self.units, dim=-1)]
-        for number, layer in enumerate(self.primary):
-            x = layer(x)
-            if number < len(by_layer):
-                scale, shift = by_layer[number]
-                x = x + shift if scale is None else torch.addcmul(x + shift, x, scale)
-            if number + 1 < len(self.primary):
-                x = self.activation(x)
-        return x
+            target = a.size * trained(self.build, whole)
+        return _fitted(self, whole, target)
 
 
 METHODS: Mapping[str, Method] = {
-    HYPERNETWORK: Method("hypernetwork g(x; f(I))", hypernetwork, "#0072B2", "o"),
-    EMBEDDING: Method("embedding q(x, e(I))", embedding, "#D55E00", "s", embeds=True),
-    EQUAL_FLOPS: Method("embedding, equal flops", embedding, "#CC79A7", "v", flops_of=HYPERNETWORK, embeds=True),
-    WIDE_E: Method("embedding, wide e", embedding, "#E69F00", "D", equal=True, embeds=True),
-    WIDE_Q: Method("embedding, wide q", embedding, "#D55E00", "p", widen_primary, equal=True),
-    DEEP_Q: Method("embedding, deep q", embedding, "#882255", "h", lambda a, w: widen_primary(a, w, 2), equal=True),
-    FILM_WIDE: Method("FiLM, wide q", lambda a: Modulated(a, film=True), "#009E73", "^", widen_primary, equal=True),
-    ATTENTION: Method("attention q(x, a(x, I))", attention, "#56B4E9", "d", widen_primary, equal=True),
-    PLAIN_WIDE: Method(
-        "one network p(x, I), wide", plain, "#7F7F7F", "*", lambda a, w: widen_primary(a, w, len(a.context)), equal=True
+    HYPERNETWORK: Method("hypernetwork g(x; f(I))", networks.hypernetwork, "#0072B2", "o"),
+    EMBEDDING: Method("embedding q(x, e(I))", networks.embedding, "#D55E00", "s", OF_E, EMBEDDING_SIZE, embeds=True),
+    EQUAL_FLOPS: Method(
+        "embedding, equal flops",
+        networks.embedding,
+        "#CC79A7",
+        "v",
+        OF_E,
+        EMBEDDING_SIZE,
+        flops_of=HYPERNETWORK,
+        embeds=True,
     ),
-    TENFOLD: Method("embedding, E ten times", embedding_tenfold, "#882255", "<", embeds=True),
-    FILM: Method("FiLM q(x; γ(I), β(I))", lambda a: Modulated(a, film=True), "#009E73", "^"),
-    BIASES: Method("biases only q(x; b(I))", lambda a: Modulated(a, film=False), "#56B4E9", "P"),
-    DEEPONET: Method("DeepONet ⟨t(x), b(I)⟩", deeponet, "#000000", "X"),
-    PLAIN: Method("one network p(x, I)", plain, "#7F7F7F", "*"),
-    PAIR: Method("two networks", lambda a: Pair(_network_of_x(a), _network_of_x(a)), "#0072B2", "o"),
+    WIDE_E: Method(
+        "embedding, wide e", networks.embedding, "#E69F00", "D", OF_E, EMBEDDING_SIZE, equal=True, embeds=True
+    ),
+    WIDE_Q: Method("embedding, wide q", networks.embedding_narrow, "#D55E00", "p", OF_Q, OF_E, equal=True),
+    DEEP_Q: Method("embedding, deep q", networks.embedding_narrow, "#882255", "h", OF_DEEP_Q, OF_E, equal=True),
+    FILM_WIDE: Method("FiLM, wide q", networks.film, "#009E73", ">", OF_Q, OF_F, equal=True),
+    ATTENTION: Method("attention q(x, a(x, I))", networks.Attention, "#56B4E9", "d", OF_Q, OF_F, equal=True),
+    PLAIN_WIDE: Method("one network p(x, I), wide", networks.plain, "#7F7F7F", "*", OF_P, equal=True),
+    TENFOLD: Method(
+        "embedding, E ten times", networks.embedding_tenfold, "#882255", "<", OF_E, EMBEDDING_SIZE, embeds=True
+    ),
+    FILM: Method("FiLM q(x; γ(I), β(I))", networks.film, "#009E73", "^"),
+    BIASES: Method("biases only q(x; b(I))", networks.biases, "#56B4E9", "P"),
+    DEEPONET: Method("DeepONet ⟨t(x), b(I)⟩", networks.deeponet, "#000000", "X"),
+    PLAIN: Method("one network p(x, I)", networks.plain, "#7F7F7F", "*", OF_Q),
+    PAIR: Method("two networks", networks.pair, "#0072B2", "o", OF_Q),
 }
 
 
-def _trained(build: Callable[[Architecture], nn.Module], a: Architecture) -> int:
-    """Return the number of trained parameters of a model."""
+def trained(build: Callable[[Architecture], nn.Module], a: Architecture) -> int:
+    """Return the number of trained parameters of a model. Allocates none of them."""
     with torch.device("meta"):
         return counts(build(a)).trainable
 
 
-def _fitted_width(size: Callable[[int], int], target: float) -> int:
-    """Return the width whose size, an increasing function, is nearest to the target."""
-    if size(1) == size(2):
-        raise ValueError("context: there is no hidden layer whose width could be fitted")
+@lru_cache(maxsize=1024)  # the runs of all seeds need the same sizes
+def _fitted(method: Method, a: Architecture, target: float) -> Architecture:
+    """Return the sizes of a method whose total is nearest to the target."""
+    fitted, reduced = method.fitted, method.reduced
+
+    def total(a: Architecture) -> int:
+        return trained(method.build, a)
+
+    def far(a: Architecture) -> float:
+        return abs(total(a) - target)
+
+    if total(fitted.set(a, 1)) == total(fitted.set(a, 2 * max(1, fitted.steps(a)))):
+        raise ValueError(f"{fitted.field}: {method.label} needs a hidden layer there, whose width is fitted")
+    kept = a
+    if reduced is not None and reduced.steps(a):
+        small = fitted.set(a, 1)
+        steps = _most(lambda steps: total(reduced.set(small, steps)) <= target / 2, reduced.steps(a))
+        kept = reduced.set(a, steps) if steps < reduced.steps(a) else a
+    if total(fitted.set(kept, 1)) > 1.02 * target:
+        raise ValueError(
+            f"size: {method.label} trains at least {total(fitted.set(kept, 1))} parameters, more than {target:.0f}"
+        )
+    below = _most(lambda steps: total(fitted.set(kept, steps)) <= target)
+    nearest = min((fitted.set(kept, below + more) for more in (0, 1)), key=far)
+    if far(nearest) <= CLOSE * target or reduced is None:
+        return nearest
+    above = fitted.set(kept, below + 1)
+    less = _most(lambda steps: total(reduced.set(above, steps)) <= target, reduced.steps(kept))
+    return min(nearest, *(reduced.set(above, less + more) for more in (0, 1)), key=far)
+
+
+def _most(fits: Callable[[int], bool], limit: int | None = None) -> int:
+    """Return the largest number from 1 to the limit that fits, if smaller ones do as well; 1 if none fits."""
     low, high = 1, 2
-    while size(high) < target:
+    while (limit is None or high <= limit) and fits(high):
         low, high = high, 2 * high
+    high = high if limit is None else min(high, limit + 1)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if size(middle) <= target else (low, middle)
-    return min((low, high), key=lambda width: abs(size(width) - target))
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def counts(model: nn.Module) -> Counts:
@@ -343,44 +262,3 @@ def counts(model: nn.Module) -> Counts:
 
 def _trainable(module: Any) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
-def _generated_layer(inputs: int, outputs: int, cond: int, bias: bool) -> HyperLinear:
-    """Return a layer whose head is initialised like an `nn.Linear(cond, …)`: in the paper, the last layer of f is one.
-
-    Its weights and biases are uniform within ±1/√cond. Several heads have the same distribution as one large layer.
-    """
-    layer = HyperLinear(inputs, outputs, cond, bias=bias)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.uniform_(-1 / math.sqrt(cond), 1 / math.sqrt(cond))
-    return layer
-
-
-def _hidden_layers(a: Architecture, hidden: Sequence[int]) -> nn.Sequential:
-    """Return the hidden layers of f or e, each with its activation."""
-    layers = (m for i, o in pairwise((a.cond, *hidden)) for m in (nn.Linear(i, o), ACTIVATIONS[a.context_activation]()))
-    return nn.Sequential(*layers)
-
-
-def _network(sizes: Sequence[int], activation: str) -> nn.Sequential:
-    return _with_activations((nn.Linear(i, o) for i, o in pairwise(sizes)), activation)
-
-
-def _network_of_x(a: Architecture) -> nn.Sequential:
-    return _network((a.x, *a.hidden, a.out), a.activation)
-
-
-def _with_activations(layers: Any, activation: str) -> nn.Sequential:
-    """Return the layers with an activation between any two."""
-    first, *others = layers
-    return nn.Sequential(first, *(m for layer in others for m in (ACTIVATIONS[activation](), layer)))
-
-
-def _context_size(cond: int, hidden: Sequence[int]) -> int:
-    return hidden[-1] if hidden else cond
-
-
-def _over_points(per_instance: Tensor, x: Tensor) -> Tensor:
-    """Return `(B, C)` with as many dimensions as x, `(B, *, I)`."""
-    return per_instance.view(len(per_instance), *[1] * (x.ndim - 2), per_instance.shape[-1])

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from fasthyper.experiments.methods import ACTIVATIONS, INITIALISATIONS
+from fasthyper.experiments.networks import ACTIVATIONS, INITIALISATIONS
 
 OPTIMIZERS = ("sgd", "adam", "adadelta")
 SCHEDULES = ("constant", "cosine")

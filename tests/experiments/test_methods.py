@@ -2,29 +2,40 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from fasthyper.experiments import ROTATION, Comparison
+from fasthyper.experiments import EXPERIMENTS, Comparison
 from fasthyper.experiments.methods import (
     ALL,
+    ATTENTION,
     BIASES,
+    DEEP_Q,
     DEEPONET,
     EMBEDDING,
     EQUAL_FLOPS,
+    EQUAL_TOTAL,
     FILM,
+    FILM_WIDE,
     HYPERNETWORK,
     METHODS,
     PAIR,
     PLAIN,
+    PLAIN_WIDE,
+    TENFOLD,
     WIDE_E,
+    WIDE_Q,
     Architecture,
     counts,
+    trained,
 )
 from fasthyper.nn import HyperLinear
 
@@ -35,7 +46,7 @@ B, N = 6, 11
 
 
 def build(name, architecture):
-    return METHODS[name].build(architecture).double()
+    return METHODS[name].model(architecture).double()
 
 
 def inputs(a, *points):
@@ -126,12 +137,14 @@ def test_the_embedding_method_concatenates(name, a):
 
 
 @pytest.mark.parametrize("a", [SMALL, DEEP])
-def test_film_scales_and_shifts_hidden_units(a):
-    model = build(FILM, a)
+@pytest.mark.parametrize("name", [FILM, FILM_WIDE])
+def test_film_scales_and_shifts_hidden_units(name, a):
+    model = build(name, a)
     x, cond = inputs(a, N)
     *hidden, last = linears(model.context)
     numbers = last(context_of(a, nn.ModuleList(hidden), cond))
-    units = sum(a.hidden)
+    units = sum(layer.out_features for layer in list(model.primary)[:-1])
+    assert (units == sum(a.hidden)) == (name == FILM)
     assert numbers.shape == (B, 2 * units)
     layers, at, h = list(model.primary), 0, x
     for layer in layers[:-1]:
@@ -170,8 +183,70 @@ def test_a_deeponet_is_an_inner_product(a):
     torch.testing.assert_close(model(x, cond), torch.einsum("bnp,bop->bno", t, b))
 
 
-def test_one_network_sees_both():
-    model = build(PLAIN, DEEP)
+def layer_norm(x, layer):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + layer.eps).sqrt() * layer.weight + layer.bias
+
+
+def attend(module, asking, answering, heads=4):
+    """Compute attention of several heads without the module, one head at a time."""
+    q, k, v = module.query(asking), module.key(answering), module.value(answering)
+    size = q.shape[-1] // heads
+    found = []
+    for i in range(0, heads * size, size):
+        scores = torch.einsum("bnd,bpd->bnp", q[..., i : i + size], k[..., i : i + size]) / math.sqrt(size)
+        found.append(
+            torch.einsum("bnp,bpd->bnd", scores.exp() / scores.exp().sum(-1, keepdim=True), v[..., i : i + size])
+        )
+    return module.last(torch.cat(found, -1))
+
+
+@pytest.mark.parametrize("cond", [1, 5, 16, 17, 50])
+def test_attention_asks_the_parts(cond):
+    a = replace(DEEP, cond=cond, context=(9, 13))
+    model = METHODS[ATTENTION].build(a).double()
+    x, cond = inputs(a, N)
+    features = math.ceil(a.cond / 16)
+    cut = [F.pad(part, (0, features - part.shape[1])) for part in cond.split(features, 1)]
+    parts = torch.stack([model.embed(part) + model.position[i] for i, part in enumerate(cut)], 1)
+    assert model.position.shape == (len(cut), 12)
+    assert len(cut) <= 16
+    blocks = list(model.encoder)
+    assert len(blocks) == len(a.context) + 1
+    for block in blocks[:-1]:
+        normed = layer_norm(parts, block.norm)
+        parts = parts + attend(block.attend, normed, normed)
+        norm, first, _, second = block.feedforward
+        assert first.out_features == 24
+        parts = parts + second(first(layer_norm(parts, norm)).clamp(min=0))
+    parts = layer_norm(parts, blocks[-1])
+    found = attend(model.attend, model.ask(x), parts)
+    expected = through(a, linears(model.primary), torch.cat([x, found], 2))
+    torch.testing.assert_close(model(x, cond), expected)
+
+
+def test_attention_needs_a_condition():
+    with pytest.raises(ValueError, match="cond: attention needs"):
+        METHODS[ATTENTION].build(replace(SMALL, cond=0))
+
+
+@pytest.mark.parametrize("name", [WIDE_Q, DEEP_Q])
+def test_a_wide_q_reads_a_short_embedding(name):
+    a = replace(DEEP, context=(9, 13))
+    model = build(name, a)
+    x, cond = inputs(a, N)
+    hidden, last = linears(model.embed)[:-1], linears(model.embed)[-1]
+    e = last(context_of(a, nn.ModuleList(hidden), cond))
+    assert e.shape == (B, hidden[-1].out_features)
+    joined = torch.cat([x, e[:, None].expand(-1, N, -1)], dim=2)
+    assert len(linears(model.primary)) == len(a.hidden) + 1 + 2 * (name == DEEP_Q)
+    torch.testing.assert_close(model(x, cond), through(a, linears(model.primary), joined))
+
+
+@pytest.mark.parametrize("name", [PLAIN, PLAIN_WIDE])
+def test_one_network_sees_both(name):
+    model = build(name, DEEP)
+    assert len(linears(model)) == len(DEEP.hidden) + 1 + len(DEEP.context) * (name == PLAIN_WIDE)
     x, cond = inputs(DEEP, N)
     joined = torch.cat([x, cond[:, None].expand(-1, N, -1)], dim=2)
     torch.testing.assert_close(model(x, cond), through(DEEP, linears(model), joined))
@@ -228,26 +303,105 @@ def test_what_is_frozen_is_not_trained():
     assert counts(model) == (0, whole.primary, whole.primary)
 
 
-def rotations():
-    for data in ROTATION.data:
-        comparison = Comparison.of(ROTATION, data, depths=(2, 5, 9), seeds=1, methods=[HYPERNETWORK], device="cpu")
-        yield from map(ROTATION.architecture, comparison.runs())
+@cache
+def architectures():
+    """Return the sizes of all experiments that have a condition and several methods."""
+    found = {}
+    for experiment in EXPERIMENTS.values():
+        for data in experiment.data:
+            for preset in ("quick", "paper"):
+                comparison = Comparison.of(experiment, data, preset=preset, seeds=1, device="cpu")
+                runs = comparison.runs()
+                found |= {experiment.architecture(run): None for run in runs if run.method in EQUAL_TOTAL[1:]}
+    return [a for a in found if a.cond]
 
 
-@pytest.mark.parametrize("a", [*rotations(), replace(SMALL, hidden=(40,)), replace(BIASED, context=(90, 60, 80))])
-def test_equal_parameters_are_equal(a):
-    with torch.device("meta"):
-        target, found = (counts(METHODS[name].build(a)).trainable for name in (HYPERNETWORK, WIDE_E))
-        model = METHODS[WIDE_E].build(a)
-    assert found == pytest.approx(target, rel=0.03)
-    widths = {layer.out_features for layer in linears(model.embed)[:-1]}
-    assert len(widths) == 1
-    assert len(linears(model.embed)) == len(a.context) + 1
+@pytest.mark.parametrize("name", EQUAL_TOTAL[1:])
+@settings(max_examples=8, deadline=None)
+@given(data=st.data(), size=st.floats(0.1, 8))
+def test_equal_totals_are_equal(name, data, size):
+    a = replace(data.draw(st.sampled_from(architectures())), size=size)
+    method = METHODS[name]
+    target = trained(METHODS[HYPERNETWORK].build, METHODS[HYPERNETWORK].sizes(a))
+    assert trained(method.build, method.sizes(a)) == pytest.approx(target, rel=0.02)
 
 
-def test_without_a_hidden_layer_there_is_no_width_to_fit():
-    with pytest.raises(ValueError, match="context: e has no hidden layer"):
-        METHODS[WIDE_E].build(replace(SMALL, context=()))
+@pytest.mark.parametrize("size", [0.6, 1.0, 2.7])
+@pytest.mark.parametrize("name", [HYPERNETWORK, WIDE_E, WIDE_Q, FILM_WIDE, PLAIN_WIDE])
+def test_no_other_width_is_nearer(name, size):
+    a = Architecture(cond=12, x=10, out=2, context=(9, 9), hidden=(6,), embedding=7, size=size)
+    method, whole = METHODS[name], replace(a, size=1.0)
+    target = size * trained(METHODS[HYPERNETWORK].build, whole)
+    if method.equal:
+        target = trained(METHODS[HYPERNETWORK].build, METHODS[HYPERNETWORK].sizes(a))
+    off = abs(trained(method.build, method.sizes(a)) - target)
+    others = [abs(trained(method.build, method.fitted.set(whole, step)) - target) for step in range(1, 80)]
+    assert off <= max(min(others), 0.01 * target)
+
+
+def test_the_hypernetwork_reaches_its_size():
+    a = Architecture(cond=64, x=64, out=12, context=(50, 50, 50), hidden=(10,), size=1.0)
+    whole = trained(METHODS[HYPERNETWORK].build, a)
+    for size in (0.25, 0.5, 2.0, 4.0):
+        sizes = METHODS[HYPERNETWORK].sizes(replace(a, size=size))
+        assert trained(METHODS[HYPERNETWORK].build, sizes) == pytest.approx(size * whole, rel=0.05)
+        assert (sizes.hidden, len(sizes.context)) == (a.hidden, 3)
+    assert METHODS[HYPERNETWORK].sizes(a) == a
+
+
+def test_widths_keep_their_proportion():
+    a = replace(DEEP, context=(20, 40), hidden=(10, 5))
+    for name, field, other in ((HYPERNETWORK, "context", "hidden"), (DEEP_Q, "hidden", "context")):
+        sizes = METHODS[name].sizes(replace(a, size=8.0))
+        first, *_, last = getattr(sizes, field)
+        assert last / first == pytest.approx(getattr(a, field)[-1] / getattr(a, field)[0], rel=0.1)
+        assert first > getattr(a, field)[0]
+        assert getattr(sizes, other) == getattr(a, other)
+    for method in (METHODS[HYPERNETWORK], METHODS[DEEP_Q]):
+        for widths in (method.fitted, method.reduced):
+            if widths is not None:
+                assert getattr(widths.set(a, widths.steps(a)), widths.field) == widths.of(a)
+
+
+def test_where_the_parameters_go():
+    a = Architecture(cond=64, x=64, out=12, context=(50, 50), hidden=(10,), embedding=650)
+    q, deep, film, plain = (METHODS[name].sizes(a) for name in (WIDE_Q, DEEP_Q, FILM_WIDE, PLAIN_WIDE))
+    assert q.embed_hidden == deep.embed_hidden == film.context == a.context
+    assert len(q.hidden) == len(film.hidden) == 1
+    assert len(deep.hidden) == len(plain.hidden) == 3
+    assert min(map(min, (q.hidden, deep.hidden, film.hidden, plain.hidden))) > 40
+    e = METHODS[WIDE_E].sizes(a)
+    assert (e.hidden, e.embedding) == (a.hidden, a.embedding)
+    assert linears(METHODS[WIDE_Q].model(a).embed)[-1].out_features == 50
+
+
+@pytest.mark.parametrize("name", [WIDE_Q, DEEP_Q, FILM_WIDE, ATTENTION])
+def test_a_narrower_context_network_where_it_would_take_more_than_half(name):
+    a = Architecture(cond=64, x=64, out=12, context=(50, 50, 50, 50), hidden=(10,), embedding=650, size=0.2)
+    model = METHODS[name].model(a)
+    context, _, total = counts(model)
+    sizes = METHODS[name].sizes(a)
+    assert max(sizes.context if name in (FILM_WIDE, ATTENTION) else sizes.embed_hidden) < 50
+    assert 0.2 < context / total < 0.75  # FiLM's scales and shifts grow with q
+
+
+def test_a_smaller_e_where_q_would_take_more_than_half():
+    a = Architecture(cond=64, x=64, out=12, context=(50,), hidden=(10,), embedding=650, size=0.2)
+    sizes = METHODS[WIDE_E].sizes(a)
+    assert 100 < sizes.embedding < 650
+    assert counts(METHODS[WIDE_E].model(a)).primary < 0.5 * trained(METHODS[WIDE_E].build, sizes)
+
+
+@pytest.mark.parametrize("name", [HYPERNETWORK, WIDE_E, FILM])
+def test_without_a_hidden_layer_there_is_no_width_to_fit(name):
+    with pytest.raises(ValueError, match=r"context: .* needs a hidden layer"):
+        METHODS[name].model(replace(SMALL, context=(), size=2.0))
+
+
+@pytest.mark.parametrize("name", [HYPERNETWORK, FILM, PLAIN])
+def test_a_total_below_the_smallest(name):
+    with pytest.raises(ValueError, match=r"size: .* trains at least \d+ parameters, more than \d"):
+        METHODS[name].model(replace(SMALL, size=0.05))
 
 
 @pytest.mark.parametrize("name", [HYPERNETWORK, DEEPONET])
@@ -268,10 +422,9 @@ def test_generated_heads_start_as_linear_layers_do(name):
 
 def test_all_of_the_papers_and_reviewers_methods_are_told_apart():
     assert set(ALL) <= set(METHODS)
-    for attribute in ("label", "colour", "marker"):
-        assert len({getattr(METHODS[name], attribute) for name in (*ALL, DEEPONET, PLAIN)}) == len(ALL) + 2
-    assert {EMBEDDING, WIDE_E, EQUAL_FLOPS} <= {name for name in METHODS if METHODS[name].embeds}
-    assert not any(METHODS[name].embeds for name in (HYPERNETWORK, FILM, BIASES, DEEPONET, PLAIN, PAIR))
-    assert {name: METHODS[name].as_long_as for name in METHODS if METHODS[name].as_long_as} == {
-        EQUAL_FLOPS: HYPERNETWORK
-    }
+    assert len({METHODS[name].colour for name in EQUAL_TOTAL}) == len(EQUAL_TOTAL)
+    for attribute in ("label", "marker"):
+        assert len({getattr(METHODS[name], attribute) for name in (*ALL, DEEPONET)}) == len(ALL) + 1
+    assert {name for name in METHODS if METHODS[name].embeds} == {EMBEDDING, WIDE_E, EQUAL_FLOPS, TENFOLD}
+    assert {name for name in METHODS if METHODS[name].equal} == set(EQUAL_TOTAL[1:])
+    assert {name: METHODS[name].flops_of for name in METHODS if METHODS[name].flops_of} == {EQUAL_FLOPS: HYPERNETWORK}

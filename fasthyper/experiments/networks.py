@@ -1,0 +1,292 @@
+"""The networks that the methods build, all from the same `Architecture`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasthyper.nn import EmbeddingNetwork, HyperLinear, Hypernetwork
+
+INITIALISATIONS = ("torch", "ours", "hyperfan", "magnitude_invariant")
+"""Of generated weights: the head as a linear layer of torch, `HyperLinear`'s own, Chang et al., and Ortiz et al."""
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU, "tanh": nn.Tanh}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The sizes of both networks: the context network (f or e), a function of I, and the primary (g or q), one of x.
+
+    Attributes:
+        cond: features of I.
+        x: features of x.
+        out: outputs of the primary.
+        context: widths of the hidden layers of f and e. The size of their last layer depends on the method.
+        hidden: widths of the hidden layers of g and q.
+        embedding: E, the outputs of e.
+        activation: of g and q: `"relu"`, `"elu"` or `"tanh"`.
+        context_activation: of f and e.
+        generated_bias: whether f also generates biases of g.
+        embed_context: widths of the hidden layers of e; None: as in `context`.
+        size: the trained parameters in total, as a multiple of those at size 1. See `Method.model`.
+        initialisation: of generated weights, one of `INITIALISATIONS`.
+    """
+
+    cond: int
+    x: int
+    out: int
+    context: tuple[int, ...]
+    hidden: tuple[int, ...]
+    embedding: int = 0
+    activation: str = "relu"
+    context_activation: str = "relu"
+    generated_bias: bool = False
+    embed_context: tuple[int, ...] | None = None
+    size: float = 1.0
+    initialisation: str = "torch"
+
+    @property
+    def embed_hidden(self) -> tuple[int, ...]:
+        """The widths of the hidden layers of e."""
+        return self.context if self.embed_context is None else self.embed_context
+
+
+def hypernetwork(a: Architecture) -> Hypernetwork:
+    """Build `g(x; f(I))`: the hidden layers of f are the trunk, its last layer is the heads of the layers of g."""
+    trunk = _hidden_layers(a, a.context)
+    sizes = (a.x, *a.hidden, a.out)
+    layers = (_generated_layer(i, o, _last(a.cond, a.context), a.generated_bias) for i, o in pairwise(sizes))
+    return Hypernetwork(trunk, _with_activations(layers, a.activation))
+
+
+def embedding(a: Architecture) -> EmbeddingNetwork:
+    """Build `q(x, e(I))`: q gets x and the E outputs of e."""
+    hidden = a.embed_hidden
+    embed = nn.Sequential(*_hidden_layers(a, hidden), nn.Linear(_last(a.cond, hidden), a.embedding))
+    return EmbeddingNetwork(embed, _network((a.x + a.embedding, *a.hidden, a.out), a.activation))
+
+
+def embedding_tenfold(a: Architecture) -> EmbeddingNetwork:
+    """Build the embedding method with an E that is ten times as large."""
+    return embedding(replace(a, embedding=10 * a.embedding))
+
+
+def embedding_narrow(a: Architecture) -> EmbeddingNetwork:
+    """Build the embedding method with an E as large as the last hidden layer of e."""
+    return embedding(replace(a, embedding=_last(a.cond, a.embed_hidden)))
+
+
+def film(a: Architecture) -> Modulated:
+    """Build `q(x; γ(I), β(I))`."""
+    return Modulated(a, film=True)
+
+
+def biases(a: Architecture) -> Modulated:
+    """Build `q(x; b(I))`."""
+    return Modulated(a, film=False)
+
+
+def deeponet(a: Architecture) -> Hypernetwork:
+    """Build `Σ_p b_p(I) t_p(x)`: a shared network computes functions t_p of x, the branch the weights b_p of their sum.
+
+    Lu, Jin, Pang, Zhang, Karniadakis, Nature Machine Intelligence 2021 (arXiv 1910.03193).
+    """
+    branch = _hidden_layers(a, a.context)
+    shared = _network((a.x, *a.hidden), a.activation)
+    last = _generated_layer(a.hidden[-1], a.out, _last(a.cond, a.context), bias=False)
+    return Hypernetwork(branch, nn.Sequential(*shared, ACTIVATIONS[a.activation](), last))
+
+
+def plain(a: Architecture) -> Plain:
+    """Build one network of x and I together, as wide and deep as the primary."""
+    return Plain(_network((a.x + a.cond, *a.hidden, a.out), a.activation))
+
+
+def pair(a: Architecture) -> Pair:
+    """Build two equal networks of x alone."""
+    return Pair(*(_network((a.x, *a.hidden, a.out), a.activation) for _ in range(2)))
+
+
+class Plain(nn.Module):
+    """One network `p([x, I])`. I may have no features."""
+
+    def __init__(self, primary: nn.Module) -> None:
+        super().__init__()
+        self.primary = primary
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """Return `(B, *, O)` for x `(B, *, I)` and cond `(B, C)`."""
+        return self.primary(torch.cat([x, _over_points(cond, x).expand(*x.shape[:-1], -1)], dim=-1))
+
+
+class Pair(nn.Module):
+    """Two networks of x that differ only in their initial weights. Their outputs are stacked, `(B, 2, O)`."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.primary = nn.ModuleList([first, second])
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """Return the outputs of both networks for x; cond is ignored."""
+        return torch.stack([network(x) for network in self.primary], dim=1)
+
+
+class Modulated(nn.Module):
+    """A primary shared by all instances. Outputs of `context`, a network of I, scale and shift its units.
+
+    FiLM: Perez, Strub, de Vries, Dumoulin, Courville, AAAI 2018 (arXiv 1709.07871).
+
+    Args:
+        a: the sizes.
+        film: scale and shift the hidden units. Otherwise shift all units, including the outputs.
+    """
+
+    def __init__(self, a: Architecture, film: bool) -> None:
+        super().__init__()
+        sizes = (a.x, *a.hidden, a.out)
+        self.film = film
+        self.units = a.hidden if film else sizes[1:]
+        outputs = sum(self.units) * (2 if film else 1)
+        self.context = nn.Sequential(*_hidden_layers(a, a.context), nn.Linear(_last(a.cond, a.context), outputs))
+        self.primary = nn.ModuleList(nn.Linear(i, o, bias=film) for i, o in pairwise(sizes))
+        self.activation = ACTIVATIONS[a.activation]()
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """Return `(B, *, O)` for x `(B, *, I)` and cond `(B, C)`."""
+        shifts = _over_points(self.context(cond), x)
+        if self.film:
+            scales, shifts = shifts.chunk(2, dim=-1)
+            by_layer = list(zip(scales.split(self.units, dim=-1), shifts.split(self.units, dim=-1), strict=True))
+        else:
+            by_layer = [(None, shift) for shift in shifts.split(self.units, dim=-1)]
+        for number, layer in enumerate(self.primary):
+            x = layer(x)
+            if number < len(by_layer):
+                scale, shift = by_layer[number]
+                x = x + shift if scale is None else torch.addcmul(x + shift, x, scale)
+            if number + 1 < len(self.primary):
+                x = self.activation(x)
+        return x
+
+
+class Attention(nn.Module):
+    """A network `q(x, a(x, I))` of x and of what x finds in I: parts of I answer, and x asks.
+
+    I is cut into at most 16 parts of equally many consecutive features, the last one padded with zeros. The encoder is
+    a Transformer: a linear layer, shared by the parts, and a learned position for each part; then one block of
+    self-attention for each hidden layer of f, the layer norms first, the feedforward layer twice as wide. Then each
+    point x asks all parts once, by cross-attention. q gets x and the answer. There are 4 heads. A part has as many
+    numbers as the last hidden layer of f has units, rounded down to a multiple of 4 (below 4 there is one head).
+
+    Vaswani et al., Attention Is All You Need, NeurIPS 2017 (arXiv 1706.03762). Layer norms first: Xiong et al., ICML
+    2020 (arXiv 2002.04745). Parts and positions as for images: Dosovitskiy et al., ICLR 2021 (arXiv 2010.11929).
+
+    Raises:
+        ValueError: I has no features.
+    """
+
+    PARTS, HEADS = 16, 4
+
+    def __init__(self, a: Architecture) -> None:
+        super().__init__()
+        if not a.cond:
+            raise ValueError("cond: attention needs at least one feature of I, got 0")
+        features = math.ceil(a.cond / self.PARTS)
+        self.parts = math.ceil(a.cond / features)
+        self.missing = self.parts * features - a.cond
+        width = _last(a.cond, a.context)
+        heads = self.HEADS if width >= self.HEADS else 1
+        width -= width % heads
+        self.embed = nn.Linear(features, width)
+        self.position = nn.Parameter(0.02 * torch.randn(self.parts, width))
+        self.encoder = nn.Sequential(*(_Block(width, heads) for _ in a.context), nn.LayerNorm(width))
+        self.ask = nn.Linear(a.x, width)
+        self.attend = _Attend(width, heads)
+        self.primary = _network((a.x + width, *a.hidden, a.out), a.activation)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """Return `(B, *, O)` for x `(B, *, I)` and cond `(B, C)`."""
+        parts = nn.functional.pad(cond, (0, self.missing)).unflatten(1, (self.parts, -1))
+        parts = self.encoder(self.embed(parts) + self.position)
+        points = x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])
+        found = self.attend(self.ask(points), parts)
+        return self.primary(torch.cat([points, found], dim=-1)).reshape(*x.shape[:-1], -1)
+
+
+class _Block(nn.Module):
+    """A block of a Transformer's encoder."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm, self.attend = nn.LayerNorm(width), _Attend(width, heads)
+        self.feedforward = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, parts: Tensor) -> Tensor:
+        """Return `(B, P, D)` for parts `(B, P, D)`."""
+        normed = self.norm(parts)
+        parts = parts + self.attend(normed, normed)
+        return parts + self.feedforward(parts)
+
+
+class _Attend(nn.Module):
+    """Attention with several heads. Its products are matrix products, which a counter of flops sees."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.last = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, asking: Tensor, answering: Tensor) -> Tensor:
+        """Return `(B, N, D)` for N vectors `(B, N, D)` that ask, and P vectors `(B, P, D)` that answer."""
+        query, key, value = (
+            layer(t).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer, t in ((self.query, asking), (self.key, answering), (self.value, answering))
+        )
+        shares = (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).softmax(dim=-1)
+        return self.last((shares @ value).transpose(1, 2).flatten(2))
+
+
+def _generated_layer(inputs: int, outputs: int, cond: int, bias: bool) -> HyperLinear:
+    """Return a layer whose head is initialised like an `nn.Linear(cond, …)`: in the paper, the last layer of f is one.
+
+    Its weights and biases are uniform within ±1/√cond. Several heads have the same distribution as one large layer.
+    """
+    layer = HyperLinear(inputs, outputs, cond, bias=bias)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.uniform_(-1 / math.sqrt(cond), 1 / math.sqrt(cond))
+    return layer
+
+
+def _hidden_layers(a: Architecture, hidden: Sequence[int]) -> nn.Sequential:
+    """Return the hidden layers of f or e, each with its activation."""
+    layers = (m for i, o in pairwise((a.cond, *hidden)) for m in (nn.Linear(i, o), ACTIVATIONS[a.context_activation]()))
+    return nn.Sequential(*layers)
+
+
+def _network(sizes: Sequence[int], activation: str) -> nn.Sequential:
+    return _with_activations((nn.Linear(i, o) for i, o in pairwise(sizes)), activation)
+
+
+def _with_activations(layers: Any, activation: str) -> nn.Sequential:
+    """Return the layers with an activation between any two."""
+    first, *others = layers
+    return nn.Sequential(first, *(m for layer in others for m in (ACTIVATIONS[activation](), layer)))
+
+
+def _last(cond: int, hidden: Sequence[int]) -> int:
+    """Return the units of the last hidden layer, or the features of I if there is none."""
+    return hidden[-1] if hidden else cond
+
+
+def _over_points(per_instance: Tensor, x: Tensor) -> Tensor:
+    """Return `(B, C)` with as many dimensions as x, `(B, *, I)`."""
+    return per_instance.view(len(per_instance), *[1] * (x.ndim - 2), per_instance.shape[-1])
