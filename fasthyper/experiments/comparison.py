@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from fasthyper.experiments.experiment import Experiment, Run, Study
+from fasthyper.experiments.experiment import Experiment, Run, Study, Tuning
 from fasthyper.experiments.methods import METHODS
 from fasthyper.experiments.setting import is_integer
+from fasthyper.experiments.tuning import Rate, is_tuned
 
 PRESETS = ("quick", "standard", "paper")
 
@@ -27,6 +29,7 @@ class Comparison:
         studies: the studies, as chosen and changed.
         device: `"cpu"` or `"cuda"`.
         changed: the differences from the preset, in words.
+        rates: the learning rates of the studies that have a grid, as `fasthyper.experiments.tuning.tuned` chooses them.
     """
 
     experiment: Experiment
@@ -35,6 +38,7 @@ class Comparison:
     studies: tuple[Study, ...]
     device: str
     changed: tuple[str, ...] = ()
+    rates: tuple[Rate, ...] = ()
 
     @classmethod
     def of(
@@ -55,13 +59,15 @@ class Comparison:
         Args:
             experiment: the experiment.
             data: one of `experiment.data`; the first by default.
-            preset: `"quick"`: minutes on two cores; `"standard"`: an hour or two; `"paper"`: the full protocol.
+            preset: `"quick"`: minutes on two cores, not all experiments have it; `"standard"`: all experiments, an hour
+                or two; `"paper"`: the full protocol.
             studies: names of studies; all by default.
             methods: names of methods; all by default.
             depths: the values of the studies over depth, as `"2-4,8"` or a sequence. Other studies are left out.
             seeds: runs of each method at each value.
             device: `"auto"`, `"cpu"` or `"cuda"`.
-            **settings: fields of the studies' settings, such as `epochs`, `lr`, `width`.
+            **settings: fields of the studies' settings, such as `epochs`, `lr`, `width`. With `lr`, all runs have this
+                learning rate, and none is chosen on the validation split.
 
         Raises:
             ValueError: an unknown name, a number out of range, or a setting that no study has.
@@ -76,6 +82,8 @@ class Comparison:
         _known("preset", preset, PRESETS, "")
         _known("data", data, experiment.data, f"a data set of {experiment.name}")
         chosen = experiment.studies(preset, data)
+        if not chosen:
+            raise ValueError(f"preset: {experiment.name} has no studies in the preset {preset}")
         if depths is not None:
             values = parse_depths(depths) if isinstance(depths, str) else tuple(depths)
             chosen = tuple(replace(s, values=values) for s in chosen if s.axis.field == "depth")
@@ -98,6 +106,8 @@ class Comparison:
             if any(name in s.setting.DEFINING for s in chosen):
                 raise ValueError(f"{name}: titles and claims of a study refer to it, so it cannot be changed")
         chosen = tuple(_with(s, settings) for s in chosen)
+        if "lr" in settings:
+            chosen = tuple(replace(s, tuning=None) for s in chosen)
         for name in settings:
             if not any(hasattr(s.setting, name) and s.axis.field != name for s in chosen):
                 raise ValueError(f"{name}: no study here has such a setting to change")
@@ -119,10 +129,35 @@ class Comparison:
             for value in study.values:
                 if type(value) is not value_type:
                     raise ValueError(f"{field}: expected values of type {value_type.__name__}, got {value!r}")
-                study.setting_at(value)
+                _check_grid(study, study.setting_at(value).optimizer)
+
+    def tuning_runs(self) -> list[Run]:
+        """Return the runs that choose learning rates, each once, ordered by seed."""
+        runs = (
+            run
+            for study in self.studies
+            if is_tuned(study)
+            for value in study.values
+            for method in study.methods
+            for run in self.tuning_runs_of(study, value, method)
+        )
+        return sorted(dict.fromkeys(runs), key=lambda run: run.seed)
+
+    def tuning_runs_of(self, study: Study, value: Any, method: str) -> list[Run]:
+        """Return the runs that choose the learning rate of a method at one value, the seeds of each rate in turn."""
+        assert study.tuning is not None
+        return [
+            replace(run, split="validation", setting=replace(run.setting, lr=lr))
+            for lr in study.tuning.rates[study.setting_at(value).optimizer]
+            for seed in range(study.tuning.seeds)
+            for run in [self._run(study, value, method, Tuning.FIRST_TUNING_SEED + seed)]
+        ]
 
     def runs(self) -> list[Run]:
-        """Return all runs, each once, ordered by seed: a comparison that is stopped early still covers every value."""
+        """Return all runs of results, each once, ordered by seed: stopped early, they still cover every value.
+
+        Before `rates` are chosen, they have the learning rates of the settings.
+        """
         seeds = range(max(study.seeds for study in self.studies))
         runs = (
             self.run(study, value, method, seed)
@@ -136,6 +171,16 @@ class Comparison:
 
     def run(self, study: Study, value: Any, method: str, seed: int) -> Run:
         """Return one run of a study. Over E, a method without an embedding has the same run at all values."""
+        run = self._run(study, value, method, seed)
+        lr = self._lr.get((study.name, method, value), run.setting.lr)
+        return replace(run, setting=replace(run.setting, lr=lr))
+
+    @cached_property
+    def _lr(self) -> Mapping[tuple[str, str, Any], float]:
+        return {(rate.study, rate.method, rate.value): rate.lr for rate in self.rates}
+
+    def _run(self, study: Study, value: Any, method: str, seed: int) -> Run:
+        """Return one run with the learning rate of its setting."""
         experiment = self.experiment
         same_for_all_values = study.axis.field == "embedding" and not METHODS[method].embeds
         setting = study.setting if same_for_all_values else study.setting_at(value)
@@ -198,6 +243,21 @@ def _with(study: Study, settings: Mapping[str, Any]) -> Study:
             raise ValueError(f"{name}: expected {types[name].__name__}, got {value!r}")
         changes[name] = value
     return replace(study, setting=replace(study.setting, **changes))
+
+
+def _check_grid(study: Study, optimizer: str) -> None:
+    """Check that a study which is tuned has learning rates for an optimizer."""
+    if study.tuning is None or not is_tuned(study):
+        return
+    rates = study.tuning.rates.get(optimizer, ())
+    if not rates or len(set(rates)) < len(rates):
+        raise ValueError(f"tuning: expected rates for {optimizer}, each named once, got {rates!r}")
+    for rate in rates:
+        if type(rate) is not float:
+            raise ValueError(f"tuning: expected rates of type float, got {rate!r}")
+        replace(study.setting, lr=rate)
+    if not is_integer(study.tuning.seeds) or study.tuning.seeds < 1:
+        raise ValueError(f"tuning: expected seeds of at least 1, got {study.tuning.seeds!r}")
 
 
 def _known(argument: str, name: str, known: Sequence[str], what: str) -> None:

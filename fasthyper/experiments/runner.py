@@ -25,6 +25,7 @@ from fasthyper.experiments.setting import is_integer
 from fasthyper.experiments.store import Record, RunStore, config_key
 from fasthyper.experiments.summary import Summary, summarise
 from fasthyper.experiments.training import Metrics, train
+from fasthyper.experiments.tuning import tuned
 
 RUNS_FILE = "runs.jsonl"
 OUTPUT_FILES = (RUNS_FILE, *REPORT_FILES)
@@ -43,6 +44,8 @@ def run_comparison(
 ) -> Summary:
     """Train the missing runs of a comparison, and write `runs.jsonl`, `summary.csv` and `report.html`.
 
+    The runs that choose learning rates come first, then those of results, with the rates that were best.
+
     A run with the same configuration that is in `out` already is not repeated. Runs of other configurations stay in
     `out`, but are not part of the report. A process that is killed loses only its current run.
 
@@ -56,14 +59,15 @@ def run_comparison(
         data_home: the folder of scikit-learn's downloads.
         workers: processes to start; None: one for each core, or for each GPU. Ignored under torchrun.
         progress: called with the number of runs done, a float, the number of missing runs, and the name of the current
-            run.
+            run. Before all learning rates are chosen, the number of missing runs is the largest possible.
         notify: called with a sentence for each line of a file of runs that cannot be used.
 
     Returns:
         The summary of all runs of the comparison.
 
     Raises:
-        ValueError: `out` cannot be written to, or another process is writing there, or `workers` is below 1.
+        ValueError: `out` cannot be written to, or another process is writing there, or `workers` is below 1, or
+            learning rates are to be chosen for a task without validation examples.
         DatasetUnavailable: the data are not on this machine and cannot be downloaded. Nothing has been written.
         WorkerFailed: one of several processes raised an error or was killed; under torchrun, this process raises it. A
             single process raises its own errors.
@@ -72,24 +76,22 @@ def run_comparison(
     if workers is not None and (not is_integer(workers) or workers < 1):
         raise ValueError(f"workers: expected at least 1, got {workers!r}")
     check_writable(out, *OUTPUT_FILES)
-    runs = comparison.runs()
-    wanted = [config_key(run.config()) for run in runs]
-    fingerprint = hashlib.sha256(config_key([__version__, torch.__version__, *wanted]).encode())
+    configs = [run.config() for run in (*comparison.tuning_runs(), *comparison.runs())]
+    fingerprint = hashlib.sha256(config_key([__version__, torch.__version__, *configs]).encode())
     with torchrun(comparison.device, fingerprint.hexdigest()) as group:
         finished = _load_finished(group, comparison, out, notify)
-        missing = [run for run, key in zip(runs, wanted, strict=True) if key not in finished]
-        if missing:
+        if missing := len(_missing_runs(comparison, finished)):
             dataset = comparison.experiment.load(comparison.data, data_home)
             out.mkdir(parents=True, exist_ok=True)
-            processes = min(_workers(comparison.device) if workers is None else workers, len(missing))
+            processes = min(_workers(comparison.device) if workers is None else workers, missing)
             if not group.alone or processes == 1:
                 threads = _threads(1 if group.alone else int(os.environ["LOCAL_WORLD_SIZE"]))
                 display = progress if group.rank == 0 else lambda done, total, run: None
-                finished |= _train_missing(group, display, comparison, out, dataset, missing, threads)
+                finished = _train_missing(group, display, comparison, out, dataset, finished, threads)
             else:
                 with _store(comparison, out / RUNS_FILE).locked():
                     pass  # fail here, before workers start, if another process is writing
-                arguments = (comparison, out, dataset, missing, _threads(processes))
+                arguments = (comparison, out, dataset, finished, _threads(processes))
                 launch(_train_missing, processes, comparison.device, _monotone(progress), *arguments)
                 finished = _load_finished(group, comparison, out, lambda problem: None)
         if group.rank == 0:
@@ -97,7 +99,8 @@ def run_comparison(
         group.gather(None)  # wait until process 0 has all runs on its disk
         for path in _rank_files(out):
             _store(comparison, path).remove()
-        summary = summarise(comparison, [finished[key] for key in wanted])
+        runs = (*comparison.tuning_runs(), *tuned(comparison, finished).runs())
+        summary = summarise(comparison, [finished[config_key(run.config())] for run in runs])
         if group.rank == 0:
             write_report(summary, out)
     return summary
@@ -145,56 +148,96 @@ def _load_finished(group: Group, comparison: Comparison, out: Path, notify: Call
     return merged
 
 
+def _missing_runs(comparison: Comparison, finished: Mapping[str, Record]) -> list[Run]:
+    """Return the runs to do: those that choose learning rates, and those of results, as far as their rates are known.
+
+    While rates are missing, all runs of results count as missing, with the rates of the settings in their place.
+    """
+    tuning = [run for run in comparison.tuning_runs() if config_key(run.config()) not in finished]
+    if tuning:
+        return tuning + comparison.runs()
+    return [run for run in tuned(comparison, finished).runs() if config_key(run.config()) not in finished]
+
+
 def _train_missing(
     group: Group,
     progress: Progress,
     comparison: Comparison,
     out: Path,
     dataset: Any,
-    missing: list[Run],
+    finished: Mapping[str, Record],
     threads: int,
 ) -> dict[str, Record]:
-    """Train the runs that no other process of the group has taken; returns the records of all processes."""
+    """Train the missing runs that no other process of the group takes; returns the records of all processes.
+
+    The runs that choose learning rates come first. Every process waits for all of them, and chooses the same rates.
+    """
     out.mkdir(parents=True, exist_ok=True)
     store = _store(comparison, out / (RUNS_FILE if group.rank == 0 else f"runs.{group.rank}.jsonl"))
-    taken, done = group.counter("taken"), group.counter("done")
-    found: dict[str, Record] = {}
+    found = dict(finished)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with store.locked():
-            while (number := taken(1) - 1) < len(missing):
-                run = missing[number]
-                label = f"{run.method}, seed {run.seed}"
-                counted = 0
+            earlier = 0
+            for split in ("validation", "test"):
+                missing = _missing_runs(comparison, found)
+                mine = [run for run in missing if run.split == split]
+                total = earlier + len(missing)
 
-                def on_epoch(share: float, label: str = label) -> None:
-                    nonlocal counted
-                    thousandths = round(1000 * share)
-                    progress(done(thousandths - counted) / 1000, len(missing), label)
-                    counted = thousandths
+                def counted(done: float, run: str, earlier: int = earlier, total: int = total) -> None:
+                    progress(earlier + done, total, run)
 
-                on_epoch(0.0)  # a failure is now one of this run
-                try:
-                    metrics = train(comparison.experiment, run, dataset, on_epoch)
-                except Exception as error:
-                    if group.alone:
-                        raise
-                    raise WorkerFailed(group.rank, group.size, label, in_one_line(error)) from error
-                record: Record = {
-                    "config": run.config(),
-                    "metrics": asdict(metrics),
-                    "versions": versions(run.device),
-                    "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                }
-                store.append(record)
-                found[config_key(run.config())] = record
+                records = _train_all(group, split, counted, comparison, store, dataset, mine)
+                for theirs in group.gather(records):
+                    found |= theirs
+                earlier += len(mine)
     finally:
         torch.set_num_threads(before)
-    merged: dict[str, Record] = {}
-    for theirs in group.gather(found):
-        merged |= theirs
-    return merged
+    return found
+
+
+def _train_all(
+    group: Group,
+    split: str,
+    progress: Callable[[float, str], None],
+    comparison: Comparison,
+    store: RunStore,
+    dataset: Any,
+    runs: list[Run],
+) -> dict[str, Record]:
+    """Train the runs of one split that no other process of the group takes; returns the records of this process."""
+    taken, done = group.counter(f"{split} taken"), group.counter(f"{split} done")
+    found: dict[str, Record] = {}
+    while (number := taken(1) - 1) < len(runs):
+        run = runs[number]
+        label = f"{run.method}, seed {run.seed}"
+        if split == "validation":
+            label = f"{run.method}, learning rate {run.setting.lr:.3g}"
+        counted = 0
+
+        def on_epoch(share: float, label: str = label) -> None:
+            nonlocal counted
+            thousandths = round(1000 * share)
+            progress(done(thousandths - counted) / 1000, label)
+            counted = thousandths
+
+        on_epoch(0.0)  # a failure is now one of this run
+        try:
+            metrics = train(comparison.experiment, run, dataset, on_epoch)
+        except Exception as error:
+            if group.alone:
+                raise
+            raise WorkerFailed(group.rank, group.size, label, in_one_line(error)) from error
+        record: Record = {
+            "config": run.config(),
+            "metrics": asdict(metrics),
+            "versions": versions(run.device),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        store.append(record)
+        found[config_key(run.config())] = record
+    return found
 
 
 def _collect(comparison: Comparison, out: Path, finished: Mapping[str, Record]) -> None:

@@ -10,6 +10,7 @@ from fasthyper.experiments.comparison import Comparison
 from fasthyper.experiments.experiment import Finding, Study
 from fasthyper.experiments.results import Results
 from fasthyper.experiments.store import Record, config_key
+from fasthyper.experiments.tuning import Rate, tuned
 from fasthyper.experiments.verdicts import judged
 
 
@@ -22,27 +23,33 @@ class Summary:
         results: the results of each study.
         findings: each finding with its study.
         versions: the different sets of versions that the runs were made with.
+        rates: the learning rates that were chosen.
     """
 
     comparison: Comparison
     results: tuple[Results, ...]
     findings: tuple[tuple[Study, Finding], ...]
     versions: tuple[Mapping[str, str], ...]
+    rates: tuple[Rate, ...] = ()
 
 
 def summarise(comparison: Comparison, records: Sequence[Record]) -> Summary:
-    """Summarise the records of a comparison, exactly one for each run.
+    """Summarise the records of a comparison, exactly one for each run, those that choose learning rates included.
 
     Raises:
         ValueError: a run is missing, or there is an extra one.
     """
     by_run = {config_key(record["config"]): record for record in records}
-    wanted = {config_key(run.config()) for run in comparison.runs()}
+    tuning = {config_key(run.config()) for run in comparison.tuning_runs()}
+    if not tuning <= set(by_run):
+        raise ValueError(f"records: expected all {len(tuning)} runs that choose learning rates")
+    with_rates = tuned(comparison, by_run)
+    wanted = tuning | {config_key(run.config()) for run in with_rates.runs()}
     if set(by_run) != wanted or len(records) != len(wanted):
         raise ValueError(f"records: expected the {len(wanted)} runs of the comparison, got {len(records)}")
 
     def metrics(study: Study, method: str, value: Any) -> list[Mapping[str, Any]]:
-        runs = (comparison.run(study, value, method, seed) for seed in range(study.seeds))
+        runs = (with_rates.run(study, value, method, seed) for seed in range(study.seeds))
         return [by_run[config_key(run.config())]["metrics"] for run in runs]
 
     results = tuple(
@@ -53,4 +60,4 @@ def summarise(comparison: Comparison, records: Sequence[Record]) -> Summary:
     for record in records:
         if record["versions"] not in versions:
             versions.append(record["versions"])
-    return Summary(comparison, results, judged(results), tuple(versions))
+    return Summary(comparison, results, judged(results), tuple(versions), with_rates.rates)

@@ -31,7 +31,8 @@ class Metrics:
     """The results of one run.
 
     Attributes:
-        measures: the measures of the task, averaged over the test examples after the last epoch, and its levels.
+        measures: the measures of the task, averaged over the examples of the run's split after the last epoch, and the
+            levels of the task.
         train_loss: mean loss over the last steps, as many as an epoch has.
         context_parameters: N_f or N_e, trainable parameters of f or e.
         primary_parameters: N_g, weights that f generates, or N_q, trainable parameters of q.
@@ -65,7 +66,7 @@ class Metrics:
 def train(
     experiment: Experiment, run: Run, dataset: Any, on_epoch: Callable[[float], None] = lambda share: None
 ) -> Metrics:
-    """Train one model and test it once, after the last epoch.
+    """Train one model and evaluate it once, after the last epoch, on the examples of the run's split.
 
     The seed decides the initial weights, the order of the examples, and all random values in them. The last two do not
     depend on the method, so methods with the same seed can be compared in pairs.
@@ -75,10 +76,14 @@ def train(
         run: the run.
         dataset: the result of `experiment.load`.
         on_epoch: called before every epoch and at the end, with the fraction of the run that is done.
+
+    Raises:
+        ValueError: the run is one of the validation split, and the task has none.
     """
     begin = time.perf_counter()
     device = torch.device(run.device)
     task = experiment.task(run, dataset)
+    _evaluated(run, task)  # fail here, before training, if there are none
     trainer = Trainer(build(experiment, run).to(device), task, run.setting, device)
     per_epoch = math.ceil(task.train.count / run.setting.batch_size)
     generator = torch.Generator().manual_seed(stream(run.seed, "order"))
@@ -160,22 +165,33 @@ def batches(run: Run, examples: Examples, generator: torch.Generator) -> Iterato
 
 @torch.no_grad()
 def evaluate(run: Run, task: Task, model: nn.Module) -> dict[str, float]:
-    """Return the means of the measures over the test examples. Random values for them depend only on the seed.
+    """Return the means of the measures over the examples of the run's split.
 
-    They are NaN if an output is not finite: a classifier without numbers would have an error of its own.
+    Random values for these examples depend only on the seed. The means are NaN if an output is not finite: a classifier
+    without numbers would have an error of its own.
     """
+    examples = _evaluated(run, task)
     generator = torch.Generator().manual_seed(stream(run.seed, "test"))
     training = model.training
     model.eval()
     sums: dict[str, float] = {}
-    for chosen in torch.arange(task.test.count).split(TEST_BATCH):
-        batch = _to_device(run.device, task.test.draw(chosen, generator))
+    for chosen in torch.arange(examples.count).split(TEST_BATCH):
+        batch = _to_device(run.device, examples.draw(chosen, generator))
         y = model(batch.x, batch.cond)
         known = 0.0 if y.isfinite().all() else math.nan
         for name, values in task.measure(y, batch.target).items():
             sums[name] = sums.get(name, 0.0) + known + values.double().sum().item()
     model.train(training)
-    return {name: total / task.test.count for name, total in sums.items()}
+    return {name: total / examples.count for name, total in sums.items()}
+
+
+def _evaluated(run: Run, task: Task) -> Examples:
+    """Return the examples that a run is evaluated on."""
+    if run.split == "test":
+        return task.test
+    if task.validation is None:
+        raise ValueError(f"validation: the task of {run.experiment} has no such examples to choose learning rates on")
+    return task.validation
 
 
 def _endless_batches(run: Run, task: Task, generator: torch.Generator) -> Iterator[Batch]:

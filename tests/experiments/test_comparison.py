@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_experiment import BOTH, TINY
 
-from fasthyper.experiments import ROTATION, Comparison
+from fasthyper.experiments import Comparison
 from fasthyper.experiments.comparison import parse_depths, resolve_device
 from fasthyper.experiments.experiment import Axis
 
@@ -77,7 +77,7 @@ def test_an_unknown_name_lists_the_known_ones():
         tiny(data="svhn")
     with pytest.raises(ValueError, match=r"^studies: 'height' is not a study of tiny; known are depth, embedding$"):
         tiny(studies=["height"])
-    with pytest.raises(ValueError, match=r"^methods: 'x' is not .* known are embedding, embedding_time, hypernetwork$"):
+    with pytest.raises(ValueError, match=r"^methods: 'x' is .* known are embedding, embedding_flops, hypernetwork$"):
         tiny(methods=["x"])
 
 
@@ -122,7 +122,7 @@ def test_studies_are_chosen_by_name():
 
 
 def test_a_study_without_any_of_the_methods_is_left_out():
-    assert [study.name for study in tiny(methods=["embedding_time"]).studies] == ["depth"]
+    assert [study.name for study in tiny(methods=["embedding_flops"]).studies] == ["depth"]
 
 
 def test_a_study_keeps_its_own_axis():
@@ -138,7 +138,7 @@ def test_the_runs_of_a_comparison():
     found = [(run.seed, run.setting.depth, run.method) for run in comparison.runs()]
     assert found == [(seed, depth, method) for seed in (0, 1) for depth in (3, 2) for method in BOTH]
     config = json.loads(json.dumps(comparison.runs()[0].config()))
-    assert set(config) == {"experiment", "protocol", "data", "method", "seed", "device", "setting"}
+    assert set(config) == {"experiment", "protocol", "data", "method", "seed", "device", "setting", "split"}
     assert config["setting"]["lr"] == 1.0
     assert (config["experiment"], config["protocol"]) == ("tiny", 1)
 
@@ -167,10 +167,3 @@ def test_seeds_differ_between_studies():
 
     comparison = Comparison.of(replace(TINY, studies=studies), device="cpu")
     assert [run.seed for run in comparison.runs()] == [0] * (6 + 6) + [1] * 6 + [2] * 6
-
-
-def test_the_runs_of_rotation():
-    runs = Comparison.of(ROTATION, device="cpu").runs()
-    depth, seeds = 3 * 6, 5
-    embedding, rate = 2, 2 * 2  # the hypernetwork of depth 4 and the middle rate are runs over depth
-    assert len(runs) == seeds * (depth + embedding + rate)

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from tiny_experiment import BOTH, SETTING, TEST, TINY, TRAIN, comparison_of, task, tensors
+from tiny_experiment import BOTH, SETTING, TEST, TINY, TRAIN, VALIDATION, comparison_of, task, tensors
 
 from fasthyper import backends
 from fasthyper.experiments import training
@@ -149,7 +149,8 @@ def spied(seen, drawn=False):
 
     def spied_task(run, source):
         plain = task(run, source)
-        return replace(plain, train=spy(plain.train, "train"), test=spy(plain.test, "test"))
+        splits = {name: spy(getattr(plain, name), name) for name in ("train", "test", "validation")}
+        return replace(plain, **splits)
 
     return replace(TINY, task=spied_task)
 
@@ -177,12 +178,41 @@ def test_all_methods_with_one_seed_see_the_same():
             train(spied(batches_seen, drawn=True), run_of(method, seed), None)
     for seed in (0, 1):
         one, other = seen[HYPERNETWORK, seed], seen[EMBEDDING, seed]
-        assert [split for split, _ in one] == ["train"] * 6 + ["test", "train"]  # the last one is for measuring costs
+        # The last two are for measuring costs.
+        assert [split for split, _ in one] == ["train"] * 6 + ["test", "train", "train"]
         for (_, a), (_, b) in zip(one, other, strict=True):
             assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
     zero, one = seen[EMBEDDING, 0], seen[EMBEDDING, 1]
     assert not torch.equal(zero[0][1].x, one[0][1].x)
     assert not torch.equal(zero[0][1].x, zero[3][1].x)
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+@pytest.mark.parametrize("method", [HYPERNETWORK, EQUAL_FLOPS])
+def test_a_run_reads_the_examples_of_its_split_once_and_of_no_other(split, method):
+    seen = []
+    metrics = train(spied(seen), replace(run_of(method), split=split), None)
+    (batch,) = [batch for name, batch in seen if name == split]
+    assert {name for name, _ in seen} == {"train", split}
+    first, count = {"test": (500, TEST), "validation": (700, VALIDATION)}[split]
+    for found, expected in zip(batch, tensors(first, count, 0.0), strict=True):
+        assert torch.equal(found, expected)
+    assert metrics.measures["zero"] == 0.7
+    assert metrics.measures["error"] > 0
+
+
+def test_the_split_changes_nothing_but_the_examples_of_the_measures():
+    test, validation = (train(TINY, replace(run_of(), split=split), None) for split in ("test", "validation"))
+    assert test.train_loss == validation.train_loss
+    assert test.measures != validation.measures
+
+
+def test_without_validation_examples_nothing_is_trained(monkeypatch):
+    without = replace(TINY, task=lambda run, source: replace(task(run, source), validation=None))
+    assert train(without, run_of(), None).measures["error"] > 0
+    monkeypatch.delattr(training, "Trainer")
+    with pytest.raises(ValueError, match=r"^validation: the task of tiny has no such examples"):
+        train(without, replace(run_of(), split="validation"), None)
 
 
 def test_what_is_drawn_for_the_test_depends_on_the_seed_alone():
@@ -219,30 +249,27 @@ def test_measuring_costs_changes_no_number(method, changes, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("its", "own", "steps"), [(2.0, 1.0, 12), (1.0, 1.0, 6), (1.0, 3.0, 2), (1.0, 100.0, 1), (4.0, 3.0, 8)]
+    ("theirs", "own", "steps"), [(20, 10, 12), (10, 10, 6), (10, 30, 2), (10, 1000, 1), (40, 30, 8)]
 )
-def test_equal_time_is_as_many_steps_as_the_clock_says(monkeypatch, its, own, steps):
-    timed = []
-
-    def clock(fns, times, device):
-        timed.append([counts(fn.__defaults__[0].model) for fn in fns])
-        return [its, own]
-
-    monkeypatch.setattr(training, "interleaved_seconds", clock)
+def test_equal_flops_are_as_many_steps_as_the_flops_say(monkeypatch, theirs, own, steps):
+    hyper = counts(build(TINY, run_of(HYPERNETWORK)))
+    monkeypatch.setattr(training, "_step_flops", lambda model, task, run: theirs if counts(model) == hyper else own)
     metrics = train(TINY, run_of(EQUAL_FLOPS), None)
-    assert metrics.steps == steps
-    assert timed == [[counts(build(TINY, run_of(method))) for method in (HYPERNETWORK, EMBEDDING)]]
+    assert (metrics.steps, metrics.training_flops) == (steps, steps * own)
     if steps % 3 == 0:
         whole = train(TINY, run_of(EMBEDDING, epochs=steps // 3), None)
         assert measured(whole) == measured(metrics)
 
 
-def test_equal_time_is_measured_on_a_model_of_its_own():
-    """The model that is timed is not the one that is trained."""
-    metrics = train(TINY, run_of(EQUAL_FLOPS), None)
-    if metrics.steps % 3 == 0:
-        assert measured(train(TINY, run_of(EMBEDDING, epochs=metrics.steps // 3), None)) == measured(metrics)
-    assert metrics.fused_seconds is None
+@pytest.mark.parametrize("method", BOTH)
+def test_flops_are_those_of_all_steps(method):
+    """A product (m, k) by (k, n) has 2 m k n flops, and the gradient of its weights as many."""
+    batch = 16
+    layers = {HYPERNETWORK: [(3, 6)], EMBEDDING: [(3, 6), (6, 4), (6, 5), (5, 1)]}[method]
+    metrics = train(TINY, run_of(method), None)
+    least = metrics.steps * sum(2 * 2 * batch * fan_in * fan_out for fan_in, fan_out in layers)
+    assert metrics.training_flops >= least
+    assert metrics.training_flops == 2 * train(TINY, run_of(method, epochs=1), None).training_flops
 
 
 def test_a_diverging_run_ends():

@@ -13,7 +13,7 @@ import random
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,13 +21,13 @@ import torch
 from fasthyper import cli
 from fasthyper.experiments import EXPERIMENTS, Comparison, run_comparison
 from fasthyper.experiments.claims import Flat, Improves, Wins
-from fasthyper.experiments.experiment import ASKED, Axis, Examples, Experiment, Measure, Study, Task
+from fasthyper.experiments.experiment import ASKED, Axis, Examples, Experiment, Measure, Study, Task, Tuning
 from fasthyper.experiments.methods import EMBEDDING, EQUAL_FLOPS, HYPERNETWORK, Architecture
 from fasthyper.experiments.setting import Setting
 from fasthyper.experiments.store import config_key
 
 BOTH = (HYPERNETWORK, EMBEDDING)
-TRAIN, TEST = 40, 10
+TRAIN, TEST, VALIDATION = 40, 10, 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,14 +113,15 @@ def task(run, source):
     if (run.method, run.seed) == (EMBEDDING, 1) and (fault := os.environ.get("TINY_FAULT")):
         time.sleep(1)  # by now the other processes are done and wait for this one
         FAULTS[fault]()
-    train, test = (
-        Examples.of(*tensors(first, count, run.setting.offset)) for first, count in ((0, TRAIN), (500, TEST))
+    train, test, validation = (
+        Examples.of(*tensors(first, count, run.setting.offset))
+        for first, count in ((0, TRAIN), (500, TEST), (700, VALIDATION))
     )
 
     def measure(y, target):
         return {"error": (y - target).square().mean(1), "apart": (y - target).abs().mean(1)}
 
-    return Task(train, test, torch.nn.functional.mse_loss, measure, levels={"zero": 0.7})
+    return Task(train, test, torch.nn.functional.mse_loss, measure, levels={"zero": 0.7}, validation=validation)
 
 
 TINY = Experiment(
@@ -141,6 +142,16 @@ def comparison_of(seeds=2, depths="2-3", methods=BOTH, **options):
     return Comparison.of(TINY, depths=depths, methods=methods, seeds=seeds, device="cpu", **options)
 
 
+TUNING = Tuning(rates={"sgd": (0.01, 0.1, 1e9), "adam": (0.001, 0.01)}, seeds=2)
+"""With a rate at which every run diverges."""
+
+
+def tuned_of(seeds=2, depths="2", **options):
+    """Return a comparison that chooses learning rates: 12 runs for them, and two runs of results for each seed."""
+    comparison = comparison_of(seeds, depths, **options)
+    return replace(comparison, studies=tuple(replace(study, tuning=TUNING) for study in comparison.studies))
+
+
 def lines(out):
     return [json.loads(line) for line in (Path(out) / "runs.jsonl").read_text().splitlines()]
 
@@ -155,14 +166,14 @@ def numbers(records):
     return found
 
 
-def killed_over_and_over(out, seeds, kills):
+def killed_over_and_over(comparison, out, kills):
     """Start the comparison in a fork and kill it after a random time, repeatedly; returns the number of kills."""
     chance = random.Random(0)
     killed = 0
     while killed < kills:
         child = os.fork()
         if child == 0:
-            run_comparison(comparison_of(seeds), out, notify=print)
+            run_comparison(comparison, out, notify=print)
             os._exit(0)
         time.sleep(chance.uniform(0.01, 0.35))
         os.kill(child, signal.SIGKILL)
@@ -181,16 +192,18 @@ def main():
     parser.add_argument("out", nargs="+")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--tuned", action="store_true")
     parser.add_argument("--kills", type=int, default=0)
     given = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         allowed = sorted(os.sched_getaffinity(0))[: int(os.environ.get("LOCAL_WORLD_SIZE", given.workers))]
         os.sched_setaffinity(0, allowed)  # one core, so one thread, for each process
+    comparison = (tuned_of if given.tuned else comparison_of)(given.seeds)
     if given.kills:
-        print(killed_over_and_over(given.out[0], given.seeds, given.kills))
+        print(killed_over_and_over(comparison, given.out[0], given.kills))
         return
     for out in given.out:
-        run_comparison(comparison_of(given.seeds), out, workers=given.workers)
+        run_comparison(comparison, out, workers=given.workers)
         print(f"finished {out}", flush=True)
 
 
