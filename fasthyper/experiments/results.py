@@ -87,7 +87,7 @@ class Row:
         primary_parameters: N_g or N_q.
         trainable_parameters: all that is trained.
         steps: training steps.
-        training_flops: of all steps. This and all further costs are medians over the seeds.
+        training_flops: of all steps. This and all further costs are medians over the seeds that measure them.
         step_seconds: of a training step.
         peak_temporary_bytes: of a forward and backward pass.
         fused_seconds: of a hypernetwork's step.
@@ -222,7 +222,8 @@ class Results:
         found = self.metrics[line.method, value]
 
         def median(name: str) -> Any:
-            return None if found[0][name] is None else statistics.median(metrics[name] for metrics in found)
+            numbers = [metrics[name] for metrics in found if metrics[name] is not None]
+            return statistics.median(numbers) if numbers else None
 
         return Row(
             line=line,

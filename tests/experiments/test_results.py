@@ -53,6 +53,15 @@ def test_intervals_are_mapped_and_turned():
     assert -Interval(1.0, 0.0, 3.0) == Interval(-1.0, -3.0, 0.0)
 
 
+def test_costs_are_medians_over_the_seeds_that_measure_them():
+    results = results_of(pair(HYPER, EMBED), DEPTHS)
+    for found in results.metrics.values():
+        for metrics in found[1:]:
+            metrics["peak_temporary_bytes"] = metrics["fused_seconds"] = None
+    row = results.rows()[0]
+    assert (row.peak_temporary_bytes, row.fused_seconds) == (2048, pytest.approx(0.001))
+
+
 def test_rows_are_means_over_seeds_and_medians_of_cost():
     rows = results_of(pair(HYPER, EMBED), DEPTHS).rows()
     assert [(row.line.method, row.value) for row in rows] == [

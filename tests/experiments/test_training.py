@@ -178,8 +178,8 @@ def test_all_methods_with_one_seed_see_the_same():
             train(spied(batches_seen, drawn=True), run_of(method, seed), None)
     for seed in (0, 1):
         one, other = seen[HYPERNETWORK, seed], seen[EMBEDDING, seed]
-        # The last two are for measuring costs.
-        assert [split for split, _ in one] == ["train"] * 6 + ["test", "train", "train"]
+        measuring = ["train"] if seed else ["train"] * 2  # flops, and with seed 0 time and memory
+        assert [split for split, _ in one] == ["train"] * 6 + ["test", *measuring]
         for (_, a), (_, b) in zip(one, other, strict=True):
             assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
     zero, one = seen[EMBEDDING, 0], seen[EMBEDDING, 1]
@@ -215,6 +215,12 @@ def test_without_validation_examples_nothing_is_trained(monkeypatch):
         train(without, replace(run_of(), split="validation"), None)
 
 
+@pytest.mark.parametrize(("seed", "split"), [(1, "test"), (0, "validation")])
+def test_costs_are_measured_once_for_all_seeds(seed, split):
+    metrics = train(TINY, replace(run_of(HYPERNETWORK, seed), split=split), None)
+    assert {name: getattr(metrics, name) for name in training.COSTS} == dict.fromkeys(training.COSTS)
+
+
 def test_what_is_drawn_for_the_test_depends_on_the_seed_alone():
     found = {}
     for seed, epochs in ((0, 1), (0, 3), (1, 1)):
@@ -240,7 +246,7 @@ def test_numbers_depend_on_nothing_that_ran_before():
 def test_measuring_costs_changes_no_number(method, changes, monkeypatch):
     run = run_of(method, **changes)
     found = measured(train(TINY, run, None))
-    nothing = ("peak_temporary_bytes", "fused_seconds", "materialised_seconds", "materialised_bytes")
+    nothing = training.COSTS
     monkeypatch.setattr(training, "_cost", lambda *arguments: dict.fromkeys(nothing))
     without = measured(train(TINY, run, None))
     assert {k: v for k, v in found.items() if k not in nothing} == {
