@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any, NoReturn
 
 COMPARE_OPTIONS: dict[str, tuple[type, Any, str]] = {
-    "preset": (str, "quick", "quick: minutes on two cores; paper: the full protocol."),
+    "preset": (str, "quick", "quick: minutes on two cores; standard: an hour or two; paper: the full protocol."),
     "data": (str, None, "The data set; the default needs no network."),
     "data-home": (str, None, "Folder of scikit-learn's downloads."),
     "studies": (str, None, "Only these figures, such as depth,rate."),
@@ -18,7 +18,7 @@ COMPARE_OPTIONS: dict[str, tuple[type, Any, str]] = {
     "depths": (str, None, "Only the figure over depth, with these depths of f and e: 2-9 or 2,4,8."),
     "seeds": (int, None, "Runs of each method at each value."),
     "epochs": (int, None, "Passes over the training examples."),
-    "lr": (float, None, "Learning rate."),
+    "lr": (float, None, "Learning rate of all runs; without it, each method is tuned."),
     "width": (int, None, "Hidden units of f and e."),
     "batch-size": (int, None, "Examples in a training batch."),
     "device": (str, "auto", "auto, cpu or cuda."),
@@ -71,6 +71,9 @@ def parser() -> argparse.ArgumentParser:
     made = command(compare, "the experiments that compare hypernetworks with other ways")
     made.add_argument("name", metavar="NAME", help="The name of an experiment, `all`, or `list`.")
     _add(made, COMPARE_OPTIONS)
+    made.add_argument(
+        "--tune", action="store_true", help="Choose learning rates anew, also those that the package has for quick."
+    )
     return top
 
 

@@ -90,6 +90,28 @@ def test_all_experiments_and_one_report_of_them(tmp_path, monkeypatch):
     assert result.output.rstrip().endswith(f"All of them: {tmp_path / 'report.html'}")
 
 
+def test_all_leaves_out_experiments_without_studies_in_the_preset(tmp_path, monkeypatch):
+    begun = []
+
+    def run(comparison, out, **options):
+        begun.append((comparison.experiment.name, options["tune"]))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(experiments, "run_comparison", run)
+    rotation = experiments.ROTATION
+    later = replace(rotation, name="later", studies=lambda preset, data: ())
+    monkeypatch.setattr(experiments, "EXPERIMENTS", {"later": later, "rotation": rotation})
+    result = call("compare", "all", "--out", tmp_path / "out")
+    assert (begun, result.stderr) == ([("rotation", False)], "error: enough\n")
+    result = call("compare", "later", "--out", tmp_path / "out")
+    assert (result.exit_code, result.stderr) == (2, "error: preset: later has no studies in the preset quick\n")
+    monkeypatch.setattr(experiments, "EXPERIMENTS", {"later": later})
+    result = call("compare", "all", "--out", tmp_path / "out")
+    assert result.stderr == "error: preset: no experiment has studies in the preset quick\n"
+    result = call("compare", "all", "--preset", "slow", "--out", tmp_path / "out")
+    assert result.stderr.startswith("error: preset: 'slow' is not known; known are quick, standard, paper")
+
+
 def test_the_list_of_experiments():
     result = call("compare", "list")
     assert result.exit_code == 0
@@ -131,6 +153,7 @@ def test_options_reach_the_comparison(tmp_path, monkeypatch):
         "5",
         "--data-home",
         "home",
+        "--tune",
     ]
     result = call("compare", "rotation", *given, "--device", "cpu", "--out", tmp_path / "out")
     assert (result.exit_code, result.stderr) == (2, "error: enough\n")
@@ -143,6 +166,7 @@ def test_options_reach_the_comparison(tmp_path, monkeypatch):
         assert (setting.epochs, setting.width, setting.batch_size) == (2, 7, 9)
     assert comparison.studies[0].setting.lr == 0.5
     assert (out, options["data_home"], options["workers"]) == (tmp_path / "out", "home", 5)
+    assert options["tune"]
 
 
 @pytest.mark.parametrize("option", ["--data=digits", "--studies=depth", "--depths=2", "--methods=film", "--width=8"])
@@ -283,6 +307,7 @@ def test_help_names_all_commands_and_options():
         assert call(name, "--help").exit_code == 0
     for name in cli.COMPARE_OPTIONS:
         assert f"--{name} " in call("compare", "--help").stdout
+    assert "--tune " in call("compare", "--help").stdout
     for name in ("cond", "in", "out", *cli.PLAN_OPTIONS):
         assert f"--{name} " in call("plan", "--help").stdout
     assert call().exit_code == 2

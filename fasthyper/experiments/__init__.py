@@ -9,6 +9,7 @@ The modules, in the order in which they build on each other:
     methods        the methods that are compared, and their sizes
     setting        the settings of runs
     experiment     the types that declare an experiment: start here to write one
+    tuning         the choice of learning rates
     comparison     chosen studies of an experiment, and the runs that they need
     training       one run
     significance   tests of significance and their power
@@ -20,6 +21,7 @@ The modules, in the order in which they build on each other:
     summary        the results and findings of a comparison
     figures, report                    the summary as CSV and as one HTML page
     files, store, distributed, runner  all runs of a comparison, in several processes, and the file of finished runs
+    record                             writes the tuning runs that the package comes with
 """
 
 from fasthyper.experiments.catalogue import EXPERIMENTS
@@ -40,11 +42,13 @@ from fasthyper.experiments.experiment import (
     Run,
     Study,
     Task,
+    Tuning,
 )
 from fasthyper.experiments.methods import ALL, METHODS, Architecture
 from fasthyper.experiments.runner import run_comparison
 from fasthyper.experiments.setting import Setting
 from fasthyper.experiments.summary import Summary
+from fasthyper.experiments.tuning import Rate
 from fasthyper.experiments.verdicts import judged
 
 __all__ = [
@@ -68,12 +72,14 @@ __all__ = [
     "Learns",
     "Line",
     "Measure",
+    "Rate",
     "Run",
     "Setting",
     "Steeper",
     "Study",
     "Summary",
     "Task",
+    "Tuning",
     "WellBelow",
     "Wins",
     "WorkerFailed",

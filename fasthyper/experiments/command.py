@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .comparison import Comparison
+from .comparison import PRESETS, Comparison
+from .experiment import Experiment
 from .files import check_writable
 from .summary import Summary
 
 
-def run(name: str, *, out: str | None, data_home: str | None, workers: int | None, **options: Any) -> None:
+def run(name: str, *, out: str | None, data_home: str | None, workers: int | None, tune: bool, **options: Any) -> None:
     """Run the experiment of a name, or all; or list them.
 
     Args:
@@ -24,6 +25,7 @@ def run(name: str, *, out: str | None, data_home: str | None, workers: int | Non
         out: the folder of the results, by default ``results/NAME``.
         data_home: the folder of scikit-learn's downloads.
         workers: processes.
+        tune: choose learning rates anew.
         options: the other arguments of `Comparison.of`.
     """
     from fasthyper.experiments import EXPERIMENTS
@@ -43,26 +45,38 @@ def run(name: str, *, out: str | None, data_home: str | None, workers: int | Non
         chosen = {
             one: Comparison.of(EXPERIMENTS[one], **{**options, **lists})
             for one in (EXPERIMENTS if name == "all" else [name])
+            if name != "all" or _has_studies(EXPERIMENTS[one], options["preset"])
         }
+        if not chosen:
+            raise ValueError(f"preset: no experiment has studies in the preset {options['preset']}")
         check_writable(folder)
     except ValueError as error:
         _fail(error)
     if name != "all":
-        _run_and_print(chosen[name], folder, data_home, workers)
+        _run_and_print(chosen[name], folder, data_home, workers, tune)
         return
     from fasthyper.experiments.report import write_combined
 
-    summaries = [_run_and_print(comparison, folder / one, data_home, workers) for one, comparison in chosen.items()]
+    summaries = [
+        _run_and_print(comparison, folder / one, data_home, workers, tune) for one, comparison in chosen.items()
+    ]
     if _is_main_process():
         write_combined(summaries, folder)
         print(f"All of them: {folder / 'report.html'}")
+
+
+def _has_studies(experiment: Experiment, preset: str) -> bool:
+    """Return whether an experiment is one of a preset. An unknown preset is refused later."""
+    return preset not in PRESETS or bool(experiment.studies(preset, experiment.data[0]))
 
 
 def _split_list(text: str | None) -> list[str] | None:
     return None if text is None else [item.strip() for item in text.split(",")]
 
 
-def _run_and_print(comparison: Comparison, out: Path, data_home: str | None, workers: int | None) -> Summary:
+def _run_and_print(
+    comparison: Comparison, out: Path, data_home: str | None, workers: int | None, tune: bool
+) -> Summary:
     from fasthyper.experiments import DatasetUnavailable, WorkerFailed, run_comparison
     from fasthyper.experiments.distributed import in_one_line
 
@@ -86,7 +100,7 @@ def _run_and_print(comparison: Comparison, out: Path, data_home: str | None, wor
         if not bar.tasks:
             bar.add_task(comparison.experiment.name, total=total)
             bar.start()
-        bar.update(bar.task_ids[0], completed=done, description=f"{comparison.experiment.name}: {run}")
+        bar.update(bar.task_ids[0], completed=done, total=total, description=f"{comparison.experiment.name}: {run}")
 
     def notify(problem: str) -> None:
         print(f"warning: {problem}", file=sys.stderr)
@@ -95,7 +109,7 @@ def _run_and_print(comparison: Comparison, out: Path, data_home: str | None, wor
     try:
         try:
             summary = run_comparison(
-                comparison, out, data_home=data_home, workers=workers, progress=progress, notify=notify
+                comparison, out, data_home=data_home, workers=workers, tune=tune, progress=progress, notify=notify
             )
         finally:
             if bar.tasks:

@@ -25,7 +25,7 @@ from fasthyper.experiments.setting import is_integer
 from fasthyper.experiments.store import Record, RunStore, config_key
 from fasthyper.experiments.summary import Summary, summarise
 from fasthyper.experiments.training import Metrics, train
-from fasthyper.experiments.tuning import tuned
+from fasthyper.experiments.tuning import shipped, tuned
 
 RUNS_FILE = "runs.jsonl"
 OUTPUT_FILES = (RUNS_FILE, *REPORT_FILES)
@@ -39,12 +39,14 @@ def run_comparison(
     *,
     data_home: str | os.PathLike[str] | None = None,
     workers: int | None = 1,
+    tune: bool = False,
     progress: Progress = lambda done, total, run: None,
     notify: Callable[[str], None] = warnings.warn,
 ) -> Summary:
     """Train the missing runs of a comparison, and write `runs.jsonl`, `summary.csv` and `report.html`.
 
-    The runs that choose learning rates come first, then those of results, with the rates that were best.
+    The runs that choose learning rates come first, then those of results, with the rates that were best. The package
+    comes with the former for the quick preset.
 
     A run with the same configuration that is in `out` already is not repeated. Runs of other configurations stay in
     `out`, but are not part of the report. A process that is killed loses only its current run.
@@ -58,6 +60,7 @@ def run_comparison(
         out: the folder to write to. It is made if it does not exist.
         data_home: the folder of scikit-learn's downloads.
         workers: processes to start; None: one for each core, or for each GPU. Ignored under torchrun.
+        tune: choose learning rates anew, without the tuning runs that the package comes with.
         progress: called with the number of runs done, a float, the number of missing runs, and the name of the current
             run. Before all learning rates are chosen, the number of missing runs is the largest possible.
         notify: called with a sentence for each line of a file of runs that cannot be used.
@@ -77,9 +80,10 @@ def run_comparison(
         raise ValueError(f"workers: expected at least 1, got {workers!r}")
     check_writable(out, *OUTPUT_FILES)
     configs = [run.config() for run in (*comparison.tuning_runs(), *comparison.runs())]
-    fingerprint = hashlib.sha256(config_key([__version__, torch.__version__, *configs]).encode())
+    given = {} if tune else shipped(comparison)
+    fingerprint = hashlib.sha256(config_key([__version__, torch.__version__, given, *configs]).encode())
     with torchrun(comparison.device, fingerprint.hexdigest()) as group:
-        finished = _load_finished(group, comparison, out, notify)
+        finished = given | _load_finished(group, comparison, out, notify)
         if missing := len(_missing_runs(comparison, finished)):
             dataset = comparison.experiment.load(comparison.data, data_home)
             out.mkdir(parents=True, exist_ok=True)
@@ -93,9 +97,9 @@ def run_comparison(
                     pass  # fail here, before workers start, if another process is writing
                 arguments = (comparison, out, dataset, finished, _threads(processes))
                 launch(_train_missing, processes, comparison.device, _monotone(progress), *arguments)
-                finished = _load_finished(group, comparison, out, lambda problem: None)
+                finished = given | _load_finished(group, comparison, out, lambda problem: None)
         if group.rank == 0:
-            _collect(comparison, out, finished)
+            _collect(comparison, out, {key: r for key, r in finished.items() if r is not given.get(key)})
         group.gather(None)  # wait until process 0 has all runs on its disk
         for path in _rank_files(out):
             _store(comparison, path).remove()

@@ -1,17 +1,28 @@
-"""Learning rates: one for each method of a study at each value of its axis, chosen on the validation split."""
+"""Learning rates: one for each method of a study at each value of its axis, chosen on the validation split.
+
+The package comes with the measures of the tuning runs of the quick preset, so that they need not be trained again: one
+file of JSON lines for each experiment. Its first line is a header with the versions and the date of the runs; each
+other line has the key of a run, with its method and rate for readers. `fasthyper.experiments.record` writes them.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fasthyper.experiments.store import Record, config_key
 
 if TYPE_CHECKING:
     from fasthyper.experiments.comparison import Comparison
-    from fasthyper.experiments.experiment import Study
+    from fasthyper.experiments.experiment import Run, Study
+
+SHIPPED = Path(__file__).parent / "catalogue" / "tuning"
+"""The folder of the shipped files: `NAME.jsonl`, by the name of the experiment."""
 
 
 @dataclass(frozen=True)
@@ -89,3 +100,40 @@ def _rate(comparison: Comparison, finished: Mapping[str, Record], study: Study, 
         numbers.setdefault(run.setting.lr, []).append(number if finite else math.inf)
     errors = {lr: math.fsum(found) / len(found) for lr, found in numbers.items()}
     return Rate.of(study.name, method, value, study.setting_at(value).optimizer, errors)
+
+
+def shipped(comparison: Comparison, folder: Path = SHIPPED) -> dict[str, Record]:
+    """Return records of those tuning runs that the package comes with, by `config_key`: of their metrics the measures.
+
+    The device of a run does not matter here: the rate that was best on CPUs is used on GPUs, too.
+    """
+    try:
+        header, *lines = map(json.loads, (folder / f"{comparison.experiment.name}.jsonl").read_text().splitlines())
+    except FileNotFoundError:
+        return {}
+    known = {line["key"]: line["measures"] for line in lines}
+    versions = {"learning rates": f"shipped, of {header['date']}", **header["versions"]}
+    found = {}
+    for run, names in tuning_measures(comparison).items():
+        measures = known.get(shipped_key(run), {})
+        if names <= measures.keys():
+            config = run.config()
+            found[config_key(config)] = {"config": config, "metrics": {"measures": measures}, "versions": versions}
+    return found
+
+
+def shipped_key(run: Run) -> str:
+    """Return the key of a run in the shipped files: a digest of its configuration without the device."""
+    config = {name: value for name, value in run.config().items() if name != "device"}
+    return hashlib.sha256(config_key(config).encode()).hexdigest()[:16]
+
+
+def tuning_measures(comparison: Comparison) -> dict[Run, set[str]]:
+    """Return the tuning runs of a comparison, and the names of the measures that rates are chosen by."""
+    names: dict[Run, set[str]] = {run: set() for run in comparison.tuning_runs()}
+    for study in filter(is_tuned, comparison.studies):
+        for value in study.values:
+            for method in study.methods:
+                for run in comparison.tuning_runs_of(study, value, method):
+                    names[run].add(study.measure.name)
+    return names

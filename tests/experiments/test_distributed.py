@@ -11,7 +11,7 @@ from pathlib import Path
 import parallel
 import pytest
 import torch
-from tiny_experiment import BOTH, comparison_of, lines, numbers
+from tiny_experiment import BOTH, comparison_of, lines, numbers, tuned_of
 
 from fasthyper.experiments import ROTATION, Comparison, WorkerFailed, run_comparison
 from fasthyper.experiments.distributed import Group, launch, torchrun
@@ -180,6 +180,51 @@ def begun(monkeypatch, tmp_path):
     log = tmp_path / "log"
     monkeypatch.setenv("TINY_LOG", str(log))
     return lambda: log.read_text().splitlines() if log.exists() else []
+
+
+@pytest.fixture(scope="module")
+def tuned_alone(tmp_path_factory):
+    """Return the results of the tuned comparison with three seeds, trained in this process alone, on one thread."""
+    out = tmp_path_factory.mktemp("tuned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fasthyper.experiments.runner._cores", lambda: 1)
+        patch.setattr("fasthyper.experiments.report.figure_png", lambda results: b"a figure")
+        run_comparison(tuned_of(3), out)
+    return numbers(lines(out))
+
+
+@linux
+@pytest.mark.parametrize("held", [4, 8])
+def test_workers_killed_while_rates_are_chosen_or_after_it(tmp_path, monkeypatch, tuned_alone, held):
+    """Of the 18 runs, the first 12 choose rates; each process finishes 3, or 7 at most."""
+    out, trained = tmp_path / "out", begun(monkeypatch, tmp_path)
+    monkeypatch.setenv("TINY_HELD", str(held))
+    process = python("tiny_experiment", out, "--seeds", 3, "--workers", 2, "--tuned")
+    wait_for(lambda: sum(line_counts(out).values()) >= (3 if held == 4 else 12), process)
+    workers = children(process.pid)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    wait_for(lambda: not any(map(alive, workers)))
+    assert sum(line_counts(out).values()) < 18
+    monkeypatch.delenv("TINY_HELD")
+    seen = []
+    run_comparison(tuned_of(3), out, workers=2, progress=lambda *what: seen.append(what), notify=ignore)
+    assert len(trained()) <= 18 + 2
+    assert line_counts(out) == {"runs.jsonl": 18}
+    assert numbers(lines(out)) == tuned_alone
+    done = [share for share, _, _ in seen]
+    assert done == sorted(done)
+    assert seen[-1][0] == seen[-1][1]
+
+
+def test_torchrun_chooses_the_same_rates_in_all_processes(tmp_path, monkeypatch, tuned_alone):
+    trained = begun(monkeypatch, tmp_path)
+    process = torchrun_of("tiny_experiment", tmp_path / "out", "--seeds", 3, "--tuned")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert len(trained()) == 18
+    assert line_counts(tmp_path / "out") == {"runs.jsonl": 18}
+    assert numbers(lines(tmp_path / "out")) == tuned_alone
 
 
 @linux

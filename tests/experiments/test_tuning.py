@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from tiny_experiment import BOTH, SETTING, TINY, TUNING, tuned_of
+from tiny_experiment import BOTH, SETTING, TINY, TUNED, TUNING, tuned_of
 
 from fasthyper.experiments.comparison import Comparison
 from fasthyper.experiments.experiment import Axis, Tuning
@@ -129,12 +129,8 @@ def test_equal_tuning_runs_are_shared():
 
 
 def test_the_learning_rate_of_the_user_is_that_of_all_runs():
-    def studies(preset, data):
-        return tuple(replace(study, tuning=TUNING) for study in TINY.studies(preset, data))
-
-    experiment = replace(TINY, studies=studies)
-    assert Comparison.of(experiment, device="cpu", epochs=1).tuning_runs()
-    fixed = Comparison.of(experiment, device="cpu", lr=0.5)
+    assert Comparison.of(TUNED, device="cpu", epochs=1).tuning_runs()
+    fixed = Comparison.of(TUNED, device="cpu", lr=0.5)
     assert fixed.tuning_runs() == []
     assert {run.setting.lr for run in tuned(fixed, {}).runs()} == {0.5}
 

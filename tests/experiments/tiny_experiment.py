@@ -138,18 +138,24 @@ TINY = Experiment(
 )
 
 
-def comparison_of(seeds=2, depths="2-3", methods=BOTH, **options):
-    return Comparison.of(TINY, depths=depths, methods=methods, seeds=seeds, device="cpu", **options)
-
-
 TUNING = Tuning(rates={"sgd": (0.01, 0.1, 1e9), "adam": (0.001, 0.01)}, seeds=2)
 """With a rate at which every run diverges."""
 
 
-def tuned_of(seeds=2, depths="2", **options):
+def tuned_studies(preset, data):
+    return tuple(replace(study, tuning=TUNING) for study in studies(preset, data))
+
+
+TUNED = replace(TINY, studies=tuned_studies)
+
+
+def comparison_of(seeds=2, depths="2-3", methods=BOTH, **options):
+    return Comparison.of(TINY, depths=depths, methods=methods, seeds=seeds, device="cpu", **options)
+
+
+def tuned_of(seeds=2, depths="2"):
     """Return a comparison that chooses learning rates: 12 runs for them, and two runs of results for each seed."""
-    comparison = comparison_of(seeds, depths, **options)
-    return replace(comparison, studies=tuple(replace(study, tuning=TUNING) for study in comparison.studies))
+    return Comparison.of(TUNED, depths=depths, methods=BOTH, seeds=seeds, device="cpu")
 
 
 def lines(out):
