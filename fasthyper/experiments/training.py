@@ -90,11 +90,11 @@ def train(
     trainer = Trainer(build(experiment, run).to(device), task, run.setting, device)
     per_epoch = math.ceil(task.train.count / run.setting.batch_size)
     generator = torch.Generator().manual_seed(stream(run.seed, "order"))
-    steps = _steps(experiment, run, task, per_epoch * run.setting.epochs)
+    steps = steps_of(experiment, run, task, per_epoch * run.setting.epochs)
     trainer.schedule(steps)
     seconds: list[float] = []
     losses: deque[Tensor] = deque(maxlen=per_epoch)
-    batches = _endless_batches(run, task, generator)
+    batches = endless_batches(run, task, generator)
     for step in range(steps):
         if step % per_epoch == 0:
             on_epoch(step / steps)
@@ -105,7 +105,7 @@ def train(
     on_epoch(1.0)
     measures = evaluate(run, task, trainer.model)
     sizes = counts(trainer.model)
-    cost = _cost(trainer, task, run) if (run.split, run.seed) == ("test", 0) else dict.fromkeys(COSTS)
+    cost = cost_of(trainer, task, run) if (run.split, run.seed) == ("test", 0) else dict.fromkeys(COSTS)
     return Metrics(
         measures={**measures, **task.levels},
         train_loss=torch.stack(tuple(losses)).mean().item(),
@@ -113,7 +113,7 @@ def train(
         primary_parameters=sizes.primary,
         trainable_parameters=sizes.trainable,
         steps=steps,
-        training_flops=steps * _step_flops(trainer.model, task, run),
+        training_flops=steps * step_flops(trainer.model, task, run),
         step_seconds=statistics.median(seconds),
         run_seconds=time.perf_counter() - begin,
         **cost,
@@ -141,10 +141,10 @@ class Trainer:
             self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
 
     def step(self, batch: Batch) -> Tensor:
-        """Do one training step: forward, loss, backward, update. Returns the loss."""
+        """Do one training step: forward, loss, backward, update. Returns the loss, or those of models side by side."""
         self.optimizer.zero_grad()
         loss = self.task.loss(self.model(batch.x, batch.cond), batch.target)
-        loss.backward()
+        loss.backward(torch.ones_like(loss))
         self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
@@ -197,21 +197,22 @@ def _evaluated(run: Run, task: Task) -> Examples:
     return task.validation
 
 
-def _endless_batches(run: Run, task: Task, generator: torch.Generator) -> Iterator[Batch]:
+def endless_batches(run: Run, task: Task, generator: torch.Generator) -> Iterator[Batch]:
+    """Yield the batches of one epoch after the other."""
     while True:
         yield from batches(run, task.train, generator)
 
 
-def _steps(experiment: Experiment, run: Run, task: Task, steps: int) -> int:
+def steps_of(experiment: Experiment, run: Run, task: Task, steps: int) -> int:
     """Return the given number of training steps, or as many as fit into the training flops of another method."""
     other = METHODS[run.method].flops_of
     if other is None:
         return steps
-    theirs, own = (_step_flops(build(experiment, run, m).to(run.device), task, run) for m in (other, run.method))
+    theirs, own = (step_flops(build(experiment, run, m).to(run.device), task, run) for m in (other, run.method))
     return max(1, round(steps * theirs / own))
 
 
-def _step_flops(model: nn.Module, task: Task, run: Run) -> int:
+def step_flops(model: nn.Module, task: Task, run: Run) -> int:
     """Return the flops of forward and backward of a training batch. Deletes the gradients."""
     batch = _sample_batch(run, task)
     with FlopCounterMode(display=False) as counter:
@@ -220,7 +221,7 @@ def _step_flops(model: nn.Module, task: Task, run: Run) -> int:
     return int(counter.get_total_flops())
 
 
-def _cost(trainer: Trainer, task: Task, run: Run) -> dict[str, Any]:
+def cost_of(trainer: Trainer, task: Task, run: Run) -> dict[str, Any]:
     """Measure the memory of a step, and for a hypernetwork time and memory with and without writing weights out."""
     batch = _sample_batch(run, task)
     trainer.optimizer.zero_grad()

@@ -247,7 +247,7 @@ def test_measuring_costs_changes_no_number(method, changes, monkeypatch):
     run = run_of(method, **changes)
     found = measured(train(TINY, run, None))
     nothing = training.COSTS
-    monkeypatch.setattr(training, "_cost", lambda *arguments: dict.fromkeys(nothing))
+    monkeypatch.setattr(training, "cost_of", lambda *arguments: dict.fromkeys(nothing))
     without = measured(train(TINY, run, None))
     assert {k: v for k, v in found.items() if k not in nothing} == {
         k: v for k, v in without.items() if k not in nothing
