@@ -22,6 +22,7 @@ from fasthyper.experiments.experiment import Run
 from fasthyper.experiments.files import check_writable
 from fasthyper.experiments.report import REPORT_FILES, write_report
 from fasthyper.experiments.setting import is_integer
+from fasthyper.experiments.side_by_side import groups, name, train_side_by_side
 from fasthyper.experiments.store import Record, RunStore, config_key
 from fasthyper.experiments.summary import Summary, summarise
 from fasthyper.experiments.training import Metrics, train
@@ -40,6 +41,7 @@ def run_comparison(
     data_home: str | os.PathLike[str] | None = None,
     workers: int | None = 1,
     tune: bool = False,
+    side_by_side: bool | None = None,
     progress: Progress = lambda done, total, run: None,
     notify: Callable[[str], None] = warnings.warn,
 ) -> Summary:
@@ -49,7 +51,8 @@ def run_comparison(
     comes with the former for the quick preset.
 
     A run with the same configuration that is in `out` already is not repeated. Runs of other configurations stay in
-    `out`, but are not part of the report. A process that is killed loses only its current run.
+    `out`, but are not part of the report. A process that is killed loses only its current run, or those that it trains
+    side by side.
 
     Several processes share the missing runs, and each takes the next one when it is free: `workers` processes of this
     machine, or those of torchrun, on one or more machines. A process of rank n > 0 keeps its finished runs in
@@ -61,6 +64,7 @@ def run_comparison(
         data_home: the folder of scikit-learn's downloads.
         workers: processes to start; None: one for each core, or for each GPU. Ignored under torchrun.
         tune: choose learning rates anew, without the tuning runs that the package comes with.
+        side_by_side: train runs that differ in their seed only at the same time; None: on a GPU.
         progress: called with the number of runs done, a float, the number of missing runs, and the name of the current
             run. Before all learning rates are chosen, the number of missing runs is the largest possible.
         notify: called with a sentence for each line of a file of runs that cannot be used.
@@ -87,15 +91,16 @@ def run_comparison(
         if missing := len(_missing_runs(comparison, finished)):
             dataset = comparison.experiment.load(comparison.data, data_home)
             out.mkdir(parents=True, exist_ok=True)
+            together = comparison.device == "cuda" if side_by_side is None else side_by_side
             processes = min(_workers(comparison.device) if workers is None else workers, missing)
             if not group.alone or processes == 1:
                 threads = _threads(1 if group.alone else int(os.environ["LOCAL_WORLD_SIZE"]))
                 display = progress if group.rank == 0 else lambda done, total, run: None
-                finished = _train_missing(group, display, comparison, out, dataset, finished, threads)
+                finished = _train_missing(group, display, comparison, out, dataset, finished, together, threads)
             else:
                 with _store(comparison, out / RUNS_FILE).locked():
                     pass  # fail here, before workers start, if another process is writing
-                arguments = (comparison, out, dataset, finished, _threads(processes))
+                arguments = (comparison, out, dataset, finished, together, _threads(processes))
                 launch(_train_missing, processes, comparison.device, _monotone(progress), *arguments)
                 finished = given | _load_finished(group, comparison, out, lambda problem: None)
         if group.rank == 0:
@@ -170,6 +175,7 @@ def _train_missing(
     out: Path,
     dataset: Any,
     finished: Mapping[str, Record],
+    together: bool,
     threads: int,
 ) -> dict[str, Record]:
     """Train the missing runs that no other process of the group takes; returns the records of all processes.
@@ -187,12 +193,13 @@ def _train_missing(
             for split in ("validation", "test"):
                 missing = _missing_runs(comparison, found)
                 mine = [run for run in missing if run.split == split]
+                parts = groups(mine) if together else [[run] for run in mine]
                 total = earlier + len(missing)
 
                 def counted(done: float, run: str, earlier: int = earlier, total: int = total) -> None:
                     progress(earlier + done, total, run)
 
-                records = _train_all(group, split, counted, comparison, store, dataset, mine)
+                records = _train_all(group, split, counted, comparison, store, dataset, parts)
                 for theirs in group.gather(records):
                     found |= theirs
                 earlier += len(mine)
@@ -208,39 +215,41 @@ def _train_all(
     comparison: Comparison,
     store: RunStore,
     dataset: Any,
-    runs: list[Run],
+    parts: list[list[Run]],
 ) -> dict[str, Record]:
-    """Train the runs of one split that no other process of the group takes; returns the records of this process."""
+    """Train the parts of one split that no other process of the group takes; returns the records of this process."""
     taken, done = group.counter(f"{split} taken"), group.counter(f"{split} done")
     found: dict[str, Record] = {}
-    while (number := taken(1) - 1) < len(runs):
-        run = runs[number]
-        label = f"{run.method}, seed {run.seed}"
-        if split == "validation":
-            label = f"{run.method}, learning rate {run.setting.lr:.3g}"
+    while (number := taken(1) - 1) < len(parts):
+        runs = parts[number]
+        label = name(runs)
         counted = 0
 
-        def on_epoch(share: float, label: str = label) -> None:
+        def on_epoch(share: float, label: str = label, count: int = len(runs)) -> None:
             nonlocal counted
-            thousandths = round(1000 * share)
+            thousandths = round(1000 * share * count)
             progress(done(thousandths - counted) / 1000, label)
             counted = thousandths
 
         on_epoch(0.0)  # a failure is now one of this run
         try:
-            metrics = train(comparison.experiment, run, dataset, on_epoch)
+            if len(runs) == 1:
+                metrics = [train(comparison.experiment, runs[0], dataset, on_epoch)]
+            else:
+                metrics = train_side_by_side(comparison.experiment, runs, dataset, on_epoch)
         except Exception as error:
             if group.alone:
                 raise
             raise WorkerFailed(group.rank, group.size, label, in_one_line(error)) from error
-        record: Record = {
-            "config": run.config(),
-            "metrics": asdict(metrics),
-            "versions": versions(run.device),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
-        store.append(record)
-        found[config_key(run.config())] = record
+        for run, its in zip(runs, metrics, strict=True):
+            record: Record = {
+                "config": run.config(),
+                "metrics": asdict(its),
+                "versions": versions(run.device),
+                "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            }
+            store.append(record)
+            found[config_key(run.config())] = record
     return found
 
 
