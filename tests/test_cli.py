@@ -46,13 +46,15 @@ def test_compare_ends_with_a_table_the_findings_and_a_report(tmp_path):
     result = call("compare", "rotation", *FAST, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     lines = [line.strip() for line in result.output.splitlines()]
-    assert "Rotation prediction, digits: test error (%)" in lines
-    for label in ("hypernetwork g(x; f(I))", "embedding q(x, e(I))", "guessing"):
+    assert "Rotation prediction, digits" in lines
+    assert "Over the depth of f and e: test error (%)" in lines
+    for label in ("hypernetwork ", "embedding ", "guessing "):
         (row,) = [line for line in lines if line.startswith(label)]
         assert re.search(r"\d+\.\d \[-?\d+\.\d, \d+\.\d\]$", row)
+    (outcome,) = [n for n, line in enumerate(lines) if line.startswith("The paper's claim is about primaries: ")]
+    assert outcome < lines.index("Over the depth of f and e: test error (%)")
     assert any(
-        line.startswith("depth: The hypernetwork wins by a wide margin (10 points at least) (the paper): ")
-        for line in lines
+        re.match(r"[✓✗?] .*: The hypernetwork wins by a wide margin .* \(depth, the paper\)", line) for line in lines
     )
     assert "4/4 runs" in result.output
     assert f"Report: {tmp_path / 'out' / 'report.html'}" in lines
@@ -63,7 +65,7 @@ def test_compare_ends_with_a_table_the_findings_and_a_report(tmp_path):
 
 
 def test_a_torn_line_is_a_warning(tmp_path, monkeypatch):
-    monkeypatch.setattr("fasthyper.experiments.report.figure_png", lambda results: b"a figure")
+    monkeypatch.setattr("fasthyper.experiments.report.panels", lambda results: ("a figure",))
     call("compare", "rotation", *FAST, "--out", tmp_path)
     with (tmp_path / "runs.jsonl").open("ab") as file:
         file.write(b'{"config": {"exp')
@@ -73,7 +75,7 @@ def test_a_torn_line_is_a_warning(tmp_path, monkeypatch):
 
 
 def test_all_experiments_and_one_report_of_them(tmp_path, monkeypatch):
-    monkeypatch.setattr("fasthyper.experiments.report.figure_png", lambda results: b"a figure")
+    monkeypatch.setattr("fasthyper.experiments.report.panels", lambda results: ("a figure",))
     rotation = experiments.ROTATION
     studies = lambda preset, data: tuple(s for s in rotation.studies(preset, data) if s.name == "rate")
     two = {name: replace(rotation, name=name, title=f"The {name}", studies=studies) for name in ("first", "second")}
@@ -81,13 +83,15 @@ def test_all_experiments_and_one_report_of_them(tmp_path, monkeypatch):
     settings = ["--seeds", "1", "--epochs", "1", "--device", "cpu", "--workers", "1"]
     result = call("compare", "all", *settings, "--out", tmp_path)
     assert result.exit_code == 0, result.output
-    assert sorted(os.listdir(tmp_path)) == ["first", "report.html", "second"]
+    assert sorted(os.listdir(tmp_path)) == ["answer.html", "answer.md", "first", "second"]
     for name in two:
         assert sorted(os.listdir(tmp_path / name)) == FILES
-    page = (tmp_path / "report.html").read_text()
+    page = (tmp_path / "answer.html").read_text()
     assert "The first" in page
     assert "The second" in page
-    assert result.output.rstrip().endswith(f"All of them: {tmp_path / 'report.html'}")
+    said, path = result.output.rstrip().splitlines()[-2:]
+    assert said == "No answer: No study here compares methods of equal totals."
+    assert path == f"The answer: {tmp_path / 'answer.html'}"
 
 
 def test_all_leaves_out_experiments_without_studies_in_the_preset(tmp_path, monkeypatch):

@@ -55,14 +55,11 @@ def run(name: str, *, out: str | None, data_home: str | None, workers: int | Non
     if name != "all":
         _run_and_print(chosen[name], folder, data_home, workers, tune)
         return
-    from fasthyper.experiments.report import write_combined
-
     summaries = [
         _run_and_print(comparison, folder / one, data_home, workers, tune) for one, comparison in chosen.items()
     ]
     if _is_main_process():
-        write_combined(summaries, folder)
-        print(f"All of them: {folder / 'report.html'}")
+        _answer(summaries, folder)
 
 
 def _has_studies(experiment: Experiment, preset: str) -> bool:
@@ -80,9 +77,7 @@ def _run_and_print(
     from fasthyper.experiments import DatasetUnavailable, WorkerFailed, run_comparison
     from fasthyper.experiments.distributed import in_one_line
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)  # a log file has no width
+    console = _console()
     # Runs differ in speed: estimate the time left from several of them.
     bar = Progress(
         TextColumn("{task.description}"),
@@ -129,6 +124,11 @@ def _run_and_print(
     return summary
 
 
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=120)  # a log file has no width
+
+
 def _is_main_process() -> bool:
     """Return whether this process prints: under torchrun, the one of rank 0."""
     from torch.distributed import is_torchelastic_launched
@@ -136,27 +136,49 @@ def _is_main_process() -> bool:
     return not is_torchelastic_launched() or os.environ.get("RANK", "0") == "0"
 
 
+def _answer(summaries: list[Summary], folder: Path) -> None:
+    from fasthyper.experiments.answer import PAGE_FILE, answer, write_answer
+
+    write_answer(summaries, folder)
+    console = _console()
+    console.print()
+    for question, text in answer(summaries):
+        console.print(f"{question}: {text}", highlight=False, markup=False)
+    console.print(f"The answer: {folder / PAGE_FILE}", highlight=False, soft_wrap=True)
+
+
 def _print_summary(console: Console, summary: Summary, out: Path) -> None:
     from fasthyper.experiments.experiment import value_text
-    from fasthyper.experiments.report import measured_text
+    from fasthyper.experiments.figures import short_name
+    from fasthyper.experiments.outcome import outcome
+    from fasthyper.experiments.report import PAGE_FILE, diverged, measured_text, p_text, sign
 
+    def say(text: str, **options: Any) -> None:
+        console.print(text, highlight=False, markup=False, **options)
+
+    say(f"\n{summary.comparison.experiment.title}, {summary.comparison.data}")
+    for sentence in outcome(summary):
+        say(f"  {sentence}")
     for results in summary.results:
         study = results.study
-        title = f"\n{summary.comparison.experiment.title}, {summary.comparison.data}: {study.measure.heading}"
-        view = Table(box=None, pad_edge=False, title=title)
+        say(f"\n{study.title}: {study.measure.heading}")
+        view = Table(box=None, pad_edge=False)
         view.add_column(study.axis.field)
         by_line: dict[str, list[str]] = {}
         for row in results.rows():
-            by_line.setdefault(row.line.label, []).append(measured_text(results, row))
+            by_line.setdefault(short_name(row.line.label), []).append(measured_text(results, row))
         for value in study.values:
             view.add_column(value_text(value), justify="right")
         for label, cells in by_line.items():
             view.add_row(label, *cells)
         console.print(view)
-    console.print()
+        if lost := diverged(results):
+            say(f"diverged: {'; '.join(lost)}")
+    say("")
     for study, finding in summary.findings:
-        console.print(f"{study.name}: {finding.claim} ({finding.whose}): {finding.verdict}", highlight=False)
-    console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+        p = f", p {p_text(finding)}" if p_text(finding) else ""
+        say(f"{sign(finding.verdict)['sign']} {finding.verdict}{p}: {finding.claim} ({study.name}, {finding.whose})")
+    say(f"Report: {out / PAGE_FILE}", soft_wrap=True)
 
 
 def _fail(error: Exception | str, code: int = 2) -> NoReturn:

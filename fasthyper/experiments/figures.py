@@ -1,124 +1,182 @@
-"""The figure of a study: its lines with 95 % intervals; every method has its own colour and marker."""
+"""The figure of a study: one or two panels, as SVG for a page.
+
+A frontier shows the error over trained parameters and over flops of training. Any other study shows the error over its
+axis and, where the hypernetwork takes part, each other method paired with it.
+"""
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
+import re
 from typing import Any
 
+from fasthyper.experiments.drawing import INK, Panel, Series, svg
 from fasthyper.experiments.experiment import Line, value_text
-from fasthyper.experiments.methods import METHODS
-from fasthyper.experiments.results import Results, Row
+from fasthyper.experiments.methods import HYPERNETWORK, METHODS
+from fasthyper.experiments.results import Interval, Results, Row
 
 _FURTHER_STYLES = (("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "v"))
 _COUNT_LABELS = {
     "primary_parameters": "N_g or N_q, parameters of the primary",
-    "trainable_parameters": "parameters trained",
-    "training_flops": "flops of training",
+    "trainable_parameters": "trained parameters in total",
+    "training_flops": "flops of training, forward and backward",
 }
 
 
-def figure_png(results: Results, dpi: int = 110) -> bytes:
-    """Draw the measure over the axis; returns a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def panels(results: Results) -> tuple[str, ...]:
+    """Draw a study; returns the panels as SVG, to be put into a page."""
+    return tuple(svg(panel, f"{results.study.name}-{n}") for n, panel in enumerate(panels_of(results)))
 
+
+def panels_of(results: Results) -> list[Panel]:
+    """Return the panels of a study."""
     study = results.study
-    figure = Figure(figsize=(8.0, 5.0), dpi=dpi, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    by_line: dict[Line, list[Row]] = {}
-    for row in results.rows():
-        by_line.setdefault(row.line, []).append(row)
-    solid = [line for line in by_line if not line.dashed]
+    if study.structure:
+        return [_over_count(results, count) for count in ("trainable_parameters", "training_flops")]
+    first = _over_axis(results)
+    others = [m for m in study.methods if m != HYPERNETWORK]
+    return [first, _paired(results, first)] if HYPERNETWORK in study.methods and others else [first]
+
+
+def short_name(label: str) -> str:
+    """Return the label of a method without its formula.
+
+    Example:
+        >>> short_name("FiLM q(x; γ(I), β(I))"), short_name("one network p(x, I), wide")
+        ('FiLM', 'one network, wide')
+    """
+    return re.sub(r" (?:[a-z]\(|⟨).*[)⟩]", "", label)
+
+
+def _seeds(results: Results) -> str:
+    seeds = results.study.seeds
+    return "1 seed, no intervals" if seeds == 1 else f"mean of {seeds} seeds, bars: 95 % intervals"
+
+
+def _over_count(results: Results, count: str) -> Panel:
+    study = results.study
+    what = {"trainable_parameters": "trained parameters", "training_flops": "training flops"}[count]
+    return Panel(
+        title=f"{study.measure.label} for equal {what}".capitalize(),
+        subtitle=f"lower and further left is better; {_seeds(results)}",
+        x_label=_COUNT_LABELS[count],
+        y_label=study.measure.heading,
+        series=_series(results, lambda row, _: float(getattr(row, count))),
+        x_log=True,
+        y_log=True,
+    )
+
+
+def _over_axis(results: Results) -> Panel:
+    study = results.study
+    axis = study.axis
+    solid = sum(not line.dashed for line in study.all_lines())
+    position = lambda row, number: _position(results, row, number - (solid - 1) / 2)
+    return Panel(
+        title=study.title,
+        subtitle=f"lower is better; {_seeds(results)}",
+        x_label=axis.label if axis.count is None else _COUNT_LABELS[axis.count],
+        y_label=study.measure.heading,
+        series=_series(results, position),
+        x_log=axis.log or axis.count is not None,
+        y_log=study.measure.log,
+        ticks=_ticks(results),
+        from_zero=study.measure.percent,
+    )
+
+
+def _paired(results: Results, first: Panel) -> Panel:
+    """Return the panel of every other method relative to the hypernetwork, which is a line at 1, or at 0."""
+    study = results.study
+    measure = study.measure
+    places = {(s.label, n): point[0] for s in first.series for n, point in enumerate(s.points)}
+    lines = [line for line in study.all_lines() if line.method != HYPERNETWORK and line.measure == measure.name]
+    by_line = _by_line(results)
+    found = []
+    for line in lines:
+        colour, marker = _style(results, line, lines)
+        series = Series(short_name(line.label), colour, marker, joined=not _categories(results))
+        for number, row in enumerate(by_line[line]):
+            assert row.paired is not None
+            place = places[series.label, number]
+            series.points.append(
+                (place, row.paired.map(measure.displayed) if not measure.log else row.paired, row.diverged)
+            )
+        found.append(series)
+    level = 1.0 if measure.log else 0.0
+    xs = [place for s in first.series for place, _, _ in s.points]
+    even = [(x, Interval(level, level, level), 0) for x in (min(xs), max(xs))]
+    unit = " (points)" if measure.percent else ""
+    return Panel(
+        title="The same, paired with the hypernetwork",
+        subtitle=f"above the line at {level:g}, the hypernetwork has less error",
+        x_label=first.x_label,
+        y_label="error / error of the hypernetwork" if measure.log else f"error − error of the hypernetwork{unit}",
+        series=[*found, Series("hypernetwork", INK, "", even, dash="-")],
+        x_log=first.x_log,
+        y_log=measure.log,
+        ticks=first.ticks,
+    )
+
+
+def _series(results: Results, position: Any) -> list[Series]:
+    """Return the lines of a study; `position` is called with a row and the number of its line."""
+    study, measure = results.study, results.study.measure
+    lines = study.all_lines()
+    solid = [line for line in lines if not line.dashed]
     dashes = itertools.cycle(("--", ":", "-."))
-    categories = not all(isinstance(value, (int, float)) for value in study.values)
-    for number, (line, rows) in enumerate(by_line.items()):
-        rows = [row for row in rows if math.isfinite(row.measured.mean)]
-        positions = [_position(results, row, number - (len(solid) - 1) / 2, categories) for row in rows]
-        values = [results.study.measure.displayed(row.measured.mean) for row in rows]
-        if line.dashed:
-            axes.plot(positions, values, label=line.label, color="#666666", linestyle=next(dashes), linewidth=1.2)
-            continue
-        colour, marker = _style(results, line, solid)
-        axes.errorbar(
-            positions,
-            values,
-            yerr=_bars(results, rows),
-            label=line.label,
-            color=colour,
-            marker=marker,
-            linestyle="none" if categories else "-",
-            linewidth=1.4,
-            markersize=6,
-            capsize=4,
-        )
+    found = []
+    for number, (line, rows) in enumerate(_by_line(results).items()):
+        colour, marker = ("#666666", "") if line.dashed else _style(results, line, solid)
+        series = Series(short_name(line.label), colour, marker, joined=line.dashed or not _categories(results))
+        series.dash = next(dashes) if line.dashed else ""
+        for row in rows:
+            series.points.append((position(row, number), row.measured.map(measure.displayed), row.diverged))
+        found.append(series)
         published = [
-            (x, results.study.measure.displayed(p))
-            for x, row in zip(positions, rows, strict=True)
-            if (p := row.published) is not None
+            (x, Interval(p, p, p), 0)
+            for (x, _, _), row in zip(series.points, rows, strict=True)
+            if (p := None if row.published is None else measure.displayed(row.published)) is not None
         ]
         if published:
-            label = f"{line.label}: published"
-            axes.plot(
-                *zip(*published, strict=True), marker="_", markersize=22, color=colour, linestyle="none", label=label
-            )
-    _decorate(axes, results, categories)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)  # inside the axes it would hide points
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    return image.getvalue()
+            found.append(Series(f"{series.label}: published", colour, "_", published, joined=False))
+    return found
 
 
-def _decorate(axes: Any, results: Results, categories: bool) -> None:
-    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+def _by_line(results: Results) -> dict[Line, list[Row]]:
+    found: dict[Line, list[Row]] = {}
+    for row in results.rows():
+        found.setdefault(row.line, []).append(row)
+    return found
 
+
+def _categories(results: Results) -> bool:
+    return not all(isinstance(value, (int, float)) for value in results.study.values)
+
+
+def _ticks(results: Results) -> tuple[tuple[float, str], ...]:
     study = results.study
-    if study.measure.log:
-        axes.set_yscale("log")
-    elif study.measure.percent:
-        axes.set_ylim(0, 100)
-    if categories:
-        axes.set_xticks(range(len(study.values)), [value_text(value) for value in study.values])
-        axes.set_xlim(-0.5, len(study.values) - 0.5)
-    elif study.axis.count is not None:
-        axes.set_xscale("log")
-    else:
-        if study.axis.log:
-            axes.set_xscale("log")
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.xaxis.set_minor_formatter(NullFormatter())
-        shown = study.values if len(study.values) <= 10 else study.values[:: math.ceil(len(study.values) / 10)]
-        axes.xaxis.set_major_locator(FixedLocator([float(value) for value in shown]))
-        axes.set_xticks([float(value) for value in shown], [value_text(value) for value in shown])
-    axes.set_xlabel(study.axis.label if study.axis.count is None else _COUNT_LABELS[study.axis.count])
-    axes.set_ylabel(study.measure.heading)
-    seeds = "1 seed" if study.seeds == 1 else f"means of {study.seeds} seeds, bars: 95 % intervals"
-    axes.set_title(f"{study.title}: {seeds}", fontsize=11)
-    axes.grid(alpha=0.25, which="both" if study.measure.log else "major")
+    if _categories(results):
+        return tuple((float(n), value_text(value)) for n, value in enumerate(study.values))
+    if study.axis.count is not None:
+        return ()
+    shown = study.values if len(study.values) <= 10 else study.values[:: math.ceil(len(study.values) / 10)]
+    return tuple((float(value), value_text(value)) for value in shown)
 
 
-def _position(results: Results, row: Row, offset: float, categories: bool) -> float:
+def _position(results: Results, row: Row, offset: float) -> float:
     """Return the x coordinate of a row. Lines are offset a little, so that their error bars do not overlap."""
     study = results.study
     if row.line.dashed:
         offset = 0.0
-    if categories:
+    if _categories(results):
         return study.values.index(row.value) + 0.07 * offset
     if study.axis.count is not None:
         return float(getattr(row, study.axis.count))
     if study.axis.log:
         return float(row.value) * 1.015**offset
     return float(row.value) + 0.008 * (study.values[-1] - study.values[0]) * offset
-
-
-def _bars(results: Results, rows: list[Row]) -> Any:
-    if not rows or not all(math.isfinite(row.measured.high) for row in rows):
-        return None
-    low = [results.study.measure.displayed(row.measured.mean - row.measured.low) for row in rows]
-    high = [results.study.measure.displayed(row.measured.high - row.measured.mean) for row in rows]
-    return [low, high]
 
 
 def _style(results: Results, line: Line, solid: list[Line]) -> tuple[str, str]:

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 import math
+import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fasthyper.experiments.experiment import Study, value_text
-from fasthyper.experiments.figures import figure_png
+from fasthyper.experiments.experiment import MEASURED, UNMET, Finding, Study, value_text
+from fasthyper.experiments.figures import panels, short_name
 from fasthyper.experiments.files import write_atomically
-from fasthyper.experiments.methods import HYPERNETWORK
+from fasthyper.experiments.methods import HYPERNETWORK, METHODS
+from fasthyper.experiments.outcome import outcome
 from fasthyper.experiments.results import Results, Row
 from fasthyper.experiments.summary import Summary
+from fasthyper.experiments.tuning import Rate
 
-REPORT_FILES = ("summary.csv", "report.html")
+CSV_FILE, PAGE_FILE = REPORT_FILES = ("summary.csv", "report.html")
 PACKAGE, TEMPLATE = "fasthyper.experiments", "report_template.html"
+_SIGNS = {"yes": "✓", "no": "✗", "open": "?"}
 
 
 def write_report(summary: Summary, folder: Path) -> None:
     """Write both files, each completely or not at all."""
-    write_atomically(folder / "summary.csv", summary_csv(summary).encode())
-    write_atomically(folder / "report.html", report_html([summary]).encode())
-
-
-def write_combined(summaries: Sequence[Summary], folder: Path) -> None:
-    """Write one report of several comparisons."""
-    write_atomically(folder / "report.html", report_html(summaries).encode())
+    write_atomically(folder / CSV_FILE, summary_csv(summary).encode())
+    write_atomically(folder / PAGE_FILE, report_html(summary).encode())
 
 
 def summary_csv(summary: Summary) -> str:
@@ -50,7 +49,7 @@ def columns(study: Study) -> list[str]:
     published = ["published"] if study.published else []
     paired = ["less with the hypernetwork by"] if HYPERNETWORK in study.methods else []
     also = [heading for _, heading in study.also]
-    sizes = ["N_f or N_e", "N_g or N_q", "trained in total", "steps"]
+    sizes = ["N_f or N_e", "N_g or N_q", "trained in total", "steps", "flops"]
     return [
         "method",
         study.axis.field,
@@ -61,6 +60,7 @@ def columns(study: Study) -> list[str]:
         *sizes,
         "ms per step",
         "peak KiB",
+        "diverged",
     ]
 
 
@@ -71,7 +71,7 @@ def table(results: Results) -> list[list[str]]:
     for row in results.rows():
         published = ["" if row.published is None else f"{row.published:.3g}"] if study.published else []
         cost = (
-            [""] * (6 + len(study.also))
+            [""] * (8 + len(study.also))
             if row.line.dashed
             else [
                 *(f"{results.mean_of(row, name):.3g}" for name, _ in study.also),
@@ -79,8 +79,10 @@ def table(results: Results) -> list[list[str]]:
                 f"{row.primary_parameters:,}",
                 f"{row.trainable_parameters:,}",
                 f"{row.steps:,.0f}",
+                f"{row.training_flops:.2e}",
                 f"{row.step_seconds * 1e3:.2f}",
                 f"{row.peak_temporary_bytes / 2**10:,.0f}",
+                str(row.diverged or ""),
             ]
         )
         paired = [_paired(results, row)] if HYPERNETWORK in study.methods else []
@@ -111,8 +113,54 @@ def fused_table(results: Results) -> list[list[str]]:
     ]
 
 
-def report_html(summaries: Sequence[Summary]) -> str:
-    """Return one page about one or several comparisons, for a reader without knowledge of them."""
+@dataclass(frozen=True)
+class Claims:
+    """The findings of a page, by kind: tested, not tested for want of a premise, measured without a verdict."""
+
+    judged: tuple[tuple[Study, Finding], ...]
+    unmet: tuple[tuple[Study, Finding], ...]
+    measured: tuple[tuple[Study, Finding], ...]
+
+    @classmethod
+    def of(cls, found: Sequence[tuple[Study, Finding]]) -> Claims:
+        """Divide findings by kind."""
+        return cls(
+            tuple(pair for pair in found if pair[1].verdict not in (UNMET, MEASURED)),
+            tuple(pair for pair in found if pair[1].verdict == UNMET),
+            tuple(pair for pair in found if pair[1].verdict == MEASURED),
+        )
+
+    @property
+    def counts(self) -> str:
+        """How many claims have each verdict."""
+        found = Counter(finding.verdict for _, finding in self.judged)
+        return ", ".join(f"{count} {verdict}" for verdict, count in found.most_common())
+
+
+def report_html(summary: Summary) -> str:
+    """Return the page of one comparison, for a reader without knowledge of it."""
+    return render(
+        TEMPLATE,
+        summary=summary,
+        sentences=outcome(summary),
+        claims=Claims.of(summary.findings),
+        figure=panels,
+        anchor=anchor,
+        columns=columns,
+        table=table,
+        fused_table=fused_table,
+        diverged=diverged,
+        settings=_settings,
+        rules=_rules,
+        p_text=p_text,
+        sign=sign,
+        rates=rates_table,
+        edges=sum(rate.at_edge for rate in summary.rates),
+    )
+
+
+def render(template: str, **names: Any) -> str:
+    """Return a page: a template of this package, filled in."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -122,15 +170,64 @@ def report_html(summaries: Sequence[Summary]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(TEMPLATE).render(
-        summaries=summaries,
-        png=lambda results: base64.b64encode(figure_png(results)).decode(),
-        columns=columns,
-        table=table,
-        fused_table=fused_table,
-        settings=_settings,
-        rules=_rules,
-    )
+    return environment.get_template(template).render(**names)
+
+
+def anchor(study: Study) -> str:
+    """Return the id of a study's section in the page of its experiment."""
+    return re.sub(r"\W+", "-", f"study {study.name}")
+
+
+def sign(verdict: str) -> dict[str, str]:
+    """Return the sign before a verdict, and its kind: yes, no or open.
+
+    Example:
+        >>> sign("not reproduced"), sign("undecided")["sign"]
+        ({'kind': 'no', 'sign': '✗'}, '?')
+    """
+    kind = {"reproduced": "yes", "holds": "yes", "in line": "yes"}.get(verdict, "no" if "not" in verdict else "open")
+    return {"kind": kind, "sign": "–" if verdict == UNMET else "=" if verdict == MEASURED else _SIGNS[kind]}
+
+
+def p_text(finding: Finding) -> str:
+    """Return the adjusted p of a finding as text; empty if it has none."""
+    p = finding.adjusted
+    return "" if p is None or math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def diverged(results: Results) -> list[str]:
+    """Return, in words, where runs diverged and how many."""
+    axis = results.study.axis.field.replace("_", " ")
+    return [
+        f"{short_name(row.line.label)} at {axis} {value_text(row.value)}: {row.diverged} of {row.seeds}"
+        for row in results.rows()
+        if row.diverged and not row.line.dashed
+    ]
+
+
+def rates_table(summary: Summary) -> list[list[str]]:
+    """Return the chosen learning rates as text: study, method, value, optimizer, the rate, the errors of the grid."""
+    by_name = {results.study.name: results.study for results in summary.results}
+
+    def errors(rate: Rate) -> str:
+        measure = by_name[rate.study].measure if rate.study in by_name else None
+        shown = {
+            lr: "diverged" if not math.isfinite(e) else f"{measure.displayed(e) if measure else e:.3g}"
+            for lr, e in sorted(rate.errors.items())
+        }
+        return "; ".join(f"{lr:.3g}: {text}" for lr, text in shown.items())
+
+    return [
+        [
+            rate.study,
+            short_name(METHODS[rate.method].label),
+            value_text(rate.value),
+            rate.optimizer,
+            f"{rate.lr:.3g}" + (" ⚠ edge" if rate.at_edge else ""),
+            errors(rate),
+        ]
+        for rate in summary.rates
+    ]
 
 
 def measured_text(results: Results, row: Row) -> str:
@@ -142,21 +239,19 @@ def measured_text(results: Results, row: Row) -> str:
 
 def _paired(results: Results, row: Row) -> str:
     """Return how much less the hypernetwork's error is, paired by seed: a factor, or a difference."""
+    measure = results.study.measure
     if row.paired is None:
         return ""
-    measure = results.study.measure
-    return (
-        "× " + row.paired.text(".3g", "diverged")
-        if measure.log
-        else row.paired.map(measure.displayed).text(".1f", "diverged")
-    )
+    if measure.log:
+        return "× " + row.paired.text(".3g", "diverged")
+    return row.paired.map(measure.displayed).text(".1f", "diverged")
 
 
 def _csv_values(row: Row) -> dict[str, Any]:
     values = asdict(row)
     line, measured, paired = (values.pop(name) for name in ("line", "measured", "paired"))
-    beside = {f"paired_{name}": "" if paired is None else paired[name] for name in ("mean", "low", "high")}
-    return {"method": line["method"], "measure": line["measure"], **values, **measured, **beside}
+    paired = {f"paired_{name}": (paired or {}).get(name, "") for name in measured}
+    return {"method": line["method"], "measure": line["measure"], **values, **measured, **paired}
 
 
 def _settings(study: Study) -> str:

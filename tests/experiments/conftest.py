@@ -30,4 +30,4 @@ def one_thread(monkeypatch):
 @pytest.fixture
 def plain_figures(monkeypatch):
     """Do not draw figures: in tests of other things they would take most of the time."""
-    monkeypatch.setattr("fasthyper.experiments.report.figure_png", lambda results: b"a figure")
+    monkeypatch.setattr("fasthyper.experiments.report.panels", lambda results: ("a figure",))

@@ -14,6 +14,7 @@ from fasthyper.experiments.results import Results
 from fasthyper.experiments.summary import summarise
 from fasthyper.experiments.verdicts import judged
 
+SIZE = Axis("size", "trained parameters, as a multiple of the hypernetwork's", log=True, count="trainable_parameters")
 DEPTH = Axis("depth", "layers of f and e")
 PERCENT = Measure("error", "test error", percent=True)
 DISTANCE = Measure("error", "distance")
@@ -61,9 +62,9 @@ def records_of(comparison, errors, counts=lambda run: 100, **extra):
             "train_loss": 0.5,
             "context_parameters": 1000 * (at + 1),
             "primary_parameters": counts(run),
-            "trainable_parameters": 2000,
+            "trainable_parameters": round(2000 * run.setting.size),
             "steps": 12 + run.seed,
-            "training_flops": 1000 * (12 + run.seed),
+            "training_flops": round(1000 * (12 + run.seed) * run.setting.size),
             "step_seconds": 0.001 * (run.seed + 1),
             "run_seconds": 1.0,
             "peak_temporary_bytes": 2048 + run.seed,

@@ -163,7 +163,7 @@ def uninterrupted(tmp_path_factory):
     out = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fasthyper.experiments.runner._cores", lambda: 1)
-        patch.setattr("fasthyper.experiments.report.figure_png", lambda results: b"a figure")
+        patch.setattr("fasthyper.experiments.report.panels", lambda results: ("a figure",))
         run_comparison(comparison_of(3), out)
     return numbers(lines(out))
 

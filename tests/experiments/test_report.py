@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import base64
 import csv
 import io
 import math
@@ -13,22 +12,26 @@ import pytest
 from made_up import JITTER, LOG, pair, results_of, summary_of
 
 from fasthyper.experiments.claims import Flat, Improves, Wins
-from fasthyper.experiments.experiment import ASKED, Axis, Line
-from fasthyper.experiments.figures import figure_png
+from fasthyper.experiments.experiment import ASKED, MEASURED, THEOREM, UNMET, Finding
+from fasthyper.experiments.figures import panels
+from fasthyper.experiments.outcome import outcome
 from fasthyper.experiments.report import (
     columns,
+    diverged,
     fused_table,
+    p_text,
+    rates_table,
     report_html,
     summary_csv,
     table,
-    write_combined,
     write_report,
 )
 from fasthyper.experiments.results import Interval
+from fasthyper.experiments.tuning import Rate
 
 HYPER, EMBED = JITTER * [1, 2] + [0.2, 0.1], JITTER * [1, 1] + 0.5
 CLAIMS = (Wins(text="It wins"), Improves(text="It rises", line="embedding"), Flat(text="It lasts", whose=ASKED))
-VOID = {"meta", "img", "br", "hr", "link", "input"}
+VOID = {"meta", "img", "br", "hr", "link", "input"}  # tags of SVG close themselves
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ class Page(HTMLParser):
         self.text = re.sub(r"\s+", " ", " ".join(self.pieces))
 
     def handle_starttag(self, tag, attributes):
-        self.addresses += [value for name, value in attributes if name in ("src", "href", "srcset", "action", "data")]
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "xlink:href", "action")]
         self.ids += [value for name, value in attributes if name == "id"]
         assert not any(name.startswith("on") for name, _ in attributes)
         if tag not in VOID:
@@ -62,29 +65,19 @@ class Page(HTMLParser):
             self.pieces.append(data)
 
 
-def images(page):
-    found = [address.partition("base64,") for address in page.addresses if not address.startswith("#")]
-    assert all(head == "data:image/png;" for head, _, _ in found)
-    return [base64.b64decode(content, validate=True) for _, _, content in found]
-
-
-def size(png):
-    assert png.startswith(b"\x89PNG\r\n\x1a\n")
-    assert png.endswith(b"IEND\xaeB`\x82")
-    return int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
-
-
 def test_the_page_is_whole_and_needs_nothing_else(summary):
-    html = report_html([summary])
+    html = report_html(summary)
     page = Page(html)
-    (image,) = images(page)
-    assert image == figure_png(summary.results[0])
-    assert not re.search(r"url\(|@import|<script|https?://", html)
+    for panel in panels(summary.results[0]):
+        assert panel in html
+    assert html.count("<svg") == 2
+    assert all(address.startswith("#") and address[1:] in page.ids for address in page.addresses)
+    assert not re.search(r"url\((?!#)|@import|<script|https?://(?!www\.w3\.org)", html)
     assert len(set(page.ids)) == len(page.ids)
 
 
 def test_the_page_says_what_was_asked_found_and_run(summary):
-    text = Page(report_html([summary])).text
+    text = Page(report_html(summary)).text
     experiment = summary.comparison.experiment
     for said in (experiment.title, experiment.source, experiment.question, *experiment.choices, "A note.", "Made up"):
         assert said in text
@@ -97,7 +90,7 @@ def test_the_page_says_what_was_asked_found_and_run(summary):
 
 
 def test_each_claim_has_its_verdict_its_owner_and_its_evidence(summary):
-    html = report_html([summary])
+    html = report_html(summary)
     rows = [re.sub(r"\s+", " ", re.sub("<[^>]*>", " ", row)) for row in re.findall("<tr>.*?</tr>", html, re.DOTALL)]
     assert [finding.verdict for _, finding in summary.findings] == ["reproduced", "not reproduced", "holds"]
     for (_, finding), sign in zip(summary.findings, "✓✗✓", strict=True):
@@ -107,7 +100,7 @@ def test_each_claim_has_its_verdict_its_owner_and_its_evidence(summary):
 
 
 def test_an_undecided_claim_is_marked_as_open():
-    html = report_html([summary_of(pair(HYPER[:1], EMBED[:1]), claims=CLAIMS)])
+    html = report_html(summary_of(pair(HYPER[:1], EMBED[:1]), claims=CLAIMS))
     assert html.count("? undecided") == 3
     text = Page(html).text
     assert "1 seed;" in text
@@ -120,36 +113,15 @@ def test_text_is_escaped():
     claims = (Wins(text=nasty, whose=nasty),)
     changes = dict.fromkeys(("title", "question", "source"), nasty) | {"choices": (nasty,)}
     summary = summary_of(pair(HYPER, EMBED), claims=claims, changes=changes, note=nasty)
-    html = report_html([summary])
+    html = report_html(summary)
     assert "<b>" not in html
     assert Page(html).text.count(nasty) >= 7
-    assert figure_png(summary_of(pair(HYPER, EMBED)).results[0]).startswith(b"\x89PNG")
-
-
-def test_a_combined_page_has_all_of_them(tmp_path, summary):
-    other = summary_of(
-        pair(EMBED, HYPER), measure=LOG, claims=CLAIMS[:1], changes={"name": "second", "title": "Another experiment"}
-    )
-    write_combined([summary, other], tmp_path)
-    html = (tmp_path / "report.html").read_text()
-    page = Page(html)
-    assert len(images(page)) == 2
-    assert len(set(page.ids)) == len(page.ids)
-    links = [address[1:] for address in page.addresses if address.startswith("#")]
-    assert links == ["tiny-1", "second-2"]
-    assert set(links) <= set(page.ids)
-    for said in ("A tiny experiment", "Another experiment"):
-        assert said in page.text
-    # Each finding is in the list of all and beside its own figure.
-    assert page.text.count("It wins") == 4
-    assert page.text.count("It rises") == 2
-    assert html.count("✗ not reproduced") == 4
 
 
 def test_both_files_are_written(tmp_path, summary):
     write_report(summary, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "summary.csv"]
-    assert (tmp_path / "report.html").read_text() == report_html([summary])
+    assert (tmp_path / "report.html").read_text() == report_html(summary)
     assert (tmp_path / "summary.csv").read_text() == summary_csv(summary)
 
 
@@ -186,14 +158,14 @@ def test_the_table():
     assert all(len(row) == len(columns(results.study)) for row in rows)
     interval = results.rows()[0].measured
     numbers = f"20.0 [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-    cost = ["0.125", "1,000", "100", "2,000", "13", "2.00", "2"]
+    cost = ["0.125", "1,000", "100", "2,000", "13", "1.30e+04", "2.00", "2", ""]
     assert rows[0] == ["hypernetwork g(x; f(I))", "2", numbers, "", "", *cost]
     apart = results.advantage("hypernetwork", "embedding", 3)
     assert rows[3][3] == f"{100 * apart.mean:.1f} [{100 * apart.low:.1f}, {100 * apart.high:.1f}]"
     assert rows[3][4] == "0.45"
     less = Interval.of([70 - 100 * number for number in HYPER[:, 0]])
     assert rows[4][:3] == ["nothing", "2", "70.0 [70.0, 70.0]"]
-    assert rows[4][3:] == [f"{less.mean:.1f} [{less.low:.1f}, {less.high:.1f}]", *[""] * 8]
+    assert rows[4][3:] == [f"{less.mean:.1f} [{less.low:.1f}, {less.high:.1f}]", *[""] * 10]
 
 
 def test_the_table_gives_factors_where_a_study_compares_by_ratios():
@@ -204,108 +176,61 @@ def test_the_table_gives_factors_where_a_study_compares_by_ratios():
 
 def test_the_table_of_steps_with_and_without_weights_written_out(summary):
     assert fused_table(summary.results[0]) == [[depth, "2.00", "8.00", "4.00", "2", "8"] for depth in ("2", "3")]
-    assert "speed-up" in report_html([summary])
+    assert "speed-up" in report_html(summary)
     others = summary_of({"embedding": EMBED, "film": EMBED})
     assert fused_table(others.results[0]) == []
-    assert "speed-up" not in report_html([others])
+    assert "speed-up" not in report_html(others)
 
 
-WIDTHS = Axis("width", "units", log=True)
-BROKEN = pair(HYPER * [1, np.nan], EMBED)
+def test_findings_that_were_not_tested_stand_apart(summary):
+    study = summary.comparison.studies[0]
+    findings = (
+        (study, Finding("Sure", "the paper", "reproduced", "all of it", "a rule", 1e-5, 4e-5, "2 points")),
+        (study, Finding("Moot", "the paper", UNMET, "nothing learned", "a rule")),
+        (study, Finding("Steep", THEOREM, MEASURED, "-0.6 [-0.7, -0.5]", "")),
+    )
+    text = Page(report_html(replace(summary, findings=findings))).text
+    assert "1 tested: 1 reproduced" in text
+    assert "made-up Sure the paper ✓ reproduced < 0.001 all of it 2 points" in text
+    assert "1 not tested: their premise is not met" in text
+    assert "made-up Moot the paper – premise unmet : nothing learned" in text
+    assert "made-up Steep a theorem -0.6 [-0.7, -0.5]" in text
+    assert "measured Steep" not in text
 
 
 @pytest.mark.parametrize(
-    ("errors", "values", "study"),
-    [
-        (pair(HYPER, EMBED), (2, 3), {}),
-        (pair(HYPER, EMBED), (2, 3), {"measure": LOG}),
-        (pair(HYPER, EMBED), (4, 64), {"axis": WIDTHS}),
-        (pair(HYPER, EMBED), (4, 64), {"axis": replace(WIDTHS, count="primary_parameters"), "measure": LOG}),
-        (pair(HYPER, EMBED), (0.01, 0.1), {"axis": Axis("lr", "learning rate", log=True)}),
-        (pair(HYPER, EMBED), ("sgd", "adam"), {"axis": Axis("optimizer", "optimizer")}),
-        (pair(HYPER, EMBED), ("sgd", "adam"), {"axis": Axis("optimizer", "optimizer"), "measure": LOG}),
-        (pair(*[np.full((3, 20), 0.5)] * 2), tuple(range(2, 22)), {}),
-        (pair(HYPER[:, :1], EMBED[:, :1]), (2,), {}),
-        (pair(HYPER[:1], EMBED[:1]), (2, 3), {"published": {("embedding", 3): 0.45}}),
-        (BROKEN, (2, 3), {}),
-        (BROKEN, (2, 3), {"measure": LOG}),
-        (BROKEN, ("sgd", "adam"), {"axis": Axis("optimizer", "optimizer"), "measure": LOG}),
-        (pair(HYPER * np.nan, EMBED * np.nan), (2, 3), {"measure": LOG}),
-        (pair(HYPER * 0, EMBED), (2, 3), {"measure": LOG}),
-    ],
+    ("adjusted", "text"), [(None, ""), (math.nan, ""), (4e-4, "< 0.001"), (0.0449, "0.045"), (0.449, "0.45")]
 )
-def test_figures_and_pages_of_all_sorts(errors, values, study, monkeypatch):
-    summary = summary_of(errors, values, levels=(("zero", "nothing"),), extra={"zero": 0.7}, claims=CLAIMS[:1], **study)
-    width, height = size(figure_png(summary.results[0]))
-    assert 600 <= width <= 2000
-    assert 400 <= height <= 1500
-    monkeypatch.setattr("fasthyper.experiments.report.figure_png", lambda results: b"a figure")
-    text = Page(report_html([summary])).text
-    assert ("diverged" in text) == any(np.isnan(numbers).any() for numbers in errors.values())
-    assert not re.search(r"\b(nan|inf|None)\b", text)
+def test_p_as_text(adjusted, text):
+    assert p_text(Finding("", "", "", "", "", adjusted=adjusted)) == text
 
 
-def axes_of(monkeypatch, results):
-    """Return the axes of a figure before it becomes a PNG."""
-    from matplotlib.figure import Figure
-
-    kept = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **o: kept.append(self) or save(self, *a, **o))
-    figure_png(results)
-    return kept[0].axes[0]
+def test_diverged_runs_are_counted(summary):
+    results = results_of(pair(HYPER, np.where(np.arange(6).reshape(3, 2) == 3, np.nan, EMBED)))
+    assert diverged(results) == ["embedding at depth 3: 1 of 3"]
+    assert [row[-1] for row in table(results)] == ["", "", "", "1"]
+    broken = replace(summary, results=(results,))
+    assert "× in the figure: embedding at depth 3: 1 of 3." in Page(report_html(broken)).text
+    assert "× in the figure" not in Page(report_html(summary)).text
 
 
-def test_scales_ticks_and_labels(monkeypatch):
-    results = results_of(pair(HYPER, EMBED), (4, 64), axis=WIDTHS, measure=LOG)
-    axes = axes_of(monkeypatch, results)
-    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("units", "squared error")
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["4", "64"]
-    assert "means of 3 seeds, bars: 95 % intervals" in axes.get_title()
-
-
-def test_categories_stand_side_by_side(monkeypatch):
-    results = results_of(pair(HYPER, EMBED), ("sgd", "adam"), axis=Axis("optimizer", "optimizer"))
-    axes = axes_of(monkeypatch, results)
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["sgd", "adam"]
-    assert axes.get_ylim() == (0, 100)
-    at = [
-        line.get_xdata().astype(float)
-        for line in axes.lines
-        if line.get_linestyle() == "None" and len(line.get_xdata()) == 2
+def test_chosen_rates_and_those_at_the_edge_of_their_grid(summary):
+    inside = Rate("made-up", "embedding", 3, "adam", 0.01, {0.1: math.inf, 0.01: 0.25, 0.001: 0.5})
+    edge = replace(inside, method="film", lr=0.001)
+    page = replace(summary, rates=(inside, edge))
+    assert rates_table(page) == [
+        ["made-up", "embedding", "3", "adam", "0.01", "0.001: 50; 0.01: 25; 0.1: diverged"],
+        ["made-up", "FiLM", "3", "adam", "0.001 ⚠ edge", "0.001: 50; 0.01: 25; 0.1: diverged"],
     ]
-    assert not np.allclose(at[0], at[-1])
-    assert np.allclose([np.round(x) for x in at], [0, 1])
+    text = Page(report_html(page)).text
+    assert "2 rates, chosen on the validation split; 1 at the edge of the grid" in text
+    assert "Learning rates" not in Page(report_html(summary)).text
 
 
-def test_what_is_drawn_is_the_means_and_their_intervals(monkeypatch):
-    results = results_of(pair(HYPER, EMBED), levels=(("zero", "nothing"),), extra={"zero": 0.7})
-    axes = axes_of(monkeypatch, results)
-    handles, labels = axes.get_legend_handles_labels()
-    drawn = {label: (h.lines[0] if hasattr(h, "lines") else h) for h, label in zip(handles, labels, strict=True)}
-    assert set(drawn) == {"hypernetwork g(x; f(I))", "embedding q(x, e(I))", "nothing"}
-    np.testing.assert_allclose(drawn["hypernetwork g(x; f(I))"].get_ydata().astype(float), 100 * HYPER.mean(0))
-    np.testing.assert_allclose(drawn["nothing"].get_ydata().astype(float), [70, 70])
-    (bars,) = [h for h, label in zip(handles, labels, strict=True) if label.startswith("hypernetwork")]
-    ends = [segment[:, 1] for segment in bars.lines[2][0].get_segments()]
-    expected = [(100 * row.measured.low, 100 * row.measured.high) for row in results.rows()[:2]]
-    np.testing.assert_allclose(ends, expected)
-
-
-def test_a_diverged_run_is_left_out_of_its_line(monkeypatch):
-    axes = axes_of(monkeypatch, results_of(BROKEN))
-    lengths = {label: len(h.lines[0].get_xdata()) for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    assert lengths == {"hypernetwork g(x; f(I))": 1, "embedding q(x, e(I))": 2}
-
-
-def test_lines_of_one_method_are_told_apart(monkeypatch):
-    errors = {"pair": HYPER, "pair:apart": EMBED}
-    lines = (Line("pair", "error", "first"), Line("pair", "apart", "second"))
-    axes = axes_of(monkeypatch, results_of(errors, lines=lines))
-    handles, labels = axes.get_legend_handles_labels()
-    assert labels == ["first", "second"]
-    assert len({handle.lines[0].get_color() for handle in handles}) == 2
+def test_the_outcome_stands_above_everything_else(summary):
+    html = report_html(summary)
+    for sentence in outcome(summary):
+        assert html.index(sentence.replace("'", "&#39;")) < html.index("<svg")
 
 
 def test_numbers_that_are_not_finite_are_never_shown():

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from made_up import LOG, SIZE, pair, results_of, summary_of
+
+from fasthyper.experiments.claims import Improves, Wins
+from fasthyper.experiments.experiment import ASKED
+from fasthyper.experiments.methods import EMBEDDING, FILM_WIDE, HYPERNETWORK, WIDE_E, WIDE_Q
+from fasthyper.experiments.outcome import at_equal_totals, frontiers, outcome
+
+NOISE = np.array([-0.02, 0.0, 0.02])[:, None]
+SIZES = (0.25, 1.0, 4.0)
+
+
+def errors(**means):
+    """Return errors of three seeds at three sizes around the means; each method has noise of its own."""
+    return {
+        name: mean * np.array([2.0, 1.0, 0.5]) * (1 + np.roll(NOISE, number))
+        for number, (name, mean) in enumerate(means.items())
+    }
+
+
+def frontier(measure=LOG, **means):
+    return summary_of(errors(**means), SIZES, axis=SIZE, structure="a product", measure=measure)
+
+
+def test_the_standing_at_equal_totals():
+    (results,) = frontiers(frontier(**{HYPERNETWORK: 0.2, WIDE_Q: 0.1, WIDE_E: 0.101, FILM_WIDE: 0.4}))
+    standing = at_equal_totals(results)
+    assert standing.value == 1
+    assert list(standing.rows) == [WIDE_Q, WIDE_E, HYPERNETWORK, FILM_WIDE]
+    assert standing.best == (WIDE_Q, WIDE_E)
+    assert standing.other == WIDE_Q
+    assert [standing.sign(method) for method in (WIDE_Q, FILM_WIDE)] == [-1, 1]
+    ratio = standing.ratio(HYPERNETWORK, WIDE_Q)
+    assert ratio.mean == pytest.approx(2, rel=0.01)
+    assert 1.8 < ratio.low < ratio.mean < ratio.high < 2.2
+
+
+def test_ratios_do_not_depend_on_how_a_study_compares():
+    means = {HYPERNETWORK: 0.2, WIDE_Q: 0.1}
+    a, b = (
+        at_equal_totals(next(frontiers(summary))).ratio(HYPERNETWORK, WIDE_Q)
+        for summary in (frontier(**means), frontier(replace(LOG, log=False), **means))
+    )
+    assert (a.mean, a.low, a.high) == pytest.approx((b.mean, b.low, b.high))
+
+
+def test_methods_of_other_totals_and_diverged_ones_do_not_compete():
+    found = errors(**{HYPERNETWORK: 0.2, WIDE_Q: 0.1, EMBEDDING: 0.01})
+    found[WIDE_Q] *= np.nan
+    results = results_of(found, SIZES, axis=SIZE, structure="a product", measure=LOG)
+    assert at_equal_totals(results).best == (HYPERNETWORK,)
+
+
+def test_the_size_nearest_to_one_is_compared():
+    found = {name: numbers[:, :2] for name, numbers in errors(**{HYPERNETWORK: 0.2, WIDE_Q: 0.1}).items()}
+    summary = summary_of(found, (0.25, 3.0), axis=SIZE, structure="a product", measure=LOG)
+    assert at_equal_totals(summary.results[0]).value == 3
+    assert outcome(summary)[0].startswith(
+        "At equal totals (6,000 trained parameters, 3 times the paper's; a product), "
+    )
+
+
+def test_the_outcome_names_the_best_the_next_and_the_hypernetwork():
+    best, totals = outcome(frontier(**{HYPERNETWORK: 0.2, WIDE_Q: 0.1, WIDE_E: 0.15, FILM_WIDE: 0.4}))
+    assert best.startswith(
+        "At equal totals (2,000 trained parameters; a product), embedding (wide q) has the least squared error, 0.1 ["
+    )
+    assert "]. The next, embedding (wide e), has 1.5 [1." in best
+    assert "] times this error; the hypernetwork has 2 [1." in best
+    assert totals == (
+        "Totals are another question. Of 3 other ways to spend as many trained parameters, less error than the"
+        " hypernetwork: 2; more: 1; not told apart: 0."
+    )
+
+
+def test_the_outcome_where_the_hypernetwork_is_best():
+    best, _ = outcome(frontier(**{HYPERNETWORK: 0.1, WIDE_Q: 0.2}))
+    assert ", the hypernetwork has the least squared error, 0.1 [" in best
+    assert ". The next, embedding (wide q), has 2 [1." in best
+    assert best.count("hypernetwork") == 1
+
+
+def test_the_outcome_where_methods_are_not_told_apart():
+    best, totals = outcome(frontier(**{HYPERNETWORK: 0.2, WIDE_Q: 0.2, WIDE_E: 0.2}))
+    assert "; embedding (wide q) and embedding (wide e) are not told apart from it." in best
+    assert totals.endswith("less error than the hypernetwork: 0; more: 0; not told apart: 2.")
+
+
+@pytest.mark.parametrize(("order", "verdict"), [(1, "reproduced"), (-1, "not reproduced")])
+def test_the_claim_about_primaries_is_told_apart_from_totals(order, verdict):
+    claims = (
+        Wins(text="It wins"),
+        Improves(text="It improves"),
+        Wins(text="Asked", whose=ASKED),
+        Wins(text="Total", over=WIDE_E, whose=ASKED),
+    )
+    numbers = [HYPER, EMBED][::order]
+    counts = lambda run: 100 if run.method == HYPERNETWORK else 1000
+    (sentence,) = outcome(summary_of(pair(*numbers), claims=claims, counts=counts))
+    assert sentence == (
+        "The paper's claim is about primaries: with a small g, the hypernetwork wins over the embedding method with a"
+        f" larger q (N_g = 100 against N_q = 1,000). Verdict: {verdict}."
+    )
+
+
+HYPER, EMBED = 0.1 + 0.1 * NOISE * [1, 2], 0.5 + 0.1 * NOISE * [2, 1]
+
+
+def test_without_a_frontier_and_primaries_verdicts_are_counted():
+    claims = (Improves(text="It improves"), Improves(text="So does it", line=EMBEDDING))
+    (sentence,) = outcome(summary_of(pair(HYPER * [2, 1], EMBED * [1, 2]), claims=claims))
+    assert sentence == "Of 2 claims: 1 reproduced and 1 not reproduced."
+    assert outcome(summary_of(pair(HYPER, EMBED))) == []
