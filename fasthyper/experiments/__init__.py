@@ -19,7 +19,10 @@ The modules, in the order in which they build on each other:
     verdicts       the verdicts on all claims of a page
     catalogue      the experiments, and the table of them by name
     summary        the results and findings of a comparison
-    figures, report                    the summary as CSV and as one HTML page
+    drawing, figures                   the figure of a study
+    outcome                            the outcome in words
+    report                             the summary as CSV and as one HTML page
+    answer                             one page for several comparisons, and its lines in the README
     files, store, distributed, runner  all runs of a comparison, in several processes, and the file of finished runs
     record                             writes the tuning runs that the package comes with
 """

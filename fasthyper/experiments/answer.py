@@ -68,12 +68,15 @@ class Structure:
         return at_equal_totals(self.results)
 
     @property
-    def learned(self) -> bool:
-        """Whether the best method has less error than every level, such as the best constant."""
+    def unbeaten(self) -> str:
+        """The weakest level of the figure, such as the best constant, if no method is surely better; else empty."""
         standing = self.at_equal_totals
-        best = standing.rows[standing.best[0]].measured.mean
-        rows = [row for row in self.results.rows() if row.line.dashed and row.value == standing.value]
-        return all(not row.measured.mean <= best for row in rows)
+        levels = [row for row in self.results.rows() if row.line.dashed and row.value == standing.value]
+        if not levels:
+            return ""
+        line = max(levels, key=lambda row: row.measured.mean).line
+        surely = self.results.advantage(standing.best[0], line.key, standing.value).low > 0
+        return "" if surely else line.label
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,9 @@ def cell(standing: Standing) -> Cell:
     error = error_text(standing.results, standing.rows[best[0]].measured)
     if best[0] == HYPERNETWORK:
         assert standing.other is not None
-        ratio = f"{name(standing.other)} × {factor(standing.ratio(standing.other, HYPERNETWORK))}"
+        ratio = f"{name(standing.other)}: {factor(standing.ratio(standing.other, HYPERNETWORK))} times"
     else:
-        ratio = f"hypernetwork × {factor(standing.ratio(HYPERNETWORK, best[0]))}"
+        ratio = f"hypernetwork: {factor(standing.ratio(HYPERNETWORK, best[0]))} times"
     return Cell(tuple(name(m).removeprefix("the ") for m in best), (error, ratio), HYPERNETWORK in best)
 
 
@@ -108,10 +111,11 @@ def answer(summaries: Sequence[Summary]) -> list[tuple[str, str]]:
     found = structures(summaries)
     if not found:
         return [("No answer", "No study here compares methods of equal totals.")]
+    learned = [structure for structure in found if not structure.unbeaten] or found
     return [
-        ("When", _when(found)),
-        ("How much", _how_much(found)),
-        ("At which cost", _cost(found)),
+        ("When", _when(learned)),
+        ("How much", _how_much(learned)),
+        ("At which cost", _cost(learned)),
         ("How sure", _how_sure(found, summaries)),
         ("Where it fails", _fails(found)),
     ]
@@ -252,12 +256,12 @@ def _fails(found: Sequence[Structure]) -> str:
         )
     else:
         parts.append("In no cell is it surely behind the best other method.")
-    if unlearned := [structure.label for structure in found if not structure.learned]:
-        parts.append(f"No method beats a constant in: {'; '.join(unlearned)}.")
+    if unlearned := [f"{s.label} (against: {s.unbeaten})" for s in found if s.unbeaten]:
+        parts.append(f"Nothing is surely learned, by any method, in: {'; '.join(unlearned)}.")
     rows = [row for structure in found for row in structure.results.rows() if not row.line.dashed]
     if lost := sum(row.diverged for row in rows):
         own = sum(row.diverged for row in rows if row.line.method == HYPERNETWORK)
-        parts.append(f"{lost} of {sum(row.seeds for row in rows)} runs diverged, {own} of them of the hypernetwork.")
+        parts.append(f"{lost} of {sum(row.seeds for row in rows)} runs diverged, {own or 'none'} of the hypernetwork.")
     return " ".join(parts)
 
 

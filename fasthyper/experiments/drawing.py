@@ -80,7 +80,7 @@ def svg(panel: Panel, name: str) -> str:
     with rc_context(_STYLE):
         figure = Figure(figsize=SIZE)
         FigureCanvasSVG(figure)
-        axes = figure.add_axes((0.135, 0.135, 0.535, 0.715))
+        axes = figure.add_axes((0.135, 0.135, 0.525, 0.715))
         for series in panel.series:
             _draw(axes, series, panel.y_log)
         _scale(axes, panel)
@@ -105,7 +105,9 @@ def _draw(axes: Any, series: Series, log: bool) -> None:
         style = {"linewidth": 1.5, "elinewidth": 1.1, "markersize": 6, "capsize": 3}
         if series.marker == "_":
             style = {"markersize": 20, "markeredgewidth": 1.5}
-        axes.errorbar(xs, means, yerr=bars, color=series.colour, marker=series.marker, linestyle=line, **style)
+        drawn = axes.errorbar(xs, means, yerr=bars, color=series.colour, marker=series.marker, linestyle=line, **style)
+        for part in (*drawn[1], *drawn[2]):
+            part.set_alpha(0.6)
     for x, _, diverged in series.points:
         if diverged and not series.dash:
             axes.plot([x], [0.985], "x", transform=axes.get_xaxis_transform(), color=series.colour, clip_on=False)

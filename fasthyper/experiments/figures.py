@@ -174,9 +174,13 @@ def _position(results: Results, row: Row, offset: float) -> float:
         return study.values.index(row.value) + 0.07 * offset
     if study.axis.count is not None:
         return float(getattr(row, study.axis.count))
-    if study.axis.log:
-        return float(row.value) * 1.015**offset
-    return float(row.value) + 0.008 * (study.values[-1] - study.values[0]) * offset
+    to, back = (math.log, math.exp) if study.axis.log else (float, float)
+    places = sorted(to(value) for value in study.values)
+    if len(places) == 1:
+        return float(row.value)
+    gap = min(b - a for a, b in itertools.pairwise(places))
+    step = min(0.02 * (places[-1] - places[0]), 0.6 * gap / len(study.all_lines()))
+    return back(to(row.value) + step * offset)
 
 
 def _style(results: Results, line: Line, solid: list[Line]) -> tuple[str, str]:

@@ -11,9 +11,9 @@ from typing import Any
 
 from fasthyper.experiments.claims import Wins
 from fasthyper.experiments.drawing import number_text
-from fasthyper.experiments.experiment import ASKED, MEASURED, THEOREM, Finding
+from fasthyper.experiments.experiment import ASKED, MEASURED, THEOREM, Finding, value_text
 from fasthyper.experiments.figures import short_name
-from fasthyper.experiments.methods import EMBEDDING, EQUAL_TOTAL, HYPERNETWORK, METHODS
+from fasthyper.experiments.methods import EMBEDDING, HYPERNETWORK, METHODS
 from fasthyper.experiments.results import Interval, Results, Row, exp
 from fasthyper.experiments.summary import Summary
 
@@ -34,7 +34,7 @@ class Standing:
             for row in self.results.rows()
             if row.value == self.value
             and row.line.measure == measure
-            and row.line.method in EQUAL_TOTAL
+            and (row.line.method == HYPERNETWORK or METHODS[row.line.method].equal)
             and not row.line.dashed
             and math.isfinite(row.measured.mean)
         ]
@@ -81,7 +81,7 @@ def at_equal_totals(results: Results) -> Standing:
 
 def outcome(summary: Summary) -> list[str]:
     """Return the outcome in sentences: at equal totals in each frontier, then on the claims of the paper."""
-    sentences = [_at_equal_totals(results) for results in frontiers(summary)]
+    sentences = [_at_equal_totals(results) for results in frontiers(summary)] or _least_of_all(summary)
     return [*sentences, *_on_the_paper(summary)]
 
 
@@ -166,6 +166,20 @@ def _at_equal_totals(results: Results) -> str:
         parts.append(f"the hypernetwork has {factor(standing.ratio(HYPERNETWORK, first))} times this error")
     sentence = "; ".join(parts)
     return text + (f" {sentence[0].upper()}{sentence[1:]}." if parts else "")
+
+
+def _least_of_all(summary: Summary) -> list[str]:
+    """Return which method has the least error in the first study that compares several, at which value."""
+    for results in summary.results:
+        study = results.study
+        rows = [r for r in results.rows() if not r.line.dashed and r.line.measure == study.measure.name]
+        rows = [row for row in rows if math.isfinite(row.measured.mean)]
+        if len({row.line.method for row in rows}) > 1:
+            row = min(rows, key=lambda row: row.measured.mean)
+            where = f"{study.axis.field.replace('_', ' ')} {value_text(row.value)}"
+            error = error_text(results, row.measured)
+            return [f"{study.title}: {name(row.line.method)} has the least {study.measure.label}, {error}, at {where}."]
+    return []
 
 
 def _on_the_paper(summary: Summary) -> list[str]:

@@ -134,7 +134,7 @@ class Claims:
     def counts(self) -> str:
         """How many claims have each verdict."""
         found = Counter(finding.verdict for _, finding in self.judged)
-        return ", ".join(f"{count} {verdict}" for verdict, count in found.most_common())
+        return ", ".join(f"{verdict} {count}" for verdict, count in found.most_common())
 
 
 def report_html(summary: Summary) -> str:

@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fasthyper.experiments.experiment import Batch, Experiment, Run, Task, stream
 from fasthyper.experiments.methods import counts
 from fasthyper.experiments.training import (
+    COSTS,
     Metrics,
     Trainer,
     build,
@@ -152,7 +153,8 @@ def train_side_by_side(
     together.copy_to(models)
     measures = [evaluate(*each) for each in zip(runs, tasks, models, strict=True)]
     numbers = counts(models[0])
-    cost = cost_of(Trainer(models[0], tasks[0], first.setting, device), tasks[0], first)
+    measured = (first.split, first.seed) == ("test", 0)
+    cost = cost_of(Trainer(models[0], tasks[0], first.setting, device), tasks[0], first) if measured else {}
     flops = steps * step_flops(models[0], tasks[0], first)
     share = (time.perf_counter() - begin) / len(runs)
     return [
@@ -166,9 +168,11 @@ def train_side_by_side(
             training_flops=flops,
             step_seconds=statistics.median(seconds) / len(runs),
             run_seconds=share,
-            **cost,
+            **(dict.fromkeys(COSTS) | (cost if run is first else {})),
         )
-        for found, task, loss in zip(measures, tasks, torch.stack(tuple(losses)).mean(dim=0).tolist(), strict=True)
+        for run, found, task, loss in zip(
+            runs, measures, tasks, torch.stack(tuple(losses)).mean(dim=0).tolist(), strict=True
+        )
     ]
 
 

@@ -190,7 +190,7 @@ def test_findings_that_were_not_tested_stand_apart(summary):
         (study, Finding("Steep", THEOREM, MEASURED, "-0.6 [-0.7, -0.5]", "")),
     )
     text = Page(report_html(replace(summary, findings=findings))).text
-    assert "1 tested: 1 reproduced" in text
+    assert "1 tested: reproduced 1" in text
     assert "made-up Sure the paper ✓ reproduced < 0.001 all of it 2 points" in text
     assert "1 not tested: their premise is not met" in text
     assert "made-up Moot the paper – premise unmet : nothing learned" in text

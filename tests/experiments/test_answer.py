@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_up import LOG, SIZE, pair, summary_of
+
+from fasthyper.experiments.answer import (
+    Structure,
+    answer,
+    answer_html,
+    cell,
+    main,
+    markdown,
+    put,
+    structures,
+    write_answer,
+)
+from fasthyper.experiments.claims import Wins
+from fasthyper.experiments.experiment import Tuning
+from fasthyper.experiments.methods import EMBEDDING, FILM_WIDE, HYPERNETWORK, WIDE_Q
+from fasthyper.experiments.report import report_html
+
+README = Path(__file__).parents[2] / "README.md"
+NOISE = np.array([-0.02, 0.0, 0.02])[:, None]
+SIZES = (0.25, 1.0, 4.0)
+
+
+def summary(structure, hypernetwork, wide_q, film=0.6, name="tiny", level=10.0, **study):
+    """Return a frontier with these errors at size 1, twice as large at a quarter, about half as large at four."""
+    fall = np.array([2.0, 1.0, 0.5])
+    errors = {
+        HYPERNETWORK: hypernetwork * np.array([2.0, 1.0, 0.6]) * (1 + NOISE),
+        WIDE_Q: wide_q * fall * (1 - NOISE),
+        FILM_WIDE: film * fall * (1 + np.roll(NOISE, 1)),
+    }
+    options = {"axis": SIZE, "structure": structure, "measure": LOG, "levels": (("zero", "the best constant"),)}
+    return summary_of(
+        errors,
+        SIZES,
+        counts=lambda run: 50 if run.method == HYPERNETWORK else 500,
+        extra={"zero": level},
+        changes={"name": name, "title": f"The {name}"},
+        **options,
+        **study,
+    )
+
+
+@pytest.fixture
+def three():
+    return [
+        summary("a product", 0.1, 0.2, name="first"),
+        summary("no structure", 0.2, 0.1, name="second"),
+        summary("a gate", 0.1, 0.1, name="third"),
+    ]
+
+
+def test_the_answer_says_when(three):
+    lines = dict(answer(three))
+    assert list(lines) == ["When", "How much", "At which cost", "How sure", "Where it fails"]
+    assert lines["When"] == (
+        "With as many trained parameters in total, the hypernetwork has the least error alone in 1 of 3 structures"
+        " (a product), shares it in 1 (a gate) and is behind in 1: embedding (wide q) leads (no structure)."
+    )
+
+
+def test_the_answer_says_how_much(three):
+    text = dict(answer(three))["How much"]
+    assert re.match(
+        r"Its error is 0\.5 \[0\.4\d*, 0\.5\d*\] times that of the best other method \(a product\) to 2 ", text
+    )
+    assert text.endswith(" times (no structure); 1 times in the geometric mean.")
+
+
+def test_the_answer_says_at_which_cost(three):
+    assert dict(answer(three))["At which cost"] == (
+        "With equal totals, its training takes 1 times the flops of the best other method, and the network that is"
+        " applied to x, once its weights are known, has 0.1 times the parameters."
+    )
+
+
+def test_the_answer_says_how_sure(three):
+    text = dict(answer(three))["How sure"]
+    assert text.startswith("3 seeds, paired, 95 % intervals: ")
+    assert "are told apart in 7 of 9 cells" in text
+    assert "tuned for each method in 0 of 3 structures; preset quick." in text
+    assert "primaries" not in text
+    tuned = summary("a product", 0.1, 0.2, tuning=Tuning({"sgd": (0.1,)}))
+    claimed = summary_of(pair(0.1 + NOISE / 10 * [1, 2], 0.5 + NOISE / 10 * [2, 1]), claims=(Wins(text="It wins"),))
+    text = dict(answer([tuned, claimed]))["How sure"]
+    assert "tuned for each method in 1 of 1 structures" in text
+    assert text.endswith(" The paper's own claim, about primaries (N_g against N_q), is reproduced.")
+
+
+def test_the_answer_says_where_it_fails(three):
+    text = dict(answer(three))["Where it fails"]
+    assert re.fullmatch(
+        r"It is furthest behind in: no structure, at 4 times the paper's total, with 2\.4 \[2\.\d+, 2\.\d+\]"
+        r" times the error of embedding \(wide q\)\.",
+        text,
+    )
+    assert dict(answer(three[:1]))["Where it fails"] == "In no cell is it surely behind the best other method."
+
+
+def test_what_is_not_learned_is_no_win(three):
+    lines = dict(answer([*three, summary("noise", 0.1, 0.2, name="fourth", level=0.1)]))
+    assert "1 of 3 structures (a product)" in lines["When"]
+    assert lines["Where it fails"].endswith(
+        " Nothing is surely learned, by any method, in: noise (against: the best constant)."
+    )
+
+
+def test_diverged_runs_are_counted(three):
+    results = three[0].results[0]
+    metrics = {key: list(found) for key, found in results.metrics.items()}
+    metrics[FILM_WIDE, 4.0][1] = {**metrics[FILM_WIDE, 4.0][1], "measures": {"error": None, "zero": 10.0}}
+    broken = replace(three[0], results=(type(results)(results.study, metrics),))
+    assert dict(answer([broken]))["Where it fails"].endswith(" 1 of 27 runs diverged, none of the hypernetwork.")
+
+
+def test_without_frontiers_there_is_no_answer():
+    other = summary_of(pair(0.1 + NOISE * [1, 2], 0.5 + NOISE * [1, 1]))
+    assert answer([other]) == [("No answer", "No study here compares methods of equal totals.")]
+    assert "<table" not in answer_html([other])
+    alone = summary_of({HYPERNETWORK: 0.1 + NOISE * np.ones(3)}, SIZES, axis=SIZE, structure="a product")
+    assert structures([alone]) == []
+
+
+def test_a_cell_has_the_best_and_the_factor_to_the_hypernetwork(three):
+    first, second, third = (cell(Structure(s, s.results[0]).at_equal_totals) for s in three)
+    assert (first.best, second.best) == (("hypernetwork",), ("embedding (wide q)",))
+    assert set(third.best) == {"hypernetwork", "embedding (wide q)"}
+    assert [c.with_hypernetwork for c in (first, second, third)] == [True, False, True]
+    assert first.details[1].startswith("embedding (wide q): 2 [1.")
+    assert second.details[0].startswith("0.1 [0.0")
+    assert second.details[1].startswith("hypernetwork: 2 [1.")
+
+
+def test_each_cell_links_to_its_evidence(three, tmp_path):
+    write_answer(three, tmp_path)
+    html = (tmp_path / "answer.html").read_text()
+    cells = re.findall(r'<td data-size="([^"]*)"[^>]*><a href="([^"]*)">', html)
+    assert cells == [
+        (f"{size} ×", f"{name}/report.html#study-made-up")
+        for name in ("first", "second", "third")
+        for size in ("0.25", "1", "4")
+    ]
+    for one in three:
+        assert 'id="study-made-up"' in report_html(one)
+    assert html.count("<svg") == 1
+    assert not re.search(r"@import|<script|https?://(?!www\.w3\.org)", html)
+    for question, text in answer(three):
+        assert f"<strong>{question}.</strong> {text}".replace("'", "&#39;") in html
+
+
+def test_structures_with_other_budgets_leave_cells_empty(three):
+    fewer = summary_of(
+        {HYPERNETWORK: 0.1 + NOISE / 10 * [1, 2], WIDE_Q: 0.2 + NOISE / 10 * [2, 1]},
+        (1.0, 2.0),
+        axis=SIZE,
+        structure="b",
+    )
+    html = answer_html([three[0], fewer])
+    assert re.findall(r'<th scope="col">([0-9.]+) ×', html) == ["0.25", "1", "2", "4"]
+    assert html.count("<td></td>") == 3
+
+
+def test_the_lines_are_put_into_a_document(three, tmp_path):
+    write_answer(three, tmp_path)
+    document = tmp_path / "README.md"
+    shutil.copy(README, document)
+    before = document.read_text()
+    main([str(document), str(tmp_path)])
+    main([str(document), str(tmp_path)])  # replaces the lines, and adds no others
+    after = document.read_text()
+    lines = markdown(three)
+    assert after.count(lines) == 1
+    assert lines.startswith("- **When.** With as many")
+    assert max(map(len, lines.splitlines())) <= 110
+    start = before.index("<!-- comparison: ")
+    assert after[:start] == before[:start]
+    assert after[after.index("<!-- end -->", start) :] == before[before.index("<!-- end -->", start) :]
+
+
+def test_a_document_without_a_section_is_refused(tmp_path):
+    document = tmp_path / "page.md"
+    for text in ("nothing", "<!-- comparison: generated -->\nno end"):
+        document.write_text(text)
+        with pytest.raises(ValueError, match="document: expected <!-- comparison"):
+            put(document, "- lines\n")
+        assert document.read_text() == text
+    with pytest.raises(SystemExit, match="error: "):
+        main([str(document), str(tmp_path)])
+
+
+def test_methods_of_other_totals_are_no_part_of_the_answer():
+    fall = np.array([2.0, 1.0, 0.5])
+    errors = {
+        HYPERNETWORK: 0.2 * fall * (1 + NOISE),
+        WIDE_Q: 0.3 * fall * (1 - NOISE),
+        EMBEDDING: 0.1 * fall * (1 + NOISE),
+    }
+    found = summary_of(errors, SIZES, axis=SIZE, structure="a product", measure=LOG)
+    assert "alone in 1 of 1 structures" in dict(answer([found]))["When"]
