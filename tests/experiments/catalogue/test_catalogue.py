@@ -16,7 +16,6 @@ from fasthyper.experiments.catalogue.colorization import examples, grey, positio
 from fasthyper.experiments.catalogue.data import Splits, load_images
 from fasthyper.experiments.catalogue.operators import chebyshev, derivative
 from fasthyper.experiments.catalogue.scaling import series, target
-from fasthyper.experiments.catalogue.synthetic import TYPES
 from fasthyper.experiments.catalogue.synthetic import target as synthetic_target
 from fasthyper.experiments.comparison import PRESETS
 from fasthyper.experiments.experiment import stream
@@ -64,8 +63,6 @@ def test_every_experiment_runs_from_end_to_end(name, tmp_path):
         less = {key: value for key, value in small.items() if hasattr(study.setting, key)}
         values = study.values if isinstance(study.values[0], str) else study.values[:2]
         studies.append(replace(study, setting=replace(study.setting, **less), values=values))
-    if name == "synthetic":
-        studies = studies[:1] + studies[-1:]
     problems = []
     summary = run_comparison(replace(whole, studies=tuple(studies)), tmp_path, notify=problems.append)
     assert not problems
@@ -77,66 +74,18 @@ def test_every_experiment_runs_from_end_to_end(name, tmp_path):
     assert all(study.title in page for study in studies)
 
 
-@pytest.mark.parametrize("kind", TYPES)
-def test_the_best_that_ignores_the_condition(kind):
-    comparison = of("synthetic", seeds=1)
-    study = next(s for s in comparison.studies if s.setting.kind == kind)
-    run = comparison.run(study, study.values[0], "hypernetwork", seed=0)
-    levels = EXPERIMENTS["synthetic"].task(run, None).levels
-    y = synthetic_target(kind, run.setting.d, torch.Generator().manual_seed(stream(0, "task")))
-    generator = torch.Generator().manual_seed(1)
-    x, cond = (torch.randn(300, run.setting.d, generator=generator) for _ in range(2))
-    with torch.no_grad():
-        found = torch.stack([y(one.expand(300, -1), cond)[:, 0] for one in x])  # (x, I)
-    assert levels["ignores_mse"] == pytest.approx(found.var(dim=1).mean().item(), rel=0.15)
-    assert levels["constant_mse"] == pytest.approx(found.var().item(), rel=0.3)
-    assert levels["ignores"] == pytest.approx(levels["ignores_mse"] / levels["constant_mse"])
-
-
-def test_the_synthetic_targets_are_those_of_the_paper():
-    generator = torch.Generator().manual_seed(0)
-    x, cond = torch.randn(5, 30), torch.randn(5, 30)
-    linear = synthetic_target("type I", 30, generator)
-    assert torch.allclose(linear(2 * x, cond), 2 * linear(x, cond), atol=1e-5)
-    assert torch.allclose(linear(torch.ones(5, 30), cond), torch.ones(5, 1))  # a softmax sums to 1
-    product = synthetic_target("type III", 30, generator)
-    assert torch.allclose(product(x, cond), product(cond, x), atol=1e-6)
-    both = synthetic_target("type II", 30, generator)
-    assert not torch.allclose(both(x, cond), both(cond, x), atol=1e-3)
-    with pytest.raises(ValueError, match="kind: 'type IV'"):
-        synthetic_target("type IV", 30, generator)
-
-
 def test_the_sizes_of_the_paper():
     sizes = {}
-    for name in ("synthetic", "colorization", "operators"):
+    for name in ("colorization", "operators"):
         comparison = of(name, preset="paper")
         study = comparison.studies[0]
         for method in ("hypernetwork", "embedding"):
             run = comparison.run(study, study.values[0], method, seed=0)
             with torch.device("meta"):
                 sizes[name, method] = counts(METHODS[method].build(EXPERIMENTS[name].architecture(run))).primary
-    assert sizes["synthetic", "hypernetwork"] == 10_010
-    assert sizes["synthetic", "embedding"] == (1000 + 10_000) * 10 + 10 + 10 + 1
     assert sizes["colorization", "hypernetwork"] == 450
     assert sizes["colorization", "embedding"] == 4950 + 13  # its biases
     assert sizes["operators", "hypernetwork"] == 681
-
-
-def test_the_sweep_over_the_dimension_of_the_embedding():
-    """f: 100 -> 100 -> 100 i -> 1010; e: 100 -> 100 -> 100 -> 100 i, or 1000 i."""
-    comparison = of("synthetic", preset="paper")
-    study = next(s for s in comparison.studies if s.name == "dimension type I")
-    assert study.values == tuple(range(1, 9))
-    with torch.device("meta"):
-        built = {
-            method: METHODS[method].build(EXPERIMENTS["synthetic"].architecture(comparison.run(study, 3, method, 0)))
-            for method in study.methods
-        }
-    assert [tuple(p.shape) for p in built["hypernetwork"].trunk.parameters()][::2] == [(100, 100), (300, 100)]
-    assert counts(built["hypernetwork"]).primary == 1010
-    for method, e in (("embedding", 300), ("embedding_tenfold", 3000)):
-        assert [tuple(p.shape) for p in built[method].embed.parameters()][::2] == [(100, 100), (100, 100), (e, 100)]
 
 
 def test_positions():
