@@ -14,7 +14,6 @@ from fasthyper.experiments import EXPERIMENTS, METHODS, Comparison, run_comparis
 from fasthyper.experiments.catalogue.assumptions import convolutional_target
 from fasthyper.experiments.catalogue.colorization import examples, grey, position_features
 from fasthyper.experiments.catalogue.data import Splits, load_images
-from fasthyper.experiments.catalogue.operators import chebyshev, derivative
 from fasthyper.experiments.catalogue.scaling import series, target
 from fasthyper.experiments.catalogue.synthetic import target as synthetic_target
 from fasthyper.experiments.comparison import PRESETS
@@ -76,7 +75,7 @@ def test_every_experiment_runs_from_end_to_end(name, tmp_path):
 
 def test_the_sizes_of_the_paper():
     sizes = {}
-    for name in ("colorization", "operators"):
+    for name in ("colorization",):
         comparison = of(name, preset="paper")
         study = comparison.studies[0]
         for method in ("hypernetwork", "embedding"):
@@ -85,7 +84,6 @@ def test_the_sizes_of_the_paper():
                 sizes[name, method] = counts(METHODS[method].build(EXPERIMENTS[name].architecture(run))).primary
     assert sizes["colorization", "hypernetwork"] == 450
     assert sizes["colorization", "embedding"] == 4950 + 13  # its biases
-    assert sizes["operators", "hypernetwork"] == 681
 
 
 def test_positions():
@@ -109,35 +107,6 @@ def test_a_pixel_keeps_its_colour_and_its_place():
         for n in range(7):
             i, j = ((line - batch.x[b, n, k]).abs().argmin() for k in (0, 1))
             assert torch.allclose(batch.target[b, n], pixels[image, :, i, j].float() / 127.5 - 1)
-
-
-def test_chebyshev_series():
-    c = torch.randn(3, 21, dtype=torch.float64)
-    at = 2 * torch.rand(3, 9, dtype=torch.float64) - 1
-    values, slopes = chebyshev(c, at), chebyshev(derivative(c), at)
-    for b in range(3):
-        one = np.polynomial.chebyshev.Chebyshev(c[b].numpy())
-        assert np.allclose(values[b], one(at[b].numpy()))
-        assert np.allclose(slopes[b], one.deriv()(at[b].numpy()))
-
-
-def test_an_operator_learns_from_what_it_sees():
-    comparison = of("operators", seeds=1)
-    (study,) = comparison.studies
-    tasks = {op: EXPERIMENTS["operators"].task(comparison.run(study, op, "film", 0), None) for op in study.values}
-    batches = {op: t.test.draw(torch.arange(20), torch.Generator().manual_seed(5)) for op, t in tasks.items()}
-    one, other = batches.values()
-    assert torch.equal(one.cond, other.cond)
-    assert torch.equal(one.x, other.x)
-    sensors = torch.linspace(-1, 1, 100)
-    near = torch.stack(
-        [torch.from_numpy(np.interp(x[:, 0], sensors, seen)) for x, seen in zip(one.x, one.cond, strict=True)]
-    )
-    assert np.corrcoef(near.flatten(), one.target.flatten())[0, 1] > 0.95
-    assert 0.5 < one.target.std() < 2
-    assert 0.3 < other.target.std() < 3
-    measured = tasks["identity"].measure(torch.zeros(20, 50, 1), one.target)["relative_l2"]
-    assert torch.allclose(measured, torch.ones(20))
 
 
 @pytest.mark.parametrize("dimensions", [1, 3])
