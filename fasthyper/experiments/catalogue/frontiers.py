@@ -18,6 +18,7 @@ from fasthyper.experiments.methods import (
     FILM_WIDE,
     HYPERNETWORK,
     PLAIN_WIDE,
+    WIDE_E,
     WIDE_Q,
 )
 from fasthyper.experiments.methods import METHODS as ALL_METHODS
@@ -32,6 +33,7 @@ Level = tuple[str, str]
 """An error to go below: its name in `Task.levels`, and whose it is, in words."""
 
 _RIVALS = {
+    WIDE_E: "the embedding method with a wide e",
     WIDE_Q: "the embedding method with a wide q",
     DEEP_Q: "the embedding method with a deep q",
     FILM_WIDE: "FiLM with a wide q",
