@@ -119,6 +119,24 @@ def load_patches(size: int) -> Splits:
     return Splits(squares[:train], squares[train:])
 
 
+def validation_split(images: Tensor, split: str) -> Splits:
+    """Cut the training images of a run into those to train on and those to choose a learning rate on.
+
+    Args:
+        images: `(n, …)`, the training images.
+        split: of the run. `"validation"` keeps the last sixth for validation; with `"test"`, all are trained on.
+
+    Returns:
+        Training and validation images. The second part is empty if the split is `"test"`.
+
+    Example:
+        >>> [len(part) for part in validation_split(torch.zeros(12, 1, 2, 2), "validation")]
+        [10, 2]
+    """
+    kept = len(images) - (len(images) // 6 if split == "validation" else 0)
+    return Splits(images[:kept], images[kept:])
+
+
 def _images_of(name: str) -> Images:
     if name not in IMAGES:
         raise ValueError(f"data: {name!r} is not a known data set; known are {', '.join(IMAGES)}")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -11,16 +13,35 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fasthyper.experiments import ROTATION, Comparison
-from fasthyper.experiments.catalogue.data import IMAGES, Splits, load_images
+from fasthyper.experiments.catalogue.data import IMAGES, Splits, load_images, validation_split
 from fasthyper.experiments.catalogue.rotation import examples, nearest_angle, rotate
+from fasthyper.experiments.claims import Flat, Improves
 from fasthyper.experiments.experiment import stream
-from fasthyper.experiments.methods import ALL, BIASES, EMBEDDING, EQUAL_PARAMETERS, FILM, HYPERNETWORK, METHODS, counts
+from fasthyper.experiments.methods import (
+    ATTENTION,
+    BIASES,
+    DEEP_Q,
+    EMBEDDING,
+    EQUAL_TOTAL,
+    FILM,
+    FILM_WIDE,
+    HYPERNETWORK,
+    METHODS,
+    PLAIN_WIDE,
+    WIDE_E,
+    WIDE_Q,
+    counts,
+)
 from fasthyper.experiments.training import build, evaluate, train
 
 
+def study_of(name, preset, data="digits"):
+    return next(study for study in ROTATION.studies(preset, data) if study.name == name)
+
+
 def run_of(data="digits", method="hypernetwork", depth=2, seed=0, **options):
-    comparison = Comparison.of(ROTATION, data, depths=(depth,), seeds=seed + 1, device="cpu", **options)
-    return next(run for run in comparison.runs() if (run.method, run.seed) == (method, seed))
+    comparison = Comparison.of(ROTATION, data, depths=(depth,), device="cpu", **options)
+    return comparison.run(comparison.studies[0], depth, method, seed)
 
 
 def draw(pixels, generator, pixel_max=16):
@@ -109,7 +130,7 @@ def test_white_is_one_before_it_is_normalised(data, white):
 def test_the_task_trains_on_one_part_and_tests_on_the_other():
     splits = load_images("digits")
     task = ROTATION.task(run_of(), splits)
-    assert (task.train.count, task.test.count) == (1500, 297)
+    assert (task.train.count, task.test.count, task.validation) == (1500, 8 * 297, None)
     assert task.levels == {"guessing": pytest.approx(11 / 12)}
     y = torch.randn(5, 12)
     target = torch.tensor([0, 1, 2, 3, 11])
@@ -125,7 +146,7 @@ def test_the_error_is_the_share_of_wrong_answers():
             return nn.functional.one_hot(torch.full((len(x),), 3), 12).float()
 
     generator = torch.Generator().manual_seed(stream(run.seed, "test"))
-    target = task.test.draw(torch.arange(297), generator).target
+    target = torch.cat([task.test.draw(c, generator).target for c in torch.arange(8 * 297).split(1000)])
     assert evaluate(run, task, Always()) == {"error": pytest.approx((target != 3).float().mean().item())}
 
 
@@ -147,8 +168,6 @@ def test_parameter_counts_are_the_papers(data, d, width, depth):
     assert count(HYPERNETWORK) == (n_f, generated, n_f)
     n_e, n_q = hidden + layers_of(width, e), (d + e) * 10 + 10 + 10 * 12 + 12
     assert count(EMBEDDING) == (n_e, n_q, n_e + n_q)
-    assert count(EQUAL_PARAMETERS).trainable == pytest.approx(n_f, rel=0.03)
-    assert count(EQUAL_PARAMETERS).primary == n_q
     assert count(FILM).primary == layers_of(d, 10, 12)
     assert count(BIASES).context == hidden + layers_of(width, 22)
 
@@ -202,26 +221,102 @@ def test_both_methods_start_from_the_same_hidden_layers():
 
 @pytest.mark.parametrize(("data", "width", "unit"), [("mnist", 50, 10_000), ("cifar10", 100, 10_000)])
 def test_the_full_protocol_is_the_papers(data, width, unit):
-    depth, embedding, rate = ROTATION.studies("paper", data)
+    _, depth, embedding, rate = ROTATION.studies("paper", data)
     for study in (depth, embedding, rate):
         setting = study.setting
         assert (setting.width, setting.epochs, setting.lr, setting.batch_size) == (width, 10, 0.01, 64)
         assert (setting.optimizer, setting.momentum, setting.schedule) == ("sgd", 0.0, "constant")
-        assert setting.embedding == 10 * IMAGES[data].pixels + 10
-        assert study.seeds == 100
+        assert (setting.embedding, setting.size) == (10 * IMAGES[data].pixels + 10, 1)
+        assert (study.seeds, study.tuning) == (100, None)
     assert depth.values == tuple(range(2, 10))
-    assert depth.methods == ALL
+    assert {HYPERNETWORK, EMBEDDING} < set(depth.methods)
     assert embedding.values == tuple(unit * i for i in range(1, 9))
     np.testing.assert_allclose(rate.values, [1e-4 * 10 ** (j / 4) for j in range(2, 10)])
 
 
-def test_the_quick_protocol_is_part_of_the_full_one():
-    for data in ROTATION.data:
-        for quick, full in zip(ROTATION.studies("quick", data), ROTATION.studies("paper", data), strict=True):
-            assert quick.name == full.name
-            assert quick.name == "rate" or set(quick.values) <= set(full.values)
-            assert (quick.methods, quick.claims) == (full.methods, full.claims)
-            assert quick.seeds < full.seeds
+@pytest.mark.parametrize("data", ROTATION.data)
+@pytest.mark.parametrize("preset", ["quick", "standard", "paper"])
+def test_the_frontier_comes_first_and_is_tuned(preset, data):
+    frontier, *others = ROTATION.studies(preset, data)
+    rates = frontier.tuning.rates[frontier.setting.optimizer]
+    assert (frontier.name, frontier.axis.field, frontier.axis.count) == ("frontier", "size", "trainable_parameters")
+    assert frontier.structure
+    assert len(rates) == 5
+    assert min(rates) < frontier.setting.lr < max(rates)
+    left_out = set() if preset == "paper" else {ATTENTION}
+    assert set(frontier.methods) == {EMBEDDING, *EQUAL_TOTAL} - left_out
+    assert {c.over for c in frontier.claims} == {
+        EMBEDDING,
+        WIDE_E,
+        WIDE_Q,
+        DEEP_Q,
+        FILM_WIDE,
+        PLAIN_WIDE,
+        ATTENTION,
+    } - (left_out)
+    assert frontier.seeds == (5 if preset == "quick" else 10)
+    fixed = [study for study in others if study.tuning is None]
+    assert [study.name for study in fixed] == ["depth", "embedding", "rate"][: 1 if preset == "quick" else 3]
+    assert {(s.setting.lr, s.setting.optimizer) for s in fixed} == {(0.01, "sgd")}
+
+
+def test_every_claim_says_which_sizes_it_is_about():
+    for preset in ("quick", "standard", "paper"):
+        for study in ROTATION.studies(preset, "digits"):
+            for claim in study.claims:
+                over = getattr(claim, "over", None)
+                if over is not None:
+                    assert claim.premises
+                    about_totals = any(words in claim.text for words in ("equally many", "as many trained parameters"))
+                    assert about_totals == METHODS[over].equal
+
+
+def test_the_quick_preset_has_few_runs():
+    comparison = Comparison.of(ROTATION, device="cpu")
+    assert Counter(run.setting.epochs for run in comparison.runs()) == {50: 7 * 2 * 5, 60: 2 * 2 * 5}
+    depth = comparison.studies[1]
+    assert not any(isinstance(claim, (Improves, Flat)) for claim in depth.claims)
+    assert "60 epochs" in depth.note
+
+
+def test_digits_are_trained_on_for_long_enough_over_depth():
+    assert [study_of("depth", preset).setting.epochs for preset in ("quick", "standard", "paper")] == [60, 400, 400]
+
+
+def test_the_optimizers_have_a_grid_each():
+    study = study_of("optimizer", "standard")
+    assert set(study.values) == set(study.tuning.rates) == {"sgd", "adam"}
+    assert set(study.tuning.rates["sgd"]) != set(study.tuning.rates["adam"])
+
+
+def test_departures_from_the_paper_and_its_code_are_declared():
+    choices = " ".join(ROTATION.choices)
+    for words in ("bilinear", "circle", "E = 50,000", "one layer less", "validation images", "digits", "cosine"):
+        assert words in choices
+
+
+def test_the_splits_are_disjoint():
+    """Each image has a colour of its own, which shows where it is drawn from."""
+    ramp = torch.arange(120).view(-1, 1, 1, 1).expand(-1, 1, 28, 28).to(torch.uint8)
+    splits = Splits(ramp[:100], ramp[100:])
+
+    def drawn(examples):
+        cond = examples.draw(torch.arange(examples.count), torch.Generator()).cond
+        return set(((cond[:, 0] * 0.3081 + 0.1307) * 255).round().int().tolist())
+
+    run = run_of("mnist")
+    task = ROTATION.task(replace(run, split="validation"), splits)
+    used, validation, test = map(drawn, (task.train, task.validation, task.test))
+    assert (used, validation, test) == (set(range(84)), set(range(84, 100)), set(range(100, 120)))
+    assert drawn(ROTATION.task(run, splits).train) == set(range(100))
+    assert [len(part) for part in validation_split(torch.zeros(12), "test")] == [12, 0]
+
+
+def test_each_digit_is_turned_several_times():
+    task = ROTATION.task(run_of(), load_images("digits"))
+    batch = task.test.draw(torch.tensor([5, 5 + 297]), torch.Generator().manual_seed(0))
+    assert torch.equal(*batch.cond)
+    assert not torch.allclose(*batch.x)
 
 
 def test_the_angle_is_learnt():
