@@ -31,7 +31,7 @@ class Architecture:
         hidden: widths of the hidden layers of g and q.
         embedding: E, the outputs of e.
         activation: of g and q: `"relu"`, `"elu"` or `"tanh"`.
-        context_activation: of f and e.
+        context_activation: of f and e: one of these, or `"linear"` for none.
         generated_bias: whether f also generates biases of g.
         embed_context: widths of the hidden layers of e; None: as in `context`.
         size: the trained parameters in total, as a multiple of those at size 1. See `Method.model`.

@@ -16,6 +16,7 @@ pass it to `fasthyper.experiments.Comparison.of`.
 
 from fasthyper.experiments.catalogue.assumptions import ASSUMPTIONS
 from fasthyper.experiments.catalogue.colorization import COLORIZATION
+from fasthyper.experiments.catalogue.modularity import MODULARITY
 from fasthyper.experiments.catalogue.operators import OPERATOR_LEARNING
 from fasthyper.experiments.catalogue.rotation import ROTATION
 from fasthyper.experiments.catalogue.scaling import SCALING
@@ -24,6 +25,14 @@ from fasthyper.experiments.experiment import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
-    for experiment in (ROTATION, SYNTHETIC, COLORIZATION, OPERATOR_LEARNING, SCALING, ASSUMPTIONS)
+    for experiment in (
+        ROTATION,
+        SYNTHETIC,
+        COLORIZATION,
+        OPERATOR_LEARNING,
+        SCALING,
+        ASSUMPTIONS,
+        MODULARITY,
+    )
 }
 """The experiments by name, in the order in which `fasthyper compare all` runs them."""

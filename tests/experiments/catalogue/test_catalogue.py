@@ -21,8 +21,9 @@ from fasthyper.experiments.experiment import stream
 from fasthyper.experiments.methods import counts
 from fasthyper.experiments.training import build, train
 
-WITHOUT_DOWNLOAD = {"rotation", "synthetic", "colorization", "operators", "scaling", "assumptions"}
-POINTS = [(e, preset, data) for e in EXPERIMENTS.values() for preset in PRESETS for data in e.data]
+OF_THE_PAPER = {"rotation", "synthetic", "colorization", "operators", "scaling", "assumptions"}
+BEYOND = {"modularity"}
+POINTS = [(e, p, data) for e in EXPERIMENTS.values() for p in PRESETS for data in e.data if e.studies(p, data)]
 
 
 def of(name, **options):
@@ -30,7 +31,8 @@ def of(name, **options):
 
 
 def test_all_of_the_paper_and_beyond():
-    assert set(EXPERIMENTS) == WITHOUT_DOWNLOAD
+    assert set(EXPERIMENTS) == OF_THE_PAPER | BEYOND
+    assert {(e.name, p) for e, p, _ in POINTS} >= {(name, p) for name in EXPERIMENTS for p in PRESETS[1:]}
 
 
 @pytest.mark.parametrize(("experiment", "preset", "data"), POINTS, ids=lambda p: getattr(p, "name", p))
@@ -55,7 +57,8 @@ def test_every_study_can_be_built_and_judged(experiment, preset, data):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_runs_from_end_to_end(name, tmp_path):
     experiment = EXPERIMENTS[name]
-    whole = Comparison.of(experiment, device="cpu", seeds=1, epochs=1)
+    preset = "quick" if experiment.studies("quick", experiment.data[0]) else "standard"
+    whole = Comparison.of(experiment, preset=preset, device="cpu", seeds=1, epochs=1)
     small = {"samples": 400, "functions": 50, "instances": 100}
     studies = []
     for study in whole.studies:
