@@ -16,6 +16,7 @@ the hypernetwork, and put them into different parts:
     film_wide          FiLM with a wide q
     attention          q(x, a(x, I)), where x attends to parts of I, with a wide q
     plain_wide         p(x, I) with as many hidden layers as f and g together
+    deeponet_wide      DeepONet with a wide t
 
 Variants of the embedding method are trained with as many flops as the hypernetwork (embedding_flops), or have an E that
 is ten times as large (embedding_tenfold). A pair is two equal networks of x alone.
@@ -59,6 +60,7 @@ FILM_WIDE = "film_wide"
 ATTENTION = "attention"
 BIASES = "biases"
 DEEPONET = "deeponet"
+DEEPONET_WIDE = "deeponet_wide"
 PLAIN = "plain"
 PLAIN_WIDE = "plain_wide"
 PAIR = "pair"
@@ -193,6 +195,7 @@ METHODS: Mapping[str, Method] = {
     FILM: Method("FiLM q(x; γ(I), β(I))", networks.film, "#009E73", "^"),
     BIASES: Method("biases only q(x; b(I))", networks.biases, "#56B4E9", "P"),
     DEEPONET: Method("DeepONet ⟨t(x), b(I)⟩", networks.deeponet, "#000000", "X"),
+    DEEPONET_WIDE: Method("DeepONet, wide t", networks.deeponet, "#000000", "8", OF_Q, OF_F, equal=True),
     PLAIN: Method("one network p(x, I)", networks.plain, "#7F7F7F", "*", OF_Q),
     PAIR: Method("two networks", networks.pair, "#0072B2", "o", OF_Q),
 }
