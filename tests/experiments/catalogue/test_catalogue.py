@@ -22,7 +22,7 @@ from fasthyper.experiments.methods import counts
 from fasthyper.experiments.training import build, train
 
 OF_THE_PAPER = {"rotation", "synthetic", "colorization", "operators", "scaling", "assumptions"}
-BEYOND = {"modularity", "equations"}
+BEYOND = {"modularity", "equations", "initialisation"}
 POINTS = [(e, p, data) for e in EXPERIMENTS.values() for p in PRESETS for data in e.data if e.studies(p, data)]
 
 
