@@ -15,7 +15,8 @@ from typing import Any
 
 from fasthyper.experiments.catalogue import operators, rotation
 from fasthyper.experiments.experiment import Axis, Experiment, Measure, Run, Study, Task, Tuning
-from fasthyper.experiments.methods import HYPERNETWORK, INITIALISATIONS, Architecture
+from fasthyper.experiments.methods import HYPERNETWORK, Architecture
+from fasthyper.experiments.networks import INITIALISATIONS
 from fasthyper.experiments.setting import Setting
 
 RATES = {"sgd": (0.01, 0.03, 0.1, 0.3, 1.0), "adam": (3e-4, 1e-3, 3e-3, 1e-2)}
