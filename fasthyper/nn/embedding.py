@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fasthyper.nn.plain_linear import why_not_plain
+from fasthyper.nn.plain_linear import only_calls_forward, split_head, why_not_plain
 from fasthyper.nn.tracing import OneNode, is_proxy, recorded
 from fasthyper.ops import shapes
 
@@ -18,6 +19,12 @@ class EmbeddingNetwork(OneNode):
     This is the embedding method, the baseline that hypernetworks are compared with. For x of shape ``(B, I)`` it
     equals ``primary(torch.cat([x, embed(cond)], dim=-1))``. The weight of the first layer is split instead,
     W [x, e] = Wx x + We e; the second term is computed once per instance and added at all of its points.
+
+    Where ``embed`` ends in a :class:`torch.nn.Linear`, e = V z + b, nothing nonlinear is between V and We. Then We e is
+    computed as (We V) z + We b whenever this needs fewer flops: with fewer units in the first layer than instances,
+    roughly. The result is the same to rounding. Embeddings are formed, as usual, if the last layer of ``embed`` has
+    hooks, a parametrization or a forward of its own, and in ``torch.export``, whose batch size may be unknown. Hooks
+    that torch calls for all modules are not called for a layer whose product is split or reordered.
 
     Args:
         embed: maps cond to the embedding e, ``(B, E)``.
@@ -85,25 +92,58 @@ class EmbeddingNetwork(OneNode):
             raise TypeError(
                 "the primary and its first layer must have no hooks: they are not called, so hooks would not run"
             )
-        e = self.embed(cond)
+        e, last = self._embedding(cond, first)
         if not isinstance(e, Tensor):
             raise TypeError(f"embed must return a tensor, got a {type(e).__name__}")
-        if x.ndim < 2 or e.ndim != 2 or x.shape[0] != e.shape[0]:
+        shape = tuple(e.shape) if last is None else (e.shape[0], last.out_features)
+        if x.ndim < 2 or len(shape) != 2 or x.shape[0] != shape[0]:
             raise ValueError(
                 "x must be (B, I) or (B, *, I) and the embedding (B, E), with the same B, "
-                f"got {tuple(x.shape)} and {tuple(e.shape)}"
+                f"got {tuple(x.shape)} and {shape}"
             )
-        if x.shape[-1] + e.shape[-1] != first.in_features:
+        if x.shape[-1] + shape[1] != first.in_features:
             raise ValueError(
                 "the primary's first layer must have I + E in_features, got "
-                f"{first.in_features} for x {tuple(x.shape)} and an embedding {tuple(e.shape)}"
+                f"{first.in_features} for x {tuple(x.shape)} and an embedding {shape}"
             )
-        weight_x, weight_e = first.weight.split([x.shape[-1], e.shape[-1]], dim=1)
-        y = F.linear(e, weight_e, first.bias)
+        weight_x, weight_e = first.weight.split([x.shape[-1], shape[1]], dim=1)
+        bias: Tensor | None = first.bias
+        if last is not None:
+            bias = bias if last.bias is None else F.linear(last.bias, weight_e, bias)
+            weight_e = weight_e @ last.weight
+        y = F.linear(e, weight_e, bias)
         y = F.linear(x, weight_x) + y.view(y.shape[0], *[1] * (x.ndim - 2), y.shape[1])
         for layer in others:
             y = layer(y)
         return y
 
+    def _embedding(self, cond: Any, first: nn.Linear) -> tuple[Any, nn.Linear | None]:
+        """Return e and None; or the input of the last layer of `embed` and that layer, if it should not be called."""
+        split = _last_linear(self.embed)
+        if split is None:
+            return self.embed(cond), None
+        before, last = split
+        for layer in before:
+            cond = layer(cond)
+        if isinstance(cond, Tensor) and cond.ndim == 2 and _is_shorter(cond, last, first):
+            return cond, last
+        return last(cond), None
+
     def _layers(self) -> list[nn.Module]:
         return list(self.primary) if isinstance(self.primary, nn.Sequential) else [self.primary]
+
+
+def _last_linear(embed: nn.Module) -> tuple[list[nn.Module], nn.Linear] | None:
+    """Return the modules before the last Linear of a network, and that Linear, if its call may be left out."""
+    if torch.compiler.is_exporting():
+        return None
+    split = split_head(embed)
+    return None if isinstance(split, str) or not only_calls_forward(split[1]) else split
+
+
+def _is_shorter(z: Tensor, last: nn.Linear, first: nn.Linear) -> bool:
+    """Return whether the product of both weights needs fewer flops than embeddings. Backward needs twice as many."""
+    instances, features = z.shape
+    units, embedding = first.out_features, last.out_features
+    together = units * embedding * features + instances * units * features
+    return together < instances * embedding * (features + units)
