@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,10 +59,10 @@ class Architecture:
 
 def hypernetwork(a: Architecture) -> Hypernetwork:
     """Build `g(x; f(I))`: the hidden layers of f are the trunk, its last layer is the heads of the layers of g."""
-    trunk = _hidden_layers(a, a.context)
-    sizes = (a.x, *a.hidden, a.out)
-    layers = (_generated_layer(i, o, _last(a.cond, a.context), a.generated_bias) for i, o in pairwise(sizes))
-    return Hypernetwork(trunk, _with_activations(layers, a.activation))
+    trunk = _trunk(a)
+    return Hypernetwork(
+        trunk, _with_activations(_generated(a, (a.x, *a.hidden, a.out), trunk, a.generated_bias), a.activation)
+    )
 
 
 def embedding(a: Architecture) -> EmbeddingNetwork:
@@ -97,10 +97,10 @@ def deeponet(a: Architecture) -> Hypernetwork:
 
     Lu, Jin, Pang, Zhang, Karniadakis, Nature Machine Intelligence 2021 (arXiv 1910.03193).
     """
-    branch = _hidden_layers(a, a.context)
+    branch = _trunk(a)
     shared = _network((a.x, *a.hidden), a.activation)
-    last = _generated_layer(a.hidden[-1], a.out, _last(a.cond, a.context), bias=False)
-    return Hypernetwork(branch, nn.Sequential(*shared, ACTIVATIONS[a.activation](), last))
+    last = _generated(a, (a.hidden[-1], a.out), branch, bias=False)
+    return Hypernetwork(branch, nn.Sequential(*shared, ACTIVATIONS[a.activation](), *last))
 
 
 def plain(a: Architecture) -> Plain:
@@ -254,16 +254,74 @@ class _Attend(nn.Module):
         return self.last((shares @ value).transpose(1, 2).flatten(2))
 
 
-def _generated_layer(inputs: int, outputs: int, cond: int, bias: bool) -> HyperLinear:
-    """Return a layer whose head is initialised like an `nn.Linear(cond, …)`: in the paper, the last layer of f is one.
+class ConstantNorm(nn.Module):
+    """The input encoding `[cos(π I / 2), sin(π I / 2)]`, whose norm is √C for any I. It is unique for I in [-2, 2)."""
 
-    Its weights and biases are uniform within ±1/√cond. Several heads have the same distribution as one large layer.
+    def forward(self, cond: Tensor) -> Tensor:
+        """Return `(B, 2 C)` for cond `(B, C)`."""
+        angles = cond * (math.pi / 2)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def _trunk(a: Architecture) -> nn.Sequential:
+    """Return the hidden layers of a network that generates weights."""
+    if a.initialisation != "magnitude_invariant":
+        return _hidden_layers(a, a.context)
+    trunk = _hidden_layers(replace(a, cond=2 * a.cond), a.context)
+    for layer in trunk:
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity=_gain_of(a.context_activation))
+            nn.init.zeros_(layer.bias)
+    return nn.Sequential(ConstantNorm(), *trunk)
+
+
+def _generated(a: Architecture, sizes: Sequence[int], trunk: nn.Sequential, bias: bool) -> list[HyperLinear]:
+    """Return the generated layers of these sizes, initialised.
+
+    - `"torch"`: heads and base as in an `nn.Linear(R, …)`, uniform within ±1/√R for R features of z: in Galanti and
+      Wolf's paper, the last layer of f is one. Several heads have the same distribution as one large layer.
+    - `"ours"`: as `HyperLinear` does: Hyperfan-in for a z of second moment 1.
+    - `"hyperfan"`: Hyperfan-in (Chang, Flokas, Lipson, ICLR 2020, arXiv 2312.08399), gain² 2 before a ReLU and else 1.
+      The second moment of z is that of the initialised trunk for I from a standard normal distribution.
+    - `"magnitude_invariant"`: Ortiz, Guttag, Dalca, Magnitude Invariant Parametrizations Improve Hypernetwork Learning
+      (arXiv 2304.07645). Taken from there: the input encoding `ConstantNorm`; the additive form, weights = base + head
+      z, with a base initialised as a network of its own (Kaiming, normal, fan-in; biases 0); trunk and heads Kaiming,
+      normal, fan-out, the fan-out of the heads being all generated numbers, with biases 0. Theirs has LeakyReLUs; here
+      the gain is √2 before a ReLU and else 1. The encoding doubles the inputs of f: its first layer is larger.
     """
-    layer = HyperLinear(inputs, outputs, cond, bias=bias)
+    features = a.context[-1] if a.context else a.cond * (2 if a.initialisation == "magnitude_invariant" else 1)
+    generated = sum(i * o + o * bias for i, o in pairwise(sizes))
+    moment = _second_moment(trunk, a.cond) if a.initialisation == "hyperfan" else 1.0
+    layers = []
+    for number, (inputs, outputs) in enumerate(pairwise(sizes)):
+        layer = HyperLinear(inputs, outputs, features, bias=bias)
+        gain = _gain_of(a.activation) if number + 2 < len(sizes) else "linear"
+        with torch.no_grad():
+            if a.initialisation == "torch":
+                for parameter in layer.parameters():
+                    parameter.uniform_(-1 / math.sqrt(features), 1 / math.sqrt(features))
+            elif a.initialisation == "hyperfan":
+                layer.reset_parameters("hyperfan_in", z_second_moment=moment, nonlinearity=gain)
+            elif a.initialisation == "magnitude_invariant":
+                for head in (layer.weight, layer.bias):
+                    if head is not None:
+                        head.normal_(0, 1 / math.sqrt(generated))
+                assert layer.base_weight is not None
+                nn.init.kaiming_normal_(layer.base_weight, nonlinearity=gain)
+        layers.append(layer)
+    return layers
+
+
+def _second_moment(trunk: nn.Module, cond: int) -> float:
+    """Return the mean of z² over its features, for I from a standard normal distribution."""
     with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.uniform_(-1 / math.sqrt(cond), 1 / math.sqrt(cond))
-    return layer
+        z = trunk(torch.randn(1000, cond))
+    return 1.0 if z.is_meta else z.square().mean().item()
+
+
+def _gain_of(activation: str) -> Literal["relu", "linear"]:
+    """Return the function whose gain is used for an activation: 2 for the square of a ReLU's, and else 1."""
+    return "relu" if activation == "relu" else "linear"
 
 
 def _hidden_layers(a: Architecture, hidden: Sequence[int]) -> nn.Sequential:
