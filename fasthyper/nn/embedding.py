@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fasthyper.nn.plain_linear import only_calls_forward, split_head, why_not_plain
+from fasthyper.nn.plain_linear import split_head, why_not_plain
 from fasthyper.nn.tracing import OneNode, is_proxy, recorded
 from fasthyper.ops import shapes
 
@@ -138,7 +138,7 @@ def _last_linear(embed: nn.Module) -> tuple[list[nn.Module], nn.Linear] | None:
     if torch.compiler.is_exporting():
         return None
     split = split_head(embed)
-    return None if isinstance(split, str) or not only_calls_forward(split[1]) else split
+    return None if isinstance(split, str) else split
 
 
 def _is_shorter(z: Tensor, last: nn.Linear, first: nn.Linear) -> bool:
