@@ -412,6 +412,18 @@ def test_one_of_two_lines_learns(hypernetwork, embedding, expected):
     assert verdict(claim, hypernetwork, embedding, **extra) == expected
 
 
+def test_the_better_of_two_lines_has_its_p_value_corrected_for_two():
+    claim, level = Learns(text="t", level="floor"), 0.35
+    options = {"extra": {"floor": level}, "levels": (("floor", "the floor"),)}
+    each = [stats.ttest_1samp(level - errors.mean(axis=1), 0) for errors in (A, B)]
+    finding = finding_of(claim, results_of(pair(A, B), DEPTHS, **options))
+    assert all(test.statistic > 0 for test in each)
+    assert finding.p == pytest.approx(2 * min(test.pvalue for test in each), rel=1e-9)
+    wins = Wins(text="t", over="hypernetwork:floor")
+    alone = wins.detects(results_of(pair(A, B), DEPTHS, **options), 0.025)
+    assert finding.detects.startswith(f"hypernetwork: {alone}; embedding: less by ")
+
+
 def test_what_would_be_found_is_said_in_the_units_of_the_measure():
     """A true effect of the size named is found with 80 %, by the noncentral t of scipy."""
     finding = finding_of(Wins(text="t", margin=0.1), results_of(pair(A, B), DEPTHS))
