@@ -13,6 +13,7 @@ The modules, in the order in which they build on each other:
     comparison     chosen studies of an experiment, and the runs that they need
     training       one run
     significance   tests of significance and their power
+    side_by_side   runs that differ only in their seed, trained as one
     results        the statistics of one study
     words          these statistics in words
     claims         the claims about a study, each with its test

@@ -69,6 +69,8 @@ class SideBySide(nn.Module):
         models: at least one. Their parameters are copied.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
         >>> models = [nn.Bilinear(3, 2, 4) for _ in range(5)]
         >>> together = SideBySide(models)
         >>> x, cond = torch.randn(5, 8, 3), torch.randn(5, 8, 2)
