@@ -201,7 +201,7 @@ def diverged(results: Results) -> list[str]:
     return [
         f"{short_name(row.line.label)} at {axis} {value_text(row.value)}: {row.diverged} of {row.seeds}"
         for row in results.rows()
-        if row.diverged and not row.line.dashed
+        if row.diverged
     ]
 
 
