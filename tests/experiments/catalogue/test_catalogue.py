@@ -14,7 +14,6 @@ from fasthyper.experiments import EXPERIMENTS, METHODS, Comparison, run_comparis
 from fasthyper.experiments.catalogue.assumptions import convolutional_target
 from fasthyper.experiments.catalogue.colorization import examples, grey, position_features
 from fasthyper.experiments.catalogue.data import Splits, load_images
-from fasthyper.experiments.catalogue.scaling import series, target
 from fasthyper.experiments.catalogue.synthetic import target as synthetic_target
 from fasthyper.experiments.comparison import PRESETS
 from fasthyper.experiments.experiment import stream
@@ -112,40 +111,6 @@ def test_a_pixel_keeps_its_colour_and_its_place():
             assert torch.allclose(batch.target[b, n], pixels[image, :, i, j].float() / 127.5 - 1)
 
 
-@pytest.mark.parametrize("dimensions", [1, 3])
-def test_a_series_is_as_smooth_as_it_says(dimensions):
-    """A rougher one has a larger derivative for its size."""
-    at = 2 * torch.rand(20_000, dimensions) - 1
-    slopes = {}
-    for r in (1, 3):
-        found = [series(dimensions, r, 8, torch.Generator().manual_seed(seed)) for seed in range(5)]
-        step = torch.zeros(dimensions)
-        step[0] = 1e-3
-        slopes[r] = sum(((f(at + step) - f(at)) / 1e-3).std().item() / f(at).std().item() for f in found)
-    assert slopes[1] > 1.2 * slopes[3]
-
-
-def test_a_separable_target_is_linear_in_a_small_code():
-    setting = of("scaling", seeds=1).studies[1].setting
-    y = target(setting, torch.Generator().manual_seed(0))
-    x = torch.linspace(-1, 1, 50)[None, :, None].expand(40, -1, -1)
-    cond = 2 * torch.rand(40, 2) - 1
-    assert torch.linalg.matrix_rank(y(x, cond)[:, :, 0], rtol=1e-4) == 3
-    rough = target(replace(setting, kind="rough"), torch.Generator().manual_seed(0))
-    assert torch.linalg.matrix_rank(rough(x, cond)[:, :, 0], rtol=1e-4) > 3
-
-
-def test_scaling_targets_have_variance_1():
-    comparison = of("scaling", seeds=1)
-    for study in comparison.studies:
-        task = EXPERIMENTS["scaling"].task(comparison.run(study, study.values[0], "embedding", 0), None)
-        y = task.test.draw(torch.arange(3000), torch.Generator().manual_seed(9)).target
-        assert abs(y.mean()) < 0.15
-        assert y.std() == pytest.approx(1, abs=0.1)
-        constant = task.measure(torch.zeros_like(y), y)["rmse"].mean().item()
-        assert task.levels["constant"] == pytest.approx(constant, rel=0.1)
-
-
 @pytest.mark.parametrize("name", ["synthetic", "assumptions"])
 def test_no_model_starts_at_what_it_is_to_learn(name):
     """With one random stream for weights and targets, first layers would be equal up to a factor."""
@@ -174,7 +139,7 @@ def test_what_a_study_is_about_cannot_be_changed():
         ("operators", "operator", "x"),
     ):
         with pytest.raises(ValueError, match=f"^{field}: titles and claims of a study refer to it"):
-            of(name, **{field: value})
+            of(name, preset="standard", **{field: value})
 
 
 def test_the_random_network_of_the_first_assumption():
