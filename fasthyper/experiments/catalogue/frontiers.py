@@ -27,7 +27,7 @@ SIZE = Axis("size", "trained parameters, as a multiple of the hypernetwork's", l
 SIZES = (0.25, 1.0, 4.0)
 METHODS = (EMBEDDING, *EQUAL_TOTAL)
 CHEAP = tuple(method for method in METHODS if method != ATTENTION)
-"""Without attention, whose steps take three to five times as long as those of the others."""
+"""Without attention, whose steps take up to ten times as long as those of the others."""
 
 Level = tuple[str, str]
 """An error to go below: its name in `Task.levels`, and whose it is, in words."""

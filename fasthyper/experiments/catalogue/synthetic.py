@@ -260,7 +260,7 @@ _SMALL = SyntheticSetting(
     optimizer="adam",
     schedule="cosine",
     d=20,
-    samples=2500,
+    samples=2000,
     depth=3,
     width=50,
     embedding=200,
@@ -304,10 +304,10 @@ SYNTHETIC = Experiment(
         "x and I are drawn anew at every access, so that no method learns a fixed set by heart. The paper has a set of"
         " 30,000 samples; here that many new ones are an epoch. Testing and validation have 10,000 other samples each.",
         "The frontiers have targets that can be learned within seconds: d = 20, E = 200, f and e of three layers of"
-        " width 50, and 60 epochs of 25 batches of 100 new samples (of 100 batches in the paper preset) with Adam. The"
+        " width 50, and 60 epochs of 20 batches of 100 new samples (of 100 batches in the paper preset) with Adam. The"
         " rate falls along a cosine; its start is chosen for each method and size from 0.001, 0.003 and 0.01, on"
         " targets of other seeds. All else is fixed. At these sizes g has 210 weights and the embedding method's q"
-        " 2,221. The quick preset has one size, and no attention: its steps take three to five times as long.",
+        " 2,221. The quick preset has one size, and no attention: its steps take up to ten times as long.",
         "The studies of the paper preset are the paper's: d = 1000 over depth, 100 over the dimension of the embedding,"
         " batches of 200, SGD at 0.01. Its epochs are open, 100 here. The standard preset has the study over depth at"
         " the sizes and tuned rates of the frontiers.",
