@@ -36,6 +36,7 @@ class Architecture:
         embed_context: widths of the hidden layers of e; None: as in `context`.
         size: the trained parameters in total, as a multiple of those at size 1. See `Method.model`.
         initialisation: of generated weights, one of `INITIALISATIONS`.
+        unit_rows: in a pair, divide each row of a weight matrix by its norm at the start.
     """
 
     cond: int
@@ -50,6 +51,7 @@ class Architecture:
     embed_context: tuple[int, ...] | None = None
     size: float = 1.0
     initialisation: str = "torch"
+    unit_rows: bool = False
 
     @property
     def embed_hidden(self) -> tuple[int, ...]:
@@ -110,7 +112,13 @@ def plain(a: Architecture) -> Plain:
 
 def pair(a: Architecture) -> Pair:
     """Build two equal networks of x alone."""
-    return Pair(*(_network((a.x, *a.hidden, a.out), a.activation) for _ in range(2)))
+    built = Pair(*(_network((a.x, *a.hidden, a.out), a.activation) for _ in range(2)))
+    if a.unit_rows:
+        with torch.no_grad():
+            for parameter in built.parameters():
+                if parameter.ndim == 2:
+                    parameter.div_(parameter.norm(dim=1, keepdim=True))
+    return built
 
 
 class Plain(nn.Module):

@@ -63,6 +63,9 @@ IMAGES: Mapping[str, Images] = {
     "cifar10": Images(channels=3, size=32, train=50_000, test=10_000, pixel_max=255, openml=("CIFAR_10", 40927)),
 }
 
+MEAN, STD = 0.1307, 0.3081
+"""Of MNIST. The code of Galanti and Wolf normalises every data set by them."""
+
 
 def load_images(name: str, data_home: str | os.PathLike[str] | None = None) -> Splits:
     """Load the images of a data set. The first `Images.train` are for training, as their publishers split them.

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasthyper.experiments.catalogue.data import IMAGES, Splits, load_images, validation_split
+from fasthyper.experiments.catalogue.data import IMAGES, MEAN, STD, Splits, load_images, validation_split
 from fasthyper.experiments.catalogue.frontiers import (
     CHEAP,
     METHODS,
@@ -61,7 +61,6 @@ from fasthyper.experiments.setting import ContextSetting
 
 ANGLES = 12
 HIDDEN = 10
-MEAN, STD = 0.1307, 0.3081  # of MNIST; the authors' code normalises every data set by them
 BOTH = (HYPERNETWORK, EMBEDDING)
 TURNS: Mapping[str, int] = {"digits": 8, "mnist": 1, "cifar10": 1}
 """Angles for each image in testing and validation: there are few digits."""

@@ -11,14 +11,12 @@ import torch
 from torch import nn
 
 from fasthyper.experiments import EXPERIMENTS, METHODS, Comparison, run_comparison
-from fasthyper.experiments.catalogue.assumptions import convolutional_target
 from fasthyper.experiments.catalogue.colorization import examples, grey, position_features
-from fasthyper.experiments.catalogue.data import Splits, load_images
 from fasthyper.experiments.catalogue.synthetic import target as synthetic_target
 from fasthyper.experiments.comparison import PRESETS
 from fasthyper.experiments.experiment import stream
 from fasthyper.experiments.methods import counts
-from fasthyper.experiments.training import build, train
+from fasthyper.experiments.training import build
 
 OF_THE_PAPER = {"rotation", "synthetic", "colorization", "operators", "scaling", "assumptions"}
 BEYOND = {"modularity", "equations", "initialisation"}
@@ -63,6 +61,7 @@ def test_every_experiment_runs_from_end_to_end(name, tmp_path):
     for study in whole.studies:
         less = {key: value for key, value in small.items() if hasattr(study.setting, key)}
         values = study.values if isinstance(study.values[0], str) else study.values[:2]
+        values = (1, 2) if study.axis.field == "epochs" else values
         studies.append(replace(study, setting=replace(study.setting, **less), values=values))
     problems = []
     summary = run_comparison(replace(whole, studies=tuple(studies)), tmp_path, notify=problems.append)
@@ -111,23 +110,15 @@ def test_a_pixel_keeps_its_colour_and_its_place():
             assert torch.allclose(batch.target[b, n], pixels[image, :, i, j].float() / 127.5 - 1)
 
 
-@pytest.mark.parametrize("name", ["synthetic", "assumptions"])
-def test_no_model_starts_at_what_it_is_to_learn(name):
+def test_no_model_starts_at_what_it_is_to_learn():
     """With one random stream for weights and targets, first layers would be equal up to a factor."""
-    comparison = of(name, seeds=1)
-    experiment = EXPERIMENTS[name]
+    comparison = of("synthetic", seeds=1)
     study = comparison.studies[0]
     run = comparison.run(study, study.values[-1], study.methods[0], 0)
-    model = build(experiment, run)
-    first = next(p for p in model.parameters() if p.ndim == 2).detach().flatten()
-    generator = torch.Generator().manual_seed(stream(0, "task"))
-    if name == "synthetic":
-        y = synthetic_target(run.setting.kind, run.setting.d, generator)
-        drawn = next(cell.cell_contents for cell in y.__closure__ if isinstance(cell.cell_contents, nn.Module))
-        other = drawn[0].weight.detach().flatten()
-    else:
-        task = experiment.task(run, experiment.load("digits", None))
-        other = task.train.draw(torch.arange(100), torch.Generator()).x.flatten()
+    first = next(p for p in build(EXPERIMENTS["synthetic"], run).parameters() if p.ndim == 2).detach().flatten()
+    y = synthetic_target(run.setting.kind, run.setting.d, torch.Generator().manual_seed(stream(0, "task")))
+    drawn = next(cell.cell_contents for cell in y.__closure__ if isinstance(cell.cell_contents, nn.Module))
+    other = drawn[0].weight.detach().flatten()
     size = min(len(first), len(other))
     assert abs(np.corrcoef(first[:size], other[:size])[0, 1]) < 0.1
 
@@ -140,37 +131,3 @@ def test_what_a_study_is_about_cannot_be_changed():
     ):
         with pytest.raises(ValueError, match=f"^{field}: titles and claims of a study refer to it"):
             of(name, preset="standard", **{field: value})
-
-
-def test_the_random_network_of_the_first_assumption():
-    network = convolutional_target(1, 28, torch.Generator().manual_seed(0))
-    kernels = [m.kernel_size for m in network if isinstance(m, nn.Conv2d)]
-    assert kernels == [(10, 10), (10, 10)]
-    assert network(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
-    assert convolutional_target(3, 32, torch.Generator().manual_seed(0))(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
-
-
-def test_two_networks_learn_apart_from_each_other():
-    """Their losses are summed: each gets the gradients that it would get alone."""
-    comparison = of("assumptions", seeds=1, epochs=1)
-    run = comparison.run(comparison.studies[0], "digits", "pair", 0)
-    experiment = EXPERIMENTS["assumptions"]
-    source = experiment.load("digits", None)
-    source = source._replace(images=Splits(*(s[:64] for s in source.images)))
-    task = experiment.task(run, source)
-    batch = task.train.draw(torch.arange(32), torch.Generator())
-    model = METHODS["pair"].build(experiment.architecture(run))
-    task.loss(model(batch.x, batch.cond), batch.target).backward()
-    for network in model.primary:
-        alone = torch.nn.functional.mse_loss(network(batch.x), batch.target)
-        gradients = torch.autograd.grad(alone, list(network.parameters()))
-        for parameter, gradient in zip(network.parameters(), gradients, strict=True):
-            assert torch.allclose(parameter.grad, gradient, atol=1e-7)
-
-
-def test_hidden_neurons_learn_labels():
-    comparison = of("assumptions", seeds=1, epochs=3)
-    experiment = EXPERIMENTS["assumptions"]
-    metrics = train(experiment, comparison.run(comparison.studies[1], 29, "plain", 0), experiment.load("digits", None))
-    assert metrics.measures["mse"] < 0.08  # a constant output of 0.1 for each class has 0.09
-    assert len(load_images("digits").test) == 297
