@@ -217,7 +217,7 @@ def _epochs(paper: bool, inputs: str) -> tuple[int, ...]:
     """Return the epochs after which a pair is tested. An epoch of noise has many more steps."""
     if paper:
         return 50, 100, 250, 500, 1000, 2500, 5000
-    return (50, 100, 200) if inputs == NOISE else (50, 100, 200, 500, 1000)
+    return (50, 100) if inputs == NOISE else (50, 100, 200, 500, 1000)
 
 
 def _pairs(**study: Any) -> Study:
