@@ -6,6 +6,7 @@
 The modules, in the order in which they build on each other:
 
     networks       the networks that the methods build
+    wide           a hypernetwork in the parametrisation of infinite width
     methods        the methods that are compared, and their sizes
     setting        the settings of runs
     experiment     the types that declare an experiment: start here to write one

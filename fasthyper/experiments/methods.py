@@ -19,7 +19,8 @@ the hypernetwork, and put them into different parts:
     deeponet_wide      DeepONet with a wide t
 
 Variants of the embedding method are trained with as many flops as the hypernetwork (embedding_flops), or have an E that
-is ten times as large (embedding_tenfold). A pair is two equal networks of x alone.
+is ten times as large (embedding_tenfold). A pair is two equal networks of x alone. Two hypernetworks in the
+parametrisation of infinite width have a wide f (wide_f), or a wide g too (wide_f_and_g).
 
 How a total is reached. One part of each method is fitted: its hidden layers are made wider or narrower, all in the same
 proportion, until the total is nearest to the target. The other parts keep the sizes of the architecture, but take at
@@ -46,6 +47,7 @@ from torch import nn
 
 from fasthyper.experiments import networks
 from fasthyper.experiments.networks import Architecture
+from fasthyper.experiments.wide import WideHypernetwork
 from fasthyper.nn import Hypernetwork, parameter_report
 
 HYPERNETWORK = "hypernetwork"
@@ -64,6 +66,8 @@ DEEPONET_WIDE = "deeponet_wide"
 PLAIN = "plain"
 PLAIN_WIDE = "plain_wide"
 PAIR = "pair"
+WIDE_F = "wide_f"
+WIDE_BOTH = "wide_f_and_g"
 
 EQUAL_TOTAL = (HYPERNETWORK, WIDE_E, WIDE_Q, DEEP_Q, FILM_WIDE, ATTENTION, PLAIN_WIDE)
 """The methods that train equally many parameters in total: those of a frontier."""
@@ -168,6 +172,10 @@ class Method:
         return _fitted(self, whole, target)
 
 
+def _wide(a: Architecture, hidden: int) -> WideHypernetwork:
+    return WideHypernetwork(a.cond, a.x, a.out, a.context, hidden)
+
+
 METHODS: Mapping[str, Method] = {
     HYPERNETWORK: Method("hypernetwork g(x; f(I))", networks.hypernetwork, "#0072B2", "o"),
     EMBEDDING: Method("embedding q(x, e(I))", networks.embedding, "#D55E00", "s", OF_E, EMBEDDING_SIZE, embeds=True),
@@ -197,6 +205,8 @@ METHODS: Mapping[str, Method] = {
     DEEPONET: Method("DeepONet ⟨t(x), b(I)⟩", networks.deeponet, "#000000", "X"),
     DEEPONET_WIDE: Method("DeepONet, wide t", networks.deeponet, "#000000", "8", OF_Q, OF_F, equal=True),
     PLAIN: Method("one network p(x, I)", networks.plain, "#7F7F7F", "*", OF_Q),
+    WIDE_F: Method("wide f, small g", lambda a: _wide(a, a.hidden[-1]), "#D55E00", "s"),
+    WIDE_BOTH: Method("wide f and g", lambda a: _wide(a, a.context[-1]), "#0072B2", "o"),
     PAIR: Method("two networks", networks.pair, "#0072B2", "o", OF_Q),
 }
 
@@ -258,6 +268,8 @@ def counts(model: nn.Module) -> Counts:
         assert parameters.n_g is not None
         assert parameters.ungenerated is not None
         return Counts(parameters.n_f, parameters.n_g + parameters.ungenerated, parameters.trainable)
+    if isinstance(model, WideHypernetwork):
+        return Counts(_trainable(model), model.generated, _trainable(model))
     primary = _trainable(model.primary)
     trainable = _trainable(model)
     return Counts(trainable - primary, primary, trainable)

@@ -17,6 +17,7 @@ pass it to `fasthyper.experiments.Comparison.of`.
 from fasthyper.experiments.catalogue.assumptions import ASSUMPTIONS
 from fasthyper.experiments.catalogue.colorization import COLORIZATION
 from fasthyper.experiments.catalogue.equations import EQUATION_LEARNING
+from fasthyper.experiments.catalogue.infinite_width import INFINITE_WIDTH
 from fasthyper.experiments.catalogue.initialisation import INITIALISATION
 from fasthyper.experiments.catalogue.modularity import MODULARITY
 from fasthyper.experiments.catalogue.operators import OPERATOR_LEARNING
@@ -37,6 +38,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         MODULARITY,
         EQUATION_LEARNING,
         INITIALISATION,
+        INFINITE_WIDTH,
     )
 }
 """The experiments by name, in the order in which `fasthyper compare all` runs them."""

@@ -19,7 +19,7 @@ from fasthyper.experiments.methods import counts
 from fasthyper.experiments.training import build
 
 OF_THE_PAPER = {"rotation", "synthetic", "colorization", "operators", "scaling", "assumptions"}
-BEYOND = {"modularity", "equations", "initialisation"}
+BEYOND = {"modularity", "equations", "initialisation", "infinite_width"}
 POINTS = [(e, p, data) for e in EXPERIMENTS.values() for p in PRESETS for data in e.data if e.studies(p, data)]
 
 
