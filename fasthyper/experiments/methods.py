@@ -14,7 +14,7 @@ the hypernetwork, and put them into different parts:
     embedding_wide_q   with a wide q, and an E as large as the last hidden layer of e
     embedding_deep_q   the same with two more hidden layers in q
     film_wide          FiLM with a wide q
-    attention          q(x, a(x, I)), where x attends to parts of I, with a wide q
+    attention          q(x, a(x, I)), where x attends to vectors that I gives, with a wide q
     plain_wide         p(x, I) with as many hidden layers as f and g together
     deeponet_wide      DeepONet with a wide t
 
@@ -24,7 +24,7 @@ parametrisation of infinite width have a wide f (wide_f), or a wide g too (wide_
 
 How a total is reached. One part of each method is fitted: its hidden layers are made wider or narrower, all in the same
 proportion, until the total is nearest to the target. The other parts keep the sizes of the architecture, but take at
-most half of the target: if they would take more, the width of e (of FiLM's network of I, of attention's encoder), or E
+most half of the target: if they would take more, the width of e (of FiLM's or attention's network of I), or E
 if e is the fitted part, is reduced. It is also reduced where the steps of the fitted width are too coarse.
 
     fitted               methods                                     reduced

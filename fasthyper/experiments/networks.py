@@ -184,82 +184,37 @@ class Modulated(nn.Module):
 
 
 class Attention(nn.Module):
-    """A network `q(x, a(x, I))` of x and of what x finds in I: parts of I answer, and x asks.
+    """A network `q(x, a(x, I))` of x and of what x finds in I: I becomes 16 vectors, and x asks them.
 
-    I is cut into at most 16 parts of equally many consecutive features, the last one padded with zeros. The encoder is
-    a Transformer: a linear layer, shared by the parts, and a learned position for each part; then one block of
-    self-attention for each hidden layer of f, the layer norms first, the feedforward layer twice as wide. Then each
-    point x asks all parts once, by cross-attention. q gets x and the answer. There are 4 heads. A part has as many
-    numbers as the last hidden layer of f has units, rounded down to a multiple of 4 (below 4 there is one head).
+    A network of I, with the hidden layers of f, returns the vectors, as wide as its last hidden layer, rounded down to
+    a multiple of 4 (below 4, as wide as this). Each point x asks them by attention with 4 heads (below a width of 4:
+    one): the vectors are the keys and the values. q gets x and the answer.
 
-    Vaswani et al., Attention Is All You Need, NeurIPS 2017 (arXiv 1706.03762). Layer norms first: Xiong et al., ICML
-    2020 (arXiv 2002.04745). Parts and positions as for images: Dosovitskiy et al., ICLR 2021 (arXiv 2010.11929).
-
-    Raises:
-        ValueError: I has no features.
+    Vaswani et al., Attention Is All You Need, NeurIPS 2017 (arXiv 1706.03762). The products are matrix products, which
+    a counter of flops sees.
     """
 
-    PARTS, HEADS = 16, 4
+    VECTORS, HEADS = 16, 4
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
-        if not a.cond:
-            raise ValueError("cond: attention needs at least one feature of I, got 0")
-        features = math.ceil(a.cond / self.PARTS)
-        self.parts = math.ceil(a.cond / features)
-        self.missing = self.parts * features - a.cond
-        width = _last(a.cond, a.context)
-        heads = self.HEADS if width >= self.HEADS else 1
-        width -= width % heads
-        self.embed = nn.Linear(features, width)
-        self.position = nn.Parameter(0.02 * torch.randn(self.parts, width))
-        self.encoder = nn.Sequential(*(_Block(width, heads) for _ in a.context), nn.LayerNorm(width))
-        self.ask = nn.Linear(a.x, width)
-        self.attend = _Attend(width, heads)
+        units = _last(a.cond, a.context)
+        self.heads = self.HEADS if units >= self.HEADS else 1
+        width = max(1, units - units % self.heads)
+        self.context = nn.Sequential(*_hidden_layers(a, a.context), nn.Linear(units, self.VECTORS * width))
+        self.ask, self.answer = nn.Linear(a.x, width), nn.Linear(width, width)
         self.primary = _network((a.x + width, *a.hidden, a.out), a.activation)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """Return `(B, *, O)` for x `(B, *, I)` and cond `(B, C)`."""
-        parts = nn.functional.pad(cond, (0, self.missing)).unflatten(1, (self.parts, -1))
-        parts = self.encoder(self.embed(parts) + self.position)
         points = x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])
-        found = self.attend(self.ask(points), parts)
+        asking, vectors = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for t in (self.ask(points), self.context(cond).unflatten(1, (self.VECTORS, -1)))
+        )
+        shares = (asking @ vectors.transpose(-1, -2) / math.sqrt(asking.shape[-1])).softmax(dim=-1)
+        found = self.answer((shares @ vectors).transpose(1, 2).flatten(2))
         return self.primary(torch.cat([points, found], dim=-1)).reshape(*x.shape[:-1], -1)
-
-
-class _Block(nn.Module):
-    """A block of a Transformer's encoder."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.norm, self.attend = nn.LayerNorm(width), _Attend(width, heads)
-        self.feedforward = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width)
-        )
-
-    def forward(self, parts: Tensor) -> Tensor:
-        """Return `(B, P, D)` for parts `(B, P, D)`."""
-        normed = self.norm(parts)
-        parts = parts + self.attend(normed, normed)
-        return parts + self.feedforward(parts)
-
-
-class _Attend(nn.Module):
-    """Attention with several heads. Its products are matrix products, which a counter of flops sees."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query, self.key, self.value, self.last = (nn.Linear(width, width) for _ in range(4))
-
-    def forward(self, asking: Tensor, answering: Tensor) -> Tensor:
-        """Return `(B, N, D)` for N vectors `(B, N, D)` that ask, and P vectors `(B, P, D)` that answer."""
-        query, key, value = (
-            layer(t).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for layer, t in ((self.query, asking), (self.key, answering), (self.value, answering))
-        )
-        shares = (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).softmax(dim=-1)
-        return self.last((shares @ value).transpose(1, 2).flatten(2))
 
 
 class ConstantNorm(nn.Module):

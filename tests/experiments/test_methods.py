@@ -183,51 +183,22 @@ def test_a_deeponet_is_an_inner_product(a):
     torch.testing.assert_close(model(x, cond), torch.einsum("bnp,bop->bno", t, b))
 
 
-def layer_norm(x, layer):
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + layer.eps).sqrt() * layer.weight + layer.bias
-
-
-def attend(module, asking, answering, heads=4):
-    """Compute attention of several heads without the module, one head at a time."""
-    q, k, v = module.query(asking), module.key(answering), module.value(answering)
-    size = q.shape[-1] // heads
-    found = []
-    for i in range(0, heads * size, size):
-        scores = torch.einsum("bnd,bpd->bnp", q[..., i : i + size], k[..., i : i + size]) / math.sqrt(size)
-        found.append(
-            torch.einsum("bnp,bpd->bnd", scores.exp() / scores.exp().sum(-1, keepdim=True), v[..., i : i + size])
-        )
-    return module.last(torch.cat(found, -1))
-
-
-@pytest.mark.parametrize("cond", [1, 5, 16, 17, 50])
-def test_attention_asks_the_parts(cond):
-    a = replace(DEEP, cond=cond, context=(9, 13))
+@pytest.mark.parametrize(("units", "width"), [(13, 12), (3, 3)])
+def test_attention_asks_sixteen_vectors(units, width):
+    a = replace(DEEP, context=(9, units))
     model = METHODS[ATTENTION].build(a).double()
     x, cond = inputs(a, N)
-    features = math.ceil(a.cond / 16)
-    cut = [F.pad(part, (0, features - part.shape[1])) for part in cond.split(features, 1)]
-    parts = torch.stack([model.embed(part) + model.position[i] for i, part in enumerate(cut)], 1)
-    assert model.position.shape == (len(cut), 12)
-    assert len(cut) <= 16
-    blocks = list(model.encoder)
-    assert len(blocks) == len(a.context) + 1
-    for block in blocks[:-1]:
-        normed = layer_norm(parts, block.norm)
-        parts = parts + attend(block.attend, normed, normed)
-        norm, first, _, second = block.feedforward
-        assert first.out_features == 24
-        parts = parts + second(first(layer_norm(parts, norm)).clamp(min=0))
-    parts = layer_norm(parts, blocks[-1])
-    found = attend(model.attend, model.ask(x), parts)
-    expected = through(a, linears(model.primary), torch.cat([x, found], 2))
+    heads = 4 if width > 3 else 1
+    vectors = through(replace(a, activation=a.context_activation), linears(model.context), cond).view(B, 16, width)
+    asking = x @ model.ask.weight.T + model.ask.bias
+    found = []
+    for part in torch.arange(width).chunk(heads):
+        scores = torch.einsum("bnd,bpd->bnp", asking[..., part], vectors[..., part]) / math.sqrt(width / heads)
+        shares = scores.exp() / scores.exp().sum(-1, keepdim=True)
+        found.append(torch.einsum("bnp,bpd->bnd", shares, vectors[..., part]))
+    answer = torch.cat(found, -1) @ model.answer.weight.T + model.answer.bias
+    expected = through(a, linears(model.primary), torch.cat([x, answer], 2))
     torch.testing.assert_close(model(x, cond), expected)
-
-
-def test_attention_needs_a_condition():
-    with pytest.raises(ValueError, match="cond: attention needs"):
-        METHODS[ATTENTION].build(replace(SMALL, cond=0))
 
 
 @pytest.mark.parametrize("name", [WIDE_Q, DEEP_Q])

@@ -23,19 +23,14 @@ from torch import Tensor
 
 from fasthyper.experiments.catalogue.data import Splits, load_images, load_patches, validation_split
 from fasthyper.experiments.catalogue.frontiers import (
-    CHEAP,
-    METHODS,
-    SIZE,
     SIZES,
     about_primaries,
-    about_totals,
     frontier,
     learns,
 )
 from fasthyper.experiments.claims import Wins
 from fasthyper.experiments.experiment import Axis, Batch, Examples, Experiment, Measure, Run, Study, Task, Tuning
 from fasthyper.experiments.methods import (
-    ATTENTION,
     BIASES,
     EMBEDDING,
     EQUAL_FLOPS,
@@ -140,9 +135,9 @@ def architecture(run: Run) -> Architecture:
 
 
 def studies(preset: str, data: str) -> tuple[Study, ...]:
-    """Return a frontier, and unless quick a study over depth. In the standard preset, attention has a study of its own.
+    """Return a frontier, and unless quick a study over depth.
 
-    All of them have tuned learning rates, since the paper gives none.
+    Both have tuned learning rates, since the paper gives none.
     """
     quick, paper = preset == "quick", preset == "paper"
     epochs = {"patches": {"quick": 20, "standard": 30, "paper": 200}[preset], "cifar10": 10 if paper else 1}[data]
@@ -164,7 +159,6 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
             structure=STRUCTURE,
             level=COPIED,
             values=SIZES[:2] if quick else SIZES,
-            methods=METHODS if paper else CHEAP,
             setting=setting,
             seeds=5 if quick else 10,
             measure=_MSE,
@@ -173,28 +167,9 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
             tuning=tuning,
         )
     ]
-    if preset == "standard":
-        found.append(_attention(setting, tuning))
     if not quick:
         found.append(_depth(paper, setting, tuning))
     return tuple(found)
-
-
-def _attention(setting: ColorizationSetting, tuning: Tuning) -> Study:
-    return Study(
-        name="attention",
-        title="Attention",
-        axis=SIZE,
-        values=SIZES[:2],
-        methods=(HYPERNETWORK, ATTENTION),
-        setting=setting,
-        seeds=10,
-        measure=_MSE,
-        levels=_LEVELS,
-        claims=about_totals(COPIED, (ATTENTION,)),
-        tuning=tuning,
-        note="Attention takes many times as long as the other methods: only the paper preset has it at size 4.",
-    )
 
 
 def _depth(paper: bool, setting: ColorizationSetting, tuning: Tuning) -> Study:
@@ -243,7 +218,7 @@ COLORIZATION = Experiment(
         " value is the best on validation images, the last sixth of the training images. The chosen rate is then used"
         " to train on all training images, with other seeds, and the test images are read once.",
         "Colours run from -1 to 1, and their standard deviation is about 0.7: they are not scaled further.",
-        "The frontier and attention are not in the paper. Where the methods train equally many parameters, the"
+        "The frontier is not in the paper. Where the methods train equally many parameters, the"
         " hypernetwork's total is divided differently among f or e and g or q; f and e have 3 layers there.",
         "Training takes 20 epochs on patches (quick), 30 (standard) or 200 (paper); on CIFAR10 1 or 10.",
         "q has biases, which the N_q of 4,950 in the paper does not include.",

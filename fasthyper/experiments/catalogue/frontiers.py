@@ -26,8 +26,6 @@ from fasthyper.experiments.methods import METHODS as ALL_METHODS
 SIZE = Axis("size", "trained parameters, as a multiple of the hypernetwork's", log=True, count="trainable_parameters")
 SIZES = (0.25, 1.0, 4.0)
 METHODS = (EMBEDDING, *EQUAL_TOTAL)
-CHEAP = tuple(method for method in METHODS if method != ATTENTION)
-"""Without attention, whose steps take up to ten times as long as those of the others."""
 
 Level = tuple[str, str]
 """An error to go below: its name in `Task.levels`, and whose it is, in words."""

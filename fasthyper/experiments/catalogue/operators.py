@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasthyper.experiments.catalogue.frontiers import CHEAP, METHODS, SIZES, Level, frontier, learns
+from fasthyper.experiments.catalogue.frontiers import METHODS, SIZES, Level, frontier, learns
 from fasthyper.experiments.claims import Wins
 from fasthyper.experiments.experiment import (
     Axis,
@@ -231,7 +231,7 @@ _ERROR = Measure("relative_l2", "relative L2 error", log=True)
 _ZERO: Level = ("zero", "the constant 0")
 _LINEAR = ("linear", "the best sums of 10 functions of x (DeepONet's floor)")
 _PUBLISHED = (HYPERNETWORK, EMBEDDING, DEEPONET)
-_QUICK = (*(method for method in CHEAP if method not in (WIDE_E, DEEP_Q)), DEEPONET)
+_QUICK = (*(method for method in METHODS if method not in (WIDE_E, DEEP_Q)), DEEPONET)
 
 
 def _values_at(points: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ OPERATOR_LEARNING = Experiment(
         "Fixed: all but the rate. In the frontier, the rate is chosen for each method and size from 0.001, 0.003 and"
         " 0.01, with 1,600 steps (40,000 in the paper preset). Beside the published errors it is 0.001 for all methods,"
         " with 40,000 steps, which this table needs: five seeds in the standard preset, ten in the paper preset. The"
-        " quick preset has a quarter of the hypernetwork's total, and neither attention nor a wide e or a deep q.",
+        " quick preset has a quarter of the hypernetwork's total, and neither a wide e nor a deep q.",
         "The frontier has methods whose total is not the hypernetwork's: the embedding method and DeepONet grow and"
         " shrink from their own total, with a branch of 64. A wide q, FiLM, attention and p compute all of their"
         " parameters anew at each of the 50 points, and so cost up to ten times as many flops.",

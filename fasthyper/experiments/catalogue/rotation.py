@@ -23,12 +23,8 @@ from torch import Tensor
 
 from fasthyper.experiments.catalogue.data import IMAGES, MEAN, STD, Splits, load_images, validation_split
 from fasthyper.experiments.catalogue.frontiers import (
-    CHEAP,
-    METHODS,
-    SIZE,
     SIZES,
     about_primaries,
-    about_totals,
     frontier,
     learns,
 )
@@ -47,7 +43,6 @@ from fasthyper.experiments.experiment import (
     Tuning,
 )
 from fasthyper.experiments.methods import (
-    ATTENTION,
     BIASES,
     EMBEDDING,
     EQUAL_FLOPS,
@@ -167,47 +162,29 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
     """Return a frontier at tuned rates, a study over depth at the paper's rate, and further ones unless quick.
 
     The further ones are over the dimension of the embedding, the learning rate and, in the standard preset, the
-    optimizer, and attention, which is too slow for the largest size there.
+    optimizer.
     """
     found = [_frontier(preset, data), _depth(preset, data)]
     if preset == "standard":
-        found += [_attention(data), _optimizer(data)]
+        found.append(_optimizer(data))
     if preset != "quick":
         found += [_embedding(preset, data), _rate(preset, data)]
     return tuple(found)
 
 
 def _frontier(preset: str, data: str) -> Study:
-    quick, paper = preset == "quick", preset == "paper"
+    quick = preset == "quick"
     return frontier(
         title="Over all trained parameters, at tuned learning rates",
         structure=STRUCTURE,
         level=GUESSING,
         values=SIZES[:2] if quick else SIZES,
-        methods=METHODS if paper else CHEAP,
         setting=_tuned(preset, data),
         seeds=5 if quick else 10,
         measure=_ERROR,
         levels=_LEVELS,
         claims=(about_primaries(GUESSING),),
         tuning=_TUNING,
-    )
-
-
-def _attention(data: str) -> Study:
-    return Study(
-        name="attention",
-        title="Attention, at tuned learning rates",
-        axis=SIZE,
-        values=SIZES[:2],
-        methods=(HYPERNETWORK, ATTENTION),
-        setting=_tuned("standard", data),
-        seeds=10,
-        measure=_ERROR,
-        levels=_LEVELS,
-        claims=about_totals(GUESSING, (ATTENTION,)),
-        tuning=_TUNING,
-        note="At size 4, attention takes longer than all other methods together: only the paper preset has it.",
     )
 
 
@@ -388,13 +365,13 @@ ROTATION = Experiment(
         " pixel. The nearest angle is found on the circle (350° is near 0°), as in the paper, unlike that code.",
         "In the study over the learning rate, e has as many layers as f, and E = 10 d + 10. In the code of the authors,"
         " e has one layer less there, and E = 50,000.",
-        "The frontier, attention and optimizer studies are not in the paper. f and e have 3 layers, and the learning"
+        "The frontier and the optimizer study are not in the paper. f and e have 3 layers, and the learning"
         " rate follows a cosine to 0. Its first value is tuned for each method, size and optimizer: the best of five on"
         " validation images, the last sixth of the training images. The chosen rate is then used to train on all"
         " training images, with other seeds, and the test images are read once. All other studies have the paper's"
         " rate, or rates that they vary.",
         "Where the methods train equally many parameters, the hypernetwork's total is divided differently among f or e"
-        " and g or q. Only the paper preset has attention in the frontier: its steps take many times as long.",
+        " and g or q.",
         "For each seed, all methods see the same images in the same order, turned by the same angles. The two methods"
         " of the paper start from the same hidden layers in f and e.",
         "The digits, small images that need no download, are not in the paper. Each test digit is turned 8 times, since"

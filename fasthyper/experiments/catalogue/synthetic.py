@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fasthyper.experiments.catalogue.frontiers import CHEAP, METHODS, SIZES, about_primaries, frontier, learns
+from fasthyper.experiments.catalogue.frontiers import SIZES, about_primaries, frontier, learns
 from fasthyper.experiments.claims import Flat, Improves, Wins
 from fasthyper.experiments.experiment import (
     Axis,
@@ -188,7 +188,6 @@ def _frontier(kind: str, preset: str) -> Study:
         structure=STRUCTURES[kind],
         level=_IGNORES,
         values=(1.0,) if quick else SIZES,
-        methods=CHEAP if quick else METHODS,
         setting=replace(_SMALL, kind=kind, samples=10_000 if preset == "paper" else _SMALL.samples),
         seeds=5 if quick else 10,
         claims=(about_primaries(_IGNORES),),
@@ -307,7 +306,7 @@ SYNTHETIC = Experiment(
         " width 50, and 60 epochs of 20 batches of 100 new samples (of 100 batches in the paper preset) with Adam. The"
         " rate falls along a cosine; its start is chosen for each method and size from 0.001, 0.003 and 0.01, on"
         " targets of other seeds. All else is fixed. At these sizes g has 210 weights and the embedding method's q"
-        " 2,221. The quick preset has one size, and no attention: its steps take up to ten times as long.",
+        " 2,221. The quick preset has one size.",
         "The studies of the paper preset are the paper's: d = 1000 over depth, 100 over the dimension of the embedding,"
         " batches of 200, SGD at 0.01. Its epochs are open, 100 here. The standard preset has the study over depth at"
         " the sizes and tuned rates of the frontiers.",

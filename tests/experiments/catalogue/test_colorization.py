@@ -10,7 +10,7 @@ import torch
 from fasthyper.experiments import EXPERIMENTS, Comparison
 from fasthyper.experiments.catalogue.colorization import TEST_POINTS
 from fasthyper.experiments.catalogue.data import Splits
-from fasthyper.experiments.methods import ATTENTION, EMBEDDING, EQUAL_TOTAL, HYPERNETWORK
+from fasthyper.experiments.methods import EMBEDDING, EQUAL_TOTAL, HYPERNETWORK
 
 COLORIZATION = EXPERIMENTS["colorization"]
 
@@ -48,10 +48,9 @@ def test_the_splits_are_disjoint():
 @pytest.mark.parametrize("preset", ["quick", "standard", "paper"])
 def test_every_study_is_tuned_and_the_frontier_comes_first(preset):
     studies = COLORIZATION.studies(preset, "patches")
-    names = {"quick": [], "standard": ["attention", "depth"], "paper": ["depth"]}[preset]
-    assert [study.name for study in studies] == ["frontier", *names]
+    assert [study.name for study in studies] == ["frontier", "depth"][: 1 if preset == "quick" else 2]
     assert studies[0].structure
-    assert set(studies[0].methods) == {EMBEDDING, *EQUAL_TOTAL} - (set() if preset == "paper" else {ATTENTION})
+    assert set(studies[0].methods) == {EMBEDDING, *EQUAL_TOTAL}
     for study in studies:
         assert len(study.tuning.rates[study.setting.optimizer]) == (5 if preset == "paper" else 3)
         assert study.seeds == {"quick": 5, "standard": 10, "paper": 30 if study.name == "depth" else 10}[preset]

@@ -243,8 +243,7 @@ def test_the_frontier_comes_first_and_is_tuned(preset, data):
     assert frontier.structure
     assert len(rates) == 5
     assert min(rates) < frontier.setting.lr < max(rates)
-    left_out = set() if preset == "paper" else {ATTENTION}
-    assert set(frontier.methods) == {EMBEDDING, *EQUAL_TOTAL} - left_out
+    assert set(frontier.methods) == {EMBEDDING, *EQUAL_TOTAL}
     assert {c.over for c in frontier.claims} == {
         EMBEDDING,
         WIDE_E,
@@ -253,7 +252,7 @@ def test_the_frontier_comes_first_and_is_tuned(preset, data):
         FILM_WIDE,
         PLAIN_WIDE,
         ATTENTION,
-    } - (left_out)
+    }
     assert frontier.seeds == (5 if preset == "quick" else 10)
     fixed = [study for study in others if study.tuning is None]
     assert [study.name for study in fixed] == ["depth", "embedding", "rate"][: 1 if preset == "quick" else 3]
