@@ -246,7 +246,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
             values=(0.5, 1.0, 4.0),
             methods=STUDENTS,
             setting=base,
-            seeds=seeds if paper else 5,
+            seeds=seeds,
             measure=_UNSEEN,
             levels=_LEVELS,
             also=_ALSO,
