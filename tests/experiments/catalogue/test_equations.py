@@ -135,6 +135,8 @@ def test_the_error_is_relative(pool):
     batch = all_of(task.test)
     found = task.measure(0.9 * batch.target, batch.target)["relative_l2"]
     np.testing.assert_allclose(found, 0.1, rtol=1e-4)
+    zero = task.measure(torch.zeros_like(batch.target), batch.target)["relative_l2"].mean().item()
+    assert task.levels == {"zero": pytest.approx(zero)}
 
 
 def test_all_methods_are_as_large_as_the_published_ones():
