@@ -13,9 +13,9 @@ def judged(page: Sequence[Results]) -> tuple[tuple[Study, Finding], ...]:
     """Judge the claims of all studies of a page together; claims about absent methods are left out.
 
     Each claim has one test, stated before the results are seen. A verdict is yes or no if the p-value is at most 0.05
-    after Holm's correction over all tests of the page; the sign of the effect decides which. The chance of any false
-    verdict on a page is at most 5 %. A premise is judged like a claim, whether or not its study also lists it, and
-    counts once: a claim and the premise of another have one verdict.
+    after Holm's correction over the tests of all claims of the page; the sign of the effect decides which. The chance
+    of any false verdict on a page is at most 5 %. A premise is tested alone, at 5 %, without the correction: it can
+    only take a verdict away.
 
     Args:
         page: the results of the studies.
@@ -31,17 +31,12 @@ class Page:
         self.outcomes: dict[tuple[int, Claim], Outcome | None] = {}
         for number, results in enumerate(page):
             for claim in results.study.claims:
-                self._test(number, claim)
+                if claim.concerns(results):
+                    self.outcomes[number, claim] = claim.test(results)
         tested = {key: o.p for key, o in self.outcomes.items() if o is not None and o.p is not None}
         self.adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
         self.level = FAMILY / max(1, len(tested))
         """Of a single test, for its power: Bonferroni's, so that it depends on no other result."""
-
-    def _test(self, number: int, claim: Claim) -> None:
-        if claim.concerns(self.page[number]) and (number, claim) not in self.outcomes:
-            self.outcomes[number, claim] = claim.test(self.page[number])
-            for premise in claim.premises:
-                self._test(number, premise)
 
     def findings(self) -> tuple[tuple[Study, Finding], ...]:
         """Return the finding on each claim that a study lists, with the study."""
@@ -60,7 +55,14 @@ class Page:
         return outcome.yes
 
     def _unmet(self, number: int, claim: Claim) -> list[Claim]:
-        return [premise for premise in claim.premises if self.answer(number, premise) is not True]
+        return [premise for premise in claim.premises if not self._is_met(number, premise)]
+
+    def _is_met(self, number: int, premise: Claim) -> bool:
+        results = self.page[number]
+        outcome = premise.test(results) if premise.concerns(results) else None
+        if outcome is None or outcome.p is None or outcome.p > FAMILY:
+            return False
+        return outcome.yes and not self._unmet(number, premise)
 
     def _finding(self, number: int, claim: Claim) -> Finding:
         results, outcome = self.page[number], self.outcomes[number, claim]

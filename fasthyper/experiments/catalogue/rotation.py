@@ -322,7 +322,7 @@ _PAPERS: Mapping[str, RotationSetting] = {
 }
 _LONG = 400
 _SEEDS = {"quick": 5, "standard": 10, "paper": 100}
-_TUNING = Tuning(rates={"adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "sgd": (0.01, 0.03, 0.1, 0.3, 1.0)})
+_TUNING = Tuning(rates={"adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "sgd": (0.01, 0.03, 0.1, 0.3, 1.0)}, seeds=3)
 _ERROR = Measure("error", "test error", percent=True)
 _LEVELS = (("guessing", "guessing"),)
 _LONG_ENOUGH = (
