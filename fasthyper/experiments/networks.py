@@ -16,7 +16,7 @@ from fasthyper.nn import EmbeddingNetwork, HyperLinear, Hypernetwork
 INITIALISATIONS = ("torch", "ours", "hyperfan", "magnitude_invariant")
 """Of generated weights: the head as a linear layer of torch, `HyperLinear`'s own, Chang et al., and Ortiz et al."""
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU, "tanh": nn.Tanh}
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU, "tanh": nn.Tanh, "linear": nn.Identity}
 
 
 @dataclass(frozen=True)
