@@ -31,13 +31,15 @@ def task(run: Run, dataset: Any) -> Task:
 def measure(y: Tensor, target: Tensor) -> Mapping[str, Tensor]:
     """Return the errors of the trained network and of its linearisation, and how far they are apart.
 
+    Where all hidden units of f are dead, neither of them moves: such an input has the distance 0.
+
     Args:
         y: the outputs of `WideHypernetwork` in evaluation, `(B, 3, O)`.
         target: `(B,)`.
     """
     trained, initial, linear = y.unbind(dim=1)
     return {
-        "departure": (trained - linear).norm(dim=1) / (trained - initial).norm(dim=1),
+        "departure": (trained - linear).norm(dim=1) / (trained - initial).norm(dim=1).clamp_min(_TINY),
         "error": (trained.argmax(dim=1) != target).float(),
         "linear_error": (linear.argmax(dim=1) != target).float(),
     }
@@ -117,10 +119,11 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
 
 
 _LITTWIN = "Littwin et al. 2020"
+_TINY = 1e-30
 
 INFINITE_WIDTH = Experiment(
     name="infinite_width",
-    protocol=1,
+    protocol=2,
     title="Infinite width",
     source=(
         "Etai Littwin, Tomer Galanti, Lior Wolf, Greg Yang, On infinite-width hypernetworks, NeurIPS 2020"

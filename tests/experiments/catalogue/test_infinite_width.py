@@ -20,6 +20,11 @@ def test_the_measures():
     assert found["linear_error"].tolist() == [1.0, 1.0]
 
 
+def test_an_input_that_neither_moves_is_not_apart():
+    dead = torch.zeros(1, 3, 2)
+    assert measure(dead, torch.tensor([1]))["departure"].tolist() == [0.0]
+
+
 def test_training_is_nearly_linear_only_where_g_is_wide_too():
     comparison = Comparison.of(INFINITE_WIDTH, preset="standard", studies=["linear"], seeds=1, device="cpu")
     (study,) = comparison.studies
