@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fasthyper.experiments.experiment import Batch, Experiment, Run, Task, stream
 from fasthyper.experiments.methods import counts
@@ -89,8 +88,7 @@ class SideBySide(nn.Module):
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """Return `(S, B, *, O)` for x `(S, B, *, I)` and cond `(S, B, C)`."""
         parameters = dict(zip(self._names, self.stacked, strict=True))
-        with sdpa_kernel(SDPBackend.MATH):  # not every kernel for attention has a rule for vmap: torch would loop
-            return vmap(self._call)(parameters, self._buffers_of_models, x, cond)
+        return vmap(self._call)(parameters, self._buffers_of_models, x, cond)
 
     def _call(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, cond: Tensor) -> Tensor:
         return functional_call(self._template[0], (parameters, buffers), (x, cond))
@@ -111,7 +109,8 @@ def train_side_by_side(
 
     Of the metrics, `step_seconds` and `run_seconds` are the share of one run: the time of all divided by S. The other
     costs (`peak_temporary_bytes`, `fused_seconds`, `materialised_seconds`, `materialised_bytes`) are those of a step of
-    one model alone, measured once for the first run. All other metrics equal those of `training.train` to rounding.
+    one model alone, measured for the run of results with seed 0, and None for others. All other metrics equal those of
+    `training.train` to rounding.
 
     Args:
         experiment: the experiment.
@@ -155,8 +154,12 @@ def train_side_by_side(
     together.copy_to(models)
     measures = [evaluate(*each) for each in zip(runs, tasks, models, strict=True)]
     numbers = counts(models[0])
-    measured = (first.split, first.seed) == ("test", 0)
-    cost = cost_of(Trainer(models[0], tasks[0], first.setting, device), tasks[0], first) if measured else {}
+    costs = [
+        cost_of(Trainer(model, task, run.setting, device), task, run)
+        if (run.split, run.seed) == ("test", 0)
+        else dict.fromkeys(COSTS)
+        for run, task, model in zip(runs, tasks, models, strict=True)
+    ]
     flops = steps * step_flops(models[0], tasks[0], first)
     share = (time.perf_counter() - begin) / len(runs)
     return [
@@ -170,10 +173,10 @@ def train_side_by_side(
             training_flops=flops,
             step_seconds=statistics.median(seconds) / len(runs),
             run_seconds=share,
-            **(dict.fromkeys(COSTS) | (cost if run is first else {})),
+            **cost,
         )
-        for run, found, task, loss in zip(
-            runs, measures, tasks, torch.stack(tuple(losses)).mean(dim=0).tolist(), strict=True
+        for found, task, cost, loss in zip(
+            measures, tasks, costs, torch.stack(tuple(losses)).mean(dim=0).tolist(), strict=True
         )
     ]
 
