@@ -15,6 +15,7 @@ from fasthyper.experiments.catalogue.colorization import examples, grey, positio
 from fasthyper.experiments.catalogue.synthetic import target as synthetic_target
 from fasthyper.experiments.comparison import PRESETS
 from fasthyper.experiments.experiment import stream
+from fasthyper.experiments.figures import panels_of
 from fasthyper.experiments.methods import counts
 from fasthyper.experiments.training import build
 
@@ -62,7 +63,11 @@ def test_every_experiment_runs_from_end_to_end(name, tmp_path):
         less = {key: value for key, value in small.items() if hasattr(study.setting, key)}
         values = study.values if isinstance(study.values[0], str) else study.values[:2]
         values = (1, 2) if study.axis.field == "epochs" else values
-        studies.append(replace(study, setting=replace(study.setting, **less), values=values))
+        tuning = study.tuning
+        if tuning is not None:
+            tuning = replace(tuning, rates={name: rates[:2] for name, rates in tuning.rates.items()}, seeds=1)
+        setting = replace(study.setting, **less)
+        studies.append(replace(study, setting=setting, values=values, tuning=tuning))
     problems = []
     summary = run_comparison(replace(whole, studies=tuple(studies)), tmp_path, notify=problems.append)
     assert not problems
@@ -70,7 +75,8 @@ def test_every_experiment_runs_from_end_to_end(name, tmp_path):
     # One seed decides nothing.
     assert {finding.verdict for _, finding in summary.findings} <= {"undecided", "measured", "premise unmet"}
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == len(studies)
+    assert page.count('<div class="figure">') == len(studies)
+    assert page.count('<svg role="img"') == sum(len(panels_of(results)) for results in summary.results)
     assert all(study.title in page for study in studies)
 
 

@@ -59,7 +59,7 @@ def test_every_study_is_tuned_and_the_frontier_comes_first(preset):
 
 
 def test_the_quick_preset_has_few_runs():
-    assert len(Comparison.of(COLORIZATION, device="cpu").runs()) == 7 * 2 * 5
+    assert len(Comparison.of(COLORIZATION, device="cpu").runs()) == 8 * 2 * 5
 
 
 def test_departures_from_the_paper_are_declared():

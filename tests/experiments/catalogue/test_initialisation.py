@@ -7,7 +7,7 @@ import torch
 
 from fasthyper.experiments import EXPERIMENTS, Comparison
 from fasthyper.experiments.experiment import Run
-from fasthyper.experiments.methods import INITIALISATIONS
+from fasthyper.experiments.networks import INITIALISATIONS
 from fasthyper.experiments.training import train
 
 INITIALISATION = EXPERIMENTS["initialisation"]

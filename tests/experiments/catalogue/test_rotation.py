@@ -272,7 +272,7 @@ def test_every_claim_says_which_sizes_it_is_about():
 
 def test_the_quick_preset_has_few_runs():
     comparison = Comparison.of(ROTATION, device="cpu")
-    assert Counter(run.setting.epochs for run in comparison.runs()) == {50: 7 * 2 * 5, 60: 2 * 2 * 5}
+    assert Counter(run.setting.epochs for run in comparison.runs()) == {50: 8 * 2 * 5, 60: 2 * 2 * 5}
     depth = comparison.studies[1]
     assert not any(isinstance(claim, (Improves, Flat)) for claim in depth.claims)
     assert "60 epochs" in depth.note
