@@ -90,6 +90,7 @@ def test_a_run_is_known_by_all_that_decides_its_numbers():
         "seed": 3,
         "device": "cpu",
         "setting": asdict(SETTING),
+        "split": "test",
     }
 
 

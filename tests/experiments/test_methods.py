@@ -14,6 +14,7 @@ from scipy import stats
 from torch import nn
 
 from fasthyper.experiments import EXPERIMENTS, Comparison
+from fasthyper.experiments.comparison import PRESETS
 from fasthyper.experiments.methods import (
     ALL,
     ATTENTION,
@@ -280,7 +281,9 @@ def architectures():
     found = {}
     for experiment in EXPERIMENTS.values():
         for data in experiment.data:
-            for preset in ("quick", "paper"):
+            for preset in PRESETS:
+                if not experiment.studies(preset, data):
+                    continue
                 comparison = Comparison.of(experiment, data, preset=preset, seeds=1, device="cpu")
                 runs = comparison.runs()
                 found |= {experiment.architecture(run): None for run in runs if run.method in EQUAL_TOTAL[1:]}

@@ -259,7 +259,7 @@ def test_measuring_costs_changes_no_number(method, changes, monkeypatch):
 )
 def test_equal_flops_are_as_many_steps_as_the_flops_say(monkeypatch, theirs, own, steps):
     hyper = counts(build(TINY, run_of(HYPERNETWORK)))
-    monkeypatch.setattr(training, "_step_flops", lambda model, task, run: theirs if counts(model) == hyper else own)
+    monkeypatch.setattr(training, "step_flops", lambda model, task, run: theirs if counts(model) == hyper else own)
     metrics = train(TINY, run_of(EQUAL_FLOPS), None)
     assert (metrics.steps, metrics.training_flops) == (steps, steps * own)
     if steps % 3 == 0:
