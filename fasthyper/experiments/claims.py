@@ -11,8 +11,8 @@ import statistics
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fasthyper.experiments.experiment import ASKED, Claim, Measure
-from fasthyper.experiments.methods import BIASES, EMBEDDING, EQUAL_FLOPS, FILM, HYPERNETWORK, WIDE_E
+from fasthyper.experiments.experiment import Claim, Measure
+from fasthyper.experiments.methods import EMBEDDING, HYPERNETWORK
 from fasthyper.experiments.results import Interval, Results, exp, finite
 from fasthyper.experiments.significance import Outcome, all_of, detectable, seeds_needed, t_test
 from fasthyper.experiments.words import advantage_text, diverged_text, interval_text, trend_text, value_label
@@ -136,15 +136,6 @@ class Wins(_Paired):
     def least_advantage(self, measure: Measure) -> float:
         """Return the margin: a difference, or the logarithm of a ratio."""
         return 0.0 if self.margin is None else math.log(self.margin) if measure.log else self.margin
-
-
-AGAINST_OTHERS = (
-    Wins(text="The hypernetwork wins where both train equally many parameters", over=WIDE_E, whose=ASKED),
-    Wins(text="The hypernetwork wins where both train equally long", over=EQUAL_FLOPS, whose=ASKED),
-    Wins(text="The hypernetwork wins over FiLM", over=FILM, whose=ASKED),
-    Wins(text="The hypernetwork wins over generating only biases", over=BIASES, whose=ASKED),
-)
-"""The claims about the hypernetwork in all studies that compare `methods.ALL`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -359,7 +359,8 @@ class Experiment:
         question: the question that it asks, in a few sentences.
         choices: the choices made here where the source says nothing or contradicts itself, a sentence each.
         data: the names of its data sets, the default first.
-        studies: called with a preset, `"quick"` or `"paper"`, and the name of a data set; returns the studies.
+        studies: called with a preset, `"quick"`, `"standard"` or `"paper"`, and the name of a data set; returns the
+            studies, none if the experiment is not part of the preset.
         architecture: called with a run; returns the sizes of the networks.
         task: called with a run and the result of `load`; returns the task, on the device of the run.
         load: called with the name of a data set and the folder for downloads (None: scikit-learn's own); returns the

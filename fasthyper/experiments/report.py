@@ -185,7 +185,7 @@ def sign(verdict: str) -> dict[str, str]:
         >>> sign("not reproduced"), sign("undecided")["sign"]
         ({'kind': 'no', 'sign': '✗'}, '?')
     """
-    kind = {"reproduced": "yes", "holds": "yes", "in line": "yes"}.get(verdict, "no" if "not" in verdict else "open")
+    kind = {"reproduced": "yes", "holds": "yes"}.get(verdict, "no" if "not" in verdict else "open")
     return {"kind": kind, "sign": "–" if verdict == UNMET else "=" if verdict == MEASURED else _SIGNS[kind]}
 
 

@@ -58,11 +58,6 @@ class Rate:
         return cls(study, method, value, optimizer, lr, errors)
 
     @property
-    def diverged(self) -> bool:
-        """Whether the runs diverged at all rates."""
-        return all(map(math.isinf, self.errors.values()))
-
-    @property
     def at_edge(self) -> bool:
         """Whether the rate is the smallest or the largest of several: a better one may lie outside of the grid."""
         return len(self.errors) > 1 and self.lr in (min(self.errors), max(self.errors))

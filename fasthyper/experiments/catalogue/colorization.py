@@ -22,22 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fasthyper.experiments.catalogue.data import Splits, load_images, load_patches, validation_split
-from fasthyper.experiments.catalogue.frontiers import (
-    SIZES,
-    about_primaries,
-    frontier,
-    learns,
-)
+from fasthyper.experiments.catalogue.frontiers import SIZES, about_primaries, frontier, learns
 from fasthyper.experiments.claims import Wins
 from fasthyper.experiments.experiment import Axis, Batch, Examples, Experiment, Measure, Run, Study, Task, Tuning
-from fasthyper.experiments.methods import (
-    BIASES,
-    EMBEDDING,
-    EQUAL_FLOPS,
-    FILM,
-    HYPERNETWORK,
-    Architecture,
-)
+from fasthyper.experiments.methods import BIASES, EMBEDDING, EQUAL_FLOPS, FILM, HYPERNETWORK, Architecture
 from fasthyper.experiments.setting import ContextSetting
 
 POWERS = 10

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fasthyper.experiments.catalogue.frontiers import SIZE, SIZES
 from fasthyper.experiments.claims import Wins
 from fasthyper.experiments.experiment import (
     ASKED,
@@ -56,16 +57,7 @@ POOL = 1400
 """Functions in the pool from which each seed takes its own for training, validation and testing."""
 TEST_COUNT = 200
 EQUATIONS = ("burgers", "advection")
-COMPARED = (
-    HYPERNETWORK,
-    DEEPONET_WIDE,
-    EMBEDDING,
-    WIDE_Q,
-    DEEP_Q,
-    FILM_WIDE,
-    ATTENTION,
-    PLAIN_WIDE,
-)
+COMPARED = (HYPERNETWORK, DEEPONET_WIDE, EMBEDDING, WIDE_Q, DEEP_Q, FILM_WIDE, ATTENTION, PLAIN_WIDE)
 
 
 class Pool(NamedTuple):
@@ -245,13 +237,8 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
         Study(
             name="frontier",
             title="The Burgers equation, over all parameters",
-            axis=Axis(
-                "size",
-                "trained parameters, as a multiple of the hypernetwork's",
-                log=True,
-                count="trainable_parameters",
-            ),
-            values=(0.25, 1.0, 4.0),
+            axis=SIZE,
+            values=SIZES,
             claims=tuple(
                 Wins(text=f"The hypernetwork errs less than {what}", over=over, whose=ASKED) for what, over in _OTHERS
             ),

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fasthyper.experiments.catalogue.frontiers import SIZE
 from fasthyper.experiments.claims import Wins
 from fasthyper.experiments.experiment import (
     ASKED,
@@ -237,12 +238,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
         Study(
             name="frontier",
             title="Pairs that were never seen together, over all parameters",
-            axis=Axis(
-                "size",
-                "trained parameters, as a multiple of the hypernetwork's",
-                log=True,
-                count="trainable_parameters",
-            ),
+            axis=SIZE,
             values=(0.5, 1.0, 4.0),
             methods=STUDENTS,
             setting=base,

@@ -22,12 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fasthyper.experiments.catalogue.data import IMAGES, MEAN, STD, Splits, load_images, validation_split
-from fasthyper.experiments.catalogue.frontiers import (
-    SIZES,
-    about_primaries,
-    frontier,
-    learns,
-)
+from fasthyper.experiments.catalogue.frontiers import SIZES, about_primaries, frontier, learns
 from fasthyper.experiments.claims import Flat, Improves, Wins
 from fasthyper.experiments.experiment import (
     ASKED,
@@ -324,7 +319,7 @@ _LONG = 400
 _SEEDS = {"quick": 5, "standard": 10, "paper": 100}
 _TUNING = Tuning(rates={"adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "sgd": (0.01, 0.03, 0.1, 0.3, 1.0)}, seeds=3)
 _ERROR = Measure("error", "test error", percent=True)
-_LEVELS = (("guessing", "guessing"),)
+_LEVELS = (GUESSING,)
 _LONG_ENOUGH = (
     "On digits, errors at this rate fall for hundreds of epochs, and fall later in deeper networks: runs have 400."
 )

@@ -40,12 +40,7 @@ from fasthyper.experiments.experiment import (
     Tuning,
     stream,
 )
-from fasthyper.experiments.methods import (
-    EMBEDDING,
-    HYPERNETWORK,
-    PLAIN,
-    Architecture,
-)
+from fasthyper.experiments.methods import EMBEDDING, HYPERNETWORK, PLAIN, Architecture
 from fasthyper.experiments.setting import ContextSetting
 
 M1, M2 = 1, 2
