@@ -89,7 +89,9 @@ def test_the_answer_says_how_sure(three):
     assert "are told apart in 7 of 9 cells" in text
     assert "tuned for each method in 0 of 3 structures; preset quick." in text
     assert "primaries" not in text
-    tuned = summary("a product", 0.1, 0.2, tuning=Tuning({"sgd": (0.1,)}))
+    results = three[0].results[0]
+    study = replace(results.study, tuning=Tuning({"sgd": (0.1,)}))
+    tuned = replace(three[0], results=(type(results)(study, results.metrics),))
     claimed = summary_of(pair(0.1 + NOISE / 10 * [1, 2], 0.5 + NOISE / 10 * [2, 1]), claims=(Wins(text="It wins"),))
     text = dict(answer([tuned, claimed]))["How sure"]
     assert "tuned for each method in 1 of 1 structures" in text

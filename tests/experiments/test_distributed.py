@@ -188,7 +188,7 @@ def tuned_alone(tmp_path_factory):
     out = tmp_path_factory.mktemp("tuned")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fasthyper.experiments.runner._cores", lambda: 1)
-        patch.setattr("fasthyper.experiments.report.figure_png", lambda results: b"a figure")
+        patch.setattr("fasthyper.experiments.report.panels", lambda results: ("a figure",))
         run_comparison(tuned_of(3), out)
     return numbers(lines(out))
 

@@ -103,7 +103,7 @@ def test_other_methods_are_shown_paired_with_the_hypernetwork(log):
     panel = panels_of(results)[1]
     assert [series.label for series in panel.series] == ["embedding", "hypernetwork"]
     apart = EMBED / HYPER if log else 100 * (EMBED - HYPER)
-    expected = [Interval.of(np.log(column) if log else column) for column in apart.T]
+    expected = [Interval.of((np.log(column) if log else column).tolist()) for column in apart.T]
     shown = [interval for _, interval, _ in drawn(panel, "embedding").points]
     for found, interval in zip(shown, expected, strict=True):
         ends = np.array([interval.mean, interval.low, interval.high])

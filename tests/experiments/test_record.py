@@ -29,7 +29,7 @@ def whole(tmp_path_factory):
     """Return the folder of a tuned comparison."""
     out = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fasthyper.experiments.report.figure_png", lambda results: b"a figure")
+        patch.setattr("fasthyper.experiments.report.panels", lambda results: ("a figure",))
         run_comparison(comparison(), out, tune=True)
     return out
 

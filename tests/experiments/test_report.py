@@ -5,6 +5,7 @@ import io
 import math
 import re
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 
 import numpy as np
@@ -91,11 +92,23 @@ def test_the_page_says_what_was_asked_found_and_run(summary):
 
 def test_each_claim_has_its_verdict_its_owner_and_its_evidence(summary):
     html = report_html(summary)
-    rows = [re.sub(r"\s+", " ", re.sub("<[^>]*>", " ", row)) for row in re.findall("<tr>.*?</tr>", html, re.DOTALL)]
+    rows = [
+        re.sub(r"\s+", " ", unescape(re.sub("<[^>]*>", " ", row)))
+        for row in re.findall("<tr>.*?</tr>", html, re.DOTALL)
+    ]
     assert [finding.verdict for _, finding in summary.findings] == ["reproduced", "not reproduced", "holds"]
     for (_, finding), sign in zip(summary.findings, "✓✗✓", strict=True):
         (row,) = [row for row in rows if f" {finding.claim} " in row]
-        assert f" made-up {finding.claim} {finding.whose} {sign} {finding.verdict} {finding.evidence} " in row
+        words = (
+            finding.claim,
+            finding.whose,
+            sign,
+            finding.verdict,
+            p_text(finding),
+            finding.evidence,
+            finding.detects,
+        )
+        assert row == f" made-up {' '.join(words)} "
         assert finding.rule in html
 
 

@@ -13,7 +13,7 @@ from fasthyper.experiments import EXPERIMENTS, run_comparison, side_by_side, tra
 from fasthyper.experiments.catalogue import synthetic
 from fasthyper.experiments.comparison import PRESETS
 from fasthyper.experiments.experiment import Examples, Run
-from fasthyper.experiments.methods import EMBEDDING, EQUAL_FLOPS, HYPERNETWORK, METHODS, PAIR
+from fasthyper.experiments.methods import EMBEDDING, EQUAL_FLOPS, HYPERNETWORK, METHODS, PAIR, WIDE_BOTH, WIDE_F
 from fasthyper.experiments.side_by_side import LARGEST, SideBySide, groups, name, train_side_by_side
 from fasthyper.experiments.training import COSTS, Metrics, Trainer, build, train
 
@@ -25,6 +25,8 @@ OPTIMIZERS = {
 }
 CLOSE = {torch.float32: 1e-5, torch.float64: 1e-10}
 CONDITIONED = [method for method in METHODS if method != PAIR]
+TESTED = [method for method in CONDITIONED if method not in (WIDE_F, WIDE_BOTH)]
+"""Those whose outputs in a test are those of training alone."""
 EXACT = {"steps", "training_flops", "context_parameters", "primary_parameters", "trainable_parameters"}
 
 
@@ -73,7 +75,7 @@ def check(experiment, runs, dataset=None, close=1e-5):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("method", CONDITIONED)
+@pytest.mark.parametrize("method", TESTED)
 def test_seeds_side_by_side_are_separate_runs(method, optimizer, dtype):
     """Batches of 16, 16 and 8 in both epochs."""
     found = check(changed(TINY, cast(dtype)), runs_of(method, **OPTIMIZERS[optimizer]), close=CLOSE[dtype])
@@ -104,7 +106,7 @@ def catalogued(experiment, setting, method):
 FAST = {"rotation": "sgd", "synthetic": "adadelta", "colorization": "adam", "operators": "adam"}
 
 
-@pytest.mark.parametrize("method", CONDITIONED)
+@pytest.mark.parametrize("method", TESTED)
 @pytest.mark.parametrize(
     ("experiment_name", "optimizer"),
     [
@@ -122,6 +124,12 @@ def test_an_epoch_of_the_experiments(experiment_name, method, optimizer, dtype, 
 def test_two_networks_without_a_condition(dtype):
     experiment, setting, dataset = small("assumptions")
     check(changed(experiment, cast(dtype)), catalogued(experiment, setting, PAIR), dataset, CLOSE[dtype])
+
+
+@pytest.mark.parametrize("method", [WIDE_F, WIDE_BOTH])
+def test_networks_beside_their_linearisation(method, dtype):
+    experiment, setting, dataset = small("infinite_width")
+    check(changed(experiment, cast(dtype)), catalogued(experiment, setting, method), dataset, 10 * CLOSE[dtype])
 
 
 class Calls(TorchDispatchMode):
@@ -160,7 +168,7 @@ def test_a_generated_layer_is_one_call_for_all_seeds():
     assert ours == {"fasthyper::apply_models": 2, "fasthyper::grads_models": 2}  # g has two layers
 
 
-@pytest.mark.parametrize("method", CONDITIONED)
+@pytest.mark.parametrize("method", TESTED)
 def test_a_diverging_seed_does_not_disturb_the_others(method):
     def absurd(run, batch):
         return batch._replace(target=1e30 * batch.target) if run.seed == SEEDS[1] else batch
