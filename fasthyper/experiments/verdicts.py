@@ -57,6 +57,11 @@ class Page:
     def _unmet(self, number: int, claim: Claim) -> list[Claim]:
         return [premise for premise in claim.premises if not self._is_met(number, premise)]
 
+    def _reason(self, number: int, premise: Claim) -> str:
+        there = premise.concerns(self.page[number])
+        what = "the premise is not met" if there else "the premise is about methods that are not compared here"
+        return f"{what}: {premise.text}"
+
     def _is_met(self, number: int, premise: Claim) -> bool:
         results = self.page[number]
         outcome = premise.test(results) if premise.concerns(results) else None
@@ -67,11 +72,12 @@ class Page:
     def _finding(self, number: int, claim: Claim) -> Finding:
         results, outcome = self.page[number], self.outcomes[number, claim]
         evidence = claim.evidence(results, self.level)
-        unmet = self._unmet(number, claim)
+        # With one seed nothing can be tested, so no premise is known to fail.
+        unmet = [] if outcome is not None and outcome.p is None else self._unmet(number, claim)
         answer = self.answer(number, claim)
         if unmet:
             verdict = UNMET
-            evidence = "; ".join([*(f"the premise is not met: {premise.text}" for premise in unmet), evidence])
+            evidence = "; ".join([*(self._reason(number, premise) for premise in unmet), evidence])
         elif outcome is None:
             verdict = MEASURED
         else:

@@ -70,15 +70,25 @@ def test_what_is_not_tested_does_not_count():
     assert (found["slope"].verdict, found["slope"].p, found["slope"].detects) == (MEASURED, None, "")
 
 
-@pytest.mark.parametrize(
-    "premise", [told("it learns", 0.2), told("it learns", 0.001, yes=False), told("it learns", 0.001, there=False)]
-)
+@pytest.mark.parametrize("premise", [told("it learns", 0.2), told("it learns", 0.001, yes=False)])
 def test_a_claim_without_its_premise_has_no_verdict(premise):
     found = page((told("wins", 0.001, premises=(told("fine", 0.001), premise)), told("other", 0.001)))
     assert found["wins"].verdict == UNMET
     assert found["wins"].evidence.startswith("the premise is not met: it learns; ")
     assert "fine" not in found["wins"].evidence
     assert found["other"].verdict == "holds"
+
+
+def test_a_premise_about_absent_methods_is_not_said_to_fail():
+    found = page((told("wins", 0.001, premises=(told("it learns", 0.001, there=False),)),))
+    assert found["wins"].verdict == UNMET
+    assert found["wins"].evidence.startswith("the premise is about methods that are not compared here: it learns; ")
+
+
+def test_with_one_seed_no_premise_is_said_to_fail():
+    found = page((told("wins", None, premises=(told("it learns", None),)),))
+    assert found["wins"].verdict == UNDECIDED
+    assert found["wins"].evidence == "the level is 0.0500"
 
 
 def test_a_premise_is_tested_alone_and_changes_no_other_verdict():
