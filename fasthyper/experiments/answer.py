@@ -21,11 +21,11 @@ from fasthyper.experiments.files import write_atomically
 from fasthyper.experiments.methods import HYPERNETWORK
 from fasthyper.experiments.outcome import (
     Standing,
-    at_equal_totals,
     counted_verdicts,
     error_text,
     factor,
     frontiers,
+    is_frontier,
     listed,
     name,
     verdict_on_primaries,
@@ -38,6 +38,7 @@ from fasthyper.experiments.summary import Summary
 PAGE_FILE, LINES_FILE = "answer.html", "answer.md"
 TEMPLATE = "answer_template.html"
 END = "<!-- end -->"
+_NONE = "No study here compares the hypernetwork with methods of equal totals"
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,20 @@ class Structure:
 
     @cached_property
     def standings(self) -> dict[float, Standing]:
-        """How the methods compare at each size."""
-        return {value: Standing(self.results, value) for value in self.results.study.values}
+        """How the methods compare at each size at which the hypernetwork and another method have an error."""
+        found = {value: Standing(self.results, value) for value in self.results.study.values}
+        return {value: s for value, s in found.items() if HYPERNETWORK in s.rows and s.other}
+
+    @property
+    def lost(self) -> dict[float, str]:
+        """The methods whose runs all diverged, in words, at each size that has no standing for that reason."""
+        sizes = (value for value in self.results.study.values if value not in self.standings)
+        return {value: _lost(Standing(self.results, value)) for value in sizes}
 
     @cached_property
     def at_equal_totals(self) -> Standing:
-        """How they compare at the paper's total."""
-        return at_equal_totals(self.results)
+        """How they compare at the paper's total, or near it."""
+        return min(self.standings.values(), key=lambda standing: abs(math.log(standing.value)))
 
     @property
     def unbeaten(self) -> str:
@@ -89,9 +97,9 @@ class Cell:
 
 
 def structures(summaries: Sequence[Summary]) -> list[Structure]:
-    """Return the frontiers of comparisons in which the hypernetwork and another method have an error at each size."""
+    """Return the frontiers of comparisons in which the hypernetwork and another method have an error at any size."""
     found = [Structure(summary, results) for summary in summaries for results in frontiers(summary)]
-    return [s for s in found if all(HYPERNETWORK in x.rows and x.other for x in s.standings.values())]
+    return [structure for structure in found if structure.standings]
 
 
 def cell(standing: Standing) -> Cell:
@@ -110,7 +118,9 @@ def answer(summaries: Sequence[Summary]) -> list[tuple[str, str]]:
     """Return the answer, five questions with a line each; or one line if there is no frontier."""
     found = structures(summaries)
     if not found:
-        return [("No answer", "No study here compares methods of equal totals.")]
+        compared = any(HYPERNETWORK in r.study.methods for s in summaries for r in s.results if is_frontier(r.study))
+        why = "All runs of the hypernetwork, or of all other methods, diverged" if compared else _NONE
+        return [("No answer", f"{why}.")]
     learned = [structure for structure in found if not structure.unbeaten] or found
     return [
         ("When", _when(learned)),
@@ -124,7 +134,7 @@ def answer(summaries: Sequence[Summary]) -> list[tuple[str, str]]:
 def answer_html(summaries: Sequence[Summary]) -> str:
     """Return the page of several comparisons. Its links lead to the pages of the experiments beside it."""
     found = structures(summaries)
-    sizes = sorted({value for structure in found for value in structure.standings})
+    sizes = sorted({value for structure in found for value in structure.results.study.values})
     return render(
         TEMPLATE,
         lines=answer(summaries),
@@ -229,14 +239,20 @@ def _how_sure(found: Sequence[Structure], summaries: Sequence[Summary]) -> str:
     tuned = sum(structure.results.study.tuning is not None for structure in found)
     presets = listed(list(dict.fromkeys(summary.comparison.preset for summary in summaries)))
     text = (
-        f"{' or '.join(map(str, seeds))} seeds, paired, 95 % intervals: the hypernetwork and the best other method are"
+        f"{_seeds_text(seeds)}: the hypernetwork and the best other method are"
         f" told apart in {len(signs) - signs.count(0)} of {len(signs)} cells of structure and budget. Learning rates"
         f" are tuned for each method in {tuned} of {len(found)} structures; preset {presets}."
     )
     primaries = [finding for summary in summaries for finding in verdict_on_primaries(summary)]
     if primaries:
-        text += f" The paper's own claim, about primaries (N_g against N_q), is {counted_verdicts(primaries)}."
+        text += f" Verdict on the paper's own claim, about primaries (N_g against N_q): {counted_verdicts(primaries)}."
     return text
+
+
+def _seeds_text(seeds: Sequence[int]) -> str:
+    if list(seeds) == [1]:
+        return "One seed, so nothing is known of its spread"
+    return f"{' or '.join(map(str, seeds))} seeds, paired, 95 % intervals"
 
 
 def _fails(found: Sequence[Structure]) -> str:
@@ -256,6 +272,11 @@ def _fails(found: Sequence[Structure]) -> str:
         )
     else:
         parts.append("In no cell is it surely behind the best other method.")
+    losses: dict[str, list[str]] = {}
+    for structure in found:
+        for value, who in structure.lost.items():
+            losses.setdefault(who, []).append(f"{structure.label}, at {value:g} times the paper's total")
+    parts += [f"All runs of {who} diverged in: {'; '.join(where)}." for who, where in losses.items()]
     if unlearned := [f"{s.label} (against: {s.unbeaten})" for s in found if s.unbeaten]:
         parts.append(f"Nothing is surely learned, by any method, in: {'; '.join(unlearned)}.")
     rows = [row for structure in found for row in structure.results.rows() if not row.line.dashed]
@@ -263,6 +284,12 @@ def _fails(found: Sequence[Structure]) -> str:
         own = sum(row.diverged for row in rows if row.line.method == HYPERNETWORK)
         parts.append(f"{lost} of {sum(row.seeds for row in rows)} runs diverged, {own or 'none'} of the hypernetwork.")
     return " ".join(parts)
+
+
+def _lost(standing: Standing) -> str:
+    if HYPERNETWORK not in standing.rows:
+        return "the hypernetwork" if standing.rows else "all methods"
+    return "all methods but the hypernetwork"
 
 
 def _to_best_other(standing: Standing) -> Interval:

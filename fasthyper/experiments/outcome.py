@@ -11,7 +11,7 @@ from typing import Any
 
 from fasthyper.experiments.claims import Wins
 from fasthyper.experiments.drawing import number_text
-from fasthyper.experiments.experiment import ASKED, MEASURED, THEOREM, Finding, value_text
+from fasthyper.experiments.experiment import ASKED, MEASURED, THEOREM, Finding, Study, value_text
 from fasthyper.experiments.figures import short_name
 from fasthyper.experiments.methods import EMBEDDING, HYPERNETWORK, METHODS
 from fasthyper.experiments.results import Interval, Results, Row, exp
@@ -34,11 +34,16 @@ class Standing:
             for row in self.results.rows()
             if row.value == self.value
             and row.line.measure == measure
-            and (row.line.method == HYPERNETWORK or METHODS[row.line.method].equal)
+            and competes(row.line.method)
             and not row.line.dashed
             and math.isfinite(row.measured.mean)
         ]
         return {row.line.method: row for row in sorted(found, key=lambda row: row.measured.mean)}
+
+    @property
+    def diverged(self) -> tuple[str, ...]:
+        """The methods of equal totals of which all runs diverged."""
+        return tuple(m for m in self.results.study.methods if competes(m) and m not in self.rows)
 
     @property
     def best(self) -> tuple[str, ...]:
@@ -67,16 +72,27 @@ class Standing:
         return Interval.of(ratios or [math.nan]).map(exp)
 
 
+def competes(method: str) -> bool:
+    """Return whether a method trains as many parameters as the hypernetwork, or is it."""
+    return method == HYPERNETWORK or METHODS[method].equal
+
+
+def is_frontier(study: Study) -> bool:
+    """Return whether a study compares several methods of equal totals over their size."""
+    return bool(study.structure) and sum(map(competes, study.methods)) > 1
+
+
 def frontiers(summary: Summary) -> Iterator[Results]:
     """Yield the results of each frontier in which any method has a finite error."""
     for results in summary.results:
-        if results.study.structure and all(Standing(results, value).rows for value in results.study.values):
+        if is_frontier(results.study) and any(Standing(results, value).rows for value in results.study.values):
             yield results
 
 
 def at_equal_totals(results: Results) -> Standing:
     """Return how the methods of a frontier compare at the total of the paper's hypernetwork, size 1, or near it."""
-    return Standing(results, min(results.study.values, key=lambda value: abs(math.log(value))))
+    standings = (Standing(results, value) for value in results.study.values)
+    return min((s for s in standings if s.rows), key=lambda standing: abs(math.log(standing.value)))
 
 
 def outcome(summary: Summary) -> list[str]:
@@ -165,7 +181,10 @@ def _at_equal_totals(results: Results) -> str:
     if HYPERNETWORK in rows and first != HYPERNETWORK:
         parts.append(f"the hypernetwork has {factor(standing.ratio(HYPERNETWORK, first))} times this error")
     sentence = "; ".join(parts)
-    return text + (f" {sentence[0].upper()}{sentence[1:]}." if parts else "")
+    text += f" {sentence[0].upper()}{sentence[1:]}." if parts else ""
+    return text + (
+        f" All runs of {listed([name(m) for m in standing.diverged])} diverged." if standing.diverged else ""
+    )
 
 
 def _least_of_all(summary: Summary) -> list[str]:

@@ -95,7 +95,7 @@ def test_the_answer_says_how_sure(three):
     claimed = summary_of(pair(0.1 + NOISE / 10 * [1, 2], 0.5 + NOISE / 10 * [2, 1]), claims=(Wins(text="It wins"),))
     text = dict(answer([tuned, claimed]))["How sure"]
     assert "tuned for each method in 1 of 1 structures" in text
-    assert text.endswith(" The paper's own claim, about primaries (N_g against N_q), is reproduced.")
+    assert text.endswith(" Verdict on the paper's own claim, about primaries (N_g against N_q): reproduced.")
 
 
 def test_the_answer_says_where_it_fails(three):
@@ -126,7 +126,7 @@ def test_diverged_runs_are_counted(three):
 
 def test_without_frontiers_there_is_no_answer():
     other = summary_of(pair(0.1 + NOISE * [1, 2], 0.5 + NOISE * [1, 1]))
-    assert answer([other]) == [("No answer", "No study here compares methods of equal totals.")]
+    assert answer([other]) == [("No answer", "No study here compares the hypernetwork with methods of equal totals.")]
     assert "<table" not in answer_html([other])
     alone = summary_of({HYPERNETWORK: 0.1 + NOISE * np.ones(3)}, SIZES, axis=SIZE, structure="a product")
     assert structures([alone]) == []
@@ -208,3 +208,43 @@ def test_methods_of_other_totals_are_no_part_of_the_answer():
     }
     found = summary_of(errors, SIZES, axis=SIZE, structure="a product", measure=LOG)
     assert "alone in 1 of 1 structures" in dict(answer([found]))["When"]
+
+
+def diverging(**where):
+    """Return a frontier at sizes 1 and 4, in which all runs of a method diverge at the numbered sizes."""
+    errors = {name: mean + NOISE / 10 * [1, 2] for name, mean in ((HYPERNETWORK, 0.2), (WIDE_Q, 0.1))}
+    for method, numbers in where.items():
+        errors[method][:, numbers] = np.nan
+    return summary_of(errors, (1.0, 4.0), axis=SIZE, structure="a product", measure=LOG)
+
+
+@pytest.mark.parametrize(
+    ("method", "who"), [(HYPERNETWORK, "the hypernetwork"), (WIDE_Q, "all methods but the hypernetwork")]
+)
+def test_sizes_at_which_all_runs_diverge_are_named(method, who):
+    summary = diverging(**{method: [1]})
+    lines = dict(answer([summary]))
+    assert lines["When"].endswith("is behind in 1: embedding (wide q) leads (a product).")
+    assert f" All runs of {who} diverged in: a product, at 4 times the paper's total. " in lines["Where it fails"]
+    assert f'>diverged</a><br><span class="small">all runs of {who}</span>' in answer_html([summary])
+
+
+def test_the_size_nearest_to_the_papers_that_has_errors_is_compared():
+    (structure,) = structures([diverging(**{HYPERNETWORK: [0]})])
+    assert structure.at_equal_totals.value == 4
+    assert structure.lost == {1.0: "the hypernetwork"}
+
+
+def test_without_errors_the_reason_is_that_runs_diverged():
+    reason = "All runs of the hypernetwork, or of all other methods, diverged."
+    for methods in ([HYPERNETWORK], [WIDE_Q], [HYPERNETWORK, WIDE_Q]):
+        summary = diverging(**{method: [0, 1] for method in methods})
+        assert answer([summary]) == [("No answer", reason)]
+        assert "<table" not in answer_html([summary])
+
+
+def test_one_seed_has_no_intervals():
+    errors = {HYPERNETWORK: np.array([[0.1]]), WIDE_Q: np.array([[0.2]])}
+    text = dict(answer([summary_of(errors, (1.0,), axis=SIZE, structure="a product", measure=LOG)]))["How sure"]
+    assert text.startswith("One seed, so nothing is known of its spread: ")
+    assert "are told apart in 0 of 1 cells" in text

@@ -119,3 +119,24 @@ def test_without_a_frontier_and_primaries_verdicts_are_counted():
     _, sentence = outcome(summary_of(pair(HYPER * [2, 1], EMBED * [1, 2]), claims=claims))
     assert sentence == "Of 2 claims: 1 reproduced and 1 not reproduced."
     assert outcome(summary_of({EMBEDDING: EMBED})) == []
+
+
+def test_one_method_alone_is_not_the_best_of_its_total():
+    least, *_ = outcome(frontier(**{HYPERNETWORK: 0.2, EMBEDDING: 0.5}))
+    assert least.startswith("Made up: the hypernetwork has the least squared error, 0.1 [")
+    assert outcome(frontier(**{WIDE_Q: 0.2})) == []
+
+
+def test_the_outcome_names_methods_of_which_all_runs_diverged():
+    found = errors(**{HYPERNETWORK: 0.2, WIDE_Q: 0.1, FILM_WIDE: 0.4})
+    found[FILM_WIDE][:, 1] = np.nan
+    sentence = outcome(summary_of(found, SIZES, axis=SIZE, structure="a product", measure=LOG))[0]
+    assert sentence.endswith(" times this error. All runs of FiLM (wide q) diverged.")
+
+
+def test_a_size_at_which_everything_diverges_does_not_hide_the_others():
+    found = errors(**{HYPERNETWORK: 0.2, WIDE_Q: 0.1})
+    for numbers in found.values():
+        numbers[:, 1] = np.nan
+    sentence = outcome(summary_of(found, SIZES, axis=SIZE, structure="a product", measure=LOG))[0]
+    assert sentence.startswith("At equal totals (500 trained parameters, 0.25 times the paper's; a product), ")
