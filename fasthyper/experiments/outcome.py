@@ -11,7 +11,7 @@ from typing import Any
 
 from fasthyper.experiments.claims import Wins
 from fasthyper.experiments.drawing import number_text
-from fasthyper.experiments.experiment import ASKED, MEASURED, THEOREM, Finding, Study, value_text
+from fasthyper.experiments.experiment import MEASURED, PAPER, Finding, Study, value_text
 from fasthyper.experiments.figures import short_name
 from fasthyper.experiments.methods import EMBEDDING, HYPERNETWORK, METHODS
 from fasthyper.experiments.results import Interval, Results, Row, exp
@@ -142,13 +142,13 @@ def error_text(results: Results, interval: Interval) -> str:
 
 
 def verdict_on_primaries(summary: Summary) -> list[Finding]:
-    """Return the findings on the paper's claim that the hypernetwork wins over an embedding method with a larger q."""
+    """Return the findings on Galanti and Wolf's claim that the hypernetwork wins over an embedding with a larger q."""
     return [
         finding
         for results in summary.results
         for claim in results.study.claims
         if isinstance(claim, Wins) and (claim.line, claim.over) == (HYPERNETWORK, EMBEDDING)
-        if claim.whose not in (ASKED, THEOREM)
+        if claim.whose == PAPER
         for study, finding in summary.findings
         if study is results.study and finding.claim == claim.text
     ]

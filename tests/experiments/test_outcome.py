@@ -97,6 +97,7 @@ def test_the_claim_about_primaries_is_told_apart_from_totals(order, verdict):
         Wins(text="It wins"),
         Improves(text="It improves"),
         Wins(text="Asked", whose=ASKED),
+        Wins(text="Of other authors", whose="Lee, Cho, Hwang 2023"),
         Wins(text="Total", over=WIDE_E, whose=ASKED),
     )
     numbers = [HYPER, EMBED][::order]
