@@ -54,18 +54,18 @@ VISCOSITY = 0.01
 STEPS = 250
 SHIFT = 0.5
 POOL = 1400
-"""Functions in the pool from which each seed takes its own for training, validation and testing."""
+"""Functions in each of two pools. A seed takes its own for training, validation and testing from one of them."""
 TEST_COUNT = 200
 EQUATIONS = ("burgers", "advection")
 COMPARED = (HYPERNETWORK, DEEPONET_WIDE, EMBEDDING, WIDE_Q, DEEP_Q, FILM_WIDE, ATTENTION, PLAIN_WIDE)
 
 
 class Pool(NamedTuple):
-    """Functions on the grid, float64.
+    """Functions on the grid, float64: `POOL` for results, then `POOL` others for the choice of learning rates.
 
     Attributes:
-        initial: initial conditions, `(n, GRID)`.
-        solved: their solutions by the name of the equation, `(n, GRID)`.
+        initial: initial conditions, `(2 POOL, GRID)`.
+        solved: their solutions by the name of the equation, `(2 POOL, GRID)`.
     """
 
     initial: Tensor
@@ -147,23 +147,27 @@ def burgers(initial: Tensor, time: float = 1.0, viscosity: float = VISCOSITY, st
 
 
 def load(data: str, data_home: Any) -> Pool:
-    """Return the pool. It is the same for all runs."""
-    coefficients = initial_conditions(POOL, torch.Generator().manual_seed(0))
+    """Return both pools. They are the same for all runs."""
+    coefficients = initial_conditions(2 * POOL, torch.Generator().manual_seed(0))
     x = torch.arange(GRID, dtype=torch.float64) / GRID
     initial = series(coefficients, x)
     return Pool(initial, {"burgers": burgers(initial), "advection": series(coefficients, x - SHIFT)})
 
 
 def task(run: Run, dataset: Pool) -> Task:
-    """Return the task: functions of the pool, chosen by the seed. Targets have a root mean square of 1."""
+    """Return the task: functions of a pool, chosen by the seed. Targets have a root mean square of 1.
+
+    Runs that choose a learning rate have a pool of their own: they see no function that any seed tests on.
+    """
     setting = run.setting
     assert isinstance(setting, EquationSetting)
     if setting.equation not in EQUATIONS:
         raise ValueError(f"equation: {setting.equation!r} is not known; known are {', '.join(EQUATIONS)}")
-    count = len(dataset.initial)
+    count = len(dataset.initial) // 2
     if setting.functions + 2 * TEST_COUNT > count:
         raise ValueError(f"functions: expected at most {count - 2 * TEST_COUNT}, got {setting.functions}")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(stream(run.seed, "task")))
+    order = order + count * (run.split == "validation")
     solved = dataset.solved[setting.equation]
     seen, solutions = dataset.initial.float(), (solved / solved.square().mean().sqrt()).float()
     line = 2 * torch.arange(GRID) / GRID - 1
@@ -294,7 +298,7 @@ def _measure(y: Tensor, target: Tensor) -> dict[str, Tensor]:
 
 EQUATION_LEARNING = Experiment(
     name="equations",
-    protocol=1,
+    protocol=2,
     title="Differential equations",
     source="Jae Yong Lee, Sung Woong Cho, Hyung Ju Hwang, HyperDeepONet, ICLR 2023 (arXiv 2312.15949)",
     question=(
@@ -310,8 +314,9 @@ EQUATION_LEARNING = Experiment(
         "Initial conditions: period 1, a normal random field with mean 0 and covariance 625 (-Δ + 25)^-2, as is usual"
         " for neural operators, with 32 frequencies. Burgers: ν = 0.01, t = 1; advection: speed 1, t = 0.5.",
         "Solutions are computed here: Burgers' equation by a pseudo-spectral method on 128 points, which agrees with"
-        " the transform of Cole and Hopf to 1e-5; advection by an exact shift. One pool of 1,400 functions is split for"
-        " each seed into 1,000 for training, 200 for validation and 200 for testing.",
+        " the transform of Cole and Hopf to 1e-5; advection by an exact shift. A pool of 1,400 functions is split for"
+        " each seed into 1,000 for training, 200 for validation and 200 for testing. The runs that choose learning"
+        " rates have another pool: no function is tested on that any of them has seen.",
         "The target network 1 -> 32 -> 32 -> 32 -> 1 (tanh), the branch (three hidden layers of 46, ReLU), 16 random"
         " points of the grid in training and all 128 in testing, batches of 25 functions, Adam falling along a cosine,"
         " 800 steps (paper preset: 40,000), all chosen here. The position enters as one number from -1 to 1.",

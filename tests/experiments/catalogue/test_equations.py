@@ -130,6 +130,17 @@ def test_no_function_is_in_two_splits_and_targets_are_solutions(pool, equation):
     assert not torch.equal(all_of(task_of(pool, equation, seed=1).test).cond, rows["test"].cond)
 
 
+def test_runs_that_choose_a_rate_see_no_function_that_any_seed_tests_on(pool):
+    comparison = Comparison.of(EQUATION_LEARNING, preset="standard", studies=["equations"], seeds=2, device="cpu")
+    (study,) = comparison.studies
+    tested = [all_of(task_of(pool, seed=seed).test).cond for seed in range(2)]
+    tuning = comparison.tuning_runs_of(study, "burgers", "hypernetwork")[0]
+    task = EQUATION_LEARNING.task(tuning, pool)
+    seen = [all_of(examples).cond for examples in (task.train, task.validation)]
+    apart = torch.cat([*seen, torch.cat(tested).unique(dim=0)])
+    assert len(apart.unique(dim=0)) == len(apart)
+
+
 def test_the_error_is_relative(pool):
     task = task_of(pool)
     batch = all_of(task.test)
