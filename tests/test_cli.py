@@ -89,7 +89,7 @@ def test_all_experiments_and_one_report_of_them(tmp_path, monkeypatch):
     assert "The first" in page
     assert "The second" in page
     said, path = result.output.rstrip().splitlines()[-2:]
-    assert said == "No answer: No study here compares methods of equal totals."
+    assert said == "No answer: No study here compares the hypernetwork with methods of equal totals."
     assert path == f"The answer: {tmp_path / 'answer.html'}"
 
 
@@ -102,12 +102,13 @@ def test_all_leaves_out_experiments_without_studies_in_the_preset(tmp_path, monk
 
     monkeypatch.setattr(experiments, "run_comparison", run)
     rotation = experiments.ROTATION
-    later = replace(rotation, name="later", studies=lambda preset, data: ())
+    later = replace(rotation, name="later", studies=lambda preset, data: (1,) if preset == "paper" else ())
     monkeypatch.setattr(experiments, "EXPERIMENTS", {"later": later, "rotation": rotation})
     result = call("compare", "all", "--out", tmp_path / "out")
     assert (begun, result.stderr) == ([("rotation", False)], "error: enough\n")
     result = call("compare", "later", "--out", tmp_path / "out")
-    assert (result.exit_code, result.stderr) == (2, "error: preset: later has no studies in the preset quick\n")
+    assert result.exit_code == 2
+    assert result.stderr == "error: preset: later has no studies in the preset quick, only in paper\n"
     monkeypatch.setattr(experiments, "EXPERIMENTS", {"later": later})
     result = call("compare", "all", "--out", tmp_path / "out")
     assert result.stderr == "error: preset: no experiment has studies in the preset quick\n"
@@ -120,6 +121,7 @@ def test_the_list_of_experiments():
     assert result.exit_code == 0
     names = [line.split()[0] for line in result.output.splitlines()]
     assert names == list(experiments.EXPERIMENTS)
+    assert len({re.search(r"\s{2,}", line).end() for line in result.output.splitlines()}) == 1
     assert "Rotation prediction (digits, mnist, cifar10)" in result.output
 
 

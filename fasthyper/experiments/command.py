@@ -31,8 +31,9 @@ def run(name: str, *, out: str | None, data_home: str | None, workers: int | Non
     from fasthyper.experiments import EXPERIMENTS
 
     if name == "list":
+        width = max(map(len, EXPERIMENTS)) + 2
         for experiment in EXPERIMENTS.values():
-            print(f"{experiment.name:<14}{experiment.title} ({', '.join(experiment.data)})")
+            print(f"{experiment.name:<{width}}{experiment.title} ({', '.join(experiment.data)})")
         return
     if name not in EXPERIMENTS and name != "all":
         _fail(ValueError(f"name: {name!r} is not an experiment; known are all, {', '.join(EXPERIMENTS)}"))

@@ -83,7 +83,8 @@ class Comparison:
         _known("data", data, experiment.data, f"a data set of {experiment.name}")
         chosen = experiment.studies(preset, data)
         if not chosen:
-            raise ValueError(f"preset: {experiment.name} has no studies in the preset {preset}")
+            others = " and ".join(other for other in PRESETS if experiment.studies(other, data)) or "none"
+            raise ValueError(f"preset: {experiment.name} has no studies in the preset {preset}, only in {others}")
         if depths is not None:
             values = parse_depths(depths) if isinstance(depths, str) else tuple(depths)
             chosen = tuple(replace(s, values=values) for s in chosen if s.axis.field == "depth")
