@@ -108,7 +108,9 @@ class Comparison:
                 raise ValueError(f"{name}: titles and claims of a study refer to it, so it cannot be changed")
         chosen = tuple(_with(s, settings) for s in chosen)
         if "lr" in settings:
-            chosen = tuple(replace(s, tuning=None) for s in chosen)
+            # A title may say that rates are tuned, or the paper's.
+            note = f" (changed: learning rate {settings['lr']:g})"
+            chosen = tuple(s if s.axis.field == "lr" else replace(s, tuning=None, title=s.title + note) for s in chosen)
         for name in settings:
             if not any(hasattr(s.setting, name) and s.axis.field != name for s in chosen):
                 raise ValueError(f"{name}: no study here has such a setting to change")

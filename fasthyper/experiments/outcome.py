@@ -222,8 +222,9 @@ def _on_the_paper(summary: Summary) -> list[str]:
         judged = [f for _, f in summary.findings if f.verdict != MEASURED]
         if judged:
             counts = Counter(finding.verdict for finding in judged)
-            of = "the claim" if len(judged) == 1 else f"{len(judged)} claims"
-            sentences.append(f"Of {of}: {listed([f'{count} {verdict}' for verdict, count in counts.items()])}.")
+            verdicts = listed([f"{count} {verdict}" for verdict, count in counts.items()])
+            one = f"Verdict on the claim: {judged[0].verdict}."
+            sentences.append(one if len(judged) == 1 else f"Of {len(judged)} claims: {verdicts}.")
     return sentences
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_experiment import BOTH, TINY
 
-from fasthyper.experiments import Comparison
+from fasthyper.experiments import ROTATION, Comparison
 from fasthyper.experiments.comparison import parse_depths, resolve_device
 from fasthyper.experiments.experiment import Axis
 
@@ -167,3 +167,11 @@ def test_seeds_differ_between_studies():
 
     comparison = Comparison.of(replace(TINY, studies=studies), device="cpu")
     assert [run.seed for run in comparison.runs()] == [0] * (6 + 6) + [1] * 6 + [2] * 6
+
+
+def test_a_given_learning_rate_is_in_the_titles_that_name_another():
+    frontier, depth = Comparison.of(ROTATION, lr=0.25, device="cpu").studies
+    assert frontier.title == "Over all trained parameters, at tuned learning rates (changed: learning rate 0.25)"
+    assert depth.title.endswith("at the paper's fixed learning rate and sizes (changed: learning rate 0.25)")
+    over_rates = Comparison.of(ROTATION, preset="standard", studies=["depth", "rate"], lr=0.25, device="cpu").studies[1]
+    assert over_rates.title == "Over the learning rate"

@@ -119,6 +119,8 @@ def test_without_a_frontier_and_primaries_verdicts_are_counted():
     claims = (Improves(text="It improves"), Improves(text="So does it", line=EMBEDDING))
     _, sentence = outcome(summary_of(pair(HYPER * [2, 1], EMBED * [1, 2]), claims=claims))
     assert sentence == "Of 2 claims: 1 reproduced and 1 not reproduced."
+    _, alone = outcome(summary_of(pair(HYPER * [2, 1], EMBED * [1, 2]), claims=claims[:1]))
+    assert alone == "Verdict on the claim: reproduced."
     assert outcome(summary_of({EMBEDDING: EMBED})) == []
 
 
