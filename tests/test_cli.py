@@ -47,14 +47,15 @@ def test_compare_ends_with_a_table_the_findings_and_a_report(tmp_path):
     assert result.exit_code == 0, result.output
     lines = [line.strip() for line in result.output.splitlines()]
     assert "Rotation prediction, digits" in lines
-    assert "Over the depth of f and e: test error (%)" in lines
+    title = "Over the depth of f and e, at the paper's fixed learning rate and sizes: test error (%)"
+    assert title in lines
     for label in ("hypernetwork ", "embedding ", "guessing "):
         (row,) = [line for line in lines if line.startswith(label)]
         assert re.search(r"\d+\.\d \[-?\d+\.\d, \d+\.\d\]$", row)
-    (outcome,) = [n for n, line in enumerate(lines) if line.startswith("The paper's claim is about primaries: ")]
-    assert outcome < lines.index("Over the depth of f and e: test error (%)")
+    (outcome,) = [n for n, line in enumerate(lines) if line.startswith("The paper's claim: ")]
+    assert outcome < lines.index(title)
     claim = "At the paper's sizes (N_q >= N_g), the hypernetwork wins by a wide margin"
-    assert any(re.match(rf"[✓✗?] .*: {re.escape(claim)}.* \(depth, the paper\)", line) for line in lines)
+    assert any(re.match(rf"[✓✗?–] \w+.* depth +{re.escape(claim)}", line) for line in lines)
     assert "4/4 runs" in result.output
     assert f"Report: {tmp_path / 'out' / 'report.html'}" in lines
     assert sorted(os.listdir(tmp_path / "out")) == FILES

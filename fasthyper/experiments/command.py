@@ -152,7 +152,7 @@ def _print_summary(console: Console, summary: Summary, out: Path) -> None:
     from fasthyper.experiments.experiment import value_text
     from fasthyper.experiments.figures import short_name
     from fasthyper.experiments.outcome import outcome
-    from fasthyper.experiments.report import PAGE_FILE, diverged, measured_text, p_text, sign
+    from fasthyper.experiments.report import PAGE_FILE, diverged, measured_text
 
     def say(text: str, **options: Any) -> None:
         console.print(text, highlight=False, markup=False, **options)
@@ -176,10 +176,23 @@ def _print_summary(console: Console, summary: Summary, out: Path) -> None:
         if lost := diverged(results):
             say(f"diverged: {'; '.join(lost)}")
     say("")
-    for study, finding in summary.findings:
-        p = f", p {p_text(finding)}" if p_text(finding) else ""
-        say(f"{sign(finding.verdict)['sign']} {finding.verdict}{p}: {finding.claim} ({study.name}, {finding.whose})")
+    if summary.findings:
+        for line in _verdicts(summary, console.width):
+            say(line)
     say(f"Report: {out / PAGE_FILE}", soft_wrap=True)
+
+
+def _verdicts(summary: Summary, width: int) -> list[str]:
+    """Return a table of the verdicts, a line each; the page has the claims in full."""
+    from fasthyper.experiments.report import p_text, sign
+
+    rows = [("  verdict", "p", "study", "claim")]
+    for study, finding in summary.findings:
+        verdict = f"{sign(finding.verdict)['sign']} {finding.verdict}"
+        rows.append((verdict, p_text(finding), study.name, finding.short))
+    widths = [max(len(row[n]) for row in rows) for n in range(3)]
+    lines = ["  ".join([*map(str.ljust, row[:3], widths), row[3]]) for row in rows]
+    return [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
 
 
 def _fail(error: Exception | str, code: int = 2) -> NoReturn:

@@ -196,6 +196,7 @@ class Finding:
         p: the two-sided p-value of the test of the claim; None if there is no test, or one seed only.
         adjusted: the same after Holm's correction for all claims of the page.
         detects: the smallest effect that the test would find with a chance of 80 %, in words.
+        short: the claim in a few words.
     """
 
     claim: str
@@ -206,6 +207,7 @@ class Finding:
     p: float | None = None
     adjusted: float | None = None
     detects: str = ""
+    short: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,11 +223,13 @@ class Claim:
         whose: its source: `PAPER`, `ASKED` (this library), `THEOREM`, or the name of another paper.
         premises: claims without which this one says nothing. Where one of them is not a yes, the verdict is `"premise
             unmet"`.
+        short: the statement in a few words, for the terminal; empty: the text.
     """
 
     text: str
     whose: str = PAPER
     premises: tuple[Claim, ...] = ()
+    short: str = ""
     rule: ClassVar[str]
 
     def concerns(self, results: Any) -> bool:

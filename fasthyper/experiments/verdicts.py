@@ -85,4 +85,5 @@ class Page:
         p = None if outcome is None else outcome.p
         detects = "" if p is None else claim.detects(results, self.level)
         adjusted = self.adjusted.get((number, claim))
-        return Finding(claim.text, claim.whose, verdict, evidence, claim.rule, p, adjusted, detects)
+        short = claim.short or claim.text
+        return Finding(claim.text, claim.whose, verdict, evidence, claim.rule, p, adjusted, detects, short)

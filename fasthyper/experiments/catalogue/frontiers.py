@@ -53,6 +53,7 @@ def about_primaries(level: Level, whose: str = PAPER) -> Claim:
     """Return the claim that the hypernetwork errs less than the embedding method, though its primary is smaller."""
     return Wins(
         text="Primaries: with fewer weights in g than in q, the hypernetwork errs less than the embedding method",
+        short="primaries: the hypernetwork errs less than the embedding method",
         whose=whose,
         premises=(learns(level, HYPERNETWORK, EMBEDDING),),
     )
@@ -63,6 +64,7 @@ def about_totals(level: Level, methods: tuple[str, ...]) -> tuple[Claim, ...]:
     return tuple(
         Wins(
             text=f"Totals: with as many trained parameters, the hypernetwork errs less than {name}",
+            short=f"totals: it errs less than {name}",
             over=method,
             whose=ASKED,
             premises=(learns(level, HYPERNETWORK, method),),
