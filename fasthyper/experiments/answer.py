@@ -11,23 +11,25 @@ import math
 import re
 import statistics
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from fasthyper.experiments.drawing import Ratio, forest
+from fasthyper.experiments.drawing import Ratio, forest, rounded
 from fasthyper.experiments.files import write_atomically
 from fasthyper.experiments.methods import HYPERNETWORK
 from fasthyper.experiments.outcome import (
     Standing,
     counted_verdicts,
     error_text,
-    factor,
     frontiers,
     is_frontier,
     listed,
+    made_with,
     name,
+    times,
     verdict_on_primaries,
 )
 from fasthyper.experiments.report import PAGE_FILE as REPORT_PAGE
@@ -39,6 +41,8 @@ PAGE_FILE, LINES_FILE = "answer.html", "answer.md"
 TEMPLATE = "answer_template.html"
 END = "<!-- end -->"
 _NONE = "No study here compares the hypernetwork with methods of equal totals"
+_NAMED = 3
+"""How many tasks a sentence names."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,19 @@ class Structure:
     def label(self) -> str:
         """The structure in words."""
         return self.results.study.structure
+
+    @property
+    def short(self) -> str:
+        """A name for sentences: that of the experiment, or the first words of the structure if it has several."""
+        own = list(frontiers(self.summary))
+        first = re.split("[,:]", self.label)[0]
+        return first if len(own) > 1 else self.summary.comparison.experiment.name
+
+    @property
+    def heading(self) -> str:
+        """The short name with what the structure says first."""
+        first = self.label.split(":")[0]
+        return first if first.startswith(self.short) else f"{self.short}: {first}"
 
     @property
     def link(self) -> str:
@@ -89,9 +106,15 @@ class Structure:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of the table: the methods of least error, with what stands below them."""
+    """A cell of the table.
 
-    best: tuple[str, ...]
+    Attributes:
+        best: the method of least error, with this error.
+        details: the methods that are not clearly worse, and the factor between the hypernetwork and the best other.
+        with_hypernetwork: whether the hypernetwork is the best, or not clearly worse.
+    """
+
+    best: str
     details: tuple[str, ...]
     with_hypernetwork: bool
 
@@ -103,15 +126,15 @@ def structures(summaries: Sequence[Summary]) -> list[Structure]:
 
 
 def cell(standing: Standing) -> Cell:
-    """Return the cell of a standing: the factor is between the hypernetwork and the best other method."""
-    best = standing.best
-    error = error_text(standing.results, standing.rows[best[0]].measured)
-    if best[0] == HYPERNETWORK:
-        assert standing.other is not None
-        ratio = f"{name(standing.other)}: {factor(standing.ratio(standing.other, HYPERNETWORK))} times"
-    else:
-        ratio = f"hypernetwork: {factor(standing.ratio(HYPERNETWORK, best[0]))} times"
-    return Cell(tuple(name(m).removeprefix("the ") for m in best), (error, ratio), HYPERNETWORK in best)
+    """Return the cell of a standing."""
+    first, *tied = standing.best
+    assert standing.other is not None
+    method, over = (standing.other, first) if first == HYPERNETWORK else (HYPERNETWORK, first)
+    error = error_text(standing.results, standing.rows[first].measured.mean)
+    details = [f"{name(method).removeprefix('the ')}: {times(standing.ratio(method, over), 'this error')}"]
+    if tied:
+        details.insert(0, f"not clearly worse: {listed([name(m).removeprefix('the ') for m in tied])}")
+    return Cell(f"{name(first).removeprefix('the ')}, {error}", tuple(details), HYPERNETWORK in standing.best)
 
 
 def answer(summaries: Sequence[Summary]) -> list[tuple[str, str]]:
@@ -144,13 +167,18 @@ def answer_html(summaries: Sequence[Summary]) -> str:
         figure=_figure(found) if found else "",
         summaries=summaries,
         page=REPORT_PAGE,
+        made_with=made_with(summaries),
     )
 
 
 def markdown(summaries: Sequence[Summary]) -> str:
-    """Return the answer as a list in Markdown."""
-    lines = (f"- **{question}.** {text}" for question, text in answer(summaries))
-    wrapped = (textwrap.wrap(line, 108, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
+    """Return the answer as a list in Markdown, and how it was made."""
+    lines = [f"- **{question}.** {text}" for question, text in answer(summaries)]
+    lines += ["", f"Made by `fasthyper compare all`: {made_with(summaries)}."]
+    wrapped = (
+        textwrap.wrap(line, 110, subsequent_indent="  " if line[:1] == "-" else "", break_on_hyphens=False) or [""]
+        for line in lines
+    )
     return "\n".join(part for line in wrapped for part in line) + "\n"
 
 
@@ -187,37 +215,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _when(found: Sequence[Structure]) -> str:
-    alone: list[str] = []
-    shared: list[str] = []
-    behind: dict[str, list[str]] = {}
+    alone: list[Structure] = []
+    shared: list[Structure] = []
+    behind: list[Structure] = []
     for structure in found:
         best = structure.at_equal_totals.best
-        if best == (HYPERNETWORK,):
-            alone.append(structure.label)
-        elif HYPERNETWORK in best:
-            shared.append(structure.label)
-        else:
-            behind.setdefault(name(best[0]), []).append(structure.label)
-    parts = [f"has the least error alone in {len(alone)} of {len(found)} structures" + _in_brackets(alone)]
+        (alone if best == (HYPERNETWORK,) else shared if HYPERNETWORK in best else behind).append(structure)
+    parts = [f"has the least error in {len(alone)} of {_tasks(len(found))}{_in_brackets(alone)}"]
     if shared:
-        parts.append(f"shares it in {len(shared)}" + _in_brackets(shared))
+        parts.append(f"shares it in {len(shared)}{_in_brackets(shared)}")
     if behind:
-        leaders = listed([f"{leader} leads{_in_brackets(where)}" for leader, where in behind.items()])
-        parts.append(f"is behind in {sum(len(where) for where in behind.values())}: {leaders}")
-    return f"With as many trained parameters in total, the hypernetwork {listed(parts)}."
+        ((leader, count),) = Counter(s.at_equal_totals.best[0] for s in behind).most_common(1)
+        often = "" if count == len(behind) else "mostly "
+        parts.append(f"is behind in {len(behind)} ({often}{name(leader)} leads)")
+    return f"With as many trained parameters, the hypernetwork {listed(parts)}."
 
 
 def _how_much(found: Sequence[Structure]) -> str:
-    ratios = [(_to_best_other(s.at_equal_totals), s.label) for s in found]
-    ratios = [(ratio, label) for ratio, label in ratios if 0 < ratio.mean < math.inf]
+    ratios = [(_to_best_other(s.at_equal_totals).mean, s.short) for s in found]
+    ratios = [(ratio, label) for ratio, label in ratios if 0 < ratio < math.inf]
     if not ratios:
         return "Unknown: no ratio of errors is finite."
-    (least, where), (most, elsewhere) = (pick(ratios, key=lambda pair: pair[0].mean) for pick in (min, max))
-    text = f"Its error is {factor(least)} times that of the best other method ({where})"
-    if len(ratios) > 1:
-        mean = statistics.geometric_mean(ratio.mean for ratio, _ in ratios)
-        text += f" to {factor(most)} times ({elsewhere}); {mean:.3g} times in the geometric mean"
-    return text + "."
+    (least, where), (most, elsewhere) = min(ratios), max(ratios)
+    if len(ratios) == 1:
+        return f"Its error is {rounded(least)} times that of the best other method ({where})."
+    mean = rounded(statistics.geometric_mean(ratio for ratio, _ in ratios))
+    return (
+        f"Its error is {rounded(least)} ({where}) to {rounded(most)} times ({elsewhere}) that of the best other method,"
+        f" {mean} times on average."
+    )
 
 
 def _cost(found: Sequence[Structure]) -> str:
@@ -226,33 +252,28 @@ def _cost(found: Sequence[Structure]) -> str:
         assert standing.other is not None
         own, other = standing.rows[HYPERNETWORK], standing.rows[standing.other]
         flops.append(own.training_flops / other.training_flops)
-        primaries.append(own.primary_parameters / other.primary_parameters)
+        primaries.append(100 * own.primary_parameters / other.primary_parameters)
     return (
-        f"With equal totals, its training takes {_range(flops)} times the flops of the best other method, and the"
-        f" network that is applied to x, once its weights are known, has {_range(primaries)} times the parameters."
+        f"Training takes {_range(flops)} times the flops of the best other method. The network it generates, which is"
+        f" all that runs for further x, has {_range(primaries)} % of the other's parameters."
     )
 
 
 def _how_sure(found: Sequence[Structure], summaries: Sequence[Summary]) -> str:
     signs = [s.sign(s.other) for structure in found for s in structure.standings.values() if s.other]
-    seeds = sorted({structure.results.study.seeds for structure in found})
     tuned = sum(structure.results.study.tuning is not None for structure in found)
-    presets = listed(list(dict.fromkeys(summary.comparison.preset for summary in summaries)))
+    rates = "tuned rates" if tuned == len(found) else f"rates tuned in {tuned} of {_tasks(len(found))}"
+    seeds = _seeds(found)
     text = (
-        f"{_seeds_text(seeds)}: the hypernetwork and the best other method are"
-        f" told apart in {len(signs) - signs.count(0)} of {len(signs)} cells of structure and budget. Learning rates"
-        f" are tuned for each method in {tuned} of {len(found)} structures; preset {presets}."
+        f"{seeds}, {rates}. One seed says nothing about the spread: no case is told apart."
+        if seeds == "1 seed"
+        else f"{seeds}, {rates}. 95 % intervals tell it from the best other method in"
+        f" {len(signs) - signs.count(0)} of {len(signs)} cases."
     )
     primaries = [finding for summary in summaries for finding in verdict_on_primaries(summary)]
     if primaries:
-        text += f" Verdict on the paper's own claim, about primaries (N_g against N_q): {counted_verdicts(primaries)}."
+        text += f" The paper's own claim, about the small network alone, is {counted_verdicts(primaries)}."
     return text
-
-
-def _seeds_text(seeds: Sequence[int]) -> str:
-    if list(seeds) == [1]:
-        return "One seed, so nothing is known of its spread"
-    return f"{' or '.join(map(str, seeds))} seeds, paired, 95 % intervals"
 
 
 def _fails(found: Sequence[Structure]) -> str:
@@ -266,19 +287,19 @@ def _fails(found: Sequence[Structure]) -> str:
     if behind:
         ratio, structure, value, standing = max(behind, key=lambda item: item[0].mean)
         assert standing.other is not None
+        size = "" if value == 1 else f" with {value:g} times the parameters"
         parts.append(
-            f"It is furthest behind in: {structure.label}, at {value:g} times the paper's total, with {factor(ratio)}"
-            f" times the error of {name(standing.other)}."
+            f"Furthest behind in {structure.short}{size}: {times(ratio, f'the error of {name(standing.other)}')}."
         )
     else:
-        parts.append("In no cell is it surely behind the best other method.")
+        parts.append("It is nowhere surely behind the best other method.")
     losses: dict[str, list[str]] = {}
     for structure in found:
         for value, who in structure.lost.items():
-            losses.setdefault(who, []).append(f"{structure.label}, at {value:g} times the paper's total")
-    parts += [f"All runs of {who} diverged in: {'; '.join(where)}." for who, where in losses.items()]
-    if unlearned := [f"{s.label} (against: {s.unbeaten})" for s in found if s.unbeaten]:
-        parts.append(f"Nothing is surely learned, by any method, in: {'; '.join(unlearned)}.")
+            losses.setdefault(who, []).append(f"{structure.short}, at {value:g} times the paper's total")
+    parts += [f"All runs of {who} diverged in {'; '.join(where)}." for who, where in losses.items()]
+    if unlearned := [s for s in found if s.unbeaten]:
+        parts.append(f"No method surely learns {listed(_names(unlearned))}.")
     rows = [row for structure in found for row in structure.results.rows() if not row.line.dashed]
     if lost := sum(row.diverged for row in rows):
         own = sum(row.diverged for row in rows if row.line.method == HYPERNETWORK)
@@ -297,21 +318,36 @@ def _to_best_other(standing: Standing) -> Interval:
     return standing.ratio(HYPERNETWORK, standing.other)
 
 
-def _in_brackets(labels: Sequence[str]) -> str:
-    return f" ({'; '.join(labels)})" if labels else ""
+def _in_brackets(found: Sequence[Structure]) -> str:
+    return f" ({listed(_names(found))})" if found else ""
+
+
+def _names(found: Sequence[Structure]) -> list[str]:
+    """Return the short names, at most three of them, and the number of the others."""
+    names = [structure.short for structure in found]
+    return names if len(names) <= _NAMED else [*names[: _NAMED - 1], f"{len(names) - _NAMED + 1} others"]
+
+
+def _tasks(count: int) -> str:
+    return f"{count} task{'' if count == 1 else 's'}"
+
+
+def _seeds(found: Sequence[Structure]) -> str:
+    seeds = sorted({structure.results.study.seeds for structure in found})
+    return f"{' or '.join(map(str, seeds))} seed{'' if seeds == [1] else 's'}"
 
 
 def _range(numbers: Sequence[float]) -> str:
-    low, high = (f"{number:.2g}" for number in (min(numbers), max(numbers)))
+    low, high = rounded(min(numbers)), rounded(max(numbers))
     return low if low == high else f"{low} to {high}"
 
 
 def _figure(found: Sequence[Structure]) -> str:
     groups = [
         (
-            structure.label,
+            structure.heading,
             [
-                Ratio(f"{value:g} ×", _to_best_other(standing), name(str(standing.other)))
+                Ratio("paper's" if value == 1 else f"{value:g} ×", _to_best_other(standing), name(str(standing.other)))
                 for value, standing in structure.standings.items()
             ],
         )

@@ -11,12 +11,15 @@ import math
 import re
 from typing import Any
 
-from fasthyper.experiments.drawing import INK, Panel, Series, svg
+from fasthyper.experiments.drawing import INK, Panel, Series, rounded, svg
 from fasthyper.experiments.experiment import Line, value_text
 from fasthyper.experiments.methods import HYPERNETWORK, METHODS
 from fasthyper.experiments.results import Interval, Results, Row
 
 _FURTHER_STYLES = (("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "v"))
+_LEAST_RANGE = 3.0
+"""The least ratio of the ends of the axis of a frontier."""
+
 _COUNT_LABELS = {
     "primary_parameters": "N_g or N_q, parameters of the primary",
     "trainable_parameters": "trained parameters in total",
@@ -55,17 +58,49 @@ def _seeds(results: Results) -> str:
 
 
 def _over_count(results: Results, count: str) -> Panel:
+    """Return the panel of a frontier over a number of each run.
+
+    Over parameters, the ticks are at the sizes, and lines are offset a little, since their totals are equal.
+    """
     study = results.study
-    what = {"trainable_parameters": "trained parameters", "training_flops": "training flops"}[count]
+    solid = sum(not line.dashed for line in study.all_lines())
+    equal = count == "trainable_parameters"
+    xs = [float(getattr(row, count)) for row in results.rows() if not row.line.dashed]
+    low, high = _at_least(math.sqrt(_LEAST_RANGE), min(xs), max(xs))
+    step = 0.016 * math.log(high / low) if equal else 0.0
+
+    def position(row: Row, number: int) -> float:
+        offset = 0 if row.line.dashed else number - (solid - 1) / 2
+        return float(getattr(row, count)) * math.exp(step * offset)
+
     return Panel(
-        title=f"{study.measure.label} for equal {what}".capitalize(),
-        subtitle=f"lower and further left is better; {_seeds(results)}",
+        title="Error over trained parameters" if equal else "Error over the cost of training",
+        subtitle=(f"{study.measure.heading}; lower is better", f"{_seeds(results)}; further left is cheaper"),
         x_label=_COUNT_LABELS[count],
-        y_label=study.measure.heading,
-        series=_series(results, lambda row, _: float(getattr(row, count))),
+        series=_series(results, position),
         x_log=True,
         y_log=True,
+        x_ends=(low, high),
+        ticks=_sizes(results) if equal else (),
     )
+
+
+def _at_least(factor: float, low: float, high: float) -> tuple[float, float]:
+    """Return the ends of a logarithmic axis: the numbers, but each at least a factor from their middle."""
+    middle = math.sqrt(low * high)
+    edge = (high / low) ** 0.1
+    return min(low / edge, middle / factor), max(high * edge, middle * factor)
+
+
+def _sizes(results: Results) -> tuple[tuple[float, str], ...]:
+    """Return a tick for each size of a frontier: the total of the hypernetwork, or of the first method."""
+    study = results.study
+    of = HYPERNETWORK if HYPERNETWORK in study.methods else study.methods[0]
+    totals = {
+        row.value: row.trainable_parameters for row in results.rows() if row.line.method == of and not row.line.dashed
+    }
+    names = {value: "the paper's" if value == 1 else f"{value:g} × paper's" for value in totals}
+    return tuple((float(total), f"{rounded(total)}\n{names[value]}") for value, total in totals.items())
 
 
 def _over_axis(results: Results) -> Panel:
@@ -74,10 +109,9 @@ def _over_axis(results: Results) -> Panel:
     solid = sum(not line.dashed for line in study.all_lines())
     position = lambda row, number: _position(results, row, number - (solid - 1) / 2)
     return Panel(
-        title=study.title,
-        subtitle=f"lower is better; {_seeds(results)}",
+        title=study.measure.label[:1].upper() + study.measure.label[1:],
+        subtitle=(f"{study.measure.heading}; lower is better", _seeds(results)),
         x_label=axis.label if axis.count is None else _COUNT_LABELS[axis.count],
-        y_label=study.measure.heading,
         series=_series(results, position),
         x_log=axis.log or axis.count is not None,
         y_log=study.measure.log,
@@ -110,9 +144,11 @@ def _paired(results: Results, first: Panel) -> Panel:
     unit = " (points)" if measure.percent else ""
     return Panel(
         title="The same, paired with the hypernetwork",
-        subtitle=f"above the line at {level:g}, the hypernetwork has less error",
+        subtitle=(
+            "error / error of the hypernetwork" if measure.log else f"error − error of the hypernetwork{unit}",
+            f"above the line at {level:g}, the hypernetwork has less error",
+        ),
         x_label=first.x_label,
-        y_label="error / error of the hypernetwork" if measure.log else f"error − error of the hypernetwork{unit}",
         series=[*found, Series("hypernetwork", INK, "", even, dash="-")],
         x_log=first.x_log,
         y_log=measure.log,
@@ -131,6 +167,7 @@ def _series(results: Results, position: Any) -> list[Series]:
         colour, marker = ("#666666", "") if line.dashed else _style(results, line, solid)
         series = Series(short_name(line.label), colour, marker, joined=line.dashed or not _categories(results))
         series.dash = next(dashes) if line.dashed else ""
+        series.strong = line.method == HYPERNETWORK and not line.dashed and len(study.methods) > 1
         for row in rows:
             series.points.append((position(row, number), row.measured.map(measure.displayed), row.diverged))
         found.append(series)

@@ -192,7 +192,7 @@ METHODS: Mapping[str, Method] = {
     WIDE_E: Method(
         "embedding, wide e", networks.embedding, "#E69F00", "D", OF_E, EMBEDDING_SIZE, equal=True, embeds=True
     ),
-    WIDE_Q: Method("embedding, wide q", networks.embedding_narrow, "#D55E00", "p", OF_Q, OF_E, equal=True),
+    WIDE_Q: Method("embedding, wide q", networks.embedding_narrow, "#CC79A7", "p", OF_Q, OF_E, equal=True),
     DEEP_Q: Method("embedding, deep q", networks.embedding_narrow, "#882255", "h", OF_DEEP_Q, OF_E, equal=True),
     FILM_WIDE: Method("FiLM, wide q", networks.film, "#009E73", ">", OF_Q, OF_F, equal=True),
     ATTENTION: Method("attention q(x, a(x, I))", networks.Attention, "#56B4E9", "d", OF_Q, OF_F, equal=True),

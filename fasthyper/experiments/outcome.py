@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from fasthyper.experiments.claims import Wins
-from fasthyper.experiments.drawing import number_text
+from fasthyper.experiments.drawing import rounded
 from fasthyper.experiments.experiment import MEASURED, PAPER, Finding, Study, value_text
 from fasthyper.experiments.figures import short_name
 from fasthyper.experiments.methods import EMBEDDING, HYPERNETWORK, METHODS
 from fasthyper.experiments.results import Interval, Results, Row, exp
 from fasthyper.experiments.summary import Summary
+
+_SHORT = 20
+"""Letters of the name of a measure that a sentence can take."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,9 @@ class Standing:
 
     @property
     def best(self) -> tuple[str, ...]:
-        """The method with the least error, and all whose paired interval to it includes no difference."""
+        """The method with the least error, and all that do not surely have more."""
         first, *others = self.rows
-        tied = [m for m in others if not self.results.advantage(first, m, self.value).low > 0]
-        return (first, *tied)
+        return (first, *(m for m in others if self.apart(m, first) <= 0))
 
     @property
     def other(self) -> str | None:
@@ -59,17 +61,30 @@ class Standing:
 
     def sign(self, method: str) -> int:
         """Return 1 if a method has more error than the hypernetwork, -1 if less, 0 if they are not told apart."""
-        apart = self.results.advantage(HYPERNETWORK, method, self.value)
-        return 1 if apart.low > 0 else -1 if apart.high < 0 else 0
+        return self.apart(method, HYPERNETWORK)
+
+    def apart(self, method: str, over: str) -> int:
+        """Return 1 if a method surely has more error than another, -1 if less, else 0.
+
+        The interval of `ratio` decides; where there is none, because an error is zero, that of the difference.
+        """
+        apart, even = self.ratio(method, over), 1.0
+        if math.isnan(apart.mean):
+            apart, even = self.results.advantage(over, method, self.value), 0.0
+        return 1 if apart.low > even else -1 if apart.high < even else 0
 
     def ratio(self, method: str, over: str) -> Interval:
-        """Return the error of a method over that of another, paired by seed: the geometric mean of the ratios."""
+        """Return the error of a method over that of another, paired by seed: the geometric mean of the ratios.
+
+        It is NaN if an error is zero. Runs that are missing are left out.
+        """
         results = self.results
         if results.study.measure.log:
             return results.advantage(over, method, self.value).map(exp)
-        pairs = zip(*(results.per_seed(results.line(m), self.value) for m in (method, over)), strict=True)
-        ratios = [math.log(a / b) for a, b in pairs if 0 < a < math.inf and 0 < b < math.inf]
-        return Interval.of(ratios or [math.nan]).map(exp)
+        found = zip(*(results.per_seed(results.line(m), self.value) for m in (method, over)), strict=True)
+        pairs = [pair for pair in found if all(map(math.isfinite, pair))]
+        ratios = [math.log(a / b) if a > 0 and b > 0 else math.nan for a, b in pairs]
+        return Interval.of(ratios).map(exp)
 
 
 def competes(method: str) -> bool:
@@ -97,28 +112,78 @@ def at_equal_totals(results: Results) -> Standing:
 
 def outcome(summary: Summary) -> list[str]:
     """Return the outcome in sentences: at equal totals in each frontier, then on the claims of the paper."""
-    sentences = [_at_equal_totals(results) for results in frontiers(summary)] or _least_of_all(summary)
+    found = list(frontiers(summary))
+    sentences = [_at_equal_totals(results, named=len(found) > 1) for results in found] or _least_of_all(summary)
     return [*sentences, *_on_the_paper(summary)]
 
 
-def factor(ratio: Interval) -> str:
-    """Return a ratio with its interval as text.
+def certainty(summary: Summary) -> str:
+    """Return how sure the outcome is, and how it was made."""
+    found = list(frontiers(summary))
+    tuned = [results for results in found if results.study.tuning is not None]
+    parts = []
+    if found:
+        parts.append(
+            "In brackets: 95 % interval of the ratio of errors, paired by seed. “Clearly”: it excludes 1. It is of one"
+            " pair of methods at one size; the claims below average over sizes, and their verdicts are corrected for"
+            " their number (Holm)"
+        )
+    if tuned:
+        each = "Learning rates are chosen for each method, on examples that are not for testing"
+        edges = sum(rate.at_edge for rate in summary.rates)
+        at_edge = f"; {edges} of {len(summary.rates)} lie at the edge of their grid" if edges else ""
+        parts.append(each + at_edge)
+    return ". ".join([*parts, f"Made with {made_with([summary])}."])
+
+
+def made_with(summaries: Sequence[Summary]) -> str:
+    """Return preset, seeds, device, version and date of comparisons."""
+    presets = _unique(summary.comparison.preset for summary in summaries)
+    seeds = sorted({results.study.seeds for summary in summaries for results in summary.results})
+    versions = [version for summary in summaries for version in summary.versions]
+    devices = _unique(version.get("device", "") for version in versions) or _unique(
+        summary.comparison.device for summary in summaries
+    )
+    count = " or ".join(map(str, seeds))
+    return ", ".join(
+        [
+            f"preset {listed(presets)}",
+            f"{count} seed{'' if seeds == [1] else 's'}",
+            listed(devices),
+            *(f"fasthyper {version}" for version in _unique(version.get("fasthyper", "") for version in versions)),
+            *_unique([max(summary.date for summary in summaries)]),
+        ]
+    )
+
+
+def _unique(words: Iterable[str]) -> list[str]:
+    """Return those that are not empty, each once."""
+    return [word for word in dict.fromkeys(words) if word]
+
+
+def times(ratio: Interval, of: str) -> str:
+    """Return a ratio with its interval in words.
 
     Example:
-        >>> factor(Interval(1.894, 1.73, 2.08)), factor(Interval(math.nan, 0.0, math.inf))
-        ('1.89 [1.73, 2.08]', 'an unknown number of')
+        >>> times(Interval(1.894, 1.73, 2.08), "it"), times(Interval(math.nan, 0.0, math.inf), "it")
+        ('1.9 times it (1.7 to 2.1)', 'an unknown number of times it')
     """
-    return ratio.text(".3g", "an unknown number of")
+    if math.isnan(ratio.mean):
+        return f"an unknown number of times {of}"
+    interval = "" if math.isinf(ratio.high) else f" ({rounded(ratio.low)} to {rounded(ratio.high)})"
+    return f"{rounded(ratio.mean)} times {of}{interval}"
 
 
 def name(method: str) -> str:
     """Return the name of a method within a sentence.
 
     Example:
-        >>> name("hypernetwork"), name("film_wide")
-        ('the hypernetwork', 'FiLM (wide q)')
+        >>> name("hypernetwork"), name("film_wide"), name("plain_wide")
+        ('the hypernetwork', 'FiLM (wide q)', 'one wide network')
     """
     words, _, part = short_name(METHODS[method].label).partition(", ")
+    if part == "wide":
+        return words.replace("one ", "one wide ")
     return ("the " if method == HYPERNETWORK else "") + words + (f" ({part})" if part else "")
 
 
@@ -132,13 +197,10 @@ def listed(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def error_text(results: Results, interval: Interval) -> str:
-    """Return an error with its interval in the displayed unit."""
+def error_text(results: Results, error: float) -> str:
+    """Return an error in the displayed unit."""
     measure = results.study.measure
-    shown = interval.map(measure.displayed)
-    if measure.percent:
-        return f"{shown.mean:.1f} %" + ("" if math.isinf(shown.high) else f" [{shown.low:.1f}, {shown.high:.1f}]")
-    return shown.text(".3g", "unknown")
+    return f"{measure.displayed(error):.1f} %" if measure.percent else rounded(error)
 
 
 def verdict_on_primaries(summary: Summary) -> list[Finding]:
@@ -162,29 +224,28 @@ def counted_verdicts(findings: Sequence[Finding]) -> str:
     return listed([f"{verdict} in {count}" for verdict, count in found.items()]) + f" of {len(findings)} tests"
 
 
-def _at_equal_totals(results: Results) -> str:
+def _at_equal_totals(results: Results, named: bool) -> str:
     standing = at_equal_totals(results)
-    study, best = results.study, standing.best
-    rows = standing.rows
-    first, total = best[0], rows[best[0]].trainable_parameters
-    size = "" if standing.value == 1 else f", {standing.value:g} times the paper's"
-    text = (
-        f"At equal totals ({number_text(total)} trained parameters{size}; {study.structure}), {name(first)} has the"
-        f" least {study.measure.label}, {error_text(results, rows[first].measured)}"
-    )
-    tied = [name(m) for m in best[1:]]
-    text += f"; {listed(tied)} {'is' if len(tied) == 1 else 'are'} not told apart from it." if tied else "."
-    rest = [m for m in rows if m not in best]
-    parts = []
-    if rest and rest[0] != HYPERNETWORK:
-        parts.append(f"the next, {name(rest[0])}, has {factor(standing.ratio(rest[0], first))} times this error")
+    study, rows = results.study, standing.rows
+    first, *tied = standing.best
+    total = rows.get(HYPERNETWORK, rows[first]).trainable_parameters
+    size = "" if standing.value == 1 else f" ({standing.value:g} times the paper's total)"
+    label = study.measure.label if len(study.measure.label) <= _SHORT else "error"
+    lead = f"{study.title}. " if named else ""
+    parts = [
+        f"{lead}With about {rounded(total)} trained parameters each{size}, {name(first)} has"
+        f" the least {label}, {error_text(results, rows[first].measured.mean)}"
+    ]
+    if tied:
+        parts.append(f"Not clearly worse: {listed([name(m) for m in tied])}")
+    rest = [m for m in rows if m not in standing.best]
     if HYPERNETWORK in rows and first != HYPERNETWORK:
-        parts.append(f"the hypernetwork has {factor(standing.ratio(HYPERNETWORK, first))} times this error")
-    sentence = "; ".join(parts)
-    text += f" {sentence[0].upper()}{sentence[1:]}." if parts else ""
-    return text + (
-        f" All runs of {listed([name(m) for m in standing.diverged])} diverged." if standing.diverged else ""
-    )
+        parts.append(f"The hypernetwork has {times(standing.ratio(HYPERNETWORK, first), 'its error')}")
+    elif rest:
+        parts.append(f"Next: {name(rest[0])}, with {times(standing.ratio(rest[0], first), 'its error')}")
+    if standing.diverged:
+        parts.append(f"All runs of {listed([name(m) for m in standing.diverged])} diverged")
+    return ". ".join(parts) + "."
 
 
 def _least_of_all(summary: Summary) -> list[str]:
@@ -196,35 +257,37 @@ def _least_of_all(summary: Summary) -> list[str]:
         if len({row.line.method for row in rows}) > 1:
             row = min(rows, key=lambda row: row.measured.mean)
             where = f"{study.axis.field.replace('_', ' ')} {value_text(row.value)}"
-            error = error_text(results, row.measured)
+            error = error_text(results, row.measured.mean)
             return [f"{study.title}: {name(row.line.method)} has the least {study.measure.label}, {error}, at {where}."]
     return []
 
 
 def _on_the_paper(summary: Summary) -> list[str]:
     sentences = []
-    found = verdict_on_primaries(summary)
-    if found:
-        sentences.append(
-            "The paper's claim is about primaries: with a small g, the hypernetwork wins over the embedding method with"
-            f" a larger q{_primaries(summary)}. Verdict: {counted_verdicts(found)}."
-        )
     standings = [at_equal_totals(results) for results in frontiers(summary)]
     signs = [s.sign(m) for s in standings if HYPERNETWORK in s.rows for m in s.rows if m != HYPERNETWORK]
     if signs:
-        where = "" if len(standings) == 1 else f", over {len(standings)} structures"
+        one = len(standings) == 1
+        words = ("clearly better than", "clearly worse than", "not told apart from")
+        if not one:
+            words = ("clearly better in", "clearly worse in", "not told apart in")
+        numbers = zip(words, map(signs.count, (1, -1, 0)), strict=True)
+        others = "other methods with as many parameters" if one else f"comparisons, over {len(standings)} tasks"
+        found = listed([f"{word} {count}" for word, count in numbers if count])
+        sentences.append(f"The hypernetwork is {found} of {len(signs)} {others}.")
+    primaries = verdict_on_primaries(summary)
+    if primaries:
         sentences.append(
-            f"Totals are another question. Of {len(signs)} other ways to spend as many trained parameters{where}, less"
-            f" error than the hypernetwork: {signs.count(-1)}; more: {signs.count(1)}; not told apart:"
-            f" {signs.count(0)}."
+            "The paper's claim: the hypernetwork errs less than the embedding method, though its network of x is"
+            f" smaller{_primaries(summary)}. Verdict: {counted_verdicts(primaries)}."
         )
     if not sentences:
         judged = [f for _, f in summary.findings if f.verdict != MEASURED]
         if judged:
             counts = Counter(finding.verdict for finding in judged)
             verdicts = listed([f"{count} {verdict}" for verdict, count in counts.items()])
-            one = f"Verdict on the claim: {judged[0].verdict}."
-            sentences.append(one if len(judged) == 1 else f"Of {len(judged)} claims: {verdicts}.")
+            alone = f"Verdict on the claim: {judged[0].verdict}."
+            sentences.append(alone if len(judged) == 1 else f"Of {len(judged)} claims: {verdicts}.")
     return sentences
 
 
@@ -237,5 +300,5 @@ def _primaries(summary: Summary) -> str:
                 for m in (HYPERNETWORK, EMBEDDING)
             ]
             if all(len(size) == 1 for size in sizes):
-                return f" (N_g = {min(sizes[0]):,} against N_q = {min(sizes[1]):,})"
+                return f" ({min(sizes[0]):,} weights against {min(sizes[1]):,})"
     return ""

@@ -16,7 +16,7 @@ from fasthyper.experiments.experiment import MEASURED, UNMET, Finding, Study, va
 from fasthyper.experiments.figures import panels, short_name
 from fasthyper.experiments.files import write_atomically
 from fasthyper.experiments.methods import HYPERNETWORK, METHODS
-from fasthyper.experiments.outcome import outcome
+from fasthyper.experiments.outcome import certainty, outcome
 from fasthyper.experiments.results import Results, Row
 from fasthyper.experiments.summary import Summary
 from fasthyper.experiments.tuning import Rate
@@ -134,7 +134,7 @@ class Claims:
     def counts(self) -> str:
         """How many claims have each verdict."""
         found = Counter(finding.verdict for _, finding in self.judged)
-        return ", ".join(f"{verdict} {count}" for verdict, count in found.most_common())
+        return ", ".join(f"{verdict} ({count})" for verdict, count in found.most_common())
 
 
 def report_html(summary: Summary) -> str:
@@ -143,6 +143,7 @@ def report_html(summary: Summary) -> str:
         TEMPLATE,
         summary=summary,
         sentences=outcome(summary),
+        certainty=certainty(summary),
         claims=Claims.of(summary.findings),
         figure=panels,
         anchor=anchor,

@@ -24,6 +24,7 @@ class Summary:
         findings: each finding with its study.
         versions: the different sets of versions that the runs were made with.
         rates: the learning rates that were chosen.
+        date: of the last run, such as 2026-11-30; empty if the records have none.
     """
 
     comparison: Comparison
@@ -31,6 +32,7 @@ class Summary:
     findings: tuple[tuple[Study, Finding], ...]
     versions: tuple[Mapping[str, str], ...]
     rates: tuple[Rate, ...] = ()
+    date: str = ""
 
 
 def summarise(comparison: Comparison, records: Sequence[Record]) -> Summary:
@@ -60,4 +62,5 @@ def summarise(comparison: Comparison, records: Sequence[Record]) -> Summary:
     for record in records:
         if record["versions"] not in versions:
             versions.append(record["versions"])
-    return Summary(comparison, results, judged(results), tuple(versions), with_rates.rates)
+    date = max((record.get("date", "")[:10] for record in records), default="")
+    return Summary(comparison, results, judged(results), tuple(versions), with_rates.rates, date)

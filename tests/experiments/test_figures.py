@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from made_up import JITTER, LOG, SIZE, pair, results_of
 
-from fasthyper.experiments.drawing import Panel, Series, spread, svg, y_limits
+from fasthyper.experiments.drawing import Panel, Series, far, spread, svg, y_limits
 from fasthyper.experiments.experiment import Axis, Line
 from fasthyper.experiments.figures import panels, panels_of
 from fasthyper.experiments.results import Interval
@@ -76,14 +76,60 @@ def test_colours_and_ids_are_left_to_the_page():
 def test_a_frontier_is_drawn_over_parameters_and_over_flops():
     results = results_of(pair(HYPER, EMBED), levels=(("zero", "nothing"),), extra={"zero": 0.7}, **FRONTIER)
     parameters, flops = panels_of(results)
-    assert parameters.title == "Test error for equal trained parameters"
-    assert flops.title == "Test error for equal training flops"
+    assert parameters.title == "Error over trained parameters"
+    assert flops.title == "Error over the cost of training"
     for panel, xs in ((parameters, [1000, 4000]), (flops, [6500, 26000])):
-        assert (panel.x_log, panel.y_log, panel.y_label) == (True, True, "test error (%)")
-        assert "lower and further left is better; mean of 3 seeds, bars: 95 % intervals" in panel.subtitle
+        assert (panel.x_log, panel.y_log) == (True, True)
+        assert panel.subtitle[0] == "test error (%); lower is better"
+        assert panel.subtitle[1] == "mean of 3 seeds, bars: 95 % intervals; further left is cheaper"
+        assert panel.x_ends[0] < min(xs) < max(xs) < panel.x_ends[1]
         for name in ("hypernetwork", "embedding", "nothing"):
-            assert [x for x, _, _ in drawn(panel, name).points] == xs
+            assert [x for x, _, _ in drawn(panel, name).points] == pytest.approx(xs, rel=0.05)
         assert drawn(panel, "nothing").dash
+    assert [drawn(parameters, name).strong for name in ("hypernetwork", "embedding", "nothing")] == [True, False, False]
+
+
+def test_a_frontier_has_a_tick_for_each_size_and_names_that_of_the_paper():
+    results = results_of(pair(HYPER, EMBED), (0.25, 1.0), axis=SIZE, structure="a product")
+    parameters, flops = panels_of(results)
+    assert parameters.ticks == ((500.0, "500\n0.25 × paper's"), (2000.0, "2,000\nthe paper's"))
+    assert flops.ticks == ()
+    places = [drawn(parameters, name).points[0][0] for name in ("hypernetwork", "embedding")]
+    assert places[0] < 500 < places[1]  # side by side: their totals are equal
+
+
+def test_a_frontier_of_one_size_has_an_axis_that_shows_no_difference_of_totals():
+    errors = pair(HYPER[:, :1], EMBED[:, :1])
+    parameters, _ = panels_of(results_of(errors, (1.0,), axis=SIZE, structure="a product"))
+    low, high = parameters.x_ends
+    assert high / low == pytest.approx(3)
+    assert low * high == pytest.approx(2000**2)
+
+
+def test_a_level_that_is_far_does_not_flatten_the_lines():
+    line = Series("a", "#0072B2", "o", [(1.0, Interval(0.1, 0.09, 0.11), 0), (2.0, Interval(0.2, 0.19, 0.21), 0)])
+    near, away = (
+        Series(name, "#666666", "", [(1.0, Interval(y, y, y), 0)], dash="--") for name, y in (("near", 0.25), ("b", 9))
+    )
+    panel = Panel("", ("", ""), "", [line, near, away], y_log=True)
+    assert [far(series, panel) for series in panel.series] == [False, False, True]
+    assert y_limits(panel)[1] < 0.5
+    image = svg(panel, "it")
+    assert "↑ 9: b" in image
+    assert "near" in image
+    linear = replace(panel, y_log=False)
+    assert not far(away, linear)
+    assert y_limits(linear)[1] > 9
+
+
+def test_titles_and_names_fit_beside_each_other():
+    levels = (("zero", "the best predictor that does not know I"),)
+    long = replace(LOG, label="mean squared error / variance of the target")
+    results = results_of(pair(HYPER, EMBED), levels=levels, extra={"zero": 0.7}, measure=long, **FRONTIER)
+    for panel, image in zip(panels_of(results), panels(results), strict=True):
+        assert len(panel.title) < 35
+        assert max(map(len, panel.subtitle)) < 65
+        assert ">the best predictor<" in image
 
 
 def test_what_is_drawn_is_the_means_and_their_intervals():
@@ -109,7 +155,7 @@ def test_other_methods_are_shown_paired_with_the_hypernetwork(log):
         ends = np.array([interval.mean, interval.low, interval.high])
         np.testing.assert_allclose([found.mean, found.low, found.high], np.exp(ends) if log else ends)
     assert {interval.mean for _, interval, _ in drawn(panel, "hypernetwork").points} == {1.0 if log else 0.0}
-    assert f"above the line at {1 if log else 0}, the hypernetwork has less error" in panel.subtitle
+    assert panel.subtitle[1] == f"above the line at {1 if log else 0}, the hypernetwork has less error"
 
 
 def test_without_a_hypernetwork_or_others_nothing_is_paired():
@@ -123,17 +169,22 @@ def test_a_diverged_run_is_marked_and_left_out_of_its_line():
     assert [diverged for _, _, diverged in points] == [0, 3]
     assert [x for x, _ in drawn(panel, "hypernetwork").shown(False)] == [points[0][0]]
     cross = lambda counts: svg(
-        Panel("", "", "", "", [Series("a", "#0072B2", "o", [(1.0, Interval(1, 1, 1), n) for n in counts])]), "it"
+        Panel("", ("", ""), "", [Series("a", "#0072B2", "o", [(1.0, Interval(1, 1, 1), n) for n in counts])]), "it"
     )
     assert cross([1]).count("<use") == cross([0]).count("<use") + 1
     everything = pair(HYPER * np.nan, EMBED)
-    assert "hypernetwork: diverged" in panels(results_of(everything))[0]
+    words = " ".join(ElementTree.fromstring(panels(results_of(everything))[0]).itertext())
+    assert "hypernetwork: diverged" in re.sub(r"\s+", " ", words)
 
 
 def test_scales_ticks_and_labels():
     panel = panels_of(results_of(pair(HYPER, EMBED), (4, 64), axis=WIDTHS, measure=LOG))[0]
     assert (panel.x_log, panel.y_log) == (True, True)
-    assert (panel.x_label, panel.y_label, panel.title) == ("units", "squared error", "Made up")
+    assert (panel.x_label, panel.subtitle[0], panel.title) == (
+        "units",
+        "squared error; lower is better",
+        "Squared error",
+    )
     assert panel.ticks == ((4.0, "4"), (64.0, "64"))
 
 
@@ -143,11 +194,11 @@ def test_long_bars_do_not_hide_the_differences_of_the_means(log):
     wide = [Interval(mean, mean / 1e9 if log else -1e9, 1e9) for mean in means]
     narrow = [Interval(mean, mean - 0.1, mean + 0.1) for mean in means]
     series = lambda intervals: [Series("a", "#0072B2", "o", [(n, i, 0) for n, i in enumerate(intervals)])]
-    low, high = y_limits(Panel("", "", "", "", series(wide), y_log=log))
+    low, high = y_limits(Panel("", ("", ""), "", series(wide), y_log=log))
     assert low < 2
     assert 4 < high < 20
-    assert y_limits(Panel("", "", "", "", series(narrow), y_log=log)) == pytest.approx((1.9, 4.1), rel=0.1)
-    assert y_limits(Panel("", "", "", "", series([]), y_log=log)) is None
+    assert y_limits(Panel("", ("", ""), "", series(narrow), y_log=log)) == pytest.approx((1.9, 4.1), rel=0.1)
+    assert y_limits(Panel("", ("", ""), "", series([]), y_log=log)) is None
 
 
 def test_categories_stand_side_by_side():
@@ -175,9 +226,10 @@ def test_published_values_are_drawn_beside_ours():
 
 @pytest.mark.parametrize("places", [[0.0] * 3, [1.0] * 3, [0.0, 0.05, 0.5, 0.99, 1.0], [0.5] * 20])
 def test_names_beside_lines_do_not_overlap(places):
-    found = spread(places, 0.062)
-    assert (np.diff(found) >= 0.062 - 1e-9).all()
+    heights = [0.062 * (1 + number % 2) for number in range(len(places))]
+    found = spread(places, heights)
+    assert (np.diff(found) >= 1.5 * 0.062 - 1e-9).all()
     assert len(found) == len(places)
     if len(places) < 15:
         assert found[0] >= -1e-9
-        assert found[-1] <= 1 + 1e-9
+        assert found[-1] + heights[-1] / 2 <= 1.031 + 1e-9

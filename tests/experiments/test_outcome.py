@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -7,9 +9,10 @@ import pytest
 from made_up import LOG, SIZE, pair, results_of, summary_of
 
 from fasthyper.experiments.claims import Improves, Wins
-from fasthyper.experiments.experiment import ASKED
+from fasthyper.experiments.experiment import ASKED, Tuning
 from fasthyper.experiments.methods import EMBEDDING, FILM_WIDE, HYPERNETWORK, WIDE_E, WIDE_Q
-from fasthyper.experiments.outcome import at_equal_totals, frontiers, outcome
+from fasthyper.experiments.outcome import at_equal_totals, certainty, frontiers, made_with, outcome
+from fasthyper.experiments.tuning import Rate
 
 NOISE = np.array([-0.02, 0.0, 0.02])[:, None]
 SIZES = (0.25, 1.0, 4.0)
@@ -60,35 +63,80 @@ def test_the_size_nearest_to_one_is_compared():
     found = {name: numbers[:, :2] for name, numbers in errors(**{HYPERNETWORK: 0.2, WIDE_Q: 0.1}).items()}
     summary = summary_of(found, (0.25, 3.0), axis=SIZE, structure="a product", measure=LOG)
     assert at_equal_totals(summary.results[0]).value == 3
-    assert outcome(summary)[0].startswith(
-        "At equal totals (6,000 trained parameters, 3 times the paper's; a product), "
-    )
+    assert outcome(summary)[0].startswith("With about 6,000 trained parameters each (3 times the paper's total), ")
 
 
-def test_the_outcome_names_the_best_the_next_and_the_hypernetwork():
+def test_the_outcome_names_the_best_and_the_hypernetwork():
     best, totals = outcome(frontier(**{HYPERNETWORK: 0.2, WIDE_Q: 0.1, WIDE_E: 0.15, FILM_WIDE: 0.4}))
-    assert best.startswith(
-        "At equal totals (2,000 trained parameters; a product), embedding (wide q) has the least squared error, 0.1 ["
+    assert re.fullmatch(
+        r"With about 2,000 trained parameters each, embedding \(wide q\) has the least squared error, 0\.1\."
+        r" The hypernetwork has 2 times its error \(1\.\d to 2\.\d\)\.",
+        best,
     )
-    assert "]. The next, embedding (wide e), has 1.5 [1." in best
-    assert "] times this error; the hypernetwork has 2 [1." in best
     assert totals == (
-        "Totals are another question. Of 3 other ways to spend as many trained parameters, less error than the"
-        " hypernetwork: 2; more: 1; not told apart: 0."
+        "The hypernetwork is clearly better than 1 and clearly worse than 2 of 3 other methods with as many parameters."
     )
 
 
 def test_the_outcome_where_the_hypernetwork_is_best():
-    best, _ = outcome(frontier(**{HYPERNETWORK: 0.1, WIDE_Q: 0.2}))
-    assert ", the hypernetwork has the least squared error, 0.1 [" in best
-    assert ". The next, embedding (wide q), has 2 [1." in best
-    assert best.count("hypernetwork") == 1
+    best, totals = outcome(frontier(**{HYPERNETWORK: 0.1, WIDE_Q: 0.2}))
+    assert (
+        ", the hypernetwork has the least squared error, 0.1. Next: embedding (wide q), with 2 times its error" in best
+    )
+    assert totals == "The hypernetwork is clearly better than 1 of 1 other methods with as many parameters."
 
 
 def test_the_outcome_where_methods_are_not_told_apart():
     best, totals = outcome(frontier(**{HYPERNETWORK: 0.2, WIDE_Q: 0.2, WIDE_E: 0.2}))
-    assert "; embedding (wide q) and embedding (wide e) are not told apart from it." in best
-    assert totals.endswith("less error than the hypernetwork: 0; more: 0; not told apart: 2.")
+    assert ". Not clearly worse: embedding (wide q) and embedding (wide e)." in best
+    assert "Next" not in best
+    assert totals == "The hypernetwork is not told apart from 2 of 2 other methods with as many parameters."
+
+
+def test_the_outcome_of_several_frontiers_names_each():
+    one = frontier(**{HYPERNETWORK: 0.2, WIDE_Q: 0.1})
+    first, second, totals = outcome(replace(one, results=one.results * 2))
+    assert first == second
+    assert first.startswith("Made up. With about 2,000 trained parameters each, ")
+    assert totals == "The hypernetwork is clearly worse in 2 of 2 comparisons, over 2 tasks."
+
+
+def test_what_is_best_and_its_ratio_agree():
+    """One seed with a large error makes the interval of the difference wide, but not that of the ratio."""
+    numbers = np.array([[0.1], [0.11], [0.12], [0.11], [0.9]])
+    results = results_of(
+        {HYPERNETWORK: numbers * [[2.0], [2.1], [1.9], [2.0], [2.1]], WIDE_Q: numbers},
+        (1.0,),
+        axis=SIZE,
+        structure="a product",
+    )
+    standing = at_equal_totals(results)
+    assert results.advantage(WIDE_Q, HYPERNETWORK, 1.0).low < 0
+    assert standing.ratio(HYPERNETWORK, WIDE_Q).low > 1
+    assert standing.best == (WIDE_Q,)
+    assert standing.sign(WIDE_Q) == -1
+
+
+def test_an_error_of_zero_has_no_ratio_but_is_less():
+    found = {HYPERNETWORK: 0.2 + 0.1 * NOISE, WIDE_Q: 0 * NOISE}
+    standing = at_equal_totals(results_of(found, (1.0,), axis=SIZE, structure="a product"))
+    assert math.isnan(standing.ratio(HYPERNETWORK, WIDE_Q).mean)
+    assert (standing.best, standing.sign(WIDE_Q)) == ((WIDE_Q,), -1)
+
+
+def test_how_sure_and_with_what():
+    summary = frontier(**{HYPERNETWORK: 0.2, WIDE_Q: 0.1})
+    assert certainty(summary).startswith("In brackets: 95 % interval of the ratio of errors, paired by seed.")
+    assert certainty(summary).endswith(" (Holm). Made with preset quick, 3 seeds, cpu.")
+    study = replace(summary.results[0].study, tuning=Tuning({"sgd": (0.1, 0.2)}))
+    rates = (Rate("made-up", WIDE_Q, 1.0, "sgd", 0.1, {0.1: 0.1, 0.2: 0.3}),)
+    tuned = replace(summary, results=(type(summary.results[0])(study, summary.results[0].metrics),), rates=rates)
+    assert "; 1 of 1 lie at the edge of their grid. Made with" in certainty(tuned)
+    versions = ({"fasthyper": "0.1.0", "device": "cpu (x86_64)"}, {"fasthyper": "0.1.0", "device": "H200"})
+    dated = replace(summary, versions=versions, date="2026-11-30")
+    assert made_with([dated, dated]) == ("preset quick, 3 seeds, cpu (x86_64) and H200, fasthyper 0.1.0, 2026-11-30")
+    one = summary_of({HYPERNETWORK: HYPER[:1], EMBEDDING: EMBED[:1]})
+    assert certainty(one) == "Made with preset quick, 1 seed, cpu."
 
 
 @pytest.mark.parametrize(("order", "verdict"), [(1, "reproduced"), (-1, "not reproduced")])
@@ -104,11 +152,10 @@ def test_the_claim_about_primaries_is_told_apart_from_totals(order, verdict):
     counts = lambda run: 100 if run.method == HYPERNETWORK else 1000
     least, sentence = outcome(summary_of(pair(*numbers), claims=claims, counts=counts))
     who = "the hypernetwork" if order == 1 else "embedding"
-    assert least.startswith(f"Made up: {who} has the least test error, 10.0 % [")
-    assert least.endswith("], at depth 2.")
+    assert least == (f"Made up: {who} has the least test error, 10.0 %, at depth 2.")
     assert sentence == (
-        "The paper's claim is about primaries: with a small g, the hypernetwork wins over the embedding method with a"
-        f" larger q (N_g = 100 against N_q = 1,000). Verdict: {verdict}."
+        "The paper's claim: the hypernetwork errs less than the embedding method, though its network of x is smaller"
+        f" (100 weights against 1,000). Verdict: {verdict}."
     )
 
 
@@ -126,7 +173,7 @@ def test_without_a_frontier_and_primaries_verdicts_are_counted():
 
 def test_one_method_alone_is_not_the_best_of_its_total():
     least, *_ = outcome(frontier(**{HYPERNETWORK: 0.2, EMBEDDING: 0.5}))
-    assert least.startswith("Made up: the hypernetwork has the least squared error, 0.1 [")
+    assert least.startswith("Made up: the hypernetwork has the least squared error, 0.1, ")
     assert outcome(frontier(**{WIDE_Q: 0.2})) == []
 
 
@@ -134,7 +181,7 @@ def test_the_outcome_names_methods_of_which_all_runs_diverged():
     found = errors(**{HYPERNETWORK: 0.2, WIDE_Q: 0.1, FILM_WIDE: 0.4})
     found[FILM_WIDE][:, 1] = np.nan
     sentence = outcome(summary_of(found, SIZES, axis=SIZE, structure="a product", measure=LOG))[0]
-    assert sentence.endswith(" times this error. All runs of FiLM (wide q) diverged.")
+    assert sentence.endswith(" times its error (1.8 to 2.2). All runs of FiLM (wide q) diverged.")
 
 
 def test_a_size_at_which_everything_diverges_does_not_hide_the_others():
@@ -142,4 +189,4 @@ def test_a_size_at_which_everything_diverges_does_not_hide_the_others():
     for numbers in found.values():
         numbers[:, 1] = np.nan
     sentence = outcome(summary_of(found, SIZES, axis=SIZE, structure="a product", measure=LOG))[0]
-    assert sentence.startswith("At equal totals (500 trained parameters, 0.25 times the paper's; a product), ")
+    assert sentence.startswith("With about 500 trained parameters each (0.25 times the paper's total), ")

@@ -29,3 +29,11 @@ def test_different_versions_are_all_listed():
     records = records_of(comparison, ERRORS)
     records[3]["versions"] = {"torch": "3"}
     assert summarise(comparison, records).versions == ({"torch": "2"}, {"torch": "3"})
+
+
+def test_the_date_is_that_of_the_last_run():
+    comparison = comparison_of(study_of(ERRORS, DEPTHS))
+    records = records_of(comparison, ERRORS)
+    assert summarise(comparison, records).date == ""
+    records[3]["date"], records[5]["date"] = "2026-11-30T23:59:59+00:00", "2026-11-29T00:00:00+00:00"
+    assert summarise(comparison, records).date == "2026-11-30"
