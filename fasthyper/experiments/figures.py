@@ -20,6 +20,9 @@ _FURTHER_STYLES = (("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "v"))
 _LEAST_RANGE = 3.0
 """The least ratio of the ends of the axis of a frontier."""
 
+_TITLE = 40
+"""Letters of a title."""
+
 _COUNT_LABELS = {
     "primary_parameters": "N_g or N_q, parameters of the primary",
     "trainable_parameters": "trained parameters in total",
@@ -105,11 +108,11 @@ def _sizes(results: Results) -> tuple[tuple[float, str], ...]:
 
 def _over_axis(results: Results) -> Panel:
     study = results.study
-    axis = study.axis
+    axis, label = study.axis, study.measure.label
     solid = sum(not line.dashed for line in study.all_lines())
     position = lambda row, number: _position(results, row, number - (solid - 1) / 2)
     return Panel(
-        title=study.measure.label[:1].upper() + study.measure.label[1:],
+        title=label[:1].upper() + label[1:] if len(label) <= _TITLE else "Error",
         subtitle=(f"{study.measure.heading}; lower is better", _seeds(results)),
         x_label=axis.label if axis.count is None else _COUNT_LABELS[axis.count],
         series=_series(results, position),

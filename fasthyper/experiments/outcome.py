@@ -119,20 +119,13 @@ def outcome(summary: Summary) -> list[str]:
 
 def certainty(summary: Summary) -> str:
     """Return how sure the outcome is, and how it was made."""
-    found = list(frontiers(summary))
-    tuned = [results for results in found if results.study.tuning is not None]
     parts = []
-    if found:
-        parts.append(
-            "In brackets: 95 % interval of the ratio of errors, paired by seed. “Clearly”: it excludes 1. It is of one"
-            " pair of methods at one size; the claims below average over sizes, and their verdicts are corrected for"
-            " their number (Holm)"
-        )
-    if tuned:
-        each = "Learning rates are chosen for each method, on examples that are not for testing"
+    if found := list(frontiers(summary)):
+        parts.append("In brackets: 95 % intervals, paired by seed. “Clearly”: the interval of this one pair excludes 1")
+    if any(results.study.tuning is not None for results in found):
         edges = sum(rate.at_edge for rate in summary.rates)
-        at_edge = f"; {edges} of {len(summary.rates)} lie at the edge of their grid" if edges else ""
-        parts.append(each + at_edge)
+        at_edge = f"; {edges} of {len(summary.rates)} are at the edge of their grid" if edges else ""
+        parts.append(f"Learning rates are tuned for each method{at_edge}")
     return ". ".join([*parts, f"Made with {made_with([summary])}."])
 
 

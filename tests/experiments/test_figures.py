@@ -130,6 +130,7 @@ def test_titles_and_names_fit_beside_each_other():
         assert len(panel.title) < 35
         assert max(map(len, panel.subtitle)) < 65
         assert ">the best predictor<" in image
+    assert panels_of(results_of(pair(HYPER, EMBED), measure=long))[0].title == "Error"
 
 
 def test_what_is_drawn_is_the_means_and_their_intervals():

@@ -126,12 +126,12 @@ def test_an_error_of_zero_has_no_ratio_but_is_less():
 
 def test_how_sure_and_with_what():
     summary = frontier(**{HYPERNETWORK: 0.2, WIDE_Q: 0.1})
-    assert certainty(summary).startswith("In brackets: 95 % interval of the ratio of errors, paired by seed.")
-    assert certainty(summary).endswith(" (Holm). Made with preset quick, 3 seeds, cpu.")
+    assert certainty(summary).startswith("In brackets: 95 % intervals, paired by seed. ")
+    assert certainty(summary).endswith(" excludes 1. Made with preset quick, 3 seeds, cpu.")
     study = replace(summary.results[0].study, tuning=Tuning({"sgd": (0.1, 0.2)}))
     rates = (Rate("made-up", WIDE_Q, 1.0, "sgd", 0.1, {0.1: 0.1, 0.2: 0.3}),)
     tuned = replace(summary, results=(type(summary.results[0])(study, summary.results[0].metrics),), rates=rates)
-    assert "; 1 of 1 lie at the edge of their grid. Made with" in certainty(tuned)
+    assert "; 1 of 1 are at the edge of their grid. Made with" in certainty(tuned)
     versions = ({"fasthyper": "0.1.0", "device": "cpu (x86_64)"}, {"fasthyper": "0.1.0", "device": "H200"})
     dated = replace(summary, versions=versions, date="2026-11-30")
     assert made_with([dated, dated]) == ("preset quick, 3 seeds, cpu (x86_64) and H200, fasthyper 0.1.0, 2026-11-30")
