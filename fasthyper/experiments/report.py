@@ -191,8 +191,8 @@ def sign(verdict: str) -> dict[str, str]:
 
 
 def p_text(finding: Finding) -> str:
-    """Return the adjusted p of a finding as text; empty if it has none."""
-    p = finding.adjusted
+    """Return the adjusted p of a finding as text; empty if it has none, or if its premise is not met."""
+    p = None if finding.verdict == UNMET else finding.adjusted
     return "" if p is None or math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 

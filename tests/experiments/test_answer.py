@@ -236,7 +236,7 @@ def test_sizes_at_which_all_runs_diverge_are_named(method, who):
     summary = diverging(**{method: [1]})
     lines = dict(answer([summary]))
     assert lines["When"].endswith("is behind in 1 (embedding (wide q) leads).")
-    assert f" All runs of {who} diverged in a product, at 4 times the paper's total. " in lines["Where it fails"]
+    assert f" All runs of {who} diverged in tiny, at 4 times the paper's total. " in lines["Where it fails"]
     assert f'>diverged</a><br><span class="small">all runs of {who}</span>' in answer_html([summary])
 
 

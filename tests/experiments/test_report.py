@@ -209,6 +209,7 @@ def test_findings_that_were_not_tested_stand_apart(summary):
 )
 def test_p_as_text(adjusted, text):
     assert p_text(Finding("", "", "", "", "", adjusted=adjusted)) == text
+    assert p_text(Finding("", "", UNMET, "", "", adjusted=adjusted)) == ""
 
 
 def test_diverged_runs_are_counted(summary):

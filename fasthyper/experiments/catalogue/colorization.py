@@ -140,7 +140,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
         embedding=450,
         points=64 if paper else 16,
     )
-    tuning = Tuning(rates={"adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2) if paper else (1e-3, 3e-3, 1e-2)}, seeds=3)
+    tuning = Tuning(rates={"adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2) if paper else (1e-3, 3e-3, 1e-2, 3e-2)}, seeds=3)
     found = [
         frontier(
             title="Over all trained parameters",

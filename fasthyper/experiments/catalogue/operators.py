@@ -171,7 +171,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
         methods=_QUICK if quick else (*METHODS, DEEPONET),
         setting=replace(base, epochs=1000) if paper else base,
         seeds=5 if quick else 10,
-        tuning=Tuning(rates={"adam": (1e-3, 3e-3, 1e-2)}, seeds=3),
+        tuning=Tuning(rates={"adam": (1e-3, 3e-3, 1e-2, 3e-2)}, seeds=3),
         measure=_ERROR,
         levels=(_LINEAR,),
     )

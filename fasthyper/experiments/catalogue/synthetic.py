@@ -63,7 +63,7 @@ STRUCTURES = dict(
         strict=True,
     )
 )
-RATES = Tuning(rates={"adam": (1e-3, 3e-3, 1e-2)}, seeds=3)
+RATES = Tuning(rates={"adam": (1e-3, 3e-3, 1e-2, 3e-2)}, seeds=3)
 
 
 @dataclass(frozen=True, kw_only=True)
