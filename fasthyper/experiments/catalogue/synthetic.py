@@ -304,7 +304,7 @@ SYNTHETIC = Experiment(
         " 30,000 samples; here that many new ones are an epoch. Testing and validation have 10,000 other samples each.",
         "The frontiers have targets that can be learned within seconds: d = 20, E = 200, f and e of three layers of"
         " width 50, and 60 epochs of 20 batches of 100 new samples (of 100 batches in the paper preset) with Adam. The"
-        " rate falls along a cosine; its start is chosen for each method and size from 0.001, 0.003 and 0.01, on"
+        " rate falls along a cosine; its start is chosen for each method and size from 0.001, 0.003, 0.01 and 0.03, on"
         " targets of other seeds. All else is fixed. At these sizes g has 210 weights and the embedding method's q"
         " 2,221. The quick preset has one size.",
         "The studies of the paper preset are the paper's: d = 1000 over depth, 100 over the dimension of the embedding,"

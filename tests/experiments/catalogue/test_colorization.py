@@ -52,7 +52,7 @@ def test_every_study_is_tuned_and_the_frontier_comes_first(preset):
     assert studies[0].structure
     assert set(studies[0].methods) == {EMBEDDING, *EQUAL_TOTAL}
     for study in studies:
-        assert len(study.tuning.rates[study.setting.optimizer]) == (5 if preset == "paper" else 3)
+        assert len(study.tuning.rates[study.setting.optimizer]) == (5 if preset == "paper" else 4)
         assert study.seeds == {"quick": 5, "standard": 10, "paper": 30 if study.name == "depth" else 10}[preset]
         assert all(claim.premises for claim in study.claims)
         assert all(getattr(claim, "margin", None) is None for claim in study.claims)  # the paper has no number

@@ -115,7 +115,7 @@ def test_the_presets():
     assert (quick.structure, quick.values, quick.seeds) == ("I is a function, x a point of it", (0.25,), 5)
     assert len(of("quick").runs()) == 7 * 5
     frontier, identity, differentiation = of("standard").studies
-    assert frontier.tuning == Tuning({"adam": (1e-3, 3e-3, 1e-2)}, seeds=3)
+    assert frontier.tuning == Tuning({"adam": (1e-3, 3e-3, 1e-2, 3e-2)}, seeds=3)
     assert set(frontier.methods) == {EMBEDDING, DEEPONET, *EQUAL_TOTAL}
     assert (frontier.values, frontier.seeds) == ((0.25, 1.0), 10)
     steps = identity.setting.epochs * identity.setting.functions / identity.setting.batch_size

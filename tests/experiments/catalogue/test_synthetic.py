@@ -155,7 +155,7 @@ def test_frontiers_come_first(preset, sizes, seeds, runs):
     assert [study.structure for study in frontiers] == list(STRUCTURES.values())
     for study in frontiers:
         assert (study.axis.field, study.values, study.seeds) == ("size", sizes, seeds)
-        assert study.tuning == Tuning({"adam": (1e-3, 3e-3, 1e-2)}, seeds=3)
+        assert study.tuning == Tuning({"adam": (1e-3, 3e-3, 1e-2, 3e-2)}, seeds=3)
         assert set(study.methods) == {EMBEDDING, *EQUAL_TOTAL}
     assert not any(study.structure for study in comparison.studies[3:])
     assert len(comparison.runs()) == runs
