@@ -275,9 +275,9 @@ OPERATOR_LEARNING = Experiment(
         " E = 10 (DeepONet's functions of x) and Adam, falling along a cosine, with batches of 25 functions are chosen"
         " here: the paper does not say enough to repeat its table.",
         "Fixed: all but the rate. In the frontier, the rate is chosen for each method and size from 0.001, 0.003,"
-        " 0.01 and 0.03, with 1,600 steps (40,000 in the paper preset). Beside the published errors it is 0.001 for all methods,"
-        " with 40,000 steps, which this table needs: five seeds in the standard preset, ten in the paper preset. The"
-        " quick preset has a quarter of the hypernetwork's total, and neither a wide e nor a deep q.",
+        " 0.01 and 0.03, with 1,600 steps (40,000 in the paper preset). Beside the published errors it is 0.001 for all"
+        " methods, with 40,000 steps, which this table needs: five seeds in the standard preset, ten in the paper"
+        " preset. The quick preset has a quarter of the hypernetwork's total, and neither a wide e nor a deep q.",
         "The frontier has methods whose total is not the hypernetwork's: the embedding method and DeepONet grow and"
         " shrink from their own total, with a branch of 64. A wide q, FiLM, attention and p compute all of their"
         " parameters anew at each of the 50 points, and so cost up to ten times as many flops.",
