@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from html import unescape
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def test_every_experiment_runs_from_end_to_end(name, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert page.count('<div class="figure">') == len(studies)
     assert page.count('<svg role="img"') == sum(len(panels_of(results)) for results in summary.results)
-    assert all(study.title in page for study in studies)
+    assert all(study.title in unescape(page) for study in studies)
 
 
 def test_the_sizes_of_the_paper():
