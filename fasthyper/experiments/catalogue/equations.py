@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasthyper.experiments.catalogue.frontiers import SIZE, SIZES
+from fasthyper.experiments.catalogue.frontiers import SIZE, SIZES, learns
 from fasthyper.experiments.claims import Wins
 from fasthyper.experiments.experiment import (
     ASKED,
@@ -234,7 +234,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
         "setting": base,
         "seeds": 10 if paper else 5,
         "measure": Measure("relative_l2", "relative L2 error", log=True),
-        "levels": (("zero", "answering zero"),),
+        "levels": (_ZERO,),
         "tuning": Tuning({"adam": (1e-4, 3e-4, 1e-3, 3e-3) if paper else (3e-4, 1e-3, 3e-3)}),
     }
     return (
@@ -244,7 +244,13 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
             axis=SIZE,
             values=SIZES,
             claims=tuple(
-                Wins(text=f"The hypernetwork errs less than {what}", over=over, whose=ASKED) for what, over in _OTHERS
+                Wins(
+                    text=f"The hypernetwork errs less than {what}",
+                    over=over,
+                    whose=ASKED,
+                    premises=(learns(_ZERO, HYPERNETWORK, over),),
+                )
+                for what, over in _OTHERS
             ),
             published={(m, 1.0): error for (m, e), error in _PUBLISHED.items() if e == "burgers"},
             note="The wide dashes are the errors that the paper published, on data of its own.",
@@ -262,9 +268,16 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
                     over=DEEPONET_WIDE,
                     at="burgers",
                     whose=_PAPER,
+                    premises=(learns(_ZERO, HYPERNETWORK, DEEPONET_WIDE),),
                 ),
                 *(
-                    Wins(text=f"{e.capitalize()}: the hypernetwork errs less than {what}", over=over, at=e, whose=ASKED)
+                    Wins(
+                        text=f"{e.capitalize()}: the hypernetwork errs less than {what}",
+                        over=over,
+                        at=e,
+                        whose=ASKED,
+                        premises=(learns(_ZERO, HYPERNETWORK, over),),
+                    )
                     for e in EQUATIONS
                     for what, over in _OTHERS
                     if (e, over) != ("burgers", DEEPONET_WIDE)
@@ -283,6 +296,7 @@ _OTHERS = (
     ("concatenation to a deep q", DEEP_Q),
     ("FiLM with a wide q", FILM_WIDE),
 )
+_ZERO = ("zero", "answering zero")
 _PAPER = "Lee, Cho, Hwang 2023"
 _PUBLISHED = {
     (HYPERNETWORK, "burgers"): 0.0196,

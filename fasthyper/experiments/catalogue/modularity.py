@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasthyper.experiments.catalogue.frontiers import SIZE
+from fasthyper.experiments.catalogue.frontiers import SIZE, learns
 from fasthyper.experiments.claims import Wins
 from fasthyper.experiments.experiment import (
     ASKED,
@@ -247,7 +247,12 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
             levels=_LEVELS,
             also=_ALSO,
             claims=tuple(
-                Wins(text=f"The hypernetwork errs less on unseen pairs than {what}", over=over, whose=ASKED)
+                Wins(
+                    text=f"The hypernetwork errs less on unseen pairs than {what}",
+                    over=over,
+                    whose=ASKED,
+                    premises=(learns(_CONSTANT, HYPERNETWORK, over),),
+                )
                 for what, over in (
                     ("the embedding method with a wide q", WIDE_Q),
                     ("the embedding method with a deep q", DEEP_Q),
@@ -322,7 +327,8 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
 
 _SCHUG = "Schug et al. 2024"
 _UNSEEN = Measure("unseen", "squared error / variance, pairs never seen together", log=True)
-_LEVELS = (("constant", "a constant"),)
+_CONSTANT = ("constant", "a constant")
+_LEVELS = (_CONSTANT,)
 _ALSO = (("seen", "seen combinations"), ("many", f"{MANY} modules"))
 
 

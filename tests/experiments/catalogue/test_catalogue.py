@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fasthyper.experiments import EXPERIMENTS, METHODS, Comparison, run_comparison
+from fasthyper.experiments import EXPERIMENTS, METHODS, Comparison, Learns, Wins, run_comparison
 from fasthyper.experiments.catalogue.colorization import examples, grey, position_features
 from fasthyper.experiments.catalogue.synthetic import target as synthetic_target
 from fasthyper.experiments.comparison import PRESETS
@@ -138,3 +138,14 @@ def test_what_a_study_is_about_cannot_be_changed():
     ):
         with pytest.raises(ValueError, match=f"^{field}: titles and claims of a study refer to it"):
             of(name, preset="standard", **{field: value})
+
+
+@pytest.mark.parametrize("point", POINTS, ids=lambda p: f"{p[0].name}-{p[1]}-{p[2]}")
+def test_a_claim_about_totals_needs_one_of_its_methods_to_learn(point):
+    """Where neither does, their order says nothing."""
+    experiment, preset, data = point
+    for study in experiment.studies(preset, data):
+        if study.structure and study.levels:
+            wins = [claim for claim in study.claims if isinstance(claim, Wins)]
+            assert wins
+            assert all(any(isinstance(premise, Learns) for premise in claim.premises) for claim in wins)
