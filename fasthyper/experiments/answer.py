@@ -89,7 +89,7 @@ class Structure:
 
     @cached_property
     def at_equal_totals(self) -> Standing:
-        """How they compare at the paper's total, or near it."""
+        """How they compare at the reference total, or near it."""
         return min(self.standings.values(), key=lambda standing: abs(math.log(standing.value)))
 
     @property
@@ -226,8 +226,8 @@ def _when(found: Sequence[Structure]) -> str:
         parts.append(f"shares it in {len(shared)}{_in_brackets(shared)}")
     if behind:
         ((leader, count),) = Counter(s.at_equal_totals.best[0] for s in behind).most_common(1)
-        often = "" if count == len(behind) else "mostly "
-        parts.append(f"is behind in {len(behind)} ({often}{name(leader)} leads)")
+        leads = "leads there" if count == len(behind) else f"leads in {count} of these"
+        parts.append(f"is behind in {len(behind)} ({name(leader)} {leads})")
     return f"With as many trained parameters, the hypernetwork {listed(parts)}."
 
 
@@ -238,24 +238,25 @@ def _how_much(found: Sequence[Structure]) -> str:
         return "Unknown: no ratio of errors is finite."
     (least, where), (most, elsewhere) = min(ratios), max(ratios)
     if len(ratios) == 1:
-        return f"Its error is {rounded(least)} times that of the best other method ({where})."
+        return f"In these tasks, its error is {rounded(least)} times that of the best other method ({where})."
     mean = rounded(statistics.geometric_mean(ratio for ratio, _ in ratios))
     return (
-        f"Its error is {rounded(least)} ({where}) to {rounded(most)} times ({elsewhere}) that of the best other method,"
-        f" {mean} times on average."
+        f"In these tasks, its error is {rounded(least)} ({where}) to {rounded(most)} times ({elsewhere}) that of the"
+        f" best other method; the geometric mean is {mean} times."
     )
 
 
 def _cost(found: Sequence[Structure]) -> str:
-    flops, primaries = [], []
+    flops, seconds, primaries = [], [], []
     for standing in (structure.at_equal_totals for structure in found):
         assert standing.other is not None
         own, other = standing.rows[HYPERNETWORK], standing.rows[standing.other]
         flops.append(own.training_flops / other.training_flops)
+        seconds.append(own.steps * own.step_seconds / (other.steps * other.step_seconds))
         primaries.append(100 * own.primary_parameters / other.primary_parameters)
     return (
-        f"Training takes {_range(flops)} times the flops of the best other method. The network it generates, which is"
-        f" all that runs for further x, has {_range(primaries)} % of the other's parameters."
+        f"Training takes {_range(flops)} times the flops and {_range(seconds)} times the time of the best other."
+        f" The network generated for an I has {_range(primaries)} % of the parameters of the other's network of x."
     )
 
 
@@ -265,14 +266,14 @@ def _how_sure(found: Sequence[Structure], summaries: Sequence[Summary]) -> str:
     rates = "tuned rates" if tuned == len(found) else f"rates tuned in {tuned} of {_tasks(len(found))}"
     seeds = _seeds(found)
     text = (
-        f"{seeds}, {rates}. One seed says nothing about the spread: no case is told apart."
+        f"{seeds}, {rates}. One seed says nothing about the spread: nothing is told apart."
         if seeds == "1 seed"
-        else f"{seeds}, {rates}. 95 % intervals tell it from the best other method in"
-        f" {len(signs) - signs.count(0)} of {len(signs)} cases."
+        else f"{seeds}, {rates}. At {len(signs) - signs.count(0)} of {len(signs)} tasks and sizes, the 95 % interval"
+        " tells it from the best other method."
     )
     primaries = [finding for summary in summaries for finding in verdict_on_primaries(summary)]
     if primaries:
-        text += f" The paper's own claim, about the small network alone, is {counted_verdicts(primaries)}."
+        text += f" Galanti and Wolf's claim, about the small networks of x, is {counted_verdicts(primaries)}."
     return text
 
 
@@ -289,14 +290,15 @@ def _fails(found: Sequence[Structure]) -> str:
         assert standing.other is not None
         size = "" if value == 1 else f" with {value:g} times the parameters"
         parts.append(
-            f"Furthest behind in {structure.short}{size}: {times(ratio, f'the error of {name(standing.other)}')}."
+            f"Of all sizes, it is furthest behind in {structure.short}{size}:"
+            f" {times(ratio, f'the error of {name(standing.other)}')}."
         )
     else:
         parts.append("It is nowhere surely behind the best other method.")
     losses: dict[str, list[str]] = {}
     for structure in found:
         for value, who in structure.lost.items():
-            losses.setdefault(who, []).append(f"{structure.short}, at {value:g} times the paper's total")
+            losses.setdefault(who, []).append(f"{structure.short}, at {value:g} times the reference total")
     parts += [f"All runs of {who} diverged in {'; '.join(where)}." for who, where in losses.items()]
     if unlearned := [s for s in found if s.unbeaten]:
         parts.append(f"No method surely learns {listed(_names(unlearned))}.")
@@ -347,7 +349,7 @@ def _figure(found: Sequence[Structure]) -> str:
         (
             structure.heading,
             [
-                Ratio("paper's" if value == 1 else f"{value:g} ×", _to_best_other(standing), name(str(standing.other)))
+                Ratio(f"{value:g} ×", _to_best_other(standing), name(str(standing.other)))
                 for value, standing in structure.standings.items()
             ],
         )

@@ -102,7 +102,7 @@ def _sizes(results: Results) -> tuple[tuple[float, str], ...]:
     totals = {
         row.value: row.trainable_parameters for row in results.rows() if row.line.method == of and not row.line.dashed
     }
-    names = {value: "the paper's" if value == 1 else f"{value:g} × paper's" for value in totals}
+    names = {value: "reference" if value == 1 else f"{value:g} × reference" for value in totals}
     return tuple((float(total), f"{rounded(total)}\n{names[value]}") for value, total in totals.items())
 
 

@@ -105,7 +105,7 @@ def frontiers(summary: Summary) -> Iterator[Results]:
 
 
 def at_equal_totals(results: Results) -> Standing:
-    """Return how the methods of a frontier compare at the total of the paper's hypernetwork, size 1, or near it."""
+    """Return how the methods of a frontier compare at the reference total, size 1, or near it."""
     standings = (Standing(results, value) for value in results.study.values)
     return min((s for s in standings if s.rows), key=lambda standing: abs(math.log(standing.value)))
 
@@ -222,7 +222,7 @@ def _at_equal_totals(results: Results, named: bool) -> str:
     study, rows = results.study, standing.rows
     first, *tied = standing.best
     total = rows.get(HYPERNETWORK, rows[first]).trainable_parameters
-    size = "" if standing.value == 1 else f" ({standing.value:g} times the paper's total)"
+    size = "" if standing.value == 1 else f" ({standing.value:g} times the reference total)"
     label = study.measure.label if len(study.measure.label) <= _SHORT else "error"
     lead = f"{study.title}. " if named else ""
     parts = [

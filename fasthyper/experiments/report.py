@@ -19,7 +19,7 @@ from fasthyper.experiments.methods import HYPERNETWORK, METHODS
 from fasthyper.experiments.outcome import certainty, outcome
 from fasthyper.experiments.results import Results, Row
 from fasthyper.experiments.summary import Summary
-from fasthyper.experiments.tuning import Rate
+from fasthyper.experiments.tuning import Rate, is_tuned
 
 CSV_FILE, PAGE_FILE = REPORT_FILES = ("summary.csv", "report.html")
 PACKAGE, TEMPLATE = "fasthyper.experiments", "report_template.html"
@@ -47,7 +47,8 @@ def summary_csv(summary: Summary) -> str:
 def columns(study: Study) -> list[str]:
     """Return the headings of the table of a study."""
     published = ["published"] if study.published else []
-    paired = ["less with the hypernetwork by"] if HYPERNETWORK in study.methods else []
+    beside = "error / hypernetwork's" if study.measure.log else "error - hypernetwork's"
+    paired = [beside] if HYPERNETWORK in study.methods else []
     also = [heading for _, heading in study.also]
     sizes = ["N_f or N_e", "N_g or N_q", "trained in total", "steps", "flops"]
     return [
@@ -152,6 +153,7 @@ def report_html(summary: Summary) -> str:
         fused_table=fused_table,
         diverged=diverged,
         settings=_settings,
+        is_tuned=is_tuned,
         rules=_rules,
         p_text=p_text,
         sign=sign,

@@ -64,7 +64,7 @@ def test_the_answer_says_when(three):
     assert list(lines) == ["When", "How much", "At which cost", "How sure", "Where it fails"]
     assert lines["When"] == (
         "With as many trained parameters, the hypernetwork has the least error in 1 of 3 tasks (first), shares it in 1"
-        " (third) and is behind in 1 (embedding (wide q) leads)."
+        " (third) and is behind in 1 (embedding (wide q) leads there)."
     )
     many = [summary("a product", 0.1, 0.2, name=f"task {number}") for number in range(5)]
     assert "in 5 of 5 tasks (task 0, task 1 and 3 others)." in dict(answer(many))["When"]
@@ -72,22 +72,27 @@ def test_the_answer_says_when(three):
 
 def test_the_answer_says_how_much(three):
     assert dict(answer(three))["How much"] == (
-        "Its error is 0.5 (first) to 2 times (second) that of the best other method, 1 times on average."
+        "In these tasks, its error is 0.5 (first) to 2 times (second) that of the best other method; the geometric mean"
+        " is 1 times."
     )
-    assert dict(answer(three[:1]))["How much"] == "Its error is 0.5 times that of the best other method (first)."
+    assert (
+        dict(answer(three[:1]))["How much"]
+        == "In these tasks, its error is 0.5 times that of the best other method (first)."
+    )
 
 
 def test_the_answer_says_at_which_cost(three):
     assert dict(answer(three))["At which cost"] == (
-        "Training takes 1 times the flops of the best other method. The network it generates, which is all that runs"
-        " for further x, has 10 % of the other's parameters."
+        "Training takes 1 times the flops and 1 times the time of the best other. The network generated for an I"
+        " has 10 % of the parameters of the other's network of x."
     )
 
 
 def test_the_answer_says_how_sure(three):
     text = dict(answer(three))["How sure"]
     assert text == (
-        "3 seeds, rates tuned in 0 of 3 tasks. 95 % intervals tell it from the best other method in 7 of 9 cases."
+        "3 seeds, rates tuned in 0 of 3 tasks. At 7 of 9 tasks and sizes, the 95 % interval tells it from the best"
+        " other method."
     )
     (results,) = three[0].results
     study = replace(results.study, tuning=Tuning({"sgd": (0.1,)}))
@@ -95,13 +100,14 @@ def test_the_answer_says_how_sure(three):
     claimed = summary_of(pair(0.1 + NOISE / 10 * [1, 2], 0.5 + NOISE / 10 * [2, 1]), claims=(Wins(text="It wins"),))
     text = dict(answer([tuned, claimed]))["How sure"]
     assert text.startswith("3 seeds, tuned rates.")
-    assert text.endswith(" The paper's own claim, about the small network alone, is reproduced.")
+    assert text.endswith(" Galanti and Wolf's claim, about the small networks of x, is reproduced.")
 
 
 def test_the_answer_says_where_it_fails(three):
     text = dict(answer(three))["Where it fails"]
     assert re.fullmatch(
-        r"Furthest behind in second with 4 times the parameters: 2\.4 times the error of embedding \(wide q\)"
+        r"Of all sizes, it is furthest behind in second with 4 times the parameters:"
+        r" 2\.4 times the error of embedding \(wide q\)"
         r" \(2\.\d to 2\.\d\)\.",
         text,
     )
@@ -235,8 +241,8 @@ def diverging(**where):
 def test_sizes_at_which_all_runs_diverge_are_named(method, who):
     summary = diverging(**{method: [1]})
     lines = dict(answer([summary]))
-    assert lines["When"].endswith("is behind in 1 (embedding (wide q) leads).")
-    assert f" All runs of {who} diverged in tiny, at 4 times the paper's total. " in lines["Where it fails"]
+    assert lines["When"].endswith("is behind in 1 (embedding (wide q) leads there).")
+    assert f" All runs of {who} diverged in tiny, at 4 times the reference total. " in lines["Where it fails"]
     assert f'>diverged</a><br><span class="small">all runs of {who}</span>' in answer_html([summary])
 
 

@@ -92,7 +92,7 @@ def test_a_frontier_is_drawn_over_parameters_and_over_flops():
 def test_a_frontier_has_a_tick_for_each_size_and_names_that_of_the_paper():
     results = results_of(pair(HYPER, EMBED), (0.25, 1.0), axis=SIZE, structure="a product")
     parameters, flops = panels_of(results)
-    assert parameters.ticks == ((500.0, "500\n0.25 × paper's"), (2000.0, "2,000\nthe paper's"))
+    assert parameters.ticks == ((500.0, "500\n0.25 × reference"), (2000.0, "2,000\nreference"))
     assert flops.ticks == ()
     places = [drawn(parameters, name).points[0][0] for name in ("hypernetwork", "embedding")]
     assert places[0] < 500 < places[1]  # side by side: their totals are equal

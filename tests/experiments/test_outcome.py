@@ -63,7 +63,7 @@ def test_the_size_nearest_to_one_is_compared():
     found = {name: numbers[:, :2] for name, numbers in errors(**{HYPERNETWORK: 0.2, WIDE_Q: 0.1}).items()}
     summary = summary_of(found, (0.25, 3.0), axis=SIZE, structure="a product", measure=LOG)
     assert at_equal_totals(summary.results[0]).value == 3
-    assert outcome(summary)[0].startswith("With about 6,000 trained parameters each (3 times the paper's total), ")
+    assert outcome(summary)[0].startswith("With about 6,000 trained parameters each (3 times the reference total), ")
 
 
 def test_the_outcome_names_the_best_and_the_hypernetwork():
@@ -189,4 +189,4 @@ def test_a_size_at_which_everything_diverges_does_not_hide_the_others():
     for numbers in found.values():
         numbers[:, 1] = np.nan
     sentence = outcome(summary_of(found, SIZES, axis=SIZE, structure="a product", measure=LOG))[0]
-    assert sentence.startswith("With about 500 trained parameters each (0.25 times the paper's total), ")
+    assert sentence.startswith("With about 500 trained parameters each (0.25 times the reference total), ")

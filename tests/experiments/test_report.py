@@ -158,7 +158,7 @@ def test_the_table():
     results = results_of(
         pair(HYPER, EMBED), published=published, levels=(("zero", "nothing"),), also=(("raw", "as it is"),), extra=extra
     )
-    paired = "less with the hypernetwork by"
+    paired = "error - hypernetwork's"
     assert columns(results.study)[:6] == ["method", "depth", "test error (%)", paired, "published", "as it is"]
     rows = table(results)
     assert all(len(row) == len(columns(results.study)) for row in rows)

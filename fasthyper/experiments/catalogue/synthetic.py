@@ -57,7 +57,7 @@ STRUCTURES = dict(
         TYPES,
         (
             "linear in x, with coefficients that I gives",
-            "one network of x and I together",
+            "a random network of x and I",
             "x and I are multiplied, then a network",
         ),
         strict=True,
