@@ -10,8 +10,9 @@ The modules, in the order in which they build on each other:
     methods        the methods that are compared, and their sizes
     setting        the settings of runs
     experiment     the types that declare an experiment: start here to write one
-    tuning         the choice of learning rates
+    rates          the learning rates that were chosen
     comparison     chosen studies of an experiment, and the runs that they need
+    tuning         the choice of learning rates
     training       one run
     significance   tests of significance and their power
     side_by_side   runs that differ only in their seed, trained as one
@@ -50,10 +51,10 @@ from fasthyper.experiments.experiment import (
     Tuning,
 )
 from fasthyper.experiments.methods import ALL, METHODS, Architecture
+from fasthyper.experiments.rates import Rate
 from fasthyper.experiments.runner import run_comparison
 from fasthyper.experiments.setting import Setting
 from fasthyper.experiments.summary import Summary
-from fasthyper.experiments.tuning import Rate
 from fasthyper.experiments.verdicts import judged
 
 __all__ = [

@@ -12,8 +12,8 @@ import torch
 
 from fasthyper.experiments.experiment import Experiment, Run, Study, Tuning
 from fasthyper.experiments.methods import METHODS
+from fasthyper.experiments.rates import Rate, is_tuned
 from fasthyper.experiments.setting import is_integer
-from fasthyper.experiments.tuning import Rate, is_tuned
 
 PRESETS = ("quick", "standard", "paper")
 

@@ -17,9 +17,9 @@ from fasthyper.experiments.figures import panels, short_name
 from fasthyper.experiments.files import write_atomically
 from fasthyper.experiments.methods import HYPERNETWORK, METHODS
 from fasthyper.experiments.outcome import certainty, outcome
+from fasthyper.experiments.rates import Rate, is_tuned
 from fasthyper.experiments.results import Results, Row
 from fasthyper.experiments.summary import Summary
-from fasthyper.experiments.tuning import Rate, is_tuned
 
 CSV_FILE, PAGE_FILE = REPORT_FILES = ("summary.csv", "report.html")
 PACKAGE, TEMPLATE = "fasthyper.experiments", "report_template.html"

@@ -8,9 +8,10 @@ from typing import Any
 
 from fasthyper.experiments.comparison import Comparison
 from fasthyper.experiments.experiment import Finding, Study
+from fasthyper.experiments.rates import Rate
 from fasthyper.experiments.results import Results
 from fasthyper.experiments.store import Record, config_key
-from fasthyper.experiments.tuning import Rate, tuned
+from fasthyper.experiments.tuning import tuned
 from fasthyper.experiments.verdicts import judged
 
 

@@ -12,7 +12,7 @@ from fasthyper.experiments.claims import Improves, Wins
 from fasthyper.experiments.experiment import ASKED, Tuning
 from fasthyper.experiments.methods import EMBEDDING, FILM_WIDE, HYPERNETWORK, WIDE_E, WIDE_Q
 from fasthyper.experiments.outcome import at_equal_totals, certainty, frontiers, made_with, outcome
-from fasthyper.experiments.tuning import Rate
+from fasthyper.experiments.rates import Rate
 
 NOISE = np.array([-0.02, 0.0, 0.02])[:, None]
 SIZES = (0.25, 1.0, 4.0)

@@ -16,6 +16,7 @@ from fasthyper.experiments.claims import Flat, Improves, Wins
 from fasthyper.experiments.experiment import ASKED, MEASURED, THEOREM, UNMET, Finding
 from fasthyper.experiments.figures import panels
 from fasthyper.experiments.outcome import outcome
+from fasthyper.experiments.rates import Rate
 from fasthyper.experiments.report import (
     columns,
     diverged,
@@ -28,7 +29,6 @@ from fasthyper.experiments.report import (
     write_report,
 )
 from fasthyper.experiments.results import Interval
-from fasthyper.experiments.tuning import Rate
 
 HYPER, EMBED = JITTER * [1, 2] + [0.2, 0.1], JITTER * [1, 1] + 0.5
 CLAIMS = (Wins(text="It wins"), Improves(text="It rises", line="embedding"), Flat(text="It lasts", whose=ASKED))

@@ -8,9 +8,10 @@ from tiny_experiment import BOTH, SETTING, TINY, TUNED, TUNING, tuned_of
 
 from fasthyper.experiments.comparison import Comparison
 from fasthyper.experiments.experiment import Axis, Tuning
+from fasthyper.experiments.rates import Rate
 from fasthyper.experiments.store import config_key
 from fasthyper.experiments.summary import summarise
-from fasthyper.experiments.tuning import Rate, tuned
+from fasthyper.experiments.tuning import tuned
 
 BEST = {("hypernetwork", 2): 0.1, ("embedding", 2): 0.01, ("hypernetwork", 3): 0.01, ("embedding", 3): 0.1}
 

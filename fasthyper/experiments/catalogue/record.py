@@ -1,4 +1,4 @@
-"""Write the tuning runs that the package comes with: `python -m fasthyper.experiments.record FOLDER...`.
+"""Write the tuning runs that the package comes with: `python -m fasthyper.experiments.catalogue.record FOLDER...`.
 
 Each folder is the output of `fasthyper compare NAME --tune`, of the quick preset.
 """
