@@ -194,13 +194,13 @@ def tuned_alone(tmp_path_factory):
 
 
 @linux
-@pytest.mark.parametrize("held", [4, 8])
-def test_workers_killed_while_rates_are_chosen_or_after_it(tmp_path, monkeypatch, tuned_alone, held):
-    """Of the 18 runs, the first 12 choose rates; each process finishes 3, or 7 at most."""
+@pytest.mark.parametrize(("held", "finished"), [("validation 4", 3), ("test 2", 12)])
+def test_workers_killed_while_rates_are_chosen_or_after_it(tmp_path, monkeypatch, tuned_alone, held, finished):
+    """Of the 18 runs, the first 12 choose rates. Each process finishes 3 of these at most, or 1 of the others."""
     out, trained = tmp_path / "out", begun(monkeypatch, tmp_path)
-    monkeypatch.setenv("TINY_HELD", str(held))
+    monkeypatch.setenv("TINY_HELD", held)
     process = python("tiny_experiment", out, "--seeds", 3, "--workers", 2, "--tuned")
-    wait_for(lambda: sum(line_counts(out).values()) >= (3 if held == 4 else 12), process)
+    wait_for(lambda: sum(line_counts(out).values()) >= finished, process)
     workers = children(process.pid)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -230,7 +230,7 @@ def test_torchrun_chooses_the_same_rates_in_all_processes(tmp_path, monkeypatch,
 @linux
 def test_workers_killed_with_their_parent_and_started_again(tmp_path, monkeypatch, uninterrupted):
     out, trained = tmp_path / "out", begun(monkeypatch, tmp_path)
-    monkeypatch.setenv("TINY_HELD", "4")  # each process finishes three runs at most
+    monkeypatch.setenv("TINY_HELD", "test 4")  # each process finishes three runs at most
     process = python("tiny_experiment", out, "--seeds", 3, "--workers", 2)
     wait_for(lambda: sum(line_counts(out).values()) >= 3, process)
     workers = children(process.pid)
@@ -265,7 +265,7 @@ def test_workers_whose_parent_is_killed_while_they_start_train_nothing(tmp_path,
 @linux
 def test_torchrun_killed_and_gone_on_alone(tmp_path, monkeypatch, uninterrupted):
     out, trained = tmp_path / "out", begun(monkeypatch, tmp_path)
-    monkeypatch.setenv("TINY_HELD", "4")  # each process finishes three runs at most
+    monkeypatch.setenv("TINY_HELD", "test 4")  # each process finishes three runs at most
     process = torchrun_of("tiny_experiment", out, "--seeds", 3)
     wait_for(lambda: len(line_counts(out)) == 2 and min(line_counts(out).values()) > 0, process)
     workers = children(process.pid)

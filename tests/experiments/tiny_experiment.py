@@ -6,13 +6,13 @@ Run it by `python -m tiny_experiment OUT`, or through the command line by `pytho
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import random
 import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,8 +82,8 @@ def tensors(first, count, offset):
     return x, cond, ((x * cond[:, :2]).sum(1, keepdim=True) + cond[:, 2:]).sin() + offset
 
 
-BEGUN = itertools.count(1)
-"""Counts the runs that this process begins."""
+BEGUN = Counter()
+"""Counts the runs of each split that this process begins."""
 
 
 def failing(error):
@@ -108,7 +108,8 @@ def task(run, source):
     if path := os.environ.get("TINY_LOG"):
         with open(path, "a") as file:
             file.write(config_key(run.config()) + "\n")
-    if next(BEGUN) == int(os.environ.get("TINY_HELD", "0")):
+    BEGUN[run.split] += 1
+    if f"{run.split} {BEGUN[run.split]}" == os.environ.get("TINY_HELD"):
         time.sleep(60)  # gives a test the time to kill this process before its last run
     if (run.method, run.seed) == (EMBEDDING, 1) and (fault := os.environ.get("TINY_FAULT")):
         time.sleep(1)  # by now the other processes are done and wait for this one
