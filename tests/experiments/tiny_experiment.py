@@ -110,7 +110,7 @@ def task(run, source):
             file.write(config_key(run.config()) + "\n")
     BEGUN[run.split] += 1
     if f"{run.split} {BEGUN[run.split]}" == os.environ.get("TINY_HELD"):
-        time.sleep(60)  # gives a test the time to kill this process before its last run
+        time.sleep(15)  # gives a test the time to kill this process before its last run
     if (run.method, run.seed) == (EMBEDDING, 1) and (fault := os.environ.get("TINY_FAULT")):
         time.sleep(1)  # by now the other processes are done and wait for this one
         FAULTS[fault]()
