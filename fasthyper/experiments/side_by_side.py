@@ -13,9 +13,7 @@ separate runs to rounding, and a seed that diverges changes nothing for the othe
 from __future__ import annotations
 
 import math
-import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,12 +30,12 @@ from fasthyper.experiments.training import (
     Trainer,
     build,
     cost_of,
+    costs_are_measured,
     endless_batches,
     evaluate,
     step_flops,
     steps_of,
 )
-from fasthyper.measure import clock
 
 LARGEST = 16
 """The most seeds of a group: all of them have their models and their examples in memory at the same time."""
@@ -138,25 +136,16 @@ def train_side_by_side(
     trainer = Trainer(together, replace(tasks[0], loss=_losses(tasks)), first.setting, device)
     per_epoch = math.ceil(sizes[0] / first.setting.batch_size)
     steps = steps_of(experiment, first, tasks[0], per_epoch * first.setting.epochs)
-    trainer.schedule(steps)
     orders = [torch.Generator().manual_seed(stream(run.seed, "order")) for run in runs]
     drawn = [endless_batches(*each) for each in zip(runs, tasks, orders, strict=True)]
-    seconds: list[float] = []
-    losses: deque[Tensor] = deque(maxlen=per_epoch)
-    for step in range(steps):
-        if step % per_epoch == 0:
-            on_epoch(step / steps)
-        batch = Batch(*map(torch.stack, zip(*map(next, drawn), strict=True)))
-        start = clock(device)
-        losses.append(trainer.step(batch))
-        seconds.append(clock(device) - start)
-    on_epoch(1.0)
+    stacked = (Batch(*map(torch.stack, zip(*batches, strict=True))) for batches in zip(*drawn, strict=True))
+    seconds, losses = trainer.train(stacked, steps, per_epoch, on_epoch)
     together.copy_to(models)
     measures = [evaluate(*each) for each in zip(runs, tasks, models, strict=True)]
     numbers = counts(models[0])
     costs = [
         cost_of(Trainer(model, task, run.setting, device), task, run)
-        if (run.split, run.seed) == ("test", 0)
+        if costs_are_measured(run)
         else dict.fromkeys(COSTS)
         for run, task, model in zip(runs, tasks, models, strict=True)
     ]
@@ -171,13 +160,11 @@ def train_side_by_side(
             trainable_parameters=numbers.trainable,
             steps=steps,
             training_flops=flops,
-            step_seconds=statistics.median(seconds) / len(runs),
+            step_seconds=seconds / len(runs),
             run_seconds=share,
             **cost,
         )
-        for found, task, cost, loss in zip(
-            measures, tasks, costs, torch.stack(tuple(losses)).mean(dim=0).tolist(), strict=True
-        )
+        for found, task, cost, loss in zip(measures, tasks, costs, losses.mean(dim=0).tolist(), strict=True)
     ]
 
 

@@ -91,30 +91,19 @@ def train(
     per_epoch = math.ceil(task.train.count / run.setting.batch_size)
     generator = torch.Generator().manual_seed(stream(run.seed, "order"))
     steps = steps_of(experiment, run, task, per_epoch * run.setting.epochs)
-    trainer.schedule(steps)
-    seconds: list[float] = []
-    losses: deque[Tensor] = deque(maxlen=per_epoch)
-    batches = endless_batches(run, task, generator)
-    for step in range(steps):
-        if step % per_epoch == 0:
-            on_epoch(step / steps)
-        batch = next(batches)
-        start = clock(device)
-        losses.append(trainer.step(batch))
-        seconds.append(clock(device) - start)
-    on_epoch(1.0)
+    seconds, losses = trainer.train(endless_batches(run, task, generator), steps, per_epoch, on_epoch)
     measures = evaluate(run, task, trainer.model)
     sizes = counts(trainer.model)
-    cost = cost_of(trainer, task, run) if (run.split, run.seed) == ("test", 0) else dict.fromkeys(COSTS)
+    cost = cost_of(trainer, task, run) if costs_are_measured(run) else dict.fromkeys(COSTS)
     return Metrics(
         measures={**measures, **task.levels},
-        train_loss=torch.stack(tuple(losses)).mean().item(),
+        train_loss=losses.mean().item(),
         context_parameters=sizes.context,
         primary_parameters=sizes.primary,
         trainable_parameters=sizes.trainable,
         steps=steps,
         training_flops=steps * step_flops(trainer.model, task, run),
-        step_seconds=statistics.median(seconds),
+        step_seconds=seconds,
         run_seconds=time.perf_counter() - begin,
         **cost,
     )
@@ -135,10 +124,28 @@ class Trainer:
             self.optimizer = torch.optim.Adadelta(parameters, lr=setting.lr)
         self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
 
-    def schedule(self, steps: int) -> None:
-        """Let the learning rate fall to 0 over this many steps, if the setting has the cosine schedule."""
+    def train(
+        self, batches: Iterator[Batch], steps: int, per_epoch: int, on_epoch: Callable[[float], None]
+    ) -> tuple[float, Tensor]:
+        """Do all training steps. With the cosine schedule, the learning rate falls to 0 over them.
+
+        Returns:
+            The median seconds of a step, without drawing the batch, and the losses of the last `per_epoch` steps,
+            stacked.
+        """
         if self.cosine:
             self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
+        seconds: list[float] = []
+        losses: deque[Tensor] = deque(maxlen=per_epoch)
+        for step in range(steps):
+            if step % per_epoch == 0:
+                on_epoch(step / steps)
+            batch = next(batches)
+            start = clock(self.device)
+            losses.append(self.step(batch))
+            seconds.append(clock(self.device) - start)
+        on_epoch(1.0)
+        return statistics.median(seconds), torch.stack(tuple(losses))
 
     def step(self, batch: Batch) -> Tensor:
         """Do one training step: forward, loss, backward, update. Returns the loss, or those of models side by side."""
@@ -219,6 +226,11 @@ def step_flops(model: nn.Module, task: Task, run: Run) -> int:
         task.loss(model(batch.x, batch.cond), batch.target).backward()
     model.zero_grad()
     return int(counter.get_total_flops())
+
+
+def costs_are_measured(run: Run) -> bool:
+    """Return whether a run measures its costs: that of seed 0, for all seeds of its setting."""
+    return (run.split, run.seed) == ("test", 0)
 
 
 def cost_of(trainer: Trainer, task: Task, run: Run) -> dict[str, Any]:

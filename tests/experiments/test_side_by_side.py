@@ -191,7 +191,7 @@ def test_equal_flops():
 
 def test_times_are_shares_and_the_other_costs_those_of_one_model(monkeypatch):
     clock = iter(range(0, 100, 10))
-    monkeypatch.setattr(side_by_side, "clock", lambda device: next(clock))
+    monkeypatch.setattr(training, "clock", lambda device: next(clock))
     times = iter((5.0, 65.0))
     monkeypatch.setattr(side_by_side.time, "perf_counter", lambda: next(times))
     cost = dict.fromkeys(COSTS, 7)
