@@ -232,7 +232,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
     common: dict[str, Any] = {
         "methods": COMPARED,
         "setting": base,
-        "seeds": 10 if paper else 5,
+        "seeds": 10,
         "measure": Measure("relative_l2", "relative L2 error", log=True),
         "levels": (_ZERO,),
         "tuning": Tuning({"adam": (1e-4, 3e-4, 1e-3, 3e-3) if paper else (3e-4, 1e-3, 3e-3)}),

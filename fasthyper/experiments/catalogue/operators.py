@@ -187,7 +187,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
             values=("identity",),
             methods=_PUBLISHED,
             setting=long,
-            seeds=10 if paper else 5,
+            seeds=10,
             measure=_ERROR,
             levels=(_LINEAR,),
             claims=tuple(
@@ -276,8 +276,8 @@ OPERATOR_LEARNING = Experiment(
         " here: the paper does not say enough to repeat its table.",
         "Fixed: all but the rate. In the frontier, the rate is chosen for each method and size from 0.001, 0.003,"
         " 0.01 and 0.03, with 1,600 steps (40,000 in the paper preset). Beside the published errors it is 0.001 for all"
-        " methods, with 40,000 steps, which this table needs: five seeds in the standard preset, ten in the paper"
-        " preset. The quick preset has a quarter of the hypernetwork's total, and neither a wide e nor a deep q.",
+        " methods, with 40,000 steps, which this table needs. The quick preset has a"
+        " quarter of the hypernetwork's total, and neither a wide e nor a deep q.",
         "The frontier has methods whose total is not the hypernetwork's: the embedding method and DeepONet grow and"
         " shrink from their own total, with a branch of 64. A wide q, FiLM, attention and p compute all of their"
         " parameters anew at each of the 50 points, and so cost up to ten times as many flops.",
