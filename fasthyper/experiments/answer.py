@@ -21,11 +21,8 @@ from fasthyper.experiments.drawing import Ratio, forest, rounded
 from fasthyper.experiments.files import write_atomically
 from fasthyper.experiments.methods import HYPERNETWORK
 from fasthyper.experiments.outcome import (
-    Standing,
     counted_verdicts,
     error_text,
-    frontiers,
-    is_frontier,
     listed,
     made_with,
     name,
@@ -35,6 +32,7 @@ from fasthyper.experiments.outcome import (
 from fasthyper.experiments.report import PAGE_FILE as REPORT_PAGE
 from fasthyper.experiments.report import anchor, render
 from fasthyper.experiments.results import Interval, Results
+from fasthyper.experiments.standing import Standing, frontiers, is_frontier
 from fasthyper.experiments.summary import Summary
 
 PAGE_FILE, LINES_FILE = "answer.html", "answer.md"
@@ -261,15 +259,15 @@ def _cost(found: Sequence[Structure]) -> str:
 
 
 def _how_sure(found: Sequence[Structure], summaries: Sequence[Summary]) -> str:
-    signs = [s.sign(s.other) for structure in found for s in structure.standings.values() if s.other]
+    signs = [standing.sign for structure in found for standing in structure.standings.values()]
     tuned = sum(structure.results.study.tuning is not None for structure in found)
     rates = "tuned rates" if tuned == len(found) else f"rates tuned in {tuned} of {_tasks(len(found))}"
     seeds = _seeds(found)
     text = (
         f"{seeds}, {rates}. One seed says nothing about the spread: nothing is told apart."
         if seeds == "1 seed"
-        else f"{seeds}, {rates}. At {len(signs) - signs.count(0)} of {len(signs)} tasks and sizes, the 95 % interval"
-        " tells it from the best other method."
+        else f"{seeds}, {rates}. At {len(signs) - signs.count(0)} of {len(signs)} tasks and sizes, it is clear whether"
+        " the hypernetwork has the least error (95 %, corrected for the number of methods)."
     )
     primaries = [finding for summary in summaries for finding in verdict_on_primaries(summary)]
     if primaries:
@@ -282,7 +280,7 @@ def _fails(found: Sequence[Structure]) -> str:
         (_to_best_other(standing), structure, value, standing)
         for structure in found
         for value, standing in structure.standings.items()
-        if standing.other and standing.sign(standing.other) < 0
+        if standing.sign < 0
     ]
     parts = []
     if behind:
@@ -294,7 +292,7 @@ def _fails(found: Sequence[Structure]) -> str:
             f" {times(ratio, f'the error of {name(standing.other)}')}."
         )
     else:
-        parts.append("It is nowhere surely behind the best other method.")
+        parts.append("Nowhere does it clearly have more error than the least.")
     losses: dict[str, list[str]] = {}
     for structure in found:
         for value, who in structure.lost.items():
@@ -349,7 +347,7 @@ def _figure(found: Sequence[Structure]) -> str:
         (
             structure.heading,
             [
-                Ratio(f"{value:g} ×", _to_best_other(standing), name(str(standing.other)))
+                Ratio(f"{value:g} ×", _to_best_other(standing), name(str(standing.other)), standing.sign)
                 for value, standing in structure.standings.items()
             ],
         )
@@ -357,7 +355,7 @@ def _figure(found: Sequence[Structure]) -> str:
     ]
     return forest(
         "The hypernetwork's error over the best other's",
-        "left of 1, the hypernetwork is better; bars: 95 % intervals, paired",
+        "left of 1, the hypernetwork is better; bars: 95 % intervals of this pair",
         "error of the hypernetwork / error of the method on the right",
         groups,
         "answer",

@@ -89,7 +89,9 @@ class _Paired(Pooled):
         found = {value_label(results, value): results.advantage(*self.compared(), value) for value in values}
         if len(values) > 1:
             found = {"on average": Interval.of(finite(self.mean_advantages(results))), **found}
-        texts = (f"{name}: {self.in_words(results, advantage)}" for name, advantage in found.items())
+        texts = [f"{name}: {self.in_words(results, advantage)}" for name, advantage in found.items()]
+        if any(advantage.low > 0 for advantage in found.values()) and any(a.high < 0 for a in found.values()):
+            texts.append("single values contradict each other")
         return "; ".join([*texts, *diverged_text(results, self.compared(), values)])
 
     def in_words(self, results: Results, advantage: Interval) -> str:

@@ -4,110 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from fasthyper.experiments.claims import Wins
 from fasthyper.experiments.drawing import rounded
-from fasthyper.experiments.experiment import MEASURED, PAPER, Finding, Study, value_text
+from fasthyper.experiments.experiment import MEASURED, PAPER, Finding, value_text
 from fasthyper.experiments.figures import short_name
 from fasthyper.experiments.methods import EMBEDDING, HYPERNETWORK, METHODS
-from fasthyper.experiments.results import Interval, Results, Row, exp
+from fasthyper.experiments.results import Interval, Results
+from fasthyper.experiments.standing import at_equal_totals, frontiers
 from fasthyper.experiments.summary import Summary
 
+_NAMED = ("fasthyper", "torch")
 _SHORT = 20
 """Letters of the name of a measure that a sentence can take."""
-
-
-@dataclass(frozen=True)
-class Standing:
-    """How the methods of one study compare at one value of its axis. Methods without a finite error are left out."""
-
-    results: Results
-    value: Any
-
-    @cached_property
-    def rows(self) -> dict[str, Row]:
-        """The row of each method that trains as much as the hypernetwork, the least error first."""
-        measure = self.results.study.measure.name
-        found = [
-            row
-            for row in self.results.rows()
-            if row.value == self.value
-            and row.line.measure == measure
-            and competes(row.line.method)
-            and not row.line.dashed
-            and math.isfinite(row.measured.mean)
-        ]
-        return {row.line.method: row for row in sorted(found, key=lambda row: row.measured.mean)}
-
-    @property
-    def diverged(self) -> tuple[str, ...]:
-        """The methods of equal totals of which all runs diverged."""
-        return tuple(m for m in self.results.study.methods if competes(m) and m not in self.rows)
-
-    @property
-    def best(self) -> tuple[str, ...]:
-        """The method with the least error, and all that do not surely have more."""
-        first, *others = self.rows
-        return (first, *(m for m in others if self.apart(m, first) <= 0))
-
-    @property
-    def other(self) -> str | None:
-        """The best method besides the hypernetwork."""
-        return next((method for method in self.rows if method != HYPERNETWORK), None)
-
-    def sign(self, method: str) -> int:
-        """Return 1 if a method has more error than the hypernetwork, -1 if less, 0 if they are not told apart."""
-        return self.apart(method, HYPERNETWORK)
-
-    def apart(self, method: str, over: str) -> int:
-        """Return 1 if a method surely has more error than another, -1 if less, else 0.
-
-        The interval of `ratio` decides; where there is none, because an error is zero, that of the difference.
-        """
-        apart, even = self.ratio(method, over), 1.0
-        if math.isnan(apart.mean):
-            apart, even = self.results.advantage(over, method, self.value), 0.0
-        return 1 if apart.low > even else -1 if apart.high < even else 0
-
-    def ratio(self, method: str, over: str) -> Interval:
-        """Return the error of a method over that of another, paired by seed: the geometric mean of the ratios.
-
-        It is NaN if an error is zero. Runs that are missing are left out.
-        """
-        results = self.results
-        if results.study.measure.log:
-            return results.advantage(over, method, self.value).map(exp)
-        found = zip(*(results.per_seed(results.line(m), self.value) for m in (method, over)), strict=True)
-        pairs = [pair for pair in found if all(map(math.isfinite, pair))]
-        ratios = [math.log(a / b) if a > 0 and b > 0 else math.nan for a, b in pairs]
-        return Interval.of(ratios).map(exp)
-
-
-def competes(method: str) -> bool:
-    """Return whether a method trains as many parameters as the hypernetwork, or is it."""
-    return method == HYPERNETWORK or METHODS[method].equal
-
-
-def is_frontier(study: Study) -> bool:
-    """Return whether a study compares several methods of equal totals over their size."""
-    return bool(study.structure) and sum(map(competes, study.methods)) > 1
-
-
-def frontiers(summary: Summary) -> Iterator[Results]:
-    """Yield the results of each frontier in which any method has a finite error."""
-    for results in summary.results:
-        if is_frontier(results.study) and any(Standing(results, value).rows for value in results.study.values):
-            yield results
-
-
-def at_equal_totals(results: Results) -> Standing:
-    """Return how the methods of a frontier compare at the reference total, size 1, or near it."""
-    standings = (Standing(results, value) for value in results.study.values)
-    return min((s for s in standings if s.rows), key=lambda standing: abs(math.log(standing.value)))
 
 
 def outcome(summary: Summary) -> list[str]:
@@ -121,7 +31,7 @@ def certainty(summary: Summary) -> str:
     """Return how sure the outcome is, and how it was made."""
     parts = []
     if found := list(frontiers(summary)):
-        parts.append("In brackets: 95 % intervals, paired by seed. “Clearly”: the interval of this one pair excludes 1")
+        parts.append("In brackets: 95 % intervals of one pair. “Clearly”: corrected for the number of methods")
     if any(results.study.tuning is not None for results in found):
         edges = sum(rate.at_edge for rate in summary.rates)
         at_edge = f"; {edges} of {len(summary.rates)} are at the edge of their grid" if edges else ""
@@ -130,11 +40,11 @@ def certainty(summary: Summary) -> str:
 
 
 def made_with(summaries: Sequence[Summary]) -> str:
-    """Return preset, seeds, device, version and date of comparisons."""
+    """Return preset, seeds, device, versions and date of comparisons."""
     presets = _unique(summary.comparison.preset for summary in summaries)
     seeds = sorted({results.study.seeds for summary in summaries for results in summary.results})
-    versions = [version for summary in summaries for version in summary.versions]
-    devices = _unique(version.get("device", "") for version in versions) or _unique(
+    versions = [made for summary in summaries for made in summary.versions]
+    devices = _unique(made.get("device", "") for made in versions) or _unique(
         summary.comparison.device for summary in summaries
     )
     count = " or ".join(map(str, seeds))
@@ -143,7 +53,7 @@ def made_with(summaries: Sequence[Summary]) -> str:
             f"preset {listed(presets)}",
             f"{count} seed{'' if seeds == [1] else 's'}",
             listed(devices),
-            *(f"fasthyper {version}" for version in _unique(version.get("fasthyper", "") for version in versions)),
+            *(f"{name} {version}" for name in _NAMED for version in _unique(made.get(name, "") for made in versions)),
             *_unique([max(summary.date for summary in summaries)]),
         ]
     )
@@ -258,7 +168,7 @@ def _least_of_all(summary: Summary) -> list[str]:
 def _on_the_paper(summary: Summary) -> list[str]:
     sentences = []
     standings = [at_equal_totals(results) for results in frontiers(summary)]
-    signs = [s.sign(m) for s in standings if HYPERNETWORK in s.rows for m in s.rows if m != HYPERNETWORK]
+    signs = [sign for s in standings if HYPERNETWORK in s.rows for sign in s.signs.values()]
     if signs:
         one = len(standings) == 1
         words = ("clearly better than", "clearly worse than", "not told apart from")

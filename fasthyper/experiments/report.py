@@ -33,11 +33,14 @@ def write_report(summary: Summary, folder: Path) -> None:
 
 
 def summary_csv(summary: Summary) -> str:
-    """Return the rows of all studies in full precision: errors as fractions of 1, seconds, bytes."""
+    """Return the rows of all studies in full precision: errors as fractions of 1, seconds, bytes.
+
+    `ratio` is the error over the hypernetwork's, the geometric mean over seeds, also where `paired` is a difference.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for number, (results, row) in enumerate((r, row) for r in summary.results for row in r.rows()):
-        values = {"study": results.study.name, "axis": results.study.axis.field, **_csv_values(row)}
+        values = {"study": results.study.name, "axis": results.study.axis.field, **_csv_values(results, row)}
         if number == 0:
             writer.writerow(values)
         writer.writerow("" if isinstance(v, float) and not math.isfinite(v) else v for v in values.values())
@@ -250,11 +253,16 @@ def _paired(results: Results, row: Row) -> str:
     return row.paired.map(measure.displayed).text(".1f", "diverged")
 
 
-def _csv_values(row: Row) -> dict[str, Any]:
+def _csv_values(results: Results, row: Row) -> dict[str, Any]:
     values = asdict(row)
     line, measured, paired = (values.pop(name) for name in ("line", "measured", "paired"))
-    paired = {f"paired_{name}": (paired or {}).get(name, "") for name in measured}
-    return {"method": line["method"], "measure": line["measure"], **values, **measured, **paired}
+    ratio = None if paired is None else asdict(results.ratio(row.line.key, HYPERNETWORK, row.value))
+    compared = {
+        f"{of}_{name}": (found or {}).get(name, "")
+        for of, found in (("paired", paired), ("ratio", ratio))
+        for name in measured
+    }
+    return {"method": line["method"], "measure": line["measure"], **values, **measured, **compared}
 
 
 def _settings(study: Study) -> str:

@@ -180,6 +180,21 @@ class Results:
         """Return the mean of `differences`."""
         return Interval.of(finite(self.differences(name, over, value)))
 
+    def log_ratios(self, name: str, over: str, value: Any) -> list[float]:
+        """Return of each seed the logarithm of the measure of `name` over that of `over`, however the study compares.
+
+        It is NaN if a run is missing, or if one of them is zero.
+        """
+        if self.study.measure.log:
+            return self.differences(over, name, value)
+        pairs = zip(*(self.per_seed(self.line(line), value) for line in (name, over)), strict=True)
+        return [math.log(a / b) if a > 0 and b > 0 else math.nan for a, b in pairs]
+
+    def ratio(self, name: str, over: str, value: Any) -> Interval:
+        """Return the geometric mean of the ratios: NaN if a measure is zero; missing runs are left out."""
+        pairs = zip(self.log_ratios(name, over, value), self.differences(name, over, value), strict=True)
+        return Interval.of([ratio for ratio, difference in pairs if math.isfinite(difference)]).map(exp)
+
     def slopes(self, name: str) -> list[float]:
         """Return the least-squares slope of each seed: per unit of the axis, or per doubling if the axis is `log`."""
         axis = self.study.axis

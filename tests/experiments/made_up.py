@@ -21,6 +21,9 @@ DISTANCE = Measure("error", "distance")
 LOG = Measure("error", "squared error", log=True)
 JITTER = 0.002 * np.array([-1.0, 0.0, 1.0])[:, None]
 """Of three seeds."""
+NOISE = np.array([-0.02, 0.0, 0.02])[:, None]
+"""Of three seeds, as a share."""
+SIZES = (0.25, 1.0, 4.0)
 
 
 def study_of(errors, values=(2, 3), *, axis=DEPTH, measure=PERCENT, **more):
@@ -87,6 +90,18 @@ def results_of(errors, values=(2, 3), **options):
 
 def pair(hypernetwork, embedding):
     return dict(zip(BOTH, map(np.asarray, (hypernetwork, embedding)), strict=True))
+
+
+def errors(**means):
+    """Return errors of three seeds at three sizes around the means; each method has noise of its own."""
+    return {
+        name: mean * np.array([2.0, 1.0, 0.5]) * (1 + np.roll(NOISE, number))
+        for number, (name, mean) in enumerate(means.items())
+    }
+
+
+def frontier(measure=LOG, **means):
+    return summary_of(errors(**means), SIZES, axis=SIZE, structure="a product", measure=measure)
 
 
 def finding_of(claim, results):

@@ -152,6 +152,12 @@ def test_one_seed_does_not_show_a_fall_at_each_step():
     assert verdict(claim, errors, errors, values=(2, 3, 4)) == UNDECIDED
 
 
+def test_the_evidence_says_where_values_contradict_each_other():
+    found = pair(LOW * [1, 2], LOW * [2, 1])
+    assert evidence(Wins(text="t"), found).endswith("; single values contradict each other")
+    assert "contradict" not in evidence(Wins(text="t"), pair(LOW, 2 * LOW))
+
+
 def test_the_evidence_of_a_fall_names_the_steps_that_do_not():
     claim = FallsAtEachStep(text="t", line="hypernetwork")
     errors = JITTER * [1, 2, 1] + [0.3, 0.1, 0.2]

@@ -1,62 +1,18 @@
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from made_up import LOG, SIZE, pair, results_of, summary_of
+from made_up import LOG, NOISE, SIZE, SIZES, errors, frontier, pair, summary_of
 
 from fasthyper.experiments.claims import Improves, Wins
 from fasthyper.experiments.experiment import ASKED, Tuning
 from fasthyper.experiments.methods import EMBEDDING, FILM_WIDE, HYPERNETWORK, WIDE_E, WIDE_Q
-from fasthyper.experiments.outcome import at_equal_totals, certainty, frontiers, made_with, outcome
+from fasthyper.experiments.outcome import certainty, made_with, outcome
 from fasthyper.experiments.rates import Rate
-
-NOISE = np.array([-0.02, 0.0, 0.02])[:, None]
-SIZES = (0.25, 1.0, 4.0)
-
-
-def errors(**means):
-    """Return errors of three seeds at three sizes around the means; each method has noise of its own."""
-    return {
-        name: mean * np.array([2.0, 1.0, 0.5]) * (1 + np.roll(NOISE, number))
-        for number, (name, mean) in enumerate(means.items())
-    }
-
-
-def frontier(measure=LOG, **means):
-    return summary_of(errors(**means), SIZES, axis=SIZE, structure="a product", measure=measure)
-
-
-def test_the_standing_at_equal_totals():
-    (results,) = frontiers(frontier(**{HYPERNETWORK: 0.2, WIDE_Q: 0.1, WIDE_E: 0.101, FILM_WIDE: 0.4}))
-    standing = at_equal_totals(results)
-    assert standing.value == 1
-    assert list(standing.rows) == [WIDE_Q, WIDE_E, HYPERNETWORK, FILM_WIDE]
-    assert standing.best == (WIDE_Q, WIDE_E)
-    assert standing.other == WIDE_Q
-    assert [standing.sign(method) for method in (WIDE_Q, FILM_WIDE)] == [-1, 1]
-    ratio = standing.ratio(HYPERNETWORK, WIDE_Q)
-    assert ratio.mean == pytest.approx(2, rel=0.01)
-    assert 1.8 < ratio.low < ratio.mean < ratio.high < 2.2
-
-
-def test_ratios_do_not_depend_on_how_a_study_compares():
-    means = {HYPERNETWORK: 0.2, WIDE_Q: 0.1}
-    a, b = (
-        at_equal_totals(next(frontiers(summary))).ratio(HYPERNETWORK, WIDE_Q)
-        for summary in (frontier(**means), frontier(replace(LOG, log=False), **means))
-    )
-    assert (a.mean, a.low, a.high) == pytest.approx((b.mean, b.low, b.high))
-
-
-def test_methods_of_other_totals_and_diverged_ones_do_not_compete():
-    found = errors(**{HYPERNETWORK: 0.2, WIDE_Q: 0.1, EMBEDDING: 0.01})
-    found[WIDE_Q] *= np.nan
-    results = results_of(found, SIZES, axis=SIZE, structure="a product", measure=LOG)
-    assert at_equal_totals(results).best == (HYPERNETWORK,)
+from fasthyper.experiments.standing import at_equal_totals
 
 
 def test_the_size_nearest_to_one_is_compared():
@@ -101,42 +57,24 @@ def test_the_outcome_of_several_frontiers_names_each():
     assert totals == "The hypernetwork is clearly worse in 2 of 2 comparisons, over 2 tasks."
 
 
-def test_what_is_best_and_its_ratio_agree():
-    """One seed with a large error makes the interval of the difference wide, but not that of the ratio."""
-    numbers = np.array([[0.1], [0.11], [0.12], [0.11], [0.9]])
-    results = results_of(
-        {HYPERNETWORK: numbers * [[2.0], [2.1], [1.9], [2.0], [2.1]], WIDE_Q: numbers},
-        (1.0,),
-        axis=SIZE,
-        structure="a product",
-    )
-    standing = at_equal_totals(results)
-    assert results.advantage(WIDE_Q, HYPERNETWORK, 1.0).low < 0
-    assert standing.ratio(HYPERNETWORK, WIDE_Q).low > 1
-    assert standing.best == (WIDE_Q,)
-    assert standing.sign(WIDE_Q) == -1
-
-
-def test_an_error_of_zero_has_no_ratio_but_is_less():
-    found = {HYPERNETWORK: 0.2 + 0.1 * NOISE, WIDE_Q: 0 * NOISE}
-    standing = at_equal_totals(results_of(found, (1.0,), axis=SIZE, structure="a product"))
-    assert math.isnan(standing.ratio(HYPERNETWORK, WIDE_Q).mean)
-    assert (standing.best, standing.sign(WIDE_Q)) == ((WIDE_Q,), -1)
-
-
 def test_how_sure_and_with_what():
     summary = frontier(**{HYPERNETWORK: 0.2, WIDE_Q: 0.1})
-    assert certainty(summary).startswith("In brackets: 95 % intervals, paired by seed. ")
-    assert certainty(summary).endswith(" excludes 1. Made with preset quick, 3 seeds, cpu.")
+    assert certainty(summary).startswith("In brackets: 95 % intervals of one pair. ")
+    assert certainty(summary).endswith(" number of methods. Made with preset quick, 3 seeds, cpu, torch 2.")
     study = replace(summary.results[0].study, tuning=Tuning({"sgd": (0.1, 0.2)}))
     rates = (Rate("made-up", WIDE_Q, 1.0, "sgd", 0.1, {0.1: 0.1, 0.2: 0.3}),)
     tuned = replace(summary, results=(type(summary.results[0])(study, summary.results[0].metrics),), rates=rates)
     assert "; 1 of 1 are at the edge of their grid. Made with" in certainty(tuned)
-    versions = ({"fasthyper": "0.1.0", "device": "cpu (x86_64)"}, {"fasthyper": "0.1.0", "device": "H200"})
+    versions = (
+        {"fasthyper": "0.1.0", "torch": "2.13.0+cpu", "device": "cpu (x86_64)"},
+        {"fasthyper": "0.1.0", "torch": "2.11.0", "device": "H200"},
+    )
     dated = replace(summary, versions=versions, date="2026-11-30")
-    assert made_with([dated, dated]) == ("preset quick, 3 seeds, cpu (x86_64) and H200, fasthyper 0.1.0, 2026-11-30")
+    assert made_with([dated, dated]) == (
+        "preset quick, 3 seeds, cpu (x86_64) and H200, fasthyper 0.1.0, torch 2.13.0+cpu, torch 2.11.0, 2026-11-30"
+    )
     one = summary_of({HYPERNETWORK: HYPER[:1], EMBEDDING: EMBED[:1]})
-    assert certainty(one) == "Made with preset quick, 1 seed, cpu."
+    assert certainty(one) == "Made with preset quick, 1 seed, cpu, torch 2."
 
 
 @pytest.mark.parametrize(("order", "verdict"), [(1, "reproduced"), (-1, "not reproduced")])

@@ -142,6 +142,8 @@ def test_the_csv_holds_the_rows_in_full(summary):
         assert int(row["seeds"]) == 3
         for name in ("mean", "low", "high"):
             assert float(row[name]) == getattr(found.measured, name)
+            ratio = summary.results[0].ratio(found.line.key, "hypernetwork", found.value)
+            assert row[f"ratio_{name}"] == ("" if found.paired is None else str(getattr(ratio, name)))
         assert float(row["step_seconds"]) == found.step_seconds
         assert row["fused_seconds"] == ("" if found.fused_seconds is None else str(found.fused_seconds))
 
