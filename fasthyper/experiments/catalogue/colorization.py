@@ -194,12 +194,13 @@ COLORIZATION = Experiment(
     question=(
         "A model sees a grey image I and the position x of a pixel, and predicts the colour of the pixel. The"
         " hypernetwork generates for each image a small network from positions to colours; the embedding method has one"
-        " network for all images, which gets 450 numbers about the image in addition to the position."
+        " network for all images, which gets 450 numbers about the image in addition to the position. The default"
+        " images are patches of two photographs, and those for testing lie beside those for training: errors on other"
+        " scenes would be larger."
     ),
     choices=(
         "The patches are 16 × 16 squares, without overlap, of the two photographs that come with scikit-learn. They are"
-        " not in the paper and need no download. Three quarters, chosen at random once, are for training: patches for"
-        " testing have neighbours among them.",
+        " not in the paper and need no download. Three quarters, chosen at random once, are for training.",
         "The paper leaves open: positions run from -1 to 1 before they are raised to powers; pixels of an image are"
         " drawn at every access, 16 in training (64 in the paper preset) and 64 in testing; batches of 32; Adam.",
         "The paper gives no learning rate, so all studies are tuned: the rate falls along a cosine to 0, and its first"

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasthyper.experiments.catalogue.frontiers import SIZE, SIZES, learns
+from fasthyper.experiments.catalogue.frontiers import frontier, learns
 from fasthyper.experiments.claims import Wins
 from fasthyper.experiments.experiment import (
     ASKED,
@@ -238,23 +238,12 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
         "tuning": Tuning({"adam": (1e-4, 3e-4, 1e-3, 3e-3) if paper else (3e-4, 1e-3, 3e-3)}),
     }
     return (
-        Study(
-            name="frontier",
+        frontier(
             title="The Burgers equation, over all parameters",
-            axis=SIZE,
-            values=SIZES,
-            claims=tuple(
-                Wins(
-                    text=f"The hypernetwork errs less than {what}",
-                    over=over,
-                    whose=ASKED,
-                    premises=(learns(_ZERO, HYPERNETWORK, over),),
-                )
-                for what, over in _OTHERS
-            ),
+            structure="I is a function: an initial condition of a differential equation",
+            level=_ZERO,
             published={(m, 1.0): error for (m, e), error in _PUBLISHED.items() if e == "burgers"},
             note="The wide dashes are the errors that the paper published, on data of its own.",
-            structure="I is a function: an initial condition of a differential equation",
             **common,
         ),
         Study(

@@ -13,6 +13,7 @@ from fasthyper.experiments.experiment import ASKED, PAPER, Axis, Claim, Study
 from fasthyper.experiments.methods import (
     ATTENTION,
     DEEP_Q,
+    DEEPONET_WIDE,
     EMBEDDING,
     EQUAL_TOTAL,
     FILM_WIDE,
@@ -37,6 +38,7 @@ _RIVALS = {
     FILM_WIDE: "FiLM with a wide q",
     ATTENTION: "attention",
     PLAIN_WIDE: "one wide network of x and I",
+    DEEPONET_WIDE: "DeepONet with a wide trunk",
 }
 
 

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasthyper.experiments.catalogue.frontiers import SIZE, learns
+from fasthyper.experiments.catalogue.frontiers import frontier
 from fasthyper.experiments.claims import Wins
 from fasthyper.experiments.experiment import (
     ASKED,
@@ -235,10 +235,10 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
     tuning = Tuning({"adam": (1e-3, 3e-3, 1e-2, 3e-2) if paper else (3e-3, 1e-2, 3e-2)})
     two = (HYPERNETWORK, WIDE_Q, FILM_WIDE)
     return (
-        Study(
-            name="frontier",
+        frontier(
             title="Pairs that were never seen together, over all parameters",
-            axis=SIZE,
+            structure="I says which modules are summed, in new combinations",
+            level=_CONSTANT,
             values=(0.5, 1.0, 4.0),
             methods=STUDENTS,
             setting=base,
@@ -246,23 +246,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
             measure=_UNSEEN,
             levels=_LEVELS,
             also=_ALSO,
-            claims=tuple(
-                Wins(
-                    text=f"The hypernetwork errs less on unseen pairs than {what}",
-                    over=over,
-                    whose=ASKED,
-                    premises=(learns(_CONSTANT, HYPERNETWORK, over),),
-                )
-                for what, over in (
-                    ("the embedding method with a wide q", WIDE_Q),
-                    ("the embedding method with a deep q", DEEP_Q),
-                    ("FiLM with a wide q", FILM_WIDE),
-                    ("attention", ATTENTION),
-                    ("one network of x and I", PLAIN_WIDE),
-                )
-            ),
             tuning=tuning,
-            structure="I says which modules are summed, in new combinations",
         ),
         Study(
             name="support",
