@@ -41,7 +41,7 @@ emulated: .venv/ready $(BUILT)
 		tests/backends/test_cuda.py
 
 # What decides by the device of a tensor, on a GPU that tests/pretend pretends: its memory is the host's.
-PRETENDED := FASTHYPER_EMULATED=1 FASTHYPER_TEST_DEVICE=cuda PYTHONPATH=.:tests/pretend
+PRETENDED := FASTHYPER_EMULATED=1 FASTHYPER_TEST_DEVICE=cuda PYTHONPATH=.:tests/pretend:tests/experiments
 pretended: .venv/ready $(BUILT)
 	$(PRETENDED) $(PYTEST) -p pretended_gpu tests/pretend tests/backends/test_cuda.py
 	$(PRETENDED) $(PYTEST) -p pretended_gpu -k cuda tests/ops/test_values.py tests/backends/test_kernels.py

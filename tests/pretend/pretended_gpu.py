@@ -69,6 +69,9 @@ def start() -> None:
         "get_device_properties": lambda device=None: properties,
         "is_current_stream_capturing": lambda: False,
         "synchronize": lambda device=None: None,
+        "reset_peak_memory_stats": lambda device=None: None,
+        "max_memory_allocated": lambda device=None: 0,
+        "memory_allocated": lambda device=None: 0,
     }
     for name, value in cuda.items():
         setattr(torch.cuda, name, value)
