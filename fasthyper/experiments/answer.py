@@ -219,9 +219,9 @@ def _when(found: Sequence[Structure]) -> str:
     for structure in found:
         best = structure.at_equal_totals.best
         (alone if best == (HYPERNETWORK,) else shared if HYPERNETWORK in best else behind).append(structure)
-    parts = [f"has the least error in {len(alone)} of {_tasks(len(found))}{_in_brackets(alone)}"]
+    parts = [f"clearly has the least error in {len(alone)} of {_tasks(len(found))}{_in_brackets(alone)}"]
     if shared:
-        parts.append(f"shares it in {len(shared)}{_in_brackets(shared)}")
+        parts.append(f"could have it in {len(shared)}{_in_brackets(shared)}")
     if behind:
         ((leader, count),) = Counter(s.at_equal_totals.best[0] for s in behind).most_common(1)
         leads = "leads there" if count == len(behind) else f"leads in {count} of these"

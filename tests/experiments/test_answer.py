@@ -63,8 +63,8 @@ def test_the_answer_says_when(three):
     lines = dict(answer(three))
     assert list(lines) == ["When", "How much", "At which cost", "How sure", "Where it fails"]
     assert lines["When"] == (
-        "With as many trained parameters, the hypernetwork has the least error in 1 of 3 tasks (first), shares it in 1"
-        " (third) and is behind in 1 (embedding (wide q) leads there)."
+        "With as many trained parameters, the hypernetwork clearly has the least error in 1 of 3 tasks (first),"
+        " could have it in 1 (third) and is behind in 1 (embedding (wide q) leads there)."
     )
     many = [summary("a product", 0.1, 0.2, name=f"task {number}") for number in range(5)]
     assert "in 5 of 5 tasks (task 0, task 1 and 3 others)." in dict(answer(many))["When"]
