@@ -1,7 +1,7 @@
 """The choice of learning rates, from the runs that were measured on the validation split.
 
-The package comes with the measures of the tuning runs of the quick preset, so that they need not be trained again: one
-file of JSON lines for each experiment. Its first line is a header with the versions and the date of the runs; each
+The package comes with the measures of tuning runs, so that they need not be trained again: one file of JSON lines for
+each experiment and preset. Its first line is a header with the versions and the date of the runs; each
 other line has the key of a run, with its method and rate for readers. `fasthyper.experiments.catalogue.record` writes
 them.
 """
@@ -22,7 +22,7 @@ from fasthyper.experiments.rates import Rate, is_tuned
 from fasthyper.experiments.store import Record, config_key
 
 SHIPPED = Path(__file__).parent / "catalogue" / "tuning"
-"""The folder of the shipped files: `NAME.jsonl`, by the name of the experiment."""
+"""The folder of the shipped files: `PRESET/NAME.jsonl`, by the name of the experiment."""
 
 
 def tuned(comparison: Comparison, finished: Mapping[str, Record]) -> Comparison:
@@ -59,8 +59,9 @@ def shipped(comparison: Comparison, folder: Path = SHIPPED) -> dict[str, Record]
 
     The device of a run does not matter here: the rate that was best on CPUs is used on GPUs, too.
     """
+    path = folder / comparison.preset / f"{comparison.experiment.name}.jsonl"
     try:
-        header, *lines = map(json.loads, (folder / f"{comparison.experiment.name}.jsonl").read_text().splitlines())
+        header, *lines = map(json.loads, path.read_text().splitlines())
     except FileNotFoundError:
         return {}
     known = {line["key"]: line["measures"] for line in lines}

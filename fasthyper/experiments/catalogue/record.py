@@ -1,6 +1,6 @@
-"""Write the tuning runs that the package comes with: `python -m fasthyper.experiments.catalogue.record FOLDER...`.
+"""Write the tuning runs that the package has: `python -m fasthyper.experiments.catalogue.record PRESET FOLDER...`.
 
-Each folder is the output of `fasthyper compare NAME --tune`, of the quick preset.
+Each folder is the output of `fasthyper compare NAME --tune --preset PRESET`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ DIGITS = 6
 """Significant digits of a measure."""
 
 
-def record(folder: Path, into: Path = SHIPPED) -> Path:
-    """Write the tuning runs of the quick preset from a folder's `runs.jsonl`; return the file.
+def record(folder: Path, preset: str, into: Path = SHIPPED) -> Path:
+    """Write the tuning runs of a preset from a folder's `runs.jsonl`; return the file.
 
     Args:
         folder: the output of a comparison.
+        preset: its preset.
         into: the folder of the shipped files.
 
     Raises:
@@ -37,7 +38,7 @@ def record(folder: Path, into: Path = SHIPPED) -> Path:
     if len(made) != 1:
         raise ValueError(f"{folder}: expected tuning runs of one experiment on one device, got {sorted(made)}")
     ((name, device),) = made
-    comparison = Comparison.of(EXPERIMENTS[name], preset="quick", device="cpu")
+    comparison = Comparison.of(EXPERIMENTS[name], preset=preset, device="cpu")
     lines, versions, dates = [], [], []
     for run, names in tuning_measures(comparison).items():
         found = records.get(config_key(replace(run, device=device).config()))
@@ -51,8 +52,8 @@ def record(folder: Path, into: Path = SHIPPED) -> Path:
     if len(versions) > 1:
         raise ValueError(f"{folder}: expected runs of one version on one machine, got {versions}")
     header = {"experiment": name, "versions": versions[0], "date": max(dates)[:10]}
-    into.mkdir(exist_ok=True)
-    path = into / f"{name}.jsonl"
+    path = into / preset / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in (header, *lines)).encode())
     return path
 
@@ -62,8 +63,8 @@ def _rounded(number: float | None) -> float | None:
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
+    for argument in sys.argv[2:]:
         try:
-            print(record(Path(argument)))
+            print(record(Path(argument), sys.argv[1]))
         except ValueError as error:
             raise SystemExit(f"error: {error}") from None

@@ -50,8 +50,8 @@ def edited(whole, folder, edit):
 
 def test_what_is_recorded_is_shipped(whole, experiment, tmp_path):
     into = tmp_path / "tuning"
-    path = record(whole, into)
-    assert path == into / "tiny.jsonl"
+    path = record(whole, "quick", into)
+    assert path == into / "quick" / "tiny.jsonl"
     header, *entries = map(json.loads, path.read_text().splitlines())
     assert (header["experiment"], header["versions"]) == ("tiny", lines(whole)[0]["versions"])
     assert len(entries) == ALL_RUNS
@@ -69,16 +69,17 @@ def test_what_is_recorded_is_shipped(whole, experiment, tmp_path):
 
 
 def test_shipped_runs_serve_any_device_and_no_other_configuration(whole, experiment, tmp_path):
-    record(whole, tmp_path)
+    record(whole, "quick", tmp_path)
     assert len(shipped(replace(comparison(), device="cuda"), tmp_path)) == ALL_RUNS
     assert shipped(comparison(epochs=3), tmp_path) == {}
     assert shipped(replace(comparison(), experiment=replace(TUNED, protocol=2)), tmp_path) == {}
     assert shipped(comparison(data="curve"), tmp_path) == {}
+    assert shipped(comparison(preset="standard"), tmp_path) == {}
     assert len(shipped(comparison(depths="2,4"), tmp_path)) == DEPTH_RUNS // 2
 
 
 def test_a_run_without_the_measure_of_the_study_does_not_serve(whole, experiment, tmp_path):
-    record(whole, tmp_path)
+    record(whole, "quick", tmp_path)
     depth, embedding = comparison().studies
     other = replace(comparison(), studies=(replace(depth, measure=replace(depth.measure, name="apart")), embedding))
     assert len(shipped(other, tmp_path)) == EMBEDDING_RUNS
@@ -91,7 +92,7 @@ def test_without_a_file_nothing_is_shipped(tmp_path):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_shipped_runs_are_not_trained_and_not_stored(whole, experiment, tmp_path, monkeypatch, workers, no_notice):
     into = tmp_path / "tuning"
-    record(whole, into)
+    record(whole, "quick", into)
     monkeypatch.setattr(runner, "shipped", lambda comparison: shipped(comparison, into))
     totals = set()
     for _ in range(2):
@@ -116,7 +117,7 @@ def test_shipped_runs_are_not_trained_and_not_stored(whole, experiment, tmp_path
 
 def test_asked_to_tune_it_trains_what_is_shipped(whole, experiment, tmp_path, monkeypatch):
     into = tmp_path / "tuning"
-    record(whole, into)
+    record(whole, "quick", into)
     monkeypatch.setattr(runner, "shipped", lambda comparison: shipped(comparison, into))
     run_comparison(comparison(), tmp_path / "out", tune=True)
     assert len(lines(tmp_path / "out")) == len(lines(whole))
@@ -126,7 +127,7 @@ def test_a_folder_that_lacks_a_run_is_refused(whole, experiment, tmp_path):
     lost = lines(whole)[5]["config"]
     folder = edited(whole, tmp_path, lambda found: None if found["config"] == lost else found)
     with pytest.raises(ValueError, match=rf"lacks {lost['method']}, seed {lost['seed']}, TinySetting"):
-        record(folder, tmp_path / "tuning")
+        record(folder, "quick", tmp_path / "tuning")
     assert not (tmp_path / "tuning").exists()
 
 
@@ -136,12 +137,12 @@ def test_runs_of_several_versions_are_refused(whole, experiment, tmp_path):
         whole, tmp_path, lambda found: {**found, "versions": {"torch": "1"}} if found["config"] == one else found
     )
     with pytest.raises(ValueError, match="expected runs of one version on one machine"):
-        record(folder, tmp_path / "tuning")
+        record(folder, "quick", tmp_path / "tuning")
 
 
 def test_a_folder_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected tuning runs of one experiment on one device, got \[\]"):
-        record(tmp_path)
+        record(tmp_path, "quick")
 
 
 def test_the_package_includes_the_files():
@@ -150,12 +151,13 @@ def test_the_package_includes_the_files():
     if not (root / "pyproject.toml").exists():
         pytest.skip("the package is installed")
     tools = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
-    path = PurePath((SHIPPED / "rotation.jsonl").relative_to(root / "fasthyper"))
+    path = PurePath((SHIPPED / "quick" / "rotation.jsonl").relative_to(root / "fasthyper"))
     assert any(path.match(pattern) for pattern in tools["package-data"]["fasthyper"])
 
 
 def test_the_shipped_files_can_be_read():
-    for path in SHIPPED.glob("*"):
-        assert path.stem in EXPERIMENTS
+    """They serve every tuning run of their preset."""
+    for path in SHIPPED.glob("*/*"):
         assert path.suffix == ".jsonl"
-        shipped(Comparison.of(EXPERIMENTS[path.stem], device="cpu"))
+        found = Comparison.of(EXPERIMENTS[path.stem], preset=path.parent.name, device="cpu")
+        assert shipped(found).keys() == {config_key(run.config()) for run in found.tuning_runs()}
