@@ -91,6 +91,16 @@ class Structure:
         return min(self.standings.values(), key=lambda standing: abs(math.log(standing.value)))
 
     @property
+    def baseline(self) -> str:
+        """The least of the levels, such as the best constant, with its error; empty if the study has none."""
+        standing = self.at_equal_totals
+        levels = [row for row in self.results.rows() if row.line.dashed and row.value == standing.value]
+        if not levels:
+            return ""
+        row = min(levels, key=lambda row: row.measured.mean)
+        return f"{row.line.label}: {error_text(self.results, row.measured.mean)}"
+
+    @property
     def unbeaten(self) -> str:
         """The weakest level of the figure, such as the best constant, if no method is surely better; else empty."""
         standing = self.at_equal_totals
@@ -236,11 +246,13 @@ def _how_much(found: Sequence[Structure]) -> str:
         return "Unknown: no ratio of errors is finite."
     (least, where), (most, elsewhere) = min(ratios), max(ratios)
     if len(ratios) == 1:
-        return f"In these tasks, its error is {rounded(least)} times that of the best other method ({where})."
+        return (
+            f"At size 1, or the nearest, its error is {rounded(least)} times that of the best other method ({where})."
+        )
     mean = rounded(statistics.geometric_mean(ratio for ratio, _ in ratios))
     return (
-        f"In these tasks, its error is {rounded(least)} ({where}) to {rounded(most)} times ({elsewhere}) that of the"
-        f" best other method; the geometric mean is {mean} times."
+        f"At size 1, or the nearest, its error is {rounded(least)} ({where}) to {rounded(most)} times ({elsewhere})"
+        f" that of the best other method; the geometric mean is {mean} times."
     )
 
 
@@ -254,20 +266,21 @@ def _cost(found: Sequence[Structure]) -> str:
         primaries.append(100 * own.primary_parameters / other.primary_parameters)
     return (
         f"Training takes {_range(flops)} times the flops and {_range(seconds)} times the time of the best other."
-        f" The network generated for an I has {_range(primaries)} % of the parameters of the other's network of x."
+        f" The network that it generates for an I has {_range(primaries)} % of the parameters of the network that"
+        " the other method applies to x."
     )
 
 
 def _how_sure(found: Sequence[Structure], summaries: Sequence[Summary]) -> str:
-    signs = [standing.sign for structure in found for standing in structure.standings.values()]
+    signs = [s.sign(s.other) for structure in found for s in structure.standings.values() if s.other]
     tuned = sum(structure.results.study.tuning is not None for structure in found)
     rates = "tuned rates" if tuned == len(found) else f"rates tuned in {tuned} of {_tasks(len(found))}"
     seeds = _seeds(found)
     text = (
         f"{seeds}, {rates}. One seed says nothing about the spread: nothing is told apart."
         if seeds == "1 seed"
-        else f"{seeds}, {rates}. At {len(signs) - signs.count(0)} of {len(signs)} tasks and sizes, it is clear whether"
-        " the hypernetwork has the least error (95 %, corrected for the number of methods)."
+        else f"{seeds}, {rates}. At {len(signs) - signs.count(0)} of {len(signs)} tasks and sizes, it is clear which of"
+        " the hypernetwork and the best other method has less error (95 %, corrected for the number of methods)."
     )
     primaries = [finding for summary in summaries for finding in verdict_on_primaries(summary)]
     if primaries:
@@ -280,7 +293,7 @@ def _fails(found: Sequence[Structure]) -> str:
         (_to_best_other(standing), structure, value, standing)
         for structure in found
         for value, standing in structure.standings.items()
-        if standing.sign < 0
+        if standing.other and standing.sign(standing.other) < 0
     ]
     parts = []
     if behind:
@@ -288,11 +301,11 @@ def _fails(found: Sequence[Structure]) -> str:
         assert standing.other is not None
         size = "" if value == 1 else f" with {value:g} times the parameters"
         parts.append(
-            f"Of all sizes, it is furthest behind in {structure.short}{size}:"
+            f"Where this is clear, it is furthest behind in {structure.short}{size}:"
             f" {times(ratio, f'the error of {name(standing.other)}')}."
         )
     else:
-        parts.append("Nowhere does it clearly have more error than the least.")
+        parts.append("Nowhere is it clearly behind the best other method.")
     losses: dict[str, list[str]] = {}
     for structure in found:
         for value, who in structure.lost.items():
@@ -347,7 +360,7 @@ def _figure(found: Sequence[Structure]) -> str:
         (
             structure.heading,
             [
-                Ratio(f"{value:g} ×", _to_best_other(standing), name(str(standing.other)), standing.sign)
+                Ratio(f"{value:g} ×", _to_best_other(standing), name(str(standing.other)))
                 for value, standing in structure.standings.items()
             ],
         )
@@ -355,7 +368,7 @@ def _figure(found: Sequence[Structure]) -> str:
     ]
     return forest(
         "The hypernetwork's error over the best other's",
-        "left of 1, the hypernetwork is better; bars: 95 % intervals of this pair",
+        "left of 1, the hypernetwork is better; bars: 95 % intervals",
         "error of the hypernetwork / error of the method on the right",
         groups,
         "answer",

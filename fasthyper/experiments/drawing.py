@@ -73,12 +73,11 @@ class Panel:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A row of `forest`: a label before it, a note behind it. The sign gives the colour: 1 is good, -1 bad, 0 open."""
+    """A row of `forest`: a label before it, a note behind it."""
 
     label: str
     interval: Interval
     note: str = ""
-    sign: int = 0
 
 
 def svg(panel: Panel, name: str) -> str:
@@ -312,9 +311,6 @@ def _in_page(image: str, name: str, words: str) -> str:
     return image.replace("<svg ", f'<svg role="img" aria-label="{words}" ', 1)
 
 
-_SIGN_COLOURS = {1: "#0072B2", -1: "#D55E00", 0: "#7F7F7F"}
-
-
 def forest(title: str, subtitle: str, x_label: str, groups: Sequence[tuple[str, Sequence[Ratio]]], name: str) -> str:
     """Draw ratios with their intervals, one below the other in groups with a heading; 1 is marked. Returns SVG."""
     from matplotlib import rc_context
@@ -336,7 +332,7 @@ def forest(title: str, subtitle: str, x_label: str, groups: Sequence[tuple[str, 
                 ticks.append((place, ratio.label))
                 axes.text(1.03, place, ratio.note, transform=axes.get_yaxis_transform(), va="center", fontsize=9.5)
                 for _, shown in Series("", "", "", [(0.0, ratio.interval, 0)]).shown(True):
-                    colour = _SIGN_COLOURS[ratio.sign]
+                    colour = "#0072B2" if shown.high < 1 else "#D55E00" if shown.low > 1 else "#7F7F7F"
                     ends = [min(max(end, 1e-200), 1e200) for end in (shown.low, shown.high)]
                     axes.plot(ends, [place, place], color=colour, linewidth=1.6)
                     axes.plot([shown.mean], [place], marker="o", color=colour, markersize=7)

@@ -31,7 +31,7 @@ def certainty(summary: Summary) -> str:
     """Return how sure the outcome is, and how it was made."""
     parts = []
     if found := list(frontiers(summary)):
-        parts.append("In brackets: 95 % intervals of one pair. “Clearly”: corrected for the number of methods")
+        parts.append("In brackets: 95 % intervals, corrected for the number of methods. “Clearly”: they exclude 1")
     if any(results.study.tuning is not None for results in found):
         edges = sum(rate.at_edge for rate in summary.rates)
         at_edge = f"; {edges} of {len(summary.rates)} are at the edge of their grid" if edges else ""
@@ -168,7 +168,7 @@ def _least_of_all(summary: Summary) -> list[str]:
 def _on_the_paper(summary: Summary) -> list[str]:
     sentences = []
     standings = [at_equal_totals(results) for results in frontiers(summary)]
-    signs = [sign for s in standings if HYPERNETWORK in s.rows for sign in s.signs.values()]
+    signs = [s.sign(m) for s in standings if HYPERNETWORK in s.rows for m in s.rows if m != HYPERNETWORK]
     if signs:
         one = len(standings) == 1
         words = ("clearly better than", "clearly worse than", "not told apart from")

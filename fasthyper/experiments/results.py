@@ -16,6 +16,7 @@ from typing import Any
 
 from fasthyper.experiments.experiment import Line, Study
 from fasthyper.experiments.methods import HYPERNETWORK
+from fasthyper.experiments.significance import FAMILY
 
 _TINY = 1e-300
 
@@ -29,10 +30,11 @@ class Interval:
     high: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Interval:
+    def of(cls, values: Sequence[float], family: int = 1) -> Interval:
         """Return the interval of the mean of independent values.
 
-        It is unbounded around NaN if there is no value, or one that is not finite.
+        It is unbounded around NaN if there is no value, or one that is not finite. With a `family` of several
+        intervals, all of them hold the true means together with a chance of 95 % (Bonferroni).
 
         Example:
             >>> Interval.of([1.0, 2.0, 3.0])
@@ -46,7 +48,7 @@ class Interval:
         if len(values) < 2:
             return cls(mean, -math.inf, math.inf)
         error = statistics.stdev(values) / math.sqrt(len(values))
-        half = float(special.stdtrit(len(values) - 1, 0.975)) * error
+        half = float(special.stdtrit(len(values) - 1, 1 - FAMILY / (2 * family))) * error
         return cls(mean, mean - half, mean + half)
 
     def text(self, form: str, unknown: str, alone: str = "") -> str:
@@ -176,9 +178,9 @@ class Results:
         pairs = zip(self.per_seed(self.line(over), value), self.per_seed(self.line(name), value), strict=True)
         return [b - a for b, a in pairs]
 
-    def advantage(self, name: str, over: str, value: Any) -> Interval:
+    def advantage(self, name: str, over: str, value: Any, family: int = 1) -> Interval:
         """Return the mean of `differences`."""
-        return Interval.of(finite(self.differences(name, over, value)))
+        return Interval.of(finite(self.differences(name, over, value)), family)
 
     def log_ratios(self, name: str, over: str, value: Any) -> list[float]:
         """Return of each seed the logarithm of the measure of `name` over that of `over`, however the study compares.
@@ -190,10 +192,10 @@ class Results:
         pairs = zip(*(self.per_seed(self.line(line), value) for line in (name, over)), strict=True)
         return [math.log(a / b) if a > 0 and b > 0 else math.nan for a, b in pairs]
 
-    def ratio(self, name: str, over: str, value: Any) -> Interval:
+    def ratio(self, name: str, over: str, value: Any, family: int = 1) -> Interval:
         """Return the geometric mean of the ratios: NaN if a measure is zero; missing runs are left out."""
         pairs = zip(self.log_ratios(name, over, value), self.differences(name, over, value), strict=True)
-        return Interval.of([ratio for ratio, difference in pairs if math.isfinite(difference)]).map(exp)
+        return Interval.of([ratio for ratio, difference in pairs if math.isfinite(difference)], family).map(exp)
 
     def slopes(self, name: str) -> list[float]:
         """Return the least-squares slope of each seed: per unit of the axis, or per doubling if the axis is `log`."""

@@ -72,27 +72,27 @@ def test_the_answer_says_when(three):
 
 def test_the_answer_says_how_much(three):
     assert dict(answer(three))["How much"] == (
-        "In these tasks, its error is 0.5 (first) to 2 times (second) that of the best other method; the geometric mean"
-        " is 1 times."
+        "At size 1, or the nearest, its error is 0.5 (first) to 2 times (second) that of the best other method; the geometric"
+        " mean is 1 times."
     )
     assert (
         dict(answer(three[:1]))["How much"]
-        == "In these tasks, its error is 0.5 times that of the best other method (first)."
+        == "At size 1, or the nearest, its error is 0.5 times that of the best other method (first)."
     )
 
 
 def test_the_answer_says_at_which_cost(three):
     assert dict(answer(three))["At which cost"] == (
-        "Training takes 1 times the flops and 1 times the time of the best other. The network generated for an I"
-        " has 10 % of the parameters of the other's network of x."
+        "Training takes 1 times the flops and 1 times the time of the best other. The network that it generates for an"
+        " I has 10 % of the parameters of the network that the other method applies to x."
     )
 
 
 def test_the_answer_says_how_sure(three):
     text = dict(answer(three))["How sure"]
     assert text == (
-        "3 seeds, rates tuned in 0 of 3 tasks. At 7 of 9 tasks and sizes, it is clear whether the hypernetwork"
-        " has the least error (95 %, corrected for the number of methods)."
+        "3 seeds, rates tuned in 0 of 3 tasks. At 7 of 9 tasks and sizes, it is clear which of the hypernetwork and"
+        " the best other method has less error (95 %, corrected for the number of methods)."
     )
     (results,) = three[0].results
     study = replace(results.study, tuning=Tuning({"sgd": (0.1,)}))
@@ -106,12 +106,12 @@ def test_the_answer_says_how_sure(three):
 def test_the_answer_says_where_it_fails(three):
     text = dict(answer(three))["Where it fails"]
     assert re.fullmatch(
-        r"Of all sizes, it is furthest behind in second with 4 times the parameters:"
+        r"Where this is clear, it is furthest behind in second with 4 times the parameters:"
         r" 2\.4 times the error of embedding \(wide q\)"
         r" \(2\.\d to 2\.\d\)\.",
         text,
     )
-    assert dict(answer(three[:1]))["Where it fails"] == "Nowhere does it clearly have more error than the least."
+    assert dict(answer(three[:1]))["Where it fails"] == "Nowhere is it clearly behind the best other method."
 
 
 def test_tasks_of_one_experiment_are_named_by_their_structure(three):
@@ -169,6 +169,7 @@ def test_each_cell_links_to_its_evidence(three, tmp_path):
     for one in three:
         assert 'id="study-made-up"' in report_html(one)
     assert html.count("<svg") == 1
+    assert html.count("<br>the best constant: 10</span>") == 3
     assert not re.search(r"@import|<script|https?://(?!www\.w3\.org)", html)
     for question, text in answer(three):
         assert f"<strong>{question}.</strong> {text}".replace("'", "&#39;") in html

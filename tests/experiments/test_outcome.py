@@ -59,8 +59,8 @@ def test_the_outcome_of_several_frontiers_names_each():
 
 def test_how_sure_and_with_what():
     summary = frontier(**{HYPERNETWORK: 0.2, WIDE_Q: 0.1})
-    assert certainty(summary).startswith("In brackets: 95 % intervals of one pair. ")
-    assert certainty(summary).endswith(" number of methods. Made with preset quick, 3 seeds, cpu, torch 2.")
+    assert certainty(summary).startswith("In brackets: 95 % intervals, corrected for the number of methods. ")
+    assert certainty(summary).endswith(" they exclude 1. Made with preset quick, 3 seeds, cpu, torch 2.")
     study = replace(summary.results[0].study, tuning=Tuning({"sgd": (0.1, 0.2)}))
     rates = (Rate("made-up", WIDE_Q, 1.0, "sgd", 0.1, {0.1: 0.1, 0.2: 0.3}),)
     tuned = replace(summary, results=(type(summary.results[0])(study, summary.results[0].metrics),), rates=rates)
