@@ -11,19 +11,19 @@ The modules, in the order in which they build on each other:
     setting        the settings of runs
     experiment     the types that declare an experiment: start here to write one
     rates          the learning rates that were chosen
+    significance   tests of significance and their power
+    results        the statistics of one study
     comparison     chosen studies of an experiment, and the runs that they need
     tuning         the choice of learning rates
     training       one run
-    significance   tests of significance and their power
     side_by_side   runs that differ only in their seed, trained as one
-    results        the statistics of one study
     words          these statistics in words
     claims         the claims about a study, each with its test
     verdicts       the verdicts on all claims of a page
     catalogue      the experiments, and the table of them by name
     summary        the results and findings of a comparison
     drawing, figures                   the figure of a study
-    outcome                            the outcome in words
+    standing, outcome                  which methods could be the best, and the outcome in words
     report                             the summary as CSV and as one HTML page
     answer                             one page for several comparisons, and its lines in the README
     files, store, distributed, runner  all runs of a comparison, in several processes, and the file of finished runs
@@ -31,6 +31,7 @@ The modules, in the order in which they build on each other:
 """
 
 from fasthyper.experiments.catalogue import EXPERIMENTS
+from fasthyper.experiments.catalogue.frontiers import frontier
 from fasthyper.experiments.catalogue.rotation import ROTATION
 from fasthyper.experiments.claims import Exponent, FallsAtEachStep, Flat, Improves, Learns, Steeper, WellBelow, Wins
 from fasthyper.experiments.comparison import Comparison
@@ -50,7 +51,7 @@ from fasthyper.experiments.experiment import (
     Task,
     Tuning,
 )
-from fasthyper.experiments.methods import ALL, METHODS, Architecture
+from fasthyper.experiments.methods import ALL, EQUAL_TOTAL, METHODS, Architecture
 from fasthyper.experiments.rates import Rate
 from fasthyper.experiments.runner import run_comparison
 from fasthyper.experiments.setting import Setting
@@ -59,6 +60,7 @@ from fasthyper.experiments.verdicts import judged
 
 __all__ = [
     "ALL",
+    "EQUAL_TOTAL",
     "EXPERIMENTS",
     "METHODS",
     "ROTATION",
@@ -89,6 +91,7 @@ __all__ = [
     "WellBelow",
     "Wins",
     "WorkerFailed",
+    "frontier",
     "judged",
     "run_comparison",
 ]

@@ -13,6 +13,7 @@ import torch
 from fasthyper.experiments.experiment import Experiment, Run, Study, Tuning
 from fasthyper.experiments.methods import METHODS
 from fasthyper.experiments.rates import Rate, is_tuned
+from fasthyper.experiments.results import Results
 from fasthyper.experiments.setting import is_integer
 
 PRESETS = ("quick", "standard", "paper")
@@ -70,7 +71,8 @@ class Comparison:
                 learning rate, and none is chosen on the validation split.
 
         Raises:
-            ValueError: an unknown name, a number out of range, or a setting that no study has.
+            ValueError: an unknown name, a number out of range, a setting that no study has, or a claim about a method
+                or value that its study lacks.
 
         Example:
             >>> from fasthyper.experiments import ROTATION
@@ -85,6 +87,10 @@ class Comparison:
         if not chosen:
             others = " and ".join(other for other in PRESETS if experiment.studies(other, data)) or "none"
             raise ValueError(f"preset: {experiment.name} has no studies in the preset {preset}, only in {others}")
+        for study in chosen:
+            for claim in study.claims:
+                if not claim.concerns(Results(study, {})):
+                    raise ValueError(f"claims: {claim.text!r} is about a method or value that {study.name!r} lacks")
         if depths is not None:
             values = parse_depths(depths) if isinstance(depths, str) else tuple(depths)
             chosen = tuple(replace(s, values=values) for s in chosen if s.axis.field == "depth")
@@ -128,6 +134,8 @@ class Comparison:
             if not study.values or len(set(study.values)) < len(study.values):
                 raise ValueError(f"{study.axis.field}: expected values, each named once, got {study.values!r}")
             field = study.axis.field
+            if not hasattr(study.setting, field):
+                raise ValueError(f"axis: the setting of study {study.name!r} has no field {field!r}")
             value_type = type(getattr(study.setting, field))
             for value in study.values:
                 if type(value) is not value_type:
@@ -177,6 +185,19 @@ class Comparison:
         run = self._run(study, value, method, seed)
         lr = self._lr.get((study.name, method, value), run.setting.lr)
         return replace(run, setting=replace(run.setting, lr=lr))
+
+    def measures_of(self, run: Run) -> set[str]:
+        """Return the measures and levels that the studies of a run need."""
+        return {
+            name
+            for study in self.studies
+            if run.method in study.methods
+            if any(
+                replace(self._run(study, value, run.method, 0).setting, lr=run.setting.lr) == run.setting
+                for value in study.values
+            )
+            for name in (study.measure.name, *(line.measure for line in study.all_lines()), *dict(study.also))
+        }
 
     @cached_property
     def _lr(self) -> Mapping[tuple[str, str, Any], float]:

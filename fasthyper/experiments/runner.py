@@ -237,6 +237,10 @@ def _train_all(
                 metrics = [train(comparison.experiment, runs[0], dataset, on_epoch)]
             else:
                 metrics = train_side_by_side(comparison.experiment, runs, dataset, on_epoch)
+            lacking = comparison.measures_of(runs[0]) - metrics[0].measures.keys()
+            if lacking:
+                known = ", ".join(sorted(metrics[0].measures))
+                raise ValueError(f"task: expected measures or levels {', '.join(sorted(lacking))}, got {known}")
         except Exception as error:
             if group.alone:
                 raise

@@ -72,8 +72,8 @@ def test_the_answer_says_when(three):
 
 def test_the_answer_says_how_much(three):
     assert dict(answer(three))["How much"] == (
-        "At size 1, or the nearest, its error is 0.5 (first) to 2 times (second) that of the best other method; the geometric"
-        " mean is 1 times."
+        "At size 1, or the nearest, its error is 0.5 (first) to 2 times (second) that of the best other method; the"
+        " geometric mean is 1 times."
     )
     assert (
         dict(answer(three[:1]))["How much"]

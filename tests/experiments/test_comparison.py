@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_experiment import BOTH, TINY
+from tiny_experiment import BOTH, SETTING, TINY
 
 from fasthyper.experiments import ROTATION, Comparison
+from fasthyper.experiments.claims import Wins
 from fasthyper.experiments.comparison import parse_depths, resolve_device
 from fasthyper.experiments.experiment import Axis
 
@@ -85,6 +86,36 @@ def test_depths_need_a_study_over_depth():
     flat = replace(TINY, studies=lambda preset, data: TINY.studies(preset, data)[1:])
     with pytest.raises(ValueError, match="depths: tiny has no study over depth"):
         Comparison.of(flat, depths="2")
+
+
+def changed(**changes):
+    """Return the tiny experiment with changed studies."""
+    return replace(TINY, studies=lambda *of: tuple(replace(study, **changes) for study in TINY.studies(*of)))
+
+
+@pytest.mark.parametrize("absent", [{"over": "film"}, {"line": "film"}, {"at": "none"}, {"least": 9}])
+def test_a_claim_about_what_a_study_lacks_is_refused(absent):
+    with pytest.raises(ValueError, match=r"^claims: 'It wins' is about a method or value that 'depth' lacks$"):
+        Comparison.of(changed(claims=(Wins(text="It wins", **absent),)))
+
+
+def test_claims_about_methods_that_are_not_chosen_are_kept():
+    assert tiny(methods=["embedding"]).studies[0].claims == tiny().studies[0].claims
+
+
+def test_an_axis_that_the_setting_lacks_is_refused():
+    with pytest.raises(ValueError, match=r"^axis: the setting of study 'depth' has no field 'height'$"):
+        Comparison.of(changed(axis=Axis("height", "height"), claims=()))
+
+
+def test_the_measures_that_the_studies_of_a_run_need():
+    comparison = tiny()
+    deep = comparison.run(comparison.studies[0], 3, "embedding", 0)
+    assert comparison.measures_of(deep) == {"error", "zero"}
+    alone = tiny(studies=["embedding"])
+    assert {frozenset(alone.measures_of(run)) for run in alone.runs()} == {frozenset({"error"})}
+    assert alone.measures_of(deep) == set()
+    assert alone.measures_of(replace(alone.runs()[0], setting=replace(SETTING, lr=0.7))) == {"error"}  # as if tuned
 
 
 def test_devices(monkeypatch):

@@ -7,12 +7,13 @@ import pickle
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import parallel
 import pytest
 from tiny_experiment import comparison_of, lines
 
-from fasthyper.experiments import WorkerFailed, run_comparison
+from fasthyper.experiments import Measure, WorkerFailed, run_comparison
 from fasthyper.experiments.distributed import launch
 
 HERE = os.path.dirname(parallel.__file__)
@@ -96,3 +97,15 @@ def test_a_failure_goes_from_process_to_process():
     failure = pickle.loads(pickle.dumps(WorkerFailed(1, 4, "film, seed 2", "MemoryError", "a traceback")))
     assert str(failure) == "worker 2 of 4, in film, seed 2: MemoryError"
     assert failure.details == "a traceback"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("named", [{"measure": Measure("mae", "error")}, {"levels": (("guess", "guessing"),)}])
+def test_a_measure_that_the_task_lacks_is_an_error_of_the_first_run(tmp_path, named, workers):
+    found = comparison_of()
+    wrong = replace(found, studies=tuple(replace(study, claims=(), **named) for study in found.studies))
+    name = "mae" if "measure" in named else "guess"
+    kind = ValueError if workers == 1 else WorkerFailed
+    with pytest.raises(kind, match=rf"task: expected measures or levels {name}, got apart, error, zero$"):
+        run_comparison(wrong, tmp_path, workers=workers)
+    assert not (tmp_path / "runs.jsonl").exists() or not (tmp_path / "runs.jsonl").read_text()
