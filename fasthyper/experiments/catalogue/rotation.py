@@ -54,7 +54,7 @@ HIDDEN = 10
 BOTH = (HYPERNETWORK, EMBEDDING)
 TURNS: Mapping[str, int] = {"digits": 8, "mnist": 1, "cifar10": 1}
 """Angles for each image in testing and validation: there are few digits."""
-STRUCTURE = "x is I, turned: the angle shows only in both"
+STRUCTURE = "x is I, turned by the angle to predict"
 GUESSING = ("guessing", "guessing")
 
 
