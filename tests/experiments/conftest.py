@@ -31,3 +31,11 @@ def one_thread(monkeypatch):
 def plain_figures(monkeypatch):
     """Do not draw figures: in tests of other things they would take most of the time."""
     monkeypatch.setattr("fasthyper.experiments.report.panels", lambda results: ("a figure",))
+
+
+@pytest.fixture
+def trained(tmp_path_factory, monkeypatch):
+    """Return a function that returns the configurations of the runs that started, in all processes."""
+    log = tmp_path_factory.mktemp("log") / "trained"
+    monkeypatch.setenv("TINY_LOG", str(log))
+    return lambda: log.read_text().splitlines() if log.exists() else []

@@ -24,6 +24,13 @@ JITTER = 0.002 * np.array([-1.0, 0.0, 1.0])[:, None]
 NOISE = np.array([-0.02, 0.0, 0.02])[:, None]
 """Of three seeds, as a share."""
 SIZES = (0.25, 1.0, 4.0)
+LOW, HIGH = JITTER * [1, 1] + 0.2, JITTER * [1, -1] + 0.5
+DOWN, LEVEL, UP = JITTER * [1, 2] + [0.3, 0.2], JITTER * [1, 1] + [0.3, 0.3], JITTER * [1, 2] + [0.2, 0.3]
+"""Of three seeds at two values, as `LOW` and `HIGH`."""
+DEPTHS = (2, 3, 5)
+RANDOM = np.random.default_rng(2)
+A, B = (0.3 + 0.05 * RANDOM.standard_normal((6, 3)) for _ in "ab")
+"""Of six seeds at `DEPTHS`."""
 
 
 def study_of(errors, values=(2, 3), *, axis=DEPTH, measure=PERCENT, **more):
@@ -108,3 +115,14 @@ def finding_of(claim, results):
     """Return the finding on a claim that is alone on its page; None if there is none."""
     found = judged([Results(replace(results.study, claims=(claim,)), results.metrics)])
     return found[0][1] if found else None
+
+
+def evidence(claim, errors, values=(2, 3), **options):
+    return finding_of(claim, results_of(errors, values, **options)).evidence
+
+
+def diverging(errors, *places):
+    broken = errors.copy()
+    for place in places:
+        broken[place] = np.nan
+    return broken

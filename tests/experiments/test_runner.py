@@ -1,43 +1,23 @@
 from __future__ import annotations
 
-import fcntl
-import json
-import math
 import os
 import random
 import re
 import subprocess
 import sys
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny_experiment
 import torch
-from tiny_experiment import TINY, comparison_of, lines, numbers, tuned_of
+from tiny_experiment import ALL_FILES, TINY, comparison_of, files, lines, numbers, tuned_of
 
 from fasthyper.experiments import DatasetUnavailable, run_comparison, runner
 from fasthyper.experiments.store import RunStore
 from fasthyper.experiments.training import train
-from fasthyper.experiments.tuning import tuned
 
 pytestmark = pytest.mark.usefixtures("plain_figures")
-
-
-@pytest.fixture
-def trained(tmp_path_factory, monkeypatch):
-    """Return a function that returns the configurations of the runs that started, in all processes."""
-    log = tmp_path_factory.mktemp("log") / "trained"
-    monkeypatch.setenv("TINY_LOG", str(log))
-    return lambda: log.read_text().splitlines() if log.exists() else []
-
-
-def files(folder):
-    return sorted(os.listdir(folder))
-
-
-ALL_FILES = ["report.html", "runs.jsonl", "summary.csv"]
 
 
 def test_everything_is_written(tmp_path, no_notice, trained):
@@ -153,35 +133,6 @@ def test_studies_share_runs(tmp_path, trained):
     assert embedding[4].measured == depth[2].measured
 
 
-def test_torn_and_corrupt_and_changed_and_double_lines(tmp_path):
-    run_comparison(comparison_of(), tmp_path)
-    whole = (tmp_path / "runs.jsonl").read_bytes().splitlines(keepends=True)
-    expected = numbers(lines(tmp_path))
-    changed = whole[5].replace(b'"steps": 6', b'"steps": 7')
-    assert changed != whole[5]
-    broken = [*whole[:3], b"garbage\n", whole[1], *whole[3:5], changed, whole[6][:100]]
-    (tmp_path / "runs.jsonl").write_bytes(b"".join(broken))
-    problems = []
-    run_comparison(comparison_of(), tmp_path, notify=problems.append)
-    assert [re.search(r"line (\d): (.*);", problem).groups() for problem in problems] == [
-        ("4", "is no finished run, or corrupt"),
-        ("5", "this run is already listed above"),
-        ("8", "is no finished run, or corrupt"),
-        ("9", "is torn, its run was cut off"),
-    ]
-    kept = (tmp_path / "runs.jsonl").read_bytes().splitlines(keepends=True)
-    assert kept[:8] == broken[:8]
-    assert numbers([json.loads(line) for line in kept[:3] + kept[5:7] + kept[8:]]) == expected
-
-
-def test_by_default_problems_are_warnings(tmp_path):
-    run_comparison(comparison_of(seeds=1), tmp_path)
-    with (tmp_path / "runs.jsonl").open("ab") as file:
-        file.write(b'{"config"')
-    with pytest.warns(UserWarning, match="line 5: is torn"):
-        run_comparison(comparison_of(seeds=1), tmp_path)
-
-
 def test_the_numbers_depend_on_nothing_but_the_configuration(tmp_path):
     run_comparison(comparison_of(), tmp_path)
     expected = numbers(lines(tmp_path))
@@ -265,140 +216,6 @@ def test_an_exception_while_training_reaches_the_caller(tmp_path, monkeypatch):
     monkeypatch.undo()
     run_comparison(comparison_of(), tmp_path)
     assert len(numbers(lines(tmp_path))) == 8
-
-
-def rank_file_of(comparison, out, number, runs):
-    """Write the file that process `number` leaves if torchrun is killed."""
-    store = RunStore(out / f"runs.{number}.jsonl", {})
-    for run in runs:
-        metrics = vars(train(comparison.experiment, run, None))
-        store.append({"config": run.config(), "metrics": metrics, "versions": {"torch": "earlier"}})
-
-
-def test_files_of_other_ranks_are_picked_up_and_removed(tmp_path, no_notice, trained):
-    comparison = comparison_of()
-    runs = comparison.runs()
-    rank_file_of(comparison, tmp_path, 1, runs[1:3])
-    rank_file_of(comparison, tmp_path, 2, runs[2:4])
-    begun = len(trained())
-    run_comparison(comparison, tmp_path, notify=no_notice)
-    assert len(trained()) - begun == 8 - 3
-    assert len(numbers(lines(tmp_path))) == 8
-    assert sum(record["versions"] == {"torch": "earlier"} for record in lines(tmp_path)) == 3
-    assert files(tmp_path) == ALL_FILES
-
-
-def test_runs_of_another_configuration_in_a_rank_file_are_kept(tmp_path, no_notice):
-    other = comparison_of(seeds=1, epochs=1)
-    rank_file_of(other, tmp_path, 1, other.runs()[:2])
-    run_comparison(comparison_of(seeds=1), tmp_path, notify=no_notice)
-    assert len(numbers(lines(tmp_path))) == 4 + 2
-    assert files(tmp_path) == ALL_FILES
-
-
-def test_runs_of_another_experiment_in_a_rank_file_are_not_thrown_away(tmp_path):
-    other = replace(comparison_of(seeds=1), experiment=replace(TINY, protocol=2))
-    rank_file_of(other, tmp_path, 1, other.runs()[:1])
-    before = (tmp_path / "runs.1.jsonl").read_bytes()
-    run_comparison(comparison_of(seeds=1), tmp_path, notify=lambda problem: None)
-    kept = [path.read_bytes() for path in tmp_path.glob("runs*.jsonl")]
-    assert any(before in content for content in kept)
-
-
-def test_a_rank_file_that_another_process_writes_is_not_removed(tmp_path, monkeypatch):
-    """A comparison runs under torchrun while another process reports its finished runs."""
-    monkeypatch.setattr("fasthyper.experiments.store._PAUSE", 0.0)
-    comparison = comparison_of(seeds=1)
-    run_comparison(comparison, tmp_path)
-    rank_file_of(comparison, tmp_path, 1, comparison_of(seeds=2).runs()[-1:])
-    with (tmp_path / "runs.1.jsonl").open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with suppress(ValueError):  # an error is fine, too
-            run_comparison(comparison, tmp_path)
-        assert (tmp_path / "runs.1.jsonl").exists()
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_two_comparisons_do_not_write_to_one_folder(tmp_path, monkeypatch, workers):
-    monkeypatch.setattr("fasthyper.experiments.store._PAUSE", 0.0)
-    with (tmp_path / "runs.jsonl").open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="out: another process is writing to"):
-            run_comparison(comparison_of(), tmp_path, workers=workers)
-    assert (tmp_path / "runs.jsonl").read_bytes() == b""
-
-
-def by_configuration(records):
-    return {json.dumps(record["config"], sort_keys=True): record for record in records}
-
-
-def test_rates_are_chosen_first_and_then_used(tmp_path, no_notice):
-    comparison = tuned_of()
-    summary = run_comparison(comparison, tmp_path, notify=no_notice)
-    records = lines(tmp_path)
-    configs = [record["config"] for record in records]
-    assert configs[:12] == [run.config() for run in comparison.tuning_runs()]
-    chosen = tuned(comparison, by_configuration(records))
-    assert configs[12:] == [run.config() for run in chosen.runs()]
-    assert summary.rates == chosen.rates
-    assert {rate.errors[1e9] for rate in summary.rates} == {math.inf}
-    for config in configs[12:]:
-        (rate,) = [rate for rate in chosen.rates if rate.method == config["method"]]
-        assert config["setting"]["lr"] == rate.lr == min(rate.errors, key=rate.errors.get)
-    assert summary.comparison == comparison
-
-
-def test_progress_counts_the_runs_that_choose_rates(tmp_path):
-    seen = []
-    run_comparison(tuned_of(), tmp_path, progress=lambda *what: seen.append(what))
-    assert seen[0] == (0, 16, "hypernetwork, learning rate 0.01")
-    assert seen[-1] == (16, 16, "embedding, seed 1")
-    done = [share for share, _, _ in seen]
-    assert done == sorted(done)
-    assert {total for _, total, _ in seen} == {16}
-
-
-def test_finished_runs_of_both_kinds_are_kept(tmp_path, no_notice, trained):
-    run_comparison(tuned_of(seeds=1), tmp_path, notify=no_notice)
-    assert len(trained()) == 12 + 2
-    seen = []
-    for workers in (1, 2):
-        run_comparison(
-            tuned_of(), tmp_path, workers=workers, progress=lambda *what: seen.append(what), notify=no_notice
-        )
-        assert len(trained()) == len(set(trained())) == 12 + 4
-    assert seen[0] == (0, 2, "hypernetwork, seed 1")
-
-
-@pytest.mark.parametrize("stop", [5, 13])
-def test_stopped_in_either_phase_it_goes_on(tmp_path, monkeypatch, no_notice, trained, stop):
-    calls = []
-
-    def fail(*arguments):
-        calls.append(1)
-        if len(calls) == stop:
-            raise RuntimeError("no more")
-        return train(*arguments)
-
-    monkeypatch.setattr(runner, "train", fail)
-    with pytest.raises(RuntimeError, match="no more"):
-        run_comparison(tuned_of(), tmp_path / "out")
-    assert len(lines(tmp_path / "out")) == stop - 1
-    run_comparison(tuned_of(), tmp_path / "out", notify=no_notice)
-    assert len(trained()) == 16
-    run_comparison(tuned_of(), tmp_path / "uninterrupted")
-    assert numbers(lines(tmp_path / "out")) == numbers(lines(tmp_path / "uninterrupted"))
-
-
-def without_validation(run, source):
-    return replace(tiny_experiment.task(run, source), validation=None)
-
-
-def test_a_task_without_validation_examples_cannot_be_tuned(tmp_path):
-    comparison = replace(tuned_of(), experiment=replace(TINY, task=without_validation))
-    with pytest.raises(ValueError, match=r"^validation: the task of tiny has no such examples"):
-        run_comparison(comparison, tmp_path)
-    assert not (tmp_path / "report.html").exists()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL")

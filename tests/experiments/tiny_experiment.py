@@ -159,6 +159,13 @@ def tuned_of(seeds=2, depths="2"):
     return Comparison.of(TUNED, depths=depths, methods=BOTH, seeds=seeds, device="cpu")
 
 
+ALL_FILES = ["report.html", "runs.jsonl", "summary.csv"]
+
+
+def files(folder):
+    return sorted(os.listdir(folder))
+
+
 def lines(out):
     return [json.loads(line) for line in (Path(out) / "runs.jsonl").read_text().splitlines()]
 
