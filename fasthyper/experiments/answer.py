@@ -91,6 +91,13 @@ class Structure:
         return min(self.standings.values(), key=lambda standing: abs(math.log(standing.value)))
 
     @property
+    def is_matched(self) -> bool:
+        """Whether another method of any size has at most the hypernetwork's error and its flops of training."""
+        own = self.at_equal_totals.rows[HYPERNETWORK]
+        others = (row for s in self.standings.values() for method, row in s.rows.items() if method != HYPERNETWORK)
+        return any(o.training_flops <= own.training_flops and o.measured.mean <= own.measured.mean for o in others)
+
+    @property
     def baseline(self) -> str:
         """The least of the levels, such as the best constant, with its error; empty if the study has none."""
         standing = self.at_equal_totals
@@ -264,10 +271,12 @@ def _cost(found: Sequence[Structure]) -> str:
         flops.append(own.training_flops / other.training_flops)
         seconds.append(own.steps * own.step_seconds / (other.steps * other.step_seconds))
         primaries.append(100 * own.primary_parameters / other.primary_parameters)
+    unmatched = [structure for structure in found if not structure.is_matched]
     return (
-        f"Training takes {_range(flops)} times the flops and {_range(seconds)} times the time of the best other."
-        f" The network that it generates for an I has {_range(primaries)} % of the parameters of the network that"
-        " the other method applies to x."
+        f"Training takes {_range(flops)} times the flops and {_range(seconds)} times the time of the best other. In"
+        f" {len(unmatched)} of {_tasks(len(found))}{_in_brackets(unmatched)}, no other of any size errs as little for"
+        f" as few flops. The network generated for an I has {_range(primaries)} % of the parameters of the other's"
+        " network of x."
     )
 
 
