@@ -25,6 +25,7 @@ The modules, in the order in which they build on each other:
     drawing, figures                   the figure of a study
     standing, outcome                  which methods could be the best, and the outcome in words
     report                             the summary as CSV and as one HTML page
+    structures                         the frontiers of several comparisons
     answer                             one page for several comparisons, and its lines in the README
     files, store, distributed, runner  all runs of a comparison, in several processes, and the file of finished runs
     record                             writes the tuning runs that the package comes with

@@ -13,8 +13,6 @@ import statistics
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from fasthyper.experiments.drawing import Ratio, forest, rounded
@@ -22,7 +20,6 @@ from fasthyper.experiments.files import write_atomically
 from fasthyper.experiments.methods import HYPERNETWORK
 from fasthyper.experiments.outcome import (
     counted_verdicts,
-    error_text,
     listed,
     made_with,
     name,
@@ -30,9 +27,10 @@ from fasthyper.experiments.outcome import (
     verdict_on_primaries,
 )
 from fasthyper.experiments.report import PAGE_FILE as REPORT_PAGE
-from fasthyper.experiments.report import anchor, render
-from fasthyper.experiments.results import Interval, Results
-from fasthyper.experiments.standing import Standing, frontiers, is_frontier
+from fasthyper.experiments.report import render
+from fasthyper.experiments.results import Interval
+from fasthyper.experiments.standing import Standing, is_frontier
+from fasthyper.experiments.structures import Structure, cell, structures
 from fasthyper.experiments.summary import Summary
 
 PAGE_FILE, LINES_FILE = "answer.html", "answer.md"
@@ -43,128 +41,20 @@ _NAMED = 3
 """How many tasks a sentence names."""
 
 
-@dataclass(frozen=True)
-class Structure:
-    """A row of the table: one frontier."""
-
-    summary: Summary
-    results: Results
-
-    @property
-    def label(self) -> str:
-        """The structure in words."""
-        return self.results.study.structure
-
-    @property
-    def short(self) -> str:
-        """A name for sentences: that of the experiment, or the first words of the structure if it has several."""
-        own = list(frontiers(self.summary))
-        first = re.split("[,:]", self.label)[0]
-        return first if len(own) > 1 else self.summary.comparison.experiment.name
-
-    @property
-    def heading(self) -> str:
-        """The short name with what the structure says first."""
-        first = self.label.split(":")[0]
-        return first if first.startswith(self.short) else f"{self.short}: {first}"
-
-    @property
-    def link(self) -> str:
-        """The address of the evidence, seen from the folder of all results."""
-        return f"{self.summary.comparison.experiment.name}/{REPORT_PAGE}#{anchor(self.results.study)}"
-
-    @cached_property
-    def standings(self) -> dict[float, Standing]:
-        """How the methods compare at each size at which the hypernetwork and another method have an error."""
-        found = {value: Standing(self.results, value) for value in self.results.study.values}
-        return {value: s for value, s in found.items() if HYPERNETWORK in s.rows and s.other}
-
-    @property
-    def lost(self) -> dict[float, str]:
-        """The methods whose runs all diverged, in words, at each size that has no standing for that reason."""
-        sizes = (value for value in self.results.study.values if value not in self.standings)
-        return {value: _lost(Standing(self.results, value)) for value in sizes}
-
-    @cached_property
-    def at_equal_totals(self) -> Standing:
-        """How they compare at the reference total, or near it."""
-        return min(self.standings.values(), key=lambda standing: abs(math.log(standing.value)))
-
-    @property
-    def is_matched(self) -> bool:
-        """Whether another method of any size has at most the hypernetwork's error and its flops of training."""
-        own = self.at_equal_totals.rows[HYPERNETWORK]
-        others = (row for s in self.standings.values() for method, row in s.rows.items() if method != HYPERNETWORK)
-        return any(o.training_flops <= own.training_flops and o.measured.mean <= own.measured.mean for o in others)
-
-    @property
-    def baseline(self) -> str:
-        """The least of the levels, such as the best constant, with its error; empty if the study has none."""
-        standing = self.at_equal_totals
-        levels = [row for row in self.results.rows() if row.line.dashed and row.value == standing.value]
-        if not levels:
-            return ""
-        row = min(levels, key=lambda row: row.measured.mean)
-        return f"{row.line.label}: {error_text(self.results, row.measured.mean)}"
-
-    @property
-    def unbeaten(self) -> str:
-        """The weakest level of the figure, such as the best constant, if no method is surely better; else empty."""
-        standing = self.at_equal_totals
-        levels = [row for row in self.results.rows() if row.line.dashed and row.value == standing.value]
-        if not levels:
-            return ""
-        line = max(levels, key=lambda row: row.measured.mean).line
-        surely = self.results.advantage(standing.best[0], line.key, standing.value).low > 0
-        return "" if surely else line.label
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell of the table.
-
-    Attributes:
-        best: the method of least error, with this error.
-        details: the methods that are not clearly worse, and the factor between the hypernetwork and the best other.
-        with_hypernetwork: whether the hypernetwork is the best, or not clearly worse.
-    """
-
-    best: str
-    details: tuple[str, ...]
-    with_hypernetwork: bool
-
-
-def structures(summaries: Sequence[Summary]) -> list[Structure]:
-    """Return the frontiers of comparisons in which the hypernetwork and another method have an error at any size."""
-    found = [Structure(summary, results) for summary in summaries for results in frontiers(summary)]
-    return [structure for structure in found if structure.standings]
-
-
-def cell(standing: Standing) -> Cell:
-    """Return the cell of a standing."""
-    first, *tied = standing.best
-    assert standing.other is not None
-    method, over = (standing.other, first) if first == HYPERNETWORK else (HYPERNETWORK, first)
-    error = error_text(standing.results, standing.rows[first].measured.mean)
-    details = [f"{name(method).removeprefix('the ')}: {times(standing.ratio(method, over), 'this error')}"]
-    if tied:
-        details.insert(0, f"not clearly worse: {listed([name(m).removeprefix('the ') for m in tied])}")
-    return Cell(f"{name(first).removeprefix('the ')}, {error}", tuple(details), HYPERNETWORK in standing.best)
-
-
 def answer(summaries: Sequence[Summary]) -> list[tuple[str, str]]:
     """Return the answer, five questions with a line each; or one line if there is no frontier."""
     found = structures(summaries)
-    if not found:
-        compared = any(HYPERNETWORK in r.study.methods for s in summaries for r in s.results if is_frontier(r.study))
-        why = "All runs of the hypernetwork, or of all other methods, diverged" if compared else _NONE
+    compared = [structure for structure in found if structure.standings]
+    if not compared:
+        asked = any(HYPERNETWORK in r.study.methods for s in summaries for r in s.results if is_frontier(r.study))
+        why = "All runs of the hypernetwork, or of all other methods, diverged" if asked else _NONE
         return [("No answer", f"{why}.")]
-    learned = [structure for structure in found if not structure.unbeaten] or found
+    learned = [structure for structure in compared if not structure.at_equal_totals.unlearned] or compared
     return [
-        ("When", _when(learned)),
+        ("When", _when(learned, [structure for structure in found if structure.is_lost])),
         ("How much", _how_much(learned)),
         ("At which cost", _cost(learned)),
-        ("How sure", _how_sure(found, summaries)),
+        ("How sure", _how_sure(compared, summaries)),
         ("Where it fails", _fails(found)),
     ]
 
@@ -229,20 +119,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"error: {error}") from None
 
 
-def _when(found: Sequence[Structure]) -> str:
+def _when(found: Sequence[Structure], lost: Sequence[Structure]) -> str:
     alone: list[Structure] = []
     shared: list[Structure] = []
     behind: list[Structure] = []
     for structure in found:
         best = structure.at_equal_totals.best
         (alone if best == (HYPERNETWORK,) else shared if HYPERNETWORK in best else behind).append(structure)
-    parts = [f"clearly has the least error in {len(alone)} of {_tasks(len(found))}{_in_brackets(alone)}"]
+    parts = [f"clearly has the least error in {len(alone)} of {_tasks(len(found) + len(lost))}{_in_brackets(alone)}"]
     if shared:
         parts.append(f"could have it in {len(shared)}{_in_brackets(shared)}")
     if behind:
         ((leader, count),) = Counter(s.at_equal_totals.best[0] for s in behind).most_common(1)
-        leads = "leads there" if count == len(behind) else f"leads in {count} of these"
-        parts.append(f"is behind in {len(behind)} ({name(leader)} {leads})")
+        leads = f"{name(leader)} leads {'there' if count == len(behind) else f'in {count} of these'}"
+        parts.append(f"is behind in {len(behind)}" + (f" ({leads})" if 2 * count > len(behind) else ""))
+    if lost:
+        parts.append(f"diverges in {len(lost)}{_in_brackets(lost)}")
     return f"With as many trained parameters, the hypernetwork {listed(parts)}."
 
 
@@ -293,7 +185,7 @@ def _how_sure(found: Sequence[Structure], summaries: Sequence[Summary]) -> str:
     )
     primaries = [finding for summary in summaries for finding in verdict_on_primaries(summary)]
     if primaries:
-        text += f" Galanti and Wolf's claim, about the small networks of x, is {counted_verdicts(primaries)}."
+        text += f" Galanti and Wolf's claim, about the small networks of x: {counted_verdicts(primaries)}."
     return text
 
 
@@ -306,7 +198,9 @@ def _fails(found: Sequence[Structure]) -> str:
     ]
     parts = []
     if behind:
-        ratio, structure, value, standing = max(behind, key=lambda item: item[0].mean)
+        ratio, structure, value, standing = max(
+            behind, key=lambda item: 0 if math.isnan(item[0].mean) else item[0].mean
+        )
         assert standing.other is not None
         size = "" if value == 1 else f" with {value:g} times the parameters"
         parts.append(
@@ -320,19 +214,13 @@ def _fails(found: Sequence[Structure]) -> str:
         for value, who in structure.lost.items():
             losses.setdefault(who, []).append(f"{structure.short}, at {value:g} times the reference total")
     parts += [f"All runs of {who} diverged in {'; '.join(where)}." for who, where in losses.items()]
-    if unlearned := [s for s in found if s.unbeaten]:
-        parts.append(f"No method surely learns {listed(_names(unlearned))}.")
+    if unlearned := [s for s in found if s.standings and s.at_equal_totals.unlearned]:
+        parts.append(f"No method clearly learns {listed(_names(unlearned))}.")
     rows = [row for structure in found for row in structure.results.rows() if not row.line.dashed]
     if lost := sum(row.diverged for row in rows):
         own = sum(row.diverged for row in rows if row.line.method == HYPERNETWORK)
         parts.append(f"{lost} of {sum(row.seeds for row in rows)} runs diverged, {own or 'none'} of the hypernetwork.")
     return " ".join(parts)
-
-
-def _lost(standing: Standing) -> str:
-    if HYPERNETWORK not in standing.rows:
-        return "the hypernetwork" if standing.rows else "all methods"
-    return "all methods but the hypernetwork"
 
 
 def _to_best_other(standing: Standing) -> Interval:
@@ -374,6 +262,7 @@ def _figure(found: Sequence[Structure]) -> str:
             ],
         )
         for structure in found
+        if structure.standings
     ]
     return forest(
         "The hypernetwork's error over the best other's",

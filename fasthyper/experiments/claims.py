@@ -56,6 +56,10 @@ class _Paired(Pooled):
         """Return the lower line and the upper one."""
         raise NotImplementedError
 
+    def lines_read(self) -> tuple[str, ...]:
+        """Return both lines."""
+        return self.compared()
+
     def values(self, results: Results) -> tuple[Any, ...]:
         """Return the values at which they are compared."""
         return results.study.values
@@ -66,7 +70,7 @@ class _Paired(Pooled):
 
     def concerns(self, results: Results) -> bool:
         """Return whether the study has both lines and a value to compare them at."""
-        return results.has(*self.compared()) and bool(self.values(results))
+        return super().concerns(results) and bool(self.values(results))
 
     def mean_advantages(self, results: Results) -> list[float]:
         """Return of each seed how much less the lower line is, averaged over the values."""
@@ -188,9 +192,13 @@ class _Trend(Pooled):
     sign: ClassVar[float]
     further: ClassVar[str]
 
+    def lines_read(self) -> tuple[str, ...]:
+        """Return the line."""
+        return (self.line,)
+
     def concerns(self, results: Results) -> bool:
         """Return whether the study has the line and more than one value."""
-        return results.has(self.line) and len(results.study.values) > 1
+        return super().concerns(results) and len(results.study.values) > 1
 
     def statistic(self, results: Results) -> list[float]:
         """Return the slope of each seed above the negligible fall, with the sign of the claim."""
@@ -242,9 +250,13 @@ class FallsAtEachStep(Claim):
     rule = "the paired difference lies below zero at every step"
     line: str
 
+    def lines_read(self) -> tuple[str, ...]:
+        """Return the line."""
+        return (self.line,)
+
     def concerns(self, results: Results) -> bool:
         """Return whether the study has the line and more than one value."""
-        return results.has(self.line) and len(results.study.values) > 1
+        return super().concerns(results) and len(results.study.values) > 1
 
     def test(self, results: Results) -> Outcome:
         """Return the outcome of the tests of all steps."""
@@ -306,9 +318,9 @@ class Learns(Claim):
     lines: tuple[str, ...] = (HYPERNETWORK, EMBEDDING)
     level: str
 
-    def concerns(self, results: Results) -> bool:
-        """Return whether the study has all the lines."""
-        return results.has(*self.lines)
+    def lines_read(self) -> tuple[str, ...]:
+        """Return the lines, and the level beside each."""
+        return tuple(name for claim in self._each() for name in claim.compared())
 
     def test(self, results: Results) -> Outcome:
         """Return the outcome of the tests of all lines."""
@@ -347,9 +359,13 @@ class Exponent(Claim):
     bound: float
     at_least_as_steep: bool
 
+    def lines_read(self) -> tuple[str, ...]:
+        """Return the line."""
+        return (self.line,)
+
     def concerns(self, results: Results) -> bool:
         """Return whether the study has the line and more than one value."""
-        return results.has(self.line) and len(results.study.values) > 1
+        return super().concerns(results) and len(results.study.values) > 1
 
     def test(self, results: Results) -> None:
         """Return None: there is no test."""
@@ -369,9 +385,13 @@ class Steeper(Claim):
     line: str = HYPERNETWORK
     than: str = EMBEDDING
 
+    def lines_read(self) -> tuple[str, ...]:
+        """Return both lines."""
+        return self.line, self.than
+
     def concerns(self, results: Results) -> bool:
         """Return whether the study has both lines and more than one value."""
-        return results.has(self.line, self.than) and len(results.study.values) > 1
+        return super().concerns(results) and len(results.study.values) > 1
 
     def test(self, results: Results) -> None:
         """Return None: there is no test."""

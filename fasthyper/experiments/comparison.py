@@ -136,6 +136,8 @@ class Comparison:
             field = study.axis.field
             if not hasattr(study.setting, field):
                 raise ValueError(f"axis: the setting of study {study.name!r} has no field {field!r}")
+            if study.structure and field != "size":
+                raise ValueError(f"structure: a frontier has the axis 'size', but {study.name!r} has {field!r}")
             value_type = type(getattr(study.setting, field))
             for value in study.values:
                 if type(value) is not value_type:
@@ -196,7 +198,7 @@ class Comparison:
                 replace(self._run(study, value, run.method, 0).setting, lr=run.setting.lr) == run.setting
                 for value in study.values
             )
-            for name in (study.measure.name, *(line.measure for line in study.all_lines()), *dict(study.also))
+            for name in study.measures()
         }
 
     @cached_property

@@ -232,9 +232,13 @@ class Claim:
     short: str = ""
     rule: ClassVar[str]
 
+    def lines_read(self) -> tuple[str, ...]:
+        """Return the names of the lines that the claim is about: `method`, or `method:measure`."""
+        raise NotImplementedError
+
     def concerns(self, results: Any) -> bool:
         """Return whether the study has all methods and values that the claim is about."""
-        raise NotImplementedError
+        return bool(results.has(*self.lines_read()))
 
     def test(self, results: Any) -> Outcome | None:
         """Return the outcome of the one test of the claim; None if the claim is not tested, only measured."""
@@ -290,7 +294,10 @@ class Study:
         published: published values of the measure, by method and value.
         note: a sentence below the figure.
         tuning: the learning rates to choose from; None: that of the setting.
-        structure: of the task, in a few words, if the study is a frontier: one row of the page that answers.
+        structure: of the task, in a few words, if the study is a frontier: one row of the page that answers. Its axis
+            is `size`.
+        baseline: (name in `Task.levels`, label) of the error to go below: a frontier in which no method does is not
+            counted.
     """
 
     name: str
@@ -309,11 +316,20 @@ class Study:
     note: str = ""
     tuning: Tuning | None = None
     structure: str = ""
+    baseline: tuple[str, str] | None = None
 
     def all_lines(self) -> tuple[Line, ...]:
         """Return the lines of the figure and of the table: those of the methods, then the levels."""
         lines = self.lines or tuple(Line(m, self.measure.name, METHODS[m].label) for m in self.methods)
         return lines + tuple(Line(self.methods[0], name, label, dashed=True) for name, label in self.levels)
+
+    def measures(self) -> set[str]:
+        """Return the names of all measures and levels that the runs of the study have to report."""
+        claims = [each for claim in self.claims for each in (claim, *claim.premises)]
+        read = (name.partition(":")[2] for claim in claims for name in claim.lines_read())
+        baseline = () if self.baseline is None else self.baseline[:1]
+        lines = (line.measure for line in self.all_lines())
+        return {self.measure.name, *lines, *dict(self.also), *baseline, *filter(None, read)}
 
     def only(self, methods: Sequence[str]) -> Study:
         """Return the study restricted to these methods."""

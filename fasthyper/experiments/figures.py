@@ -39,10 +39,11 @@ def panels_of(results: Results) -> list[Panel]:
     """Return the panels of a study."""
     study = results.study
     if study.structure:
-        return [_over_count(results, count) for count in ("trainable_parameters", "training_flops")]
-    first = _over_axis(results)
+        found = [_over_count(results, count) for count in ("trainable_parameters", "training_flops")]
+    else:
+        found = [_over_axis(results)]
     others = [m for m in study.methods if m != HYPERNETWORK]
-    return [first, _paired(results, first)] if HYPERNETWORK in study.methods and others else [first]
+    return [*found, _paired(results, found[0])] if HYPERNETWORK in study.methods and others else found
 
 
 def short_name(label: str) -> str:
@@ -155,6 +156,7 @@ def _paired(results: Results, first: Panel) -> Panel:
         series=[*found, Series("hypernetwork", INK, "", even, dash="-")],
         x_log=first.x_log,
         y_log=measure.log,
+        x_ends=first.x_ends,
         ticks=first.ticks,
     )
 

@@ -123,7 +123,7 @@ def counted_verdicts(findings: Sequence[Finding]) -> str:
     """Return how many findings have each verdict, such as "reproduced in 2 of 3 studies"."""
     found = Counter(finding.verdict for finding in findings)
     if len(found) == 1:
-        return next(iter(found)) + (f" (in all of {len(findings)} tests)" if len(findings) > 1 else "")
+        return next(iter(found)) + (f" in all of {len(findings)} tests" if len(findings) > 1 else "")
     return listed([f"{verdict} in {count}" for verdict, count in found.items()]) + f" of {len(findings)} tests"
 
 
@@ -148,6 +148,10 @@ def _at_equal_totals(results: Results, named: bool) -> str:
         parts.append(f"Next: {name(rest[0])}, with {times(standing.ratio(rest[0], first), 'its error')}")
     if standing.diverged:
         parts.append(f"All runs of {listed([name(m) for m in standing.diverged])} diverged")
+    if some := [f"{row.diverged} of {name(method)}" for method, row in rows.items() if row.diverged]:
+        parts.append(f"Of {study.seeds} runs each, {listed(some)} diverged")
+    if standing.unlearned:
+        parts.append(f"No method clearly errs less than {standing.unlearned}: their order says little")
     return ". ".join(parts) + "."
 
 
@@ -195,13 +199,14 @@ def _on_the_paper(summary: Summary) -> list[str]:
 
 
 def _primaries(summary: Summary) -> str:
-    """Return the sizes of g and q in the first study that has both, if they are the same at all values."""
+    """Return the sizes of g and q in the studies that have both, if that of g is the same in all."""
+    sizes: dict[str, set[int]] = {HYPERNETWORK: set(), EMBEDDING: set()}
     for results in summary.results:
-        if {HYPERNETWORK, EMBEDDING} <= set(results.study.methods):
-            sizes = [
-                {row.primary_parameters for row in results.rows() if row.line.method == m and not row.line.dashed}
-                for m in (HYPERNETWORK, EMBEDDING)
-            ]
-            if all(len(size) == 1 for size in sizes):
-                return f" ({min(sizes[0]):,} weights against {min(sizes[1]):,})"
-    return ""
+        if sizes.keys() <= set(results.study.methods):
+            for row in results.rows():
+                if row.line.method in sizes and not row.line.dashed:
+                    sizes[row.line.method].add(row.primary_parameters)
+    own, other = sizes.values()
+    if len(own) != 1:
+        return ""
+    return f" ({min(own):,} weights against {' to '.join(f'{n:,}' for n in sorted({min(other), max(other)}))})"

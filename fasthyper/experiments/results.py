@@ -2,8 +2,8 @@
 
 A run diverged if its measure or its training loss is not finite. Its error counts as that of the worst level of the
 study, such as the best constant, or as that of the worst finished run at the same value, whichever is larger: to
-diverge is never an advantage. If the study has no level, the run is missing: its seed is left out where it is needed,
-and there is no verdict in favour of its line.
+diverge never makes a mean smaller, though it makes intervals wider. If the study has no level, the run is missing: its
+seed is left out where it is needed, and there is no verdict in favour of its line.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class Results:
 
     def diverged(self, line: Line, value: Any) -> int:
         """Return how many runs of a line diverged."""
-        return sum(math.isnan(self._error(metrics, line.measure)) for metrics in self.metrics[line.method, value])
+        return sum(self._has_diverged(line, value, seed) for seed in range(len(self.metrics[line.method, value])))
 
     def per_seed(self, line: Line, value: Any) -> list[float]:
         """Return the measure of each seed; logarithms if the study compares by ratios.
@@ -182,20 +182,32 @@ class Results:
         """Return the mean of `differences`."""
         return Interval.of(finite(self.differences(name, over, value)), family)
 
-    def log_ratios(self, name: str, over: str, value: Any) -> list[float]:
-        """Return of each seed the logarithm of the measure of `name` over that of `over`, however the study compares.
+    def ratio(self, name: str, over: str, value: Any, family: int = 1, finished: bool = False) -> Interval:
+        """Return the mean of `name` over that of `over`, paired by seed: of geometric means if the study has these.
 
-        It is NaN if a run is missing, or if one of them is zero.
+        Otherwise the interval is that of the logarithm, to first order in the errors (the delta method). It is NaN if a
+        mean is not positive.
+
+        Args:
+            name: the line.
+            over: the line to divide by.
+            value: the value of the axis.
+            family: of how many intervals it is one, as in `Interval.of`.
+            finished: leave out the seeds at which one of the lines diverged.
         """
+        lines = self.line(name), self.line(over)
+        seeds = list(range(len(self.per_seed(lines[0], value))))
+        if finished:
+            seeds = [n for n in seeds if not any(self._has_diverged(line, value, n) for line in lines)]
+        pairs = [tuple(self.per_seed(line, value)[n] for line in lines) for n in seeds]
+        pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
         if self.study.measure.log:
-            return self.differences(over, name, value)
-        pairs = zip(*(self.per_seed(self.line(line), value) for line in (name, over)), strict=True)
-        return [math.log(a / b) if a > 0 and b > 0 else math.nan for a, b in pairs]
-
-    def ratio(self, name: str, over: str, value: Any, family: int = 1) -> Interval:
-        """Return the geometric mean of the ratios: NaN if a measure is zero; missing runs are left out."""
-        pairs = zip(self.log_ratios(name, over, value), self.differences(name, over, value), strict=True)
-        return Interval.of([ratio for ratio, difference in pairs if math.isfinite(difference)], family).map(exp)
+            return Interval.of([a - b for a, b in pairs], family).map(exp)
+        means = [statistics.fmean(numbers) for numbers in zip(*pairs, strict=True)]
+        if not means or min(means) <= 0:
+            return Interval.of([])
+        middle = math.log(means[0] / means[1])
+        return Interval.of([middle + a / means[0] - b / means[1] for a, b in pairs], family).map(exp)
 
     def slopes(self, name: str) -> list[float]:
         """Return the least-squares slope of each seed: per unit of the axis, or per doubling if the axis is `log`."""
@@ -268,8 +280,16 @@ class Results:
         advantage = self.advantage(HYPERNETWORK, line.key, value)
         return advantage.map(exp) if self.study.measure.log else advantage
 
+    def _has_diverged(self, line: Line, value: Any, seed: int) -> bool:
+        return math.isnan(self._error(self.metrics[line.method, value][seed], line.measure))
+
     def _error(self, metrics: Mapping[str, Any], measure: str) -> float:
         """Return the measure of a run; NaN if the run diverged. Levels are known in any case."""
+        if measure not in metrics["measures"]:
+            raise ValueError(
+                f"runs: some lack the measure {measure!r}, which the study {self.study.name!r} needs: raise the"
+                " protocol of the experiment, or use another folder"
+            )
         numbers = (metrics["measures"][measure], 0.0 if measure in self._levels else metrics["train_loss"])
         return numbers[0] if all(n is not None and math.isfinite(n) for n in numbers) else math.nan
 

@@ -7,7 +7,7 @@ them, and what is called clear is what these intervals say.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -64,16 +64,33 @@ class Standing:
         """Return 1 if a method clearly has more error than another, -1 if less, else 0.
 
         The interval of `ratio` decides; where there is none, because an error is zero, that of the difference. Runs
-        that are missing are no evidence in favour of their method.
+        that are missing are no evidence in favour of their method. The errors that stand for diverged runs make
+        intervals wider: a method that is clearly worse without these runs is so with them.
         """
-        apart, even = self.ratio(method, over), 1.0
-        if math.isnan(apart.mean):
-            apart, even = self.results.advantage(over, method, self.value, self._family), 0.0
-        sign = 1 if apart.low > even else -1 if apart.high < even else 0
+        sign = self._apart(method, over, finished=False)
+        if not sign:
+            alone = self._apart(method, over, finished=True)
+            sign = alone if alone and self.rows[method if alone > 0 else over].diverged else 0
         return 0 if sign and self.results.missing(over if sign > 0 else method, (self.value,)) else sign
 
+    def _apart(self, method: str, over: str, finished: bool) -> int:
+        apart, even = self.results.ratio(method, over, self.value, self._family, finished), 1.0
+        if math.isnan(apart.mean):
+            apart, even = self.results.advantage(over, method, self.value, self._family), 0.0
+        return 1 if apart.low > even else -1 if apart.high < even else 0
+
+    @property
+    def unlearned(self) -> str:
+        """The baseline of the study, in words, if no method clearly has less error; else empty."""
+        if self.results.study.baseline is None:
+            return ""
+        level, label = self.results.study.baseline
+        least = next(iter(self.rows))
+        advantage = self.results.advantage(least, f"{least}:{level}", self.value, self._family)
+        return "" if advantage.low > 0 else label
+
     def ratio(self, method: str, over: str) -> Interval:
-        """Return the error of a method over that of another: the geometric mean of the ratios, paired by seed.
+        """Return the error of a method over that of another, as `Results.ratio` does.
 
         The intervals are wide enough for the number of methods: with a chance of 95 %, those of one method to all
         others hold the true ratios together (Bonferroni). So a method that truly has the least error is clearly worse
@@ -106,4 +123,9 @@ def frontiers(summary: Summary) -> Iterator[Results]:
 def at_equal_totals(results: Results) -> Standing:
     """Return how the methods of a frontier compare at the reference total, size 1, or near it."""
     standings = (Standing(results, value) for value in results.study.values)
-    return min((s for s in standings if s.rows), key=lambda standing: abs(math.log(standing.value)))
+    return nearest_to_one([standing for standing in standings if standing.rows])
+
+
+def nearest_to_one(standings: Iterable[Standing]) -> Standing:
+    """Return the standing at the reference total, or at the size nearest to it."""
+    return min(standings, key=lambda standing: abs(math.log(standing.value)))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_up import LOG, SIZE, pair, summary_of
+from made_up import LOG, PERCENT, SIZE, pair, summary_of
 
 from fasthyper.experiments.answer import (
     Structure,
@@ -38,15 +38,15 @@ def summary(structure, hypernetwork, wide_q, film=0.6, name="tiny", level=10.0, 
         WIDE_Q: wide_q * fall * (1 - NOISE),
         FILM_WIDE: film * fall * (1 + np.roll(NOISE, 1)),
     }
-    options = {"axis": SIZE, "structure": structure, "measure": LOG, "levels": (("zero", "the best constant"),)}
+    constant = ("zero", "the best constant")
+    options = {"axis": SIZE, "structure": structure, "measure": LOG, "levels": (constant,), "baseline": constant}
     return summary_of(
         errors,
         SIZES,
         counts=lambda run: 50 if run.method == HYPERNETWORK else 500,
         extra={"zero": level},
         changes={"name": name, "title": f"The {name}"},
-        **options,
-        **study,
+        **options | study,
     )
 
 
@@ -108,7 +108,7 @@ def test_the_answer_says_how_sure(three):
     claimed = summary_of(pair(0.1 + NOISE / 10 * [1, 2], 0.5 + NOISE / 10 * [2, 1]), claims=(Wins(text="It wins"),))
     text = dict(answer([tuned, claimed]))["How sure"]
     assert text.startswith("3 seeds, tuned rates.")
-    assert text.endswith(" Galanti and Wolf's claim, about the small networks of x, is reproduced.")
+    assert text.endswith(" Galanti and Wolf's claim, about the small networks of x: reproduced.")
 
 
 def test_the_answer_says_where_it_fails(three):
@@ -134,7 +134,7 @@ def test_tasks_of_one_experiment_are_named_by_their_structure(three):
 def test_what_is_not_learned_is_no_win(three):
     lines = dict(answer([*three, summary("noise", 0.1, 0.2, name="fourth", level=0.1)]))
     assert "1 of 3 tasks (first)" in lines["When"]
-    assert lines["Where it fails"].endswith(" No method surely learns fourth.")
+    assert lines["Where it fails"].endswith(" No method clearly learns fourth.")
 
 
 def test_diverged_runs_are_counted(three):
@@ -266,7 +266,22 @@ def test_without_errors_the_reason_is_that_runs_diverged():
     for methods in ([HYPERNETWORK], [WIDE_Q], [HYPERNETWORK, WIDE_Q]):
         summary = diverging(**{method: [0, 1] for method in methods})
         assert answer([summary]) == [("No answer", reason)]
-        assert "<table" not in answer_html([summary])
+        assert ("<table" in answer_html([summary])) == (len(methods) == 1)  # it says which of them diverged
+
+
+def test_a_task_in_which_the_hypernetwork_diverges_counts(three):
+    lost = diverging(**{HYPERNETWORK: [0, 1]})
+    lines = dict(answer([three[0], lost]))
+    assert lines["When"].endswith(" clearly has the least error in 1 of 2 tasks (first) and diverges in 1 (tiny).")
+    assert "All runs of the hypernetwork diverged in tiny, at 1 times the reference total;" in lines["Where it fails"]
+
+
+def test_a_task_without_a_ratio_does_not_hide_the_others(three):
+    none = summary("zero", 0.1, 0.0, name="none", measure=PERCENT)
+    for found in ([none, three[1]], [three[1], none]):
+        assert (
+            " furthest behind in second with 4 times the parameters: 2.4 times" in dict(answer(found))["Where it fails"]
+        )
 
 
 def test_one_seed_has_no_intervals():

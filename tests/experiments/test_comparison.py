@@ -8,7 +8,7 @@ import torch
 from tiny_experiment import BOTH, SETTING, TINY
 
 from fasthyper.experiments import ROTATION, Comparison
-from fasthyper.experiments.claims import Wins
+from fasthyper.experiments.claims import Learns, Wins
 from fasthyper.experiments.comparison import parse_depths, resolve_device
 from fasthyper.experiments.experiment import Axis
 
@@ -108,10 +108,18 @@ def test_an_axis_that_the_setting_lacks_is_refused():
         Comparison.of(changed(axis=Axis("height", "height"), claims=()))
 
 
+def test_a_frontier_is_over_the_size():
+    with pytest.raises(ValueError, match=r"^structure: a frontier has the axis 'size', but 'depth' has 'depth'$"):
+        Comparison.of(changed(structure="a product"))
+
+
 def test_the_measures_that_the_studies_of_a_run_need():
     comparison = tiny()
     deep = comparison.run(comparison.studies[0], 3, "embedding", 0)
     assert comparison.measures_of(deep) == {"error", "zero"}
+    read = Learns(text="", level="one", lines=("embedding:two",))
+    named = changed(claims=(Wins(text="", premises=(read,)),), baseline=("three", ""), also=(("four", ""),))
+    assert Comparison.of(named).studies[0].measures() == {"error", "zero", "one", "two", "three", "four"}
     alone = tiny(studies=["embedding"])
     assert {frozenset(alone.measures_of(run)) for run in alone.runs()} == {frozenset({"error"})}
     assert alone.measures_of(deep) == set()

@@ -51,7 +51,7 @@ def drawn(panel, label):
 def test_figures_of_all_sorts(errors, study):
     results = results_of(errors, levels=(("zero", "nothing"),), extra={"zero": 0.7}, **study)
     found = panels(results)
-    assert len(found) == 2
+    assert len(found) == 2 + bool(results.study.structure)
     for image in found:
         root = ElementTree.fromstring(image)
         words = " ".join(root.itertext())
@@ -73,9 +73,13 @@ def test_colours_and_ids_are_left_to_the_page():
         assert set(re.findall(r'(?:href="|url\()#([^")]*)', image)) <= own
 
 
-def test_a_frontier_is_drawn_over_parameters_and_over_flops():
+def test_a_frontier_is_drawn_over_parameters_and_over_flops_and_in_pairs():
     results = results_of(pair(HYPER, EMBED), levels=(("zero", "nothing"),), extra={"zero": 0.7}, **FRONTIER)
-    parameters, flops = panels_of(results)
+    parameters, flops, paired = panels_of(results)
+    assert (paired.x_ends, paired.ticks, paired.x_log) == (parameters.x_ends, parameters.ticks, True)
+    assert [x for x, *_ in drawn(paired, "embedding").points] == [x for x, *_ in drawn(parameters, "embedding").points]
+    for value, (_, shown, _) in zip(results.study.values, drawn(paired, "embedding").points, strict=True):
+        assert shown == results.advantage("hypernetwork", "embedding", value).map(results.study.measure.displayed)
     assert parameters.title == "Error over trained parameters"
     assert flops.title == "Error over the cost of training"
     for panel, xs in ((parameters, [1000, 4000]), (flops, [6500, 26000])):
@@ -91,7 +95,7 @@ def test_a_frontier_is_drawn_over_parameters_and_over_flops():
 
 def test_a_frontier_has_a_tick_for_each_size_and_names_that_of_the_paper():
     results = results_of(pair(HYPER, EMBED), (0.25, 1.0), axis=SIZE, structure="a product")
-    parameters, flops = panels_of(results)
+    parameters, flops, _ = panels_of(results)
     assert parameters.ticks == ((500.0, "500\n0.25 × reference"), (2000.0, "2,000\nreference"))
     assert flops.ticks == ()
     places = [drawn(parameters, name).points[0][0] for name in ("hypernetwork", "embedding")]
@@ -100,7 +104,7 @@ def test_a_frontier_has_a_tick_for_each_size_and_names_that_of_the_paper():
 
 def test_a_frontier_of_one_size_has_an_axis_that_shows_no_difference_of_totals():
     errors = pair(HYPER[:, :1], EMBED[:, :1])
-    parameters, _ = panels_of(results_of(errors, (1.0,), axis=SIZE, structure="a product"))
+    parameters, *_ = panels_of(results_of(errors, (1.0,), axis=SIZE, structure="a product"))
     low, high = parameters.x_ends
     assert high / low == pytest.approx(3)
     assert low * high == pytest.approx(2000**2)
@@ -127,9 +131,9 @@ def test_titles_and_names_fit_beside_each_other():
     long = replace(LOG, label="mean squared error / variance of the target")
     results = results_of(pair(HYPER, EMBED), levels=levels, extra={"zero": 0.7}, measure=long, **FRONTIER)
     for panel, image in zip(panels_of(results), panels(results), strict=True):
-        assert len(panel.title) < 35
+        assert len(panel.title) < 40
         assert max(map(len, panel.subtitle)) < 65
-        assert ">the best predictor<" in image
+        assert (">the best predictor<" in image) == ("paired" not in panel.title)
     assert panels_of(results_of(pair(HYPER, EMBED), measure=long))[0].title == "Error"
 
 

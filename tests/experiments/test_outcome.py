@@ -122,6 +122,19 @@ def test_the_outcome_names_methods_of_which_all_runs_diverged():
     assert sentence.endswith(" times its error (1.8 to 2.2). All runs of FiLM (wide q) diverged.")
 
 
+def test_the_outcome_says_that_runs_diverged_and_that_nothing_was_learned():
+    found = errors(**{HYPERNETWORK: 0.2, WIDE_Q: 0.1})
+    found[HYPERNETWORK][1, 1] = np.nan
+    zero = ("zero", "nothing")
+    options = {"axis": SIZE, "structure": "a product", "measure": LOG, "levels": (zero,), "baseline": zero}
+    sentence = outcome(summary_of(found, SIZES, extra={"zero": 0.05}, **options))[0]
+    assert sentence.endswith(
+        ". Of 3 runs each, 1 of the hypernetwork diverged. No method clearly errs less than nothing: their order says"
+        " little."
+    )
+    assert "nothing" not in outcome(summary_of(found, SIZES, extra={"zero": 5.0}, **options))[0]
+
+
 def test_a_size_at_which_everything_diverges_does_not_hide_the_others():
     found = errors(**{HYPERNETWORK: 0.2, WIDE_Q: 0.1})
     for numbers in found.values():

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from made_up import LOG, NOISE, SIZE, SIZES, errors, frontier, results_of
+from made_up import LOG, NOISE, PERCENT, SIZE, SIZES, errors, frontier, results_of
 from scipy import stats
 
 from fasthyper.experiments.methods import DEEP_Q, EMBEDDING, EQUAL_TOTAL, FILM_WIDE, HYPERNETWORK, WIDE_E, WIDE_Q
@@ -45,13 +45,35 @@ def test_the_standing_at_equal_totals():
     assert 1.7 < ratio.low < ratio.mean < ratio.high < 2.4
 
 
-def test_ratios_do_not_depend_on_how_a_study_compares():
+def test_ratios_are_those_of_the_means_that_are_shown():
+    """Geometric means if the study compares by ratios; the intervals agree where the spread is small."""
     means = {HYPERNETWORK: 0.2, WIDE_Q: 0.1}
     a, b = (
         at_equal_totals(next(frontiers(summary))).ratio(HYPERNETWORK, WIDE_Q)
         for summary in (frontier(**means), frontier(replace(LOG, log=False), **means))
     )
-    assert (a.mean, a.low, a.high) == pytest.approx((b.mean, b.low, b.high))
+    assert (a.mean, a.low, a.high) == pytest.approx((b.mean, b.low, b.high), rel=1e-4)
+    errors = {HYPERNETWORK: [0.1, 0.1, 0.4], WIDE_Q: [0.1, 0.2, 0.1]}
+    for measure, mean in ((LOG, stats.gmean), (PERCENT, np.mean)):
+        standing = standing_of(errors, measure)
+        expected = mean(errors[HYPERNETWORK]) / mean(errors[WIDE_Q])
+        assert standing.ratio(HYPERNETWORK, WIDE_Q).mean == pytest.approx(expected)
+        assert (next(iter(standing.rows)) == WIDE_Q) == (expected > 1)
+
+
+@pytest.mark.parametrize("measure", [LOG, PERCENT], ids=["ratios", "percent"])
+def test_to_diverge_is_no_way_out_of_being_clearly_worse(measure):
+    hypernetwork, wide_q = 0.13 + 0.002 * np.arange(5), 0.1 + 0.002 * np.arange(5)[::-1]
+    broken = np.where(np.arange(5) == 2, np.nan, hypernetwork)
+    levels = {"levels": (("zero", "nothing"),), "extra": {"zero": 0.9}}
+    for numbers in (hypernetwork, broken):
+        standing = standing_of({HYPERNETWORK: numbers, WIDE_Q: wide_q}, measure, **levels)
+        assert (standing.best, signs_of(standing)) == ((WIDE_Q,), {WIDE_Q: -1})
+    assert standing.ratio(HYPERNETWORK, WIDE_Q).low < 1  # the error that stands for the diverged run widens it
+    other_way = standing_of(
+        {HYPERNETWORK: wide_q, WIDE_Q: np.where(np.isnan(broken), np.nan, wide_q)}, measure, **levels
+    )
+    assert signs_of(other_way) == {WIDE_Q: 0}
 
 
 def test_methods_of_other_totals_and_diverged_ones_do_not_compete():

@@ -103,6 +103,7 @@ def frontier(
         values=values,
         methods=methods,
         structure=structure,
+        baseline=level,
         claims=(*claims, *about_totals(level, methods)),
         **study,
     )

@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasthyper.experiments.catalogue.frontiers import frontier
-from fasthyper.experiments.claims import Wins
+from fasthyper.experiments.catalogue.frontiers import frontier, learns
+from fasthyper.experiments.claims import Learns, Wins
 from fasthyper.experiments.experiment import (
     ASKED,
     Axis,
@@ -279,6 +279,14 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
                     at="disconnected",
                     margin=10,
                     whose=_SCHUG,
+                    premises=(
+                        Learns(
+                            text="On seen pairs, the hypernetwork errs less than a constant",
+                            lines=(f"{HYPERNETWORK}:seen",),
+                            level=_CONSTANT[0],
+                            whose=ASKED,
+                        ),
+                    ),
                 ),
             ),
             tuning=tuning,
@@ -300,6 +308,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
                     over=over,
                     at=at,
                     whose=ASKED,
+                    premises=(learns(_CONSTANT, HYPERNETWORK, over),),
                 )
                 for kind, at in (("with a linear", "linear"), ("with a ReLU", "relu"))
                 for what, over in (("a wide q", WIDE_Q), ("FiLM with a wide q", FILM_WIDE))
