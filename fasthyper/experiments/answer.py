@@ -69,7 +69,7 @@ def answer_html(summaries: Sequence[Summary]) -> str:
         structures=found,
         sizes=sizes,
         cell=cell,
-        figure=_figure(found) if found else "",
+        figure=_figure([structure for structure in found if structure.standings]),
         summaries=summaries,
         page=REPORT_PAGE,
         made_with=made_with(summaries),
@@ -262,8 +262,9 @@ def _figure(found: Sequence[Structure]) -> str:
             ],
         )
         for structure in found
-        if structure.standings
     ]
+    if not groups:
+        return ""
     return forest(
         "The hypernetwork's error over the best other's",
         "left of 1, the hypernetwork is better; bars: 95 % intervals",

@@ -267,6 +267,7 @@ def test_without_errors_the_reason_is_that_runs_diverged():
         summary = diverging(**{method: [0, 1] for method in methods})
         assert answer([summary]) == [("No answer", reason)]
         assert ("<table" in answer_html([summary])) == (len(methods) == 1)  # it says which of them diverged
+        assert "<svg" not in answer_html([summary])
 
 
 def test_a_task_in_which_the_hypernetwork_diverges_counts(three):
