@@ -40,15 +40,13 @@ class Interval:
             >>> Interval.of([1.0, 2.0, 3.0])
             Interval(mean=2.0, low=-0.484..., high=4.484...)
         """
-        from scipy import special
-
         if not values or not all(map(math.isfinite, values)):
             return cls(math.nan, -math.inf, math.inf)
         mean = statistics.fmean(values)
         if len(values) < 2:
             return cls(mean, -math.inf, math.inf)
         error = statistics.stdev(values) / math.sqrt(len(values))
-        half = float(special.stdtrit(len(values) - 1, 1 - FAMILY / (2 * family))) * error
+        half = _quantile(len(values), family) * error
         return cls(mean, mean - half, mean + half)
 
     def text(self, form: str, unknown: str, alone: str = "") -> str:
@@ -185,8 +183,10 @@ class Results:
     def ratio(self, name: str, over: str, value: Any, family: int = 1, finished: bool = False) -> Interval:
         """Return the mean of `name` over that of `over`, paired by seed: of geometric means if the study has these.
 
-        Otherwise the interval is that of the logarithm, to first order in the errors (the delta method). It is NaN if a
-        mean is not positive.
+        Otherwise the interval is Fieller's: it excludes a number r if a t-test tells name - r · over from 0. It is NaN
+        if a mean is not positive.
+
+        Fieller, Some problems in interval estimation, Journal of the Royal Statistical Society B 1954.
 
         Args:
             name: the line.
@@ -203,11 +203,7 @@ class Results:
         pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
         if self.study.measure.log:
             return Interval.of([a - b for a, b in pairs], family).map(exp)
-        means = [statistics.fmean(numbers) for numbers in zip(*pairs, strict=True)]
-        if not means or min(means) <= 0:
-            return Interval.of([])
-        middle = math.log(means[0] / means[1])
-        return Interval.of([middle + a / means[0] - b / means[1] for a, b in pairs], family).map(exp)
+        return _fieller(pairs, family)
 
     def slopes(self, name: str) -> list[float]:
         """Return the least-squares slope of each seed: per unit of the axis, or per doubling if the axis is `log`."""
@@ -304,9 +300,39 @@ class Results:
         return max(levels + finite(others))
 
 
+def _fieller(pairs: Sequence[tuple[float, ...]], family: int) -> Interval:
+    """Return the ratio of the means of pairs of numbers, with the set of r such that (a - r b)² <= t² var(a - r b) / n.
+
+    a, b are the means here. The set is where u r² - 2 v r + w <= 0. Where b may be 0, it has no upper end, and where a
+    may be 0, too, no lower one.
+    """
+    means = [statistics.fmean(numbers) for numbers in zip(*pairs, strict=True)]
+    if not means or min(means) <= 0:
+        return Interval.of([])
+    (a, b), middle = means, means[0] / means[1]
+    if len(pairs) < 2:
+        return Interval(middle, -math.inf, math.inf)
+    share = _quantile(len(pairs), family) ** 2 / (len(pairs) * (len(pairs) - 1))
+    u, v, w = (
+        x * y - share * math.fsum((pair[i] - x) * (pair[j] - y) for pair in pairs)
+        for i, x, j, y in ((1, b, 1, b), (0, a, 1, b), (0, a, 0, a))
+    )
+    root = math.sqrt(max(0.0, v * v - u * w))
+    if u > 0:
+        return Interval(middle, max(0.0, min(middle, (v - root) / u)), max(middle, (v + root) / u))
+    return Interval(middle, min(middle, (v - root) / u) if u < 0 < w else 0.0, math.inf)
+
+
 def finite(numbers: Sequence[float]) -> list[float]:
     """Return those of the numbers that are finite."""
     return [number for number in numbers if math.isfinite(number)]
+
+
+def _quantile(seeds: int, family: int) -> float:
+    """Return by how many standard errors an interval of a mean reaches to each side."""
+    from scipy import special
+
+    return float(special.stdtrit(seeds - 1, 1 - FAMILY / (2 * family)))
 
 
 def _slope(positions: Sequence[float], values: Sequence[float]) -> float:

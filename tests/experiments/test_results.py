@@ -94,6 +94,28 @@ def test_differences_are_paired():
         np.testing.assert_allclose((back.mean, back.low, back.high), (-found.mean, -found.high, -found.low))
 
 
+def test_the_interval_of_a_ratio_has_what_a_t_test_does_not_refute():
+    """The definition of Fieller's interval, tried at many numbers; where the set has a gap, the interval has it too."""
+    random = np.random.default_rng(0)
+    kinds = set()
+    for _ in range(300):
+        seeds, family = int(random.integers(2, 8)), int(random.integers(1, 8))
+        a, b = (random.random(seeds) * 10 ** random.uniform(-2, 1) + random.integers(2) for _ in range(2))
+        results = results_of(pair(a[:, None], b[:, None]), (2,))
+        found = results.ratio("hypernetwork", "embedding", 2, family)
+        assert found.mean == pytest.approx(a.mean() / b.mean())
+        kinds.add((found.low > 0, math.isfinite(found.high)))
+        tried = 10 ** random.uniform(-3, 3, 50)
+        kept = stats.ttest_1samp(a[:, None] - np.outer(b, tried), 0).pvalue > 0.05 / family
+        inside = (found.low <= tried) & (tried <= found.high)
+        assert (inside | ~kept).all()
+        if found.low > 0 or math.isfinite(found.high):
+            assert (inside == kept).all()
+    assert kinds == {(True, True), (True, False), (False, True), (False, False)}
+    alone = results_of(pair(a[:1, None], b[:1, None]), (2,)).ratio("hypernetwork", "embedding", 2)
+    assert (alone.low, alone.high) == (-math.inf, math.inf)
+
+
 def test_the_advantage_of_a_log_measure_is_a_ratio():
     results = results_of(pair(HYPER, EMBED), DEPTHS, measure=LOG)
     same(results.advantage("hypernetwork", "embedding", 5), np.log(EMBED[:, 2] / HYPER[:, 2]))
