@@ -22,7 +22,7 @@ from fasthyper.experiments.rates import Rate, is_tuned
 from fasthyper.experiments.store import Record, config_key
 
 SHIPPED = Path(__file__).parent / "catalogue" / "tuning"
-"""The folder of the shipped files: `PRESET/NAME.jsonl`, by the name of the experiment."""
+"""The folder of the shipped files, `PRESET/NAME.jsonl`. A run that two presets have is in the file of one of them."""
 
 
 def tuned(comparison: Comparison, finished: Mapping[str, Record]) -> Comparison:
@@ -54,24 +54,29 @@ def _rate(comparison: Comparison, finished: Mapping[str, Record], study: Study, 
     return Rate.of(study.name, method, value, study.setting_at(value).optimizer, errors)
 
 
-def shipped(comparison: Comparison, folder: Path = SHIPPED) -> dict[str, Record]:
+def shipped(comparison: Comparison, folder: Path = SHIPPED, without: Path | None = None) -> dict[str, Record]:
     """Return records of those tuning runs that the package comes with, by `config_key`: of their metrics the measures.
 
     The device of a run does not matter here: the rate that was best on CPUs is used on GPUs, too.
+
+    Args:
+        comparison: the comparison.
+        folder: the folder of the shipped files.
+        without: a file that is not read.
     """
-    path = folder / comparison.preset / f"{comparison.experiment.name}.jsonl"
-    try:
+    known: dict[str, tuple[dict[str, Any], dict[str, str]]] = {}
+    for path in sorted(folder.glob(f"*/{comparison.experiment.name}.jsonl")):
+        if path == without:
+            continue
         header, *lines = map(json.loads, path.read_text().splitlines())
-    except FileNotFoundError:
-        return {}
-    known = {line["key"]: line["measures"] for line in lines}
-    versions = {"learning rates": f"shipped, of {header['date']}", **header["versions"]}
+        versions = {"learning rates": f"shipped, of {header['date']}", **header["versions"]}
+        known |= {line["key"]: (line["measures"], versions) for line in lines}
     found = {}
     for run, names in tuning_measures(comparison).items():
-        measures = known.get(shipped_key(run), {})
+        measures, made_with = known.get(shipped_key(run), ({}, {}))
         if names <= measures.keys():
             config = run.config()
-            found[config_key(config)] = {"config": config, "metrics": {"measures": measures}, "versions": versions}
+            found[config_key(config)] = {"config": config, "metrics": {"measures": measures}, "versions": made_with}
     return found
 
 

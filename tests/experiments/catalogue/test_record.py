@@ -74,8 +74,23 @@ def test_shipped_runs_serve_any_device_and_no_other_configuration(whole, experim
     assert shipped(comparison(epochs=3), tmp_path) == {}
     assert shipped(replace(comparison(), experiment=replace(TUNED, protocol=2)), tmp_path) == {}
     assert shipped(comparison(data="curve"), tmp_path) == {}
-    assert shipped(comparison(preset="standard"), tmp_path) == {}
     assert len(shipped(comparison(depths="2,4"), tmp_path)) == DEPTH_RUNS // 2
+
+
+def test_presets_share_runs(whole, experiment, tmp_path):
+    """What one preset has is not written again for another, and serves both."""
+    record(whole, "quick", tmp_path)
+    standard = comparison(preset="standard")
+    assert len(shipped(standard, tmp_path)) == len(shipped(comparison(), tmp_path)) == ALL_RUNS
+    lost = lines(whole)[5]["config"]
+    (tmp_path / "fewer").mkdir()
+    fewer = edited(whole, tmp_path / "fewer", lambda found: None if found["config"] == lost else found)
+    path = record(fewer, "standard", tmp_path)
+    assert len(path.read_text().splitlines()) == ALL_RUNS  # with the header, and without one run
+    (tmp_path / "quick" / "tiny.jsonl").unlink()
+    with pytest.raises(ValueError, match="lacks "):
+        record(fewer, "standard", tmp_path)
+    assert path.exists()
 
 
 def test_a_run_without_the_measure_of_the_study_does_not_serve(whole, experiment, tmp_path):
