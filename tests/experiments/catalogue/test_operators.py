@@ -119,11 +119,11 @@ def test_the_presets():
     assert set(frontier.methods) == {EMBEDDING, DEEPONET, *EQUAL_TOTAL}
     assert (frontier.values, frontier.seeds) == ((0.25, 1.0), 10)
     steps = identity.setting.epochs * identity.setting.functions / identity.setting.batch_size
-    assert (steps, identity.setting.lr, identity.setting.points, identity.seeds) == (40_000, 1e-3, 50, 5)
+    assert (steps, identity.setting.lr, identity.setting.points, identity.seeds) == (40_000, 1e-3, 50, 10)
     assert identity.published[HYPERNETWORK, "identity"] == 0.036
     assert not differentiation.claims
     assert "protocol unknown" in differentiation.title
-    assert len(of("standard").runs()) == 9 * 2 * 10 + 3 * 5 + 3 * 10
+    assert len(of("standard").runs()) == 9 * 2 * 10 + 3 * 10 + 3 * 10
     assert of("paper").studies[0].values == (0.25, 1.0, 4.0)
 
 
