@@ -31,6 +31,9 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
 def check_writable(folder: str | os.PathLike[str], *names: str) -> None:
     """Check that files can be written to a folder, which need not exist yet. Nothing is left there.
 
+    Several processes may check the same folder. What is made on trial has a name of its own, so that none of them
+    removes what another has just made.
+
     Args:
         folder: where to write.
         names: files that will be written, and that may exist already.
@@ -39,17 +42,16 @@ def check_writable(folder: str | os.PathLike[str], *names: str) -> None:
         ValueError: files cannot be written there.
     """
     folder = Path(folder)
-    missing = missing_folders(folder)
+    there = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
     try:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryDirectory(dir=there) as own:
+            trial = Path(own) / folder.relative_to(there)
+            trial.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=trial):
                 pass
-            for path in (folder / name for name in names):
-                if path.exists():
-                    path.open("r+b").close()
-        finally:
-            remove_empty(missing)
+        for path in (folder / name for name in names):
+            if path.exists():
+                path.open("r+b").close()
     except OSError as error:
         raise ValueError(f"out: cannot write to {folder} ({error.strerror or error})") from None
 

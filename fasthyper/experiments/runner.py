@@ -277,7 +277,7 @@ def _rank_files(out: Path) -> list[Path]:
     """Return the files of the processes of rank 1 and above."""
     try:
         names = os.listdir(out)
-    except FileNotFoundError:  # it does not exist yet, or `check_writable` of another process has just removed it
+    except FileNotFoundError:  # it does not exist yet
         return []
     return sorted(out / name for name in names if re.fullmatch(r"runs\.[0-9]+\.jsonl", name))
 

@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -227,6 +228,21 @@ def test_trying_to_write_leaves_nothing(tmp_path):
     (tmp_path / "runs.jsonl").write_bytes(b"kept")
     check_writable(tmp_path, "runs.jsonl")
     assert (tmp_path / "runs.jsonl").read_bytes() == b"kept"
+
+
+def test_several_processes_try_to_write_to_one_folder(tmp_path):
+    """As the processes of torchrun do: none of them removes what another has just made."""
+    folder = tmp_path / "a" / "b"
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(check_writable, folder, "runs.jsonl") for _ in range(800)]:
+            done.result()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_to_nothing_cannot_be_written_to(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "nothing" / "there")
+    with pytest.raises(ValueError, match="out: cannot write to "):
+        check_writable(tmp_path / "out")
 
 
 def test_where_nothing_can_be_written(tmp_path):
