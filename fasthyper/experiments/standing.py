@@ -122,10 +122,10 @@ def frontiers(summary: Summary) -> Iterator[Results]:
 
 def at_equal_totals(results: Results) -> Standing:
     """Return how the methods of a frontier compare at the reference total, size 1, or near it."""
-    standings = (Standing(results, value) for value in results.study.values)
-    return nearest_to_one([standing for standing in standings if standing.rows])
+    standings = {value: Standing(results, value) for value in results.study.values}
+    return standings[nearest_to_one(value for value, standing in standings.items() if standing.rows)]
 
 
-def nearest_to_one(standings: Iterable[Standing]) -> Standing:
-    """Return the standing at the reference total, or at the size nearest to it."""
-    return min(standings, key=lambda standing: abs(math.log(standing.value)))
+def nearest_to_one(sizes: Iterable[float]) -> float:
+    """Return the size that is nearest to 1, the reference total."""
+    return min(sizes, key=lambda size: abs(math.log(size)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,7 +67,7 @@ class Structure:
     @cached_property
     def at_equal_totals(self) -> Standing:
         """How they compare at the reference total, or near it."""
-        return nearest_to_one(self.standings.values())
+        return self.standings[nearest_to_one(self.standings)]
 
     @property
     def is_matched(self) -> bool:
@@ -84,8 +83,7 @@ class Structure:
         if study.baseline is None:
             return ""
         level, label = study.baseline
-        value = min(study.values, key=lambda size: abs(math.log(size)))
-        error = self.results.measured(Line(study.methods[0], level, level), value).mean
+        error = self.results.measured(Line(study.methods[0], level, level), nearest_to_one(study.values)).mean
         return f"{label}: {error_text(self.results, error)}"
 
 

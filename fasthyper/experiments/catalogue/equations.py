@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasthyper.experiments.catalogue.frontiers import frontier, learns
-from fasthyper.experiments.claims import Wins
+from fasthyper.experiments.catalogue.frontiers import frontier, wins
 from fasthyper.experiments.experiment import (
     ASKED,
     Axis,
@@ -252,20 +251,16 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
             axis=Axis("equation", "equation"),
             values=EQUATIONS,
             claims=(
-                Wins(
+                wins(
+                    _ZERO,
+                    DEEPONET_WIDE,
                     text="Burgers: the hypernetwork errs less than DeepONet with as many parameters",
-                    over=DEEPONET_WIDE,
                     at="burgers",
                     whose=_PAPER,
-                    premises=(learns(_ZERO, HYPERNETWORK, DEEPONET_WIDE),),
                 ),
                 *(
-                    Wins(
-                        text=f"{e.capitalize()}: the hypernetwork errs less than {what}",
-                        over=over,
-                        at=e,
-                        whose=ASKED,
-                        premises=(learns(_ZERO, HYPERNETWORK, over),),
+                    wins(
+                        _ZERO, over, text=f"{e.capitalize()}: the hypernetwork errs less than {what}", at=e, whose=ASKED
                     )
                     for e in EQUATIONS
                     for what, over in _OTHERS

@@ -51,25 +51,36 @@ def learns(level: Level, *methods: str) -> Claim:
     return Learns(text=f"{names} errs less than {level[1]}", lines=methods, level=level[0], whose=ASKED)
 
 
+def wins(level: Level, over: str = EMBEDDING, **claim: Any) -> Wins:
+    """Return the claim that the hypernetwork errs less than another method; its premise is that one of them learns.
+
+    Args:
+        level: the error to go below.
+        over: the other method.
+        claim: further arguments of `Wins`.
+    """
+    return Wins(over=over, premises=(learns(level, HYPERNETWORK, over),), **claim)
+
+
 def about_primaries(level: Level, whose: str = PAPER) -> Claim:
     """Return the claim that the hypernetwork errs less than the embedding method, though its primary is smaller."""
-    return Wins(
+    return wins(
+        level,
         text="Primaries: with fewer weights in g than in q, the hypernetwork errs less than the embedding method",
         short="primaries: the hypernetwork errs less than the embedding method",
         whose=whose,
-        premises=(learns(level, HYPERNETWORK, EMBEDDING),),
     )
 
 
 def about_totals(level: Level, methods: tuple[str, ...]) -> tuple[Claim, ...]:
     """Return the claims that the hypernetwork errs less than other methods with as many trained parameters."""
     return tuple(
-        Wins(
+        wins(
+            level,
+            method,
             text=f"Totals: with as many trained parameters, the hypernetwork errs less than {name}",
             short=f"totals: it errs less than {name}",
-            over=method,
             whose=ASKED,
-            premises=(learns(level, HYPERNETWORK, method),),
         )
         for method, name in _RIVALS.items()
         if method in methods

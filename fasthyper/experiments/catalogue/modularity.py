@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasthyper.experiments.catalogue.frontiers import frontier, learns
+from fasthyper.experiments.catalogue.frontiers import frontier, wins
 from fasthyper.experiments.claims import Learns, Wins
 from fasthyper.experiments.experiment import (
     ASKED,
@@ -303,12 +303,12 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
             levels=_LEVELS,
             also=_ALSO,
             claims=tuple(
-                Wins(
+                wins(
+                    _CONSTANT,
+                    over,
                     text=f"The hypernetwork errs less than {what} on unseen pairs, {kind} f",
-                    over=over,
                     at=at,
                     whose=ASKED,
-                    premises=(learns(_CONSTANT, HYPERNETWORK, over),),
                 )
                 for kind, at in (("with a linear", "linear"), ("with a ReLU", "relu"))
                 for what, over in (("a wide q", WIDE_Q), ("FiLM with a wide q", FILM_WIDE))

@@ -21,8 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasthyper.experiments.catalogue.frontiers import METHODS, SIZES, Level, frontier, learns
-from fasthyper.experiments.claims import Wins
+from fasthyper.experiments.catalogue.frontiers import METHODS, SIZES, Level, frontier, wins
 from fasthyper.experiments.experiment import (
     Axis,
     Batch,
@@ -191,12 +190,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
             measure=_ERROR,
             levels=(_LINEAR,),
             claims=tuple(
-                Wins(
-                    text=f"Identity: the hypernetwork errs less than {what}",
-                    over=over,
-                    whose=_PAPER,
-                    premises=(learns(_ZERO, HYPERNETWORK, over),),
-                )
+                wins(_ZERO, over, text=f"Identity: the hypernetwork errs less than {what}", whose=_PAPER)
                 for what, over in (("concatenation", EMBEDDING), ("DeepONet", DEEPONET))
             ),
             published={

@@ -22,13 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fasthyper.experiments.catalogue.data import IMAGES, MEAN, STD, Splits, load_images, validation_split
-from fasthyper.experiments.catalogue.frontiers import SIZES, about_primaries, frontier, learns
-from fasthyper.experiments.claims import Flat, Improves, Wins
+from fasthyper.experiments.catalogue.frontiers import SIZES, about_primaries, frontier, learns, wins
+from fasthyper.experiments.claims import Flat, Improves
 from fasthyper.experiments.experiment import (
     ASKED,
     Axis,
     Batch,
-    Claim,
     Examples,
     Experiment,
     Measure,
@@ -195,12 +194,12 @@ def _optimizer(data: str) -> Study:
         measure=_ERROR,
         levels=_LEVELS,
         claims=tuple(
-            Wins(
+            wins(
+                GUESSING,
+                over,
                 text=f"With SGD at a tuned rate, the hypernetwork errs less than {name}",
-                over=over,
                 at="sgd",
                 whose=ASKED,
-                premises=_one_learns(over),
             )
             for over, name in (
                 (EMBEDDING, "the embedding method at the paper's sizes"),
@@ -213,8 +212,11 @@ def _optimizer(data: str) -> Study:
 
 def _depth(preset: str, data: str) -> Study:
     trends = (
-        Improves(text="The hypernetwork improves with depth", premises=_one_learns()),
-        Flat(text="The embedding method does not improve with depth", premises=_one_learns()),
+        Improves(text="The hypernetwork improves with depth", premises=(learns(GUESSING, HYPERNETWORK, EMBEDDING),)),
+        Flat(
+            text="The embedding method does not improve with depth",
+            premises=(learns(GUESSING, HYPERNETWORK, EMBEDDING),),
+        ),
     )
     return Study(
         name="depth",
@@ -227,10 +229,10 @@ def _depth(preset: str, data: str) -> Study:
         measure=_ERROR,
         levels=_LEVELS,
         claims=(
-            Wins(
+            wins(
+                GUESSING,
                 text="At the paper's sizes (N_q >= N_g), the hypernetwork wins by a wide margin, 10 points",
                 margin=0.1,
-                premises=_one_learns(),
             ),
             *(() if preset == "quick" else trends),
         ),
@@ -251,13 +253,10 @@ def _embedding(preset: str, data: str) -> Study:
         measure=_ERROR,
         levels=_LEVELS,
         claims=(
-            Wins(
-                text="The hypernetwork wins at the paper's sizes, whatever the dimension of the embedding",
-                premises=_one_learns(),
-            ),
+            wins(GUESSING, text="The hypernetwork wins at the paper's sizes, whatever the dimension of the embedding"),
             Flat(
                 text="The embedding method does not improve with the dimension of the embedding (true by construction)",
-                premises=_one_learns(),
+                premises=(learns(GUESSING, HYPERNETWORK, EMBEDDING),),
             ),
         ),
         note=(
@@ -280,10 +279,10 @@ def _rate(preset: str, data: str) -> Study:
         measure=_ERROR,
         levels=_LEVELS,
         claims=(
-            Wins(
+            wins(
+                GUESSING,
                 text="At the paper's sizes, the hypernetwork wins at learning rates that are not trivially small",
                 least=1e-3,
-                premises=_one_learns(),
             ),
         ),
         note="All rates have the same number of epochs, so the error at a small rate is that of a short training.",
@@ -302,10 +301,6 @@ def _tuned(preset: str, data: str) -> RotationSetting:
     """Return the setting of tuned studies. Its learning rate stands for the one that is chosen."""
     setting = replace(_PAPERS[data], depth=3, optimizer="adam", lr=3e-3, schedule="cosine")
     return replace(setting, epochs={"quick": 50, "standard": 60, "paper": 200}[preset]) if data == "digits" else setting
-
-
-def _one_learns(other: str = EMBEDDING) -> tuple[Claim, ...]:
-    return (learns(GUESSING, HYPERNETWORK, other),)
 
 
 _PAPERS: Mapping[str, RotationSetting] = {
