@@ -212,10 +212,10 @@ def _optimizer(data: str) -> Study:
 
 def _depth(preset: str, data: str) -> Study:
     trends = (
-        Improves(text="The hypernetwork improves with depth", premises=(learns(GUESSING, HYPERNETWORK, EMBEDDING),)),
+        Improves(text="The hypernetwork improves with depth", premises=(learns(GUESSING, HYPERNETWORK),)),
         Flat(
             text="The embedding method does not improve with depth",
-            premises=(learns(GUESSING, HYPERNETWORK, EMBEDDING),),
+            premises=(learns(GUESSING, EMBEDDING),),
         ),
     )
     return Study(
@@ -256,7 +256,7 @@ def _embedding(preset: str, data: str) -> Study:
             wins(GUESSING, text="The hypernetwork wins at the paper's sizes, whatever the dimension of the embedding"),
             Flat(
                 text="The embedding method does not improve with the dimension of the embedding (true by construction)",
-                premises=(learns(GUESSING, HYPERNETWORK, EMBEDDING),),
+                premises=(learns(GUESSING, EMBEDDING),),
             ),
         ),
         note=(
