@@ -16,14 +16,13 @@ from fasthyper.experiments.methods import ATTENTION, EMBEDDING, FILM, HYPERNETWO
 from fasthyper.experiments.side_by_side import train_side_by_side
 from fasthyper.experiments.training import train
 
+METHODS = (HYPERNETWORK, EMBEDDING, WIDE_Q, FILM, ATTENTION)
+
 
 @pytest.fixture(autouse=True)
 def emulated():
     with fasthyper.use_backend("cuda"):
         yield
-
-
-METHODS = (HYPERNETWORK, EMBEDDING, WIDE_Q, FILM, ATTENTION)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
