@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import textwrap
 from typing import Any
 
 from fasthyper.experiments.drawing import INK, Panel, Series, rounded, svg
@@ -22,6 +23,9 @@ _LEAST_RANGE = 3.0
 
 _TITLE = 40
 """Letters of a title."""
+
+_TICK = 12
+"""Letters of a line of a name below the axis."""
 
 _COUNT_LABELS = {
     "primary_parameters": "N_g or N_q, parameters of the primary",
@@ -80,7 +84,7 @@ def _over_count(results: Results, count: str) -> Panel:
     return Panel(
         title="Error over trained parameters" if equal else "Error over the cost of training",
         subtitle=(f"{study.measure.heading}; lower is better", f"{_seeds(results)}; further left is cheaper"),
-        x_label=_COUNT_LABELS[count],
+        x_label=_COUNT_LABELS[count] + (", and as multiples of the reference" if equal else ""),
         series=_series(results, position),
         x_log=True,
         y_log=True,
@@ -103,8 +107,7 @@ def _sizes(results: Results) -> tuple[tuple[float, str], ...]:
     totals = {
         row.value: row.trainable_parameters for row in results.rows() if row.line.method == of and not row.line.dashed
     }
-    names = {value: "reference" if value == 1 else f"{value:g} × reference" for value in totals}
-    return tuple((float(total), f"{rounded(total)}\n{names[value]}") for value, total in totals.items())
+    return tuple((float(total), f"{rounded(total)}\n{value:g} ×") for value, total in totals.items())
 
 
 def _over_axis(results: Results) -> Panel:
@@ -200,11 +203,21 @@ def _categories(results: Results) -> bool:
 def _ticks(results: Results) -> tuple[tuple[float, str], ...]:
     study = results.study
     if _categories(results):
-        return tuple((float(n), value_text(value)) for n, value in enumerate(study.values))
+        return tuple((float(n), _in_lines(value_text(value))) for n, value in enumerate(study.values))
     if study.axis.count is not None:
         return ()
     shown = study.values if len(study.values) <= 10 else study.values[:: math.ceil(len(study.values) / 10)]
     return tuple((float(value), value_text(value)) for value in shown)
+
+
+def _in_lines(name: str) -> str:
+    """Return a name in short lines, so that it does not touch those beside it.
+
+    Example:
+        >>> _in_lines("magnitude_invariant").splitlines()
+        ['magnitude', 'invariant']
+    """
+    return "\n".join(textwrap.wrap(name.replace("_", " "), _TICK, break_long_words=False))
 
 
 def _position(results: Results, row: Row, offset: float) -> float:
