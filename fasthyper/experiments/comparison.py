@@ -114,6 +114,8 @@ class Comparison:
                 raise ValueError(f"{name}: titles and claims of a study refer to it, so it cannot be changed")
         chosen = tuple(_with(s, settings) for s in chosen)
         if "lr" in settings:
+            # One rate for two optimizers compares nothing.
+            chosen = tuple(s for s in chosen if s.axis.field != "optimizer" or s.tuning is None)
             # A title may say that rates are tuned, or the paper's.
             note = f" (changed: learning rate {settings['lr']:g})"
             chosen = tuple(s if s.axis.field == "lr" else replace(s, tuning=None, title=s.title + note) for s in chosen)
@@ -128,6 +130,9 @@ class Comparison:
         """Check the studies."""
         if not self.studies:
             raise ValueError("studies: expected at least one")
+        names = [study.name for study in self.studies]
+        if len(set(names)) < len(names):
+            raise ValueError(f"studies: expected a name of its own for each, got {', '.join(names)}")
         for study in self.studies:
             if not is_integer(study.seeds) or study.seeds < 1:
                 raise ValueError(f"seeds: expected an integer of at least 1, got {study.seeds!r}")

@@ -214,3 +214,10 @@ def test_a_given_learning_rate_is_in_the_titles_that_name_another():
     assert depth.title.endswith("at the paper's fixed learning rate and sizes (changed: learning rate 0.25)")
     over_rates = Comparison.of(ROTATION, preset="standard", studies=["depth", "rate"], lr=0.25, device="cpu").studies[1]
     assert over_rates.title == "Over the learning rate"
+
+
+def test_two_studies_of_one_name_are_refused():
+    """The rates of one would be those of the other."""
+    study = TINY.studies("quick", TINY.data[0])[0]
+    with pytest.raises(ValueError, match="studies: expected a name of its own for each, got depth, depth"):
+        Comparison.of(replace(TINY, studies=lambda preset, data: (study, replace(study, seeds=9))), device="cpu")
