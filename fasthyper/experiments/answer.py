@@ -20,6 +20,7 @@ from fasthyper.experiments.files import write_atomically
 from fasthyper.experiments.methods import HYPERNETWORK
 from fasthyper.experiments.outcome import (
     counted_verdicts,
+    counted_with_sgd,
     listed,
     made_with,
     name,
@@ -29,7 +30,7 @@ from fasthyper.experiments.outcome import (
 from fasthyper.experiments.report import PAGE_FILE as REPORT_PAGE
 from fasthyper.experiments.report import render
 from fasthyper.experiments.results import Interval
-from fasthyper.experiments.standing import Standing, is_frontier
+from fasthyper.experiments.standing import Standing, is_frontier, with_sgd
 from fasthyper.experiments.structures import Structure, cell, structures
 from fasthyper.experiments.summary import Summary
 
@@ -183,6 +184,8 @@ def _how_sure(found: Sequence[Structure], summaries: Sequence[Summary]) -> str:
         else f"{seeds}, {rates}. At {len(signs) - signs.count(0)} of {len(signs)} tasks and sizes, it is clear which of"
         " the hypernetwork and the best other method has less error (95 %, corrected for the number of methods)."
     )
+    if sgd := [standing for summary in summaries for standing in with_sgd(summary)]:
+        text += f" {counted_with_sgd(sgd)}"
     primaries = [finding for summary in summaries for finding in verdict_on_primaries(summary)]
     if primaries:
         text += f" Galanti and Wolf's claim, about the small networks of x: {counted_verdicts(primaries)}."

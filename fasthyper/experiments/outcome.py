@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from fasthyper.experiments.claims import Wins
 from fasthyper.experiments.drawing import rounded
@@ -12,19 +12,23 @@ from fasthyper.experiments.experiment import MEASURED, PAPER, Finding, value_tex
 from fasthyper.experiments.figures import short_name
 from fasthyper.experiments.methods import EMBEDDING, HYPERNETWORK, METHODS
 from fasthyper.experiments.results import Interval, Results
-from fasthyper.experiments.standing import at_equal_totals, frontiers
+from fasthyper.experiments.standing import Standing, at_equal_totals, frontiers, with_sgd
 from fasthyper.experiments.summary import Summary
 
 _NAMED = ("fasthyper", "torch")
+_FEW = 4
+"""Claims that the outcome can name one by one."""
+
 _SHORT = 20
 """Letters of the name of a measure that a sentence can take."""
 
 
 def outcome(summary: Summary) -> list[str]:
-    """Return the outcome in sentences: at equal totals in each frontier, then on the claims of the paper."""
+    """Return the outcome in sentences: at equal totals in each frontier, then on the claims."""
     found = list(frontiers(summary))
-    sentences = [_at_equal_totals(results, named=len(found) > 1) for results in found] or _least_of_all(summary)
-    return [*sentences, *_on_the_paper(summary)]
+    sentences = [_at_equal_totals(results, named=len(found) > 1) for results in found]
+    sentences = sentences or _least_of_all(summary) or list(map(_least_over_names, _over_names(summary)))
+    return [*sentences, *_with_sgd(summary), *_on_the_paper(summary)]
 
 
 def certainty(summary: Summary) -> str:
@@ -32,6 +36,8 @@ def certainty(summary: Summary) -> str:
     parts = []
     if found := list(frontiers(summary)):
         parts.append("In brackets: 95 % intervals, corrected for the number of methods. “Clearly”: they exclude 1")
+    elif any(_over_names(summary)):
+        parts.append("“Clearly”: the 95 % interval of the difference excludes 0, corrected for all pairs of a figure")
     if any(results.study.tuning is not None for results in found):
         edges = sum(rate.at_edge for rate in summary.rates)
         at_edge = f"; {edges} of {len(summary.rates)} are at the edge of their grid" if edges else ""
@@ -130,15 +136,17 @@ def counted_verdicts(findings: Sequence[Finding]) -> str:
 def _at_equal_totals(results: Results, named: bool) -> str:
     standing = at_equal_totals(results)
     study, rows = results.study, standing.rows
-    first, *tied = standing.best
-    total = rows.get(HYPERNETWORK, rows[first]).trainable_parameters
+    total = rows.get(HYPERNETWORK, rows[standing.best[0]]).trainable_parameters
     size = "" if standing.value == 1 else f" ({standing.value:g} times the reference total)"
-    label = study.measure.label if len(study.measure.label) <= _SHORT else "error"
     lead = f"{study.title}. " if named else ""
-    parts = [
-        f"{lead}With about {rounded(total)} trained parameters each{size}, {name(first)} has"
-        f" the least {label}, {error_text(results, rows[first].measured.mean)}"
-    ]
+    return f"{lead}With about {rounded(total)} trained parameters each{size}, {_compared(standing)}"
+
+
+def _compared(standing: Standing) -> str:
+    results, rows = standing.results, standing.rows
+    study, (first, *tied) = results.study, standing.best
+    label = study.measure.label if len(study.measure.label) <= _SHORT else "error"
+    parts = [f"{name(first)} has the least {label}, {error_text(results, rows[first].measured.mean)}"]
     if tied:
         parts.append(f"Not clearly worse: {listed([name(m) for m in tied])}")
     rest = [m for m in rows if m not in standing.best]
@@ -155,6 +163,25 @@ def _at_equal_totals(results: Results, named: bool) -> str:
     return ". ".join(parts) + "."
 
 
+def _with_sgd(summary: Summary) -> list[str]:
+    found = list(with_sgd(summary))
+    if len(found) == 1:
+        return [f"With SGD, {_compared(found[0])}"]
+    return [counted_with_sgd(found)] if found else []
+
+
+def counted_with_sgd(found: Sequence[Standing]) -> str:
+    """Return in how many tasks the hypernetwork has the least error with SGD."""
+    learned = [standing for standing in found if not standing.unlearned]
+    alone = sum(standing.best == (HYPERNETWORK,) for standing in learned)
+    among = sum(HYPERNETWORK in standing.best for standing in learned)
+    counts = (("could have it", among - alone), ("is behind", len(learned) - among))
+    parts = [f"clearly has the least error in {alone} of {len(found)} task{'' if len(found) == 1 else 's'}"]
+    parts += [f"{words} in {count}" for words, count in counts if count]
+    unlearned = f"; no method clearly learns in {len(found) - len(learned)}" if len(found) > len(learned) else ""
+    return f"With SGD, among the main methods, the hypernetwork {listed(parts)}{unlearned}."
+
+
 def _least_of_all(summary: Summary) -> list[str]:
     """Return which method has the least error in the first study that compares several, at which value."""
     for results in summary.results:
@@ -167,6 +194,43 @@ def _least_of_all(summary: Summary) -> list[str]:
             error = error_text(results, row.measured.mean)
             return [f"{study.title}: {name(row.line.method)} has the least {study.measure.label}, {error}, at {where}."]
     return []
+
+
+def _over_names(summary: Summary) -> Iterator[Results]:
+    """Yield each study of one method over names, such as initialisations. One with claims asks something else."""
+    for results in summary.results:
+        study = results.study
+        names = all(isinstance(value, str) for value in study.values)
+        if names and len(study.values) > 1 and len(study.methods) == 1 and not study.claims:
+            yield results
+
+
+def _least_over_names(results: Results) -> str:
+    """Return at which value the error is least, at which it is clearly more, and where runs diverged.
+
+    Values of which all runs finished come first: an error without the runs that diverged is too good.
+    """
+    study, line = results.study, results.study.all_lines()[0]
+    errors = {value: results.measured(line, value).mean for value in study.values}
+    lost = {value: results.diverged(line, value) for value in study.values}
+    found = [value for value in study.values if math.isfinite(errors[value])]
+    parts = []
+    if found:
+        least, *others = sorted(found, key=lambda value: (lost[value] > 0, errors[value]))
+        pairs = math.comb(len(study.values), 2)
+        clear = [v for v in others if not lost[least] and results.rise(line.key, least, v, family=pairs).low > 0]
+        parts.append(f"the {study.measure.label} is least with {_plain(least)}, {error_text(results, errors[least])}")
+        unclear = [value for value in others if value not in clear]
+        for words, values in (("Clearly more", clear), ("Not clearly more", unclear)):
+            if values:
+                parts.append(f"{words}: {listed([_plain(v) for v in values])}")
+    if some := [f"{count} with {_plain(value)}" for value, count in lost.items() if count]:
+        parts.append(f"Of {study.seeds} runs each, {listed(some)} diverged")
+    return f"{study.title}: {'. '.join(parts)}."
+
+
+def _plain(value: str) -> str:
+    return value.replace("_", " ")
 
 
 def _on_the_paper(summary: Summary) -> list[str]:
@@ -189,12 +253,15 @@ def _on_the_paper(summary: Summary) -> list[str]:
             f" smaller{_primaries(summary)}. Verdict: {counted_verdicts(primaries)}."
         )
     if not sentences:
-        judged = [f for _, f in summary.findings if f.verdict != MEASURED]
-        if judged:
-            counts = Counter(finding.verdict for finding in judged)
+        judged = [(study, f) for study, f in summary.findings if f.verdict != MEASURED]
+        texts = [finding.claim for _, finding in judged]
+        if len(judged) <= _FEW:
+            leads = [f"{study.title}. " if texts.count(f.claim) > 1 else "" for study, f in judged]
+            sentences += [f"{lead}{f.claim}: {f.verdict}." for lead, (_, f) in zip(leads, judged, strict=True)]
+        else:
+            counts = Counter(finding.verdict for _, finding in judged)
             verdicts = listed([f"{count} {verdict}" for verdict, count in counts.items()])
-            alone = f"Verdict on the claim: {judged[0].verdict}."
-            sentences.append(alone if len(judged) == 1 else f"Of {len(judged)} claims: {verdicts}.")
+            sentences.append(f"Of {len(judged)} claims: {verdicts}.")
     return sentences
 
 

@@ -162,6 +162,7 @@ def report_html(summary: Summary) -> str:
         sign=sign,
         rates=rates_table,
         edges=sum(rate.at_edge for rate in summary.rates),
+        compared=any({HYPERNETWORK} < set(results.study.methods) for results in summary.results),
     )
 
 

@@ -180,6 +180,14 @@ class Results:
         """Return the mean of `differences`."""
         return Interval.of(finite(self.differences(name, over, value)), family)
 
+    def rise(self, name: str, least: Any, value: Any, family: int = 1) -> Interval:
+        """Return the mean over seeds of how much more a line is at one value of the axis than at another.
+
+        It is a difference, or the logarithm of a ratio.
+        """
+        pairs = zip(self.per_seed(self.line(name), value), self.per_seed(self.line(name), least), strict=True)
+        return Interval.of(finite([a - b for a, b in pairs]), family)
+
     def ratio(self, name: str, over: str, value: Any, family: int = 1, finished: bool = False) -> Interval:
         """Return the mean of `name` over that of `over`, paired by seed: of geometric means if the study has these.
 

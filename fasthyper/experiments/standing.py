@@ -120,6 +120,15 @@ def frontiers(summary: Summary) -> Iterator[Results]:
             yield results
 
 
+def with_sgd(summary: Summary) -> Iterator[Standing]:
+    """Yield how the methods compare with SGD, for each study of optimizers in which the hypernetwork has an error."""
+    for results in summary.results:
+        if results.study.axis.field == "optimizer" and "sgd" in results.study.values:
+            standing = Standing(results, "sgd")
+            if HYPERNETWORK in standing.rows and standing.other:
+                yield standing
+
+
 def at_equal_totals(results: Results) -> Standing:
     """Return how the methods of a frontier compare at the reference total, size 1, or near it."""
     standings = {value: Standing(results, value) for value in results.study.values}

@@ -73,7 +73,8 @@ class Structure:
     def is_matched(self) -> bool:
         """Whether another method of any size has at most the hypernetwork's error and its flops of training."""
         own = self.at_equal_totals.rows[HYPERNETWORK]
-        others = (row for s in self.standings.values() for method, row in s.rows.items() if method != HYPERNETWORK)
+        rows = (row for row in self.results.rows() if row.line.measure == own.line.measure and not row.line.dashed)
+        others = (row for row in rows if row.line.method != HYPERNETWORK)
         return any(o.training_flops <= own.training_flops and o.measured.mean <= own.measured.mean for o in others)
 
     @property

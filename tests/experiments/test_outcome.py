@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from made_up import LOG, NOISE, SIZE, SIZES, errors, frontier, pair, summary_of
+from made_up import LOG, NOISE, SIZE, SIZES, diverging, errors, frontier, pair, summary_of
 
 from fasthyper.experiments.claims import Improves, Wins
-from fasthyper.experiments.experiment import ASKED, Tuning
+from fasthyper.experiments.experiment import ASKED, Axis, Tuning
 from fasthyper.experiments.methods import EMBEDDING, FILM_WIDE, HYPERNETWORK, WIDE_E, WIDE_Q
 from fasthyper.experiments.outcome import certainty, made_with, outcome
 from fasthyper.experiments.rates import Rate
@@ -100,12 +100,13 @@ def test_the_claim_about_primaries_is_told_apart_from_totals(order, verdict):
 HYPER, EMBED = [0.1, 0.11] + 0.1 * NOISE * [1, 2], 0.5 + 0.1 * NOISE * [2, 1]
 
 
-def test_without_a_frontier_and_primaries_verdicts_are_counted():
+def test_without_a_frontier_and_primaries_few_verdicts_are_named_and_many_counted():
     claims = (Improves(text="It improves"), Improves(text="So does it", line=EMBEDDING))
-    _, sentence = outcome(summary_of(pair(HYPER * [2, 1], EMBED * [1, 2]), claims=claims))
-    assert sentence == "Of 2 claims: 1 reproduced and 1 not reproduced."
-    _, alone = outcome(summary_of(pair(HYPER * [2, 1], EMBED * [1, 2]), claims=claims[:1]))
-    assert alone == "Verdict on the claim: reproduced."
+    numbers = pair(HYPER * [2, 1], EMBED * [1, 2])
+    _, *sentences = outcome(summary_of(numbers, claims=claims))
+    assert sentences == ["It improves: reproduced.", "So does it: not reproduced."]
+    _, sentence = outcome(summary_of(numbers, claims=claims * 3))
+    assert sentence == "Of 6 claims: 3 reproduced and 3 not reproduced."
     assert outcome(summary_of({EMBEDDING: EMBED})) == []
 
 
@@ -141,3 +142,76 @@ def test_a_size_at_which_everything_diverges_does_not_hide_the_others():
         numbers[:, 1] = np.nan
     sentence = outcome(summary_of(found, SIZES, axis=SIZE, structure="a product", measure=LOG))[0]
     assert sentence.startswith("With about 500 trained parameters each (0.25 times the reference total), ")
+
+
+STARTS = {"values": ("torch", "ours", "hyperfan", "magnitude_invariant"), "axis": Axis("initialisation", "start")}
+BY_START = NOISE / 4 * [1, -2, 1, -1] + [0.2, 0.19, 0.5, 0.9]
+
+
+def test_one_method_over_names_has_its_least_error_and_what_is_clearly_more():
+    summary = summary_of({HYPERNETWORK: BY_START}, **STARTS)
+    assert outcome(summary) == [
+        "Made up: the test error is least with ours, 19.0 %. Clearly more: hyperfan and magnitude invariant."
+        " Not clearly more: torch."
+    ]
+    assert certainty(summary).startswith("“Clearly”: the 95 % interval of the difference excludes 0, corrected for all")
+    (alike,) = outcome(summary_of({HYPERNETWORK: BY_START[:, [0, 1, 0, 1]]}, **STARTS))
+    assert alike.endswith(". Not clearly more: magnitude invariant, torch and hyperfan.")
+    assert outcome(summary_of({HYPERNETWORK: BY_START}, (2, 3, 4, 5))) == [], "numbers have trends"
+
+
+def test_a_start_at_which_runs_diverge_is_not_the_least_and_is_named():
+    """No level stands for the error of a run that diverged."""
+    (sentence,) = outcome(summary_of({HYPERNETWORK: diverging(BY_START, (0, 1))}, **STARTS))
+    assert sentence.startswith("Made up: the test error is least with torch, 20.0 %. Clearly more: hyperfan and ")
+    assert sentence.endswith(". Not clearly more: ours. Of 3 runs each, 1 with ours diverged.")
+    (sentence,) = outcome(summary_of({HYPERNETWORK: diverging(BY_START, *((seed, 1) for seed in range(3)))}, **STARTS))
+    assert sentence.startswith("Made up: the test error is least with torch, 20.0 %. Clearly more: hyperfan and magn")
+    assert sentence.endswith("invariant. Of 3 runs each, 3 with ours diverged.")
+    (sentence,) = outcome(summary_of({HYPERNETWORK: np.full((3, 4), np.nan)}, **STARTS))
+    assert sentence.startswith("Made up: Of 3 runs each, 3 with torch, 3 with ours,")
+
+
+def test_equal_starts_are_clearly_apart_on_five_of_a_hundred_figures_at_most():
+    random = np.random.default_rng(0)
+    told = [
+        outcome(summary_of({HYPERNETWORK: random.lognormal(size=(10, 4))}, measure=LOG, **STARTS)) for _ in range(200)
+    ]
+    assert sum("Clearly more" in sentence for (sentence,) in told) <= 0.05 * len(told) + 2 * (0.05 * 0.95 * 200) ** 0.5
+
+
+BEHIND = {HYPERNETWORK: 0.4, WIDE_Q: 0.2}
+
+
+def joined(*summaries):
+    return replace(summaries[0], results=tuple(results for s in summaries for results in s.results))
+
+
+def optimizers(**means):
+    found = {name: numbers[:, :2] for name, numbers in errors(**means).items()}
+    return summary_of(found, ("sgd", "adam"), axis=Axis("optimizer", "optimizer"), measure=LOG)
+
+
+def test_the_outcome_with_sgd_is_told_apart():
+    _, sentence, _ = outcome(joined(frontier(**{HYPERNETWORK: 0.1, WIDE_Q: 0.2}), optimizers(**BEHIND)))
+    assert sentence.startswith("With SGD, embedding (wide q) has the least squared error, 0.4. The hypernetw")
+    tied = optimizers(**{HYPERNETWORK: 0.2, WIDE_Q: 0.2})
+    found = joined(optimizers(**BEHIND), tied, optimizers(**{HYPERNETWORK: 0.1, WIDE_Q: 0.2}))
+    assert (
+        "With SGD, among the main methods, the hypernetwork clearly has the least error in 1 of 3 tasks, could have it"
+        " in 1 and is behind in 1." in outcome(found)
+    )
+    level = ("zero", "nothing")
+    unlearned = summary_of(
+        {name: numbers[:, :2] for name, numbers in errors(**BEHIND).items()},
+        ("sgd", "adam"),
+        axis=Axis("optimizer", "optimizer"),
+        measure=LOG,
+        levels=(level,),
+        baseline=level,
+        extra={"zero": 0.05},
+    )
+    assert any(
+        s.endswith(" in 0 of 2 tasks and is behind in 1; no method clearly learns in 1.")
+        for s in outcome(joined(optimizers(**BEHIND), unlearned))
+    )
