@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fasthyper.experiments.catalogue.data import Splits, load_images, load_patches, validation_split
-from fasthyper.experiments.catalogue.frontiers import SIZES, about_primaries, frontier, wins
-from fasthyper.experiments.experiment import Axis, Batch, Examples, Experiment, Measure, Run, Study, Task, Tuning
+from fasthyper.experiments.catalogue.frontiers import SIZES, TUNING, about_primaries, frontier, optimizers, wins
+from fasthyper.experiments.experiment import Axis, Batch, Examples, Experiment, Measure, Run, Study, Task
 from fasthyper.experiments.methods import BIASES, EMBEDDING, EQUAL_FLOPS, FILM, HYPERNETWORK, Architecture
 from fasthyper.experiments.setting import ContextSetting
 
@@ -122,9 +122,9 @@ def architecture(run: Run) -> Architecture:
 
 
 def studies(preset: str, data: str) -> tuple[Study, ...]:
-    """Return a frontier, and unless quick a study over depth.
+    """Return a frontier, and unless quick studies over depth and of the optimizers.
 
-    Both have tuned learning rates, since the paper gives none.
+    All have tuned learning rates, since the paper gives none.
     """
     quick, paper = preset == "quick", preset == "paper"
     epochs = {"patches": {"quick": 20, "standard": 30, "paper": 200}[preset], "cifar10": 10 if paper else 1}[data]
@@ -139,7 +139,6 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
         embedding=450,
         points=64 if paper else 16,
     )
-    tuning = Tuning(rates={"adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2) if paper else (1e-3, 3e-3, 1e-2, 3e-2)}, seeds=3)
     found = [
         frontier(
             title="Over all trained parameters",
@@ -151,15 +150,14 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
             measure=_MSE,
             levels=_LEVELS,
             claims=(about_primaries(COPIED),),
-            tuning=tuning,
         )
     ]
     if not quick:
-        found.append(_depth(paper, setting, tuning))
+        found += [_depth(paper, setting), *optimizers(found, preset)]
     return tuple(found)
 
 
-def _depth(paper: bool, setting: ColorizationSetting, tuning: Tuning) -> Study:
+def _depth(paper: bool, setting: ColorizationSetting) -> Study:
     return Study(
         name="depth",
         title="Over the depth of f and e, at the paper's sizes",
@@ -171,7 +169,7 @@ def _depth(paper: bool, setting: ColorizationSetting, tuning: Tuning) -> Study:
         measure=_MSE,
         levels=_LEVELS,
         claims=(wins(COPIED, text="At the paper's sizes (N_q >= N_g), the hypernetwork wins"),),
-        tuning=tuning,
+        tuning=TUNING,
         note='The paper says "by a large margin", without a number: the evidence has the factor.',
     )
 

@@ -14,12 +14,11 @@ from dataclasses import replace
 from typing import Any
 
 from fasthyper.experiments.catalogue import operators, rotation
-from fasthyper.experiments.experiment import Axis, Experiment, Measure, Run, Study, Task, Tuning
+from fasthyper.experiments.catalogue.frontiers import TUNING
+from fasthyper.experiments.experiment import Axis, Experiment, Measure, Run, Study, Task
 from fasthyper.experiments.methods import HYPERNETWORK, Architecture
 from fasthyper.experiments.networks import INITIALISATIONS
 from fasthyper.experiments.setting import Setting
-
-RATES = {"sgd": (0.01, 0.03, 0.1, 0.3, 1.0), "adam": (3e-4, 1e-3, 3e-3, 1e-2)}
 
 
 def of_setting(setting: Setting) -> Experiment:
@@ -57,13 +56,13 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
             axis=Axis("initialisation", "initialisation of generated weights"),
             values=INITIALISATIONS,
             methods=(HYPERNETWORK,),
-            setting=replace(setting, optimizer=optimizer, lr=RATES[optimizer][2], schedule="cosine", size=1.0),
+            setting=replace(setting, optimizer=optimizer, lr=TUNING.rates[optimizer][2], schedule="cosine", size=1.0),
             seeds=20 if paper else 10,
             measure=measure,
-            tuning=Tuning({optimizer: RATES[optimizer]}),
+            tuning=TUNING,
         )
         for name, title, setting, measure in tasks
-        for optimizer in RATES
+        for optimizer in TUNING.rates
     )
 
 
@@ -84,8 +83,8 @@ INITIALISATION = Experiment(
     choices=(
         "The tasks are the rotation of digits and the identity operator, with the networks and data of those"
         " experiments; the two publications measure on other tasks, so no published number stands beside ours.",
-        "The learning rate falls along a cosine. Five rates are tried for SGD and four for Adam, for each"
-        " initialisation. Rotation: 30 epochs (paper preset: 60); identity: 4,000 steps (20,000).",
+        "The learning rate falls along a cosine. It is chosen for each optimizer and initialisation."
+        " Rotation: 30 epochs (paper preset: 60); identity: 4,000 steps (20,000).",
         "A run that diverges counts as diverged and has no error.",
     ),
     data=("digits",),

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasthyper.experiments.catalogue.frontiers import frontier, wins
+from fasthyper.experiments.catalogue.frontiers import TUNING, frontier, optimizers, wins
 from fasthyper.experiments.claims import Learns, Wins
 from fasthyper.experiments.experiment import (
     ASKED,
@@ -42,7 +42,6 @@ from fasthyper.experiments.experiment import (
     Run,
     Study,
     Task,
-    Tuning,
     stream,
 )
 from fasthyper.experiments.methods import (
@@ -213,7 +212,7 @@ def architecture(run: Run) -> Architecture:
 
 
 def studies(preset: str, data: str) -> tuple[Study, ...]:
-    """Return a frontier over all parameters, and studies over the support and over the kind of f; none if quick."""
+    """Return a frontier, and studies of the optimizers, the support and the kind of f; none if quick."""
     if preset == "quick":
         return ()
     paper = preset == "paper"
@@ -232,22 +231,22 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
         embedding=16,
     )
     seeds = 20 if paper else 10
-    tuning = Tuning({"adam": (1e-3, 3e-3, 1e-2, 3e-2) if paper else (3e-3, 1e-2, 3e-2)})
     two = (HYPERNETWORK, WIDE_Q, FILM_WIDE)
+    over_size = frontier(
+        title="Pairs that were never seen together, over all parameters",
+        structure="I says which modules are summed, in new combinations",
+        level=_CONSTANT,
+        values=(0.5, 1.0, 4.0),
+        methods=STUDENTS,
+        setting=base,
+        seeds=seeds,
+        measure=_UNSEEN,
+        levels=_LEVELS,
+        also=_ALSO,
+    )
     return (
-        frontier(
-            title="Pairs that were never seen together, over all parameters",
-            structure="I says which modules are summed, in new combinations",
-            level=_CONSTANT,
-            values=(0.5, 1.0, 4.0),
-            methods=STUDENTS,
-            setting=base,
-            seeds=seeds,
-            measure=_UNSEEN,
-            levels=_LEVELS,
-            also=_ALSO,
-            tuning=tuning,
-        ),
+        over_size,
+        *optimizers((over_size,), preset),
         Study(
             name="support",
             title="Which pairs are seen in training",
@@ -289,7 +288,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
                     ),
                 ),
             ),
-            tuning=tuning,
+            tuning=TUNING,
         ),
         Study(
             name="code",
@@ -313,7 +312,7 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
                 for kind, at in (("with a linear", "linear"), ("with a ReLU", "relu"))
                 for what, over in (("a wide q", WIDE_Q), ("FiLM with a wide q", FILM_WIDE))
             ),
-            tuning=tuning,
+            tuning=TUNING,
         ),
     )
 

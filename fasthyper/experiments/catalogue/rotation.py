@@ -22,10 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fasthyper.experiments.catalogue.data import IMAGES, MEAN, STD, Splits, load_images, validation_split
-from fasthyper.experiments.catalogue.frontiers import SIZES, about_primaries, frontier, learns, wins
+from fasthyper.experiments.catalogue.frontiers import SIZES, about_primaries, frontier, learns, optimizers, wins
 from fasthyper.experiments.claims import Flat, Improves
 from fasthyper.experiments.experiment import (
-    ASKED,
     Axis,
     Batch,
     Examples,
@@ -34,7 +33,6 @@ from fasthyper.experiments.experiment import (
     Run,
     Study,
     Task,
-    Tuning,
 )
 from fasthyper.experiments.methods import (
     BIASES,
@@ -42,8 +40,6 @@ from fasthyper.experiments.methods import (
     EQUAL_FLOPS,
     FILM,
     HYPERNETWORK,
-    PLAIN_WIDE,
-    WIDE_Q,
     Architecture,
 )
 from fasthyper.experiments.setting import ContextSetting
@@ -155,15 +151,12 @@ def architecture(run: Run) -> Architecture:
 def studies(preset: str, data: str) -> tuple[Study, ...]:
     """Return a frontier at tuned rates, a study over depth at the paper's rate, and further ones unless quick.
 
-    The further ones are over the dimension of the embedding, the learning rate and, in the standard preset, the
-    optimizer.
+    The further ones are over the optimizer, the dimension of the embedding and the learning rate.
     """
-    found = [_frontier(preset, data), _depth(preset, data)]
-    if preset == "standard":
-        found.append(_optimizer(data))
-    if preset != "quick":
-        found += [_embedding(preset, data), _rate(preset, data)]
-    return tuple(found)
+    first = (_frontier(preset, data), _depth(preset, data))
+    if preset == "quick":
+        return first
+    return (*first, *optimizers(first[:1], preset), _embedding(preset, data), _rate(preset, data))
 
 
 def _frontier(preset: str, data: str) -> Study:
@@ -178,35 +171,6 @@ def _frontier(preset: str, data: str) -> Study:
         measure=_ERROR,
         levels=_LEVELS,
         claims=(about_primaries(GUESSING),),
-        tuning=_TUNING,
-    )
-
-
-def _optimizer(data: str) -> Study:
-    return Study(
-        name="optimizer",
-        title="SGD against Adam, each at its best learning rate",
-        axis=Axis("optimizer", "optimizer"),
-        values=("sgd", "adam"),
-        methods=(HYPERNETWORK, EMBEDDING, WIDE_Q, PLAIN_WIDE),
-        setting=_tuned("standard", data),
-        seeds=10,
-        measure=_ERROR,
-        levels=_LEVELS,
-        claims=tuple(
-            wins(
-                GUESSING,
-                over,
-                text=f"With SGD at a tuned rate, the hypernetwork errs less than {name}",
-                at="sgd",
-                whose=ASKED,
-            )
-            for over, name in (
-                (EMBEDDING, "the embedding method at the paper's sizes"),
-                (WIDE_Q, "the embedding method with a wide q, where both train equally many parameters"),
-            )
-        ),
-        tuning=_TUNING,
     )
 
 
@@ -312,7 +276,6 @@ _PAPERS: Mapping[str, RotationSetting] = {
 }
 _LONG = 400
 _SEEDS = {"quick": 5, "standard": 10, "paper": 100}
-_TUNING = Tuning(rates={"adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "sgd": (0.01, 0.03, 0.1, 0.3, 1.0)}, seeds=3)
 _ERROR = Measure("error", "test error", percent=True)
 _LEVELS = (GUESSING,)
 _LONG_ENOUGH = (
@@ -356,7 +319,7 @@ ROTATION = Experiment(
         "In the study over the learning rate, e has as many layers as f, and E = 10 d + 10. In the code of the authors,"
         " e has one layer less there, and E = 50,000.",
         "The frontier and the optimizer study are not in the paper. f and e have 3 layers, and the learning"
-        " rate follows a cosine to 0. Its first value is tuned for each method, size and optimizer: the best of five on"
+        " rate follows a cosine to 0. Its first value is tuned for each method, size and optimizer: the best of six on"
         " validation images, the last sixth of the training images. The chosen rate is then used to train on all"
         " training images, with other seeds, and the test images are read once. All other studies have the paper's"
         " rate, or rates that they vary.",

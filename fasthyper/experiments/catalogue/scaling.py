@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasthyper.experiments.catalogue.frontiers import SIZES, Level, frontier
+from fasthyper.experiments.catalogue.frontiers import SIZES, Level, frontier, optimizers
 from fasthyper.experiments.claims import Exponent, Steeper
 from fasthyper.experiments.experiment import (
     THEOREM,
@@ -37,7 +37,6 @@ from fasthyper.experiments.experiment import (
     Run,
     Study,
     Task,
-    Tuning,
     stream,
 )
 from fasthyper.experiments.methods import EMBEDDING, HYPERNETWORK, PLAIN, Architecture
@@ -155,7 +154,7 @@ def architecture(run: Run) -> Architecture:
 
 
 def studies(preset: str, data: str) -> tuple[Study, ...]:
-    """Return a frontier, exponents over N_g and N_q at two budgets, and over all parameters; none if quick."""
+    """Return a frontier, optimizers, and exponents over N_g, N_q and all parameters; none if quick."""
     if preset == "quick":
         return ()
     paper = preset == "paper"
@@ -176,18 +175,19 @@ def studies(preset: str, data: str) -> tuple[Study, ...]:
     )
     seeds = 20 if paper else 10
     hidden = (2, 4, 8, 16, 32, 64, 128) if paper else (2, 4, 8, 16)
+    over_size = frontier(
+        structure="a smooth function of x and I together",
+        title="Over all parameters: a smooth function of x and I together",
+        level=_CONSTANT,
+        values=SIZES,
+        setting=replace(base, hidden=16, width=50),
+        seeds=10,
+        measure=_ERROR,
+        levels=(_CONSTANT,),
+    )
     return (
-        frontier(
-            structure="a smooth function of x and I together",
-            title="Over all parameters: a smooth function of x and I together",
-            level=_CONSTANT,
-            values=SIZES,
-            setting=replace(base, hidden=16, width=50),
-            seeds=10,
-            tuning=Tuning(rates={"adam": (1e-3, 3e-3, 1e-2)}),
-            measure=_ERROR,
-            levels=(_CONSTANT,),
-        ),
+        over_size,
+        *optimizers((over_size,), preset),
         _primary("primary", "", base, hidden, seeds),
         _primary(
             "primary longer",
@@ -310,7 +310,7 @@ SCALING = Experiment(
         "f and e have three hidden layers of 100 units, tanh, and E = 4; the primary has ReLU. For theorem 5, f and e"
         " grow with the primary and end in a code of 3 numbers; generated weights are linear in it.",
         "Adam at 0.003, falling along a cosine. In the frontier, where f and e are 50 wide and the primary has 16"
-        " hidden units, the rate is chosen for each method and size from 0.001, 0.003 and 0.01.",
+        " hidden units, the rate is chosen for each method and size.",
     ),
     data=("series",),
     studies=studies,

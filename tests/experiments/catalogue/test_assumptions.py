@@ -38,8 +38,8 @@ def test_the_presets():
     standard, paper = (ASSUMPTIONS.studies(preset, "digits") for preset in ("standard", "paper"))
     names = ["A1", "A1 authors digits", "A1 authors noise", "A2"]
     assert [s.name for s in standard] == [s.name for s in paper] == names
-    assert [s.seeds for s in standard] == [10, 10, 10, 20]
-    assert [s.seeds for s in paper] == [20, 20, 20, 50]
+    assert [s.seeds for s in standard] == [10, 10, 10, 80]
+    assert [s.seeds for s in paper] == [20, 20, 20, 100]
     assert len(standard[-1].values) == 10
     assert paper[-1].values == tuple(range(1, 30))
     for study in paper[1:3]:
@@ -53,7 +53,7 @@ def test_the_presets():
 
 def test_both_ways_are_declared():
     choices = " ".join(ASSUMPTIONS.choices)
-    for words in ("Independent pairs", "anew at every access", "norm 1", "trained on", "squared distances", "50 in"):
+    for words in ("Independent pairs", "anew at every access", "norm 1", "trained on", "squared distances", "100 in"):
         assert words in choices
 
 

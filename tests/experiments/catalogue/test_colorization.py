@@ -10,6 +10,7 @@ import torch
 from fasthyper.experiments import EXPERIMENTS, Comparison
 from fasthyper.experiments.catalogue.colorization import TEST_POINTS
 from fasthyper.experiments.catalogue.data import Splits
+from fasthyper.experiments.catalogue.frontiers import TUNING
 from fasthyper.experiments.methods import EMBEDDING, EQUAL_TOTAL, HYPERNETWORK
 
 COLORIZATION = EXPERIMENTS["colorization"]
@@ -48,11 +49,11 @@ def test_the_splits_are_disjoint():
 @pytest.mark.parametrize("preset", ["quick", "standard", "paper"])
 def test_every_study_is_tuned_and_the_frontier_comes_first(preset):
     studies = COLORIZATION.studies(preset, "patches")
-    assert [study.name for study in studies] == ["frontier", "depth"][: 1 if preset == "quick" else 2]
+    assert [study.name for study in studies] == ["frontier", "depth", "optimizer"][: 1 if preset == "quick" else 3]
     assert studies[0].structure
     assert set(studies[0].methods) == {EMBEDDING, *EQUAL_TOTAL}
     for study in studies:
-        assert len(study.tuning.rates[study.setting.optimizer]) == (5 if preset == "paper" else 4)
+        assert study.tuning == TUNING
         assert study.seeds == {"quick": 5, "standard": 10, "paper": 30 if study.name == "depth" else 10}[preset]
         assert all(claim.premises for claim in study.claims)
         assert all(getattr(claim, "margin", None) is None for claim in study.claims)  # the paper has no number

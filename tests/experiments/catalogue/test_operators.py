@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from fasthyper.experiments import METHODS, Comparison
+from fasthyper.experiments.catalogue.frontiers import TUNING
 from fasthyper.experiments.catalogue.operators import (
     OPERATOR_LEARNING,
     chebyshev,
     derivative,
     linear_floor,
 )
-from fasthyper.experiments.experiment import Tuning
 from fasthyper.experiments.methods import DEEPONET, EMBEDDING, EQUAL_TOTAL, HYPERNETWORK, counts
 from fasthyper.experiments.training import batches
 
@@ -113,9 +113,9 @@ def test_no_functions_are_shared_by_training_validation_and_test():
 def test_the_presets():
     (quick,) = of("quick").studies
     assert (quick.structure, quick.values, quick.seeds) == ("I is a function, x a point of it", (0.25,), 5)
-    assert len(of("quick").runs()) == 7 * 5
-    frontier, identity, differentiation = of("standard").studies
-    assert frontier.tuning == Tuning({"adam": (1e-3, 3e-3, 1e-2, 3e-2)}, seeds=3)
+    assert len(of("quick").runs()) == 9 * 5
+    frontier, _, identity, differentiation = of("standard").studies
+    assert frontier.tuning == TUNING
     assert set(frontier.methods) == {EMBEDDING, DEEPONET, *EQUAL_TOTAL}
     assert (frontier.values, frontier.seeds) == ((0.25, 1.0), 10)
     steps = identity.setting.epochs * identity.setting.functions / identity.setting.batch_size
@@ -123,7 +123,7 @@ def test_the_presets():
     assert identity.published[HYPERNETWORK, "identity"] == 0.036
     assert not differentiation.claims
     assert "protocol unknown" in differentiation.title
-    assert len(of("standard").runs()) == 9 * 2 * 10 + 3 * 10 + 3 * 10
+    assert len(of("standard").runs()) == 9 * 2 * 10 + 5 * 10 + 3 * 10 + 3 * 10
     assert of("paper").studies[0].values == (0.25, 1.0, 4.0)
 
 

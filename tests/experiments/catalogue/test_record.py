@@ -172,6 +172,12 @@ def test_the_package_includes_the_files():
 
 def test_the_shipped_files_can_be_read():
     """They serve every tuning run of their preset."""
+    assert {path.relative_to(SHIPPED).as_posix() for path in SHIPPED.glob("*/*")} == {
+        f"{preset}/{name}.jsonl"
+        for preset in ("quick", "standard")
+        for name, experiment in EXPERIMENTS.items()
+        if any(study.tuning for study in experiment.studies(preset, experiment.data[0]))
+    }
     for path in SHIPPED.glob("*/*"):
         assert path.suffix == ".jsonl"
         found = Comparison.of(EXPERIMENTS[path.stem], preset=path.parent.name, device="cpu")
