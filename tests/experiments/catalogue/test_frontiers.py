@@ -70,5 +70,5 @@ def test_one_rate_for_all_leaves_the_optimizers_out():
     names = [s.name for s in Comparison.of(EXPERIMENTS["rotation"], preset="standard", lr=0.01, device="cpu").studies]
     assert "frontier" in names
     assert "optimizer" not in names
-    with pytest.raises(ValueError, match="^lr: no study here has such a setting"):
+    with pytest.raises(ValueError, match=r"^lr: no study here has such a setting"):
         Comparison.of(EXPERIMENTS["rotation"], preset="standard", studies=["optimizer"], lr=0.01, device="cpu")
