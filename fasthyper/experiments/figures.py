@@ -84,7 +84,7 @@ def _over_count(results: Results, count: str) -> Panel:
     return Panel(
         title="Error over trained parameters" if equal else "Error over the cost of training",
         subtitle=(f"{study.measure.heading}; lower is better", f"{_seeds(results)}; further left is cheaper"),
-        x_label=_COUNT_LABELS[count] + (", and as multiples of the reference" if equal else ""),
+        x_label=_COUNT_LABELS[count] + (" (× reference)" if equal else ""),
         series=_series(results, position),
         x_log=True,
         y_log=True,
